@@ -1,0 +1,107 @@
+"""Small checkpoints in the exact layout of the big ones, pictures, and `naive`: the reference that everything fast equals."""
+
+import os
+import shutil
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "data" / "tiny" / "model"
+
+VISION = {
+    "qwen2_vl": {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 8, "hidden_size": 48},
+    "qwen2_5_vl": {
+        "depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "patch_size": 8, "out_hidden_size": 48,
+        "window_size": 32, "fullatt_block_indexes": [1],
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """No test reads or fills the user's feature cache."""
+    monkeypatch.setenv("VLM_LORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def write_checkpoint(folder: Path, family: str, tokenizer_folder: Path = TINY) -> Path:
+    """A random checkpoint of ``family``, a few ten thousand parameters beside its embeddings."""
+    import torch
+    from transformers import (
+        AutoTokenizer,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    classes = {
+        "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor),
+        "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor),
+    }
+    config_class, model_class, processor_class = classes[family]
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    ids = tokenizer.convert_tokens_to_ids
+    config = config_class(
+        vision_config=VISION[family] | {"initializer_range": 0.2},
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2,
+            "bos_token_id": None, "eos_token_id": ids("<|im_end|>"), "pad_token_id": ids("<|endoftext|>"),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
+        },
+        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = model_class(config)
+    model.generation_config.eos_token_id = ids("<|im_end|>")
+    size = {"shortest_edge": 32 * 32, "longest_edge": 96 * 96}
+    processor = processor_class(
+        image_processor=Qwen2VLImageProcessor(patch_size=8, size=size),
+        video_processor=Qwen2VLVideoProcessor(patch_size=8, size=size),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """Folder by family."""
+    base = tmp_path_factory.mktemp("checkpoints")
+    return {family: write_checkpoint(base / family, family) for family in VISION}
+
+
+def picture(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    """Coloured blobs, so that no two patches are alike."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def photo_folder(tmp_path) -> Path:
+    """Twelve pictures with sidecar captions, as people have them."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(12):
+        picture(i, (64 + 16 * (i % 3), 64)).save(folder / f"{i:02}.png")
+        (folder / f"{i:02}.txt").write_text(f"A picture of number {i}.\n", encoding="utf-8")
+    return folder
+
+
+def copy_checkpoint(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target

@@ -1,0 +1,221 @@
+"""Everything fast equals `naive`, in loss and in every gradient, from non-zero adapters; and would notice if not."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.conftest import picture
+from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
+from vlm_lora.model.adapters.lora import attach_lora
+from vlm_lora.model.backbone import load_backbone
+from vlm_lora.model.encode import Encoder
+from vlm_lora.model.features import FeatureCache
+from vlm_lora.model.packing import pack
+from vlm_lora.training import loop
+from vlm_lora.training.loop import Lesson, MicroBatch, loss_sum, make_batches
+
+FAMILIES = ["qwen2_vl", "qwen2_5_vl"]
+FP64 = 2e-6  # rotary angles are float32 upstream, whatever the weights are; measured: 6e-8
+
+
+def one_turn(question: str, answer: str) -> Dialogue:
+    return Dialogue((Turn(question, answer),))
+
+
+def make_example(tmp_path, name: str, sizes, dialogues) -> Example:
+    images = []
+    for i, size in enumerate(sizes):
+        path = tmp_path / f"{name}-{i}.png"
+        picture(hash((len(name), i)) % 1000, size).save(path)
+        images.append(ImageRef(path=path, name=path.name))
+    return Example(name, tuple(images), tuple(dialogues), f"{name}:1")
+
+
+@pytest.fixture
+def examples(tmp_path) -> list[Example]:
+    """Ragged images, one to ten branches, several turns, several images, and none."""
+    caption = [one_turn("Describe this image.", f"Caption number {k}, with {'many ' * k}words.") for k in range(5)]
+    questions = [one_turn(f"Is there a thing of kind {k}?", ["yes", "no", "a little of it"][k % 3]) for k in range(10)]
+    talk = Dialogue((Turn("What is this?", "a blob"), Turn("And its colour?", "mostly blue"), Turn("Sure?", "yes")))
+    return [
+        make_example(tmp_path, "captions", [(64, 64)], caption),
+        make_example(tmp_path, "questions", [(96, 48)], questions),
+        make_example(tmp_path, "talk", [(48, 80)], [talk, one_turn("Name it.", "blob")]),
+        make_example(tmp_path, "two images", [(64, 32), (32, 64)], [one_turn("What differs?", "the shape")] * 2),
+        make_example(tmp_path, "alone", [(80, 80)], [one_turn("Hm?", "yes")]),
+        make_example(tmp_path, "text", [], [one_turn("What is two and two?", "four"), one_turn("And three?", "six")]),
+    ]
+
+
+def load(checkpoints, family: str, dtype=torch.float64):
+    backbone = load_backbone(str(checkpoints[family]), dtype="float32")
+    backbone.model.to(dtype)
+    adapter = attach_lora(backbone, rank=4, alpha=8, dropout=0.0, seed=1, prompt="Describe this image.")
+    for i, (_, parameter) in enumerate(adapter.named_parameters()):
+        torch.manual_seed(i)
+        parameter.data = torch.randn_like(parameter.data).to(dtype) * 0.1
+    backbone.model.train()
+    return backbone, adapter
+
+
+def gradients(adapter, loss) -> dict[str, torch.Tensor]:
+    adapter.backbone.model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in adapter.named_parameters()}
+
+
+def naive(backbone, examples) -> torch.Tensor:
+    """The plain way: a row for each answer, pixels through the tower each time, full logits, stock positions and mask.
+
+    Text is rendered and tokenised in one piece by the processor, and the answers found by their place in it.
+    """
+    total, count = 0.0, 0
+    processor, tokenizer = backbone.processor, backbone.tokenizer
+    for example in examples:
+        for dialogue in example.dialogues:
+            messages = []
+            for i, turn in enumerate(dialogue.turns):
+                images = [{"type": "image"} for _ in example.images] if i == 0 else []
+                messages.append({"role": "user", "content": [*images, {"type": "text", "text": turn.user}]})
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.assistant}]})
+            text = processor.apply_chat_template(messages, tokenize=False)
+            pictures = [picture_of(image) for image in example.images] or None
+            inputs = processor(text=[text], images=pictures, return_tensors="pt")
+            inputs.pop("token_type_ids", None)
+            ids = inputs["input_ids"][0].tolist()
+            labels = torch.full_like(inputs["input_ids"], -100)
+            start = 0
+            for turn in dialogue.turns:
+                answer = tokenizer(turn.assistant + "<|im_end|>")["input_ids"]
+                opening = tokenizer("<|im_start|>assistant\n")["input_ids"]
+                pattern = opening + answer
+                at = next(i for i in range(start, len(ids)) if ids[i : i + len(pattern)] == pattern)
+                at += len(opening)
+                labels[0, at : at + len(answer)] = torch.tensor(answer)
+                start = at
+            logits = backbone.model(**inputs, use_cache=False).logits
+            total = total + F.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum")
+            count += int((labels != -100).sum())
+    return total / count
+
+
+def picture_of(image: ImageRef):
+    from vlm_lora.data.images import load_image
+
+    return load_image(image)
+
+
+def lessons_of(backbone, features, examples) -> list[Lesson]:
+    encoder = Encoder(backbone)
+    lessons = []
+    for example in examples:
+        grids = [entry.grid_thw for entry in features.get(example.images)]
+        grid = torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
+        lessons.append(Lesson(example, encoder.encode(example.dialogues, grid)))
+    return lessons
+
+
+def fast(backbone, examples, max_tokens: int, cache=None) -> torch.Tensor:
+    features = FeatureCache(backbone, cache)
+    batches = make_batches(backbone, features, lessons_of(backbone, features, examples), max_tokens)
+    return sum(loss_sum(backbone, batch) for batch in batches) / sum(batch.num_labels for batch in batches)
+
+
+def assert_equal(ours, reference, tolerance: float) -> None:
+    for name, expected in reference.items():
+        error = (ours[name] - expected).norm() / expected.norm()
+        assert error < tolerance, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_prefixes_and_cached_features_equal_naive(checkpoints, examples, tmp_path, family):
+    backbone, adapter = load(checkpoints, family)
+    reference = naive(backbone, examples)
+    expected = gradients(adapter, reference)
+    # max_tokens 90 deals an example's branches out over several rows; the second pass reads features from disk.
+    for max_tokens, cache in ((4096, tmp_path / "cache"), (90, tmp_path / "cache"), (700, None)):
+        loss = fast(backbone, examples, max_tokens, cache)
+        torch.testing.assert_close(loss, reference, rtol=FP64, atol=0)
+        assert_equal(gradients(adapter, loss), expected, FP64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_is_at_its_noise_floor(checkpoints, examples, family):
+    backbone, adapter = load(checkpoints, family, torch.float32)
+    expected = gradients(adapter, naive(backbone, examples))
+    assert_equal(gradients(adapter, fast(backbone, examples, 4096)), expected, 2e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_chunked_logits_equal_whole_ones(checkpoints, examples, monkeypatch, chunk):
+    backbone, adapter = load(checkpoints, "qwen2_vl")
+    expected = gradients(adapter, fast(backbone, examples, 4096))
+    monkeypatch.setattr(loop, "LOGITS_AT_ONCE", chunk)
+    assert_equal(gradients(adapter, fast(backbone, examples, 4096)), expected, 1e-12)
+
+
+def test_several_images_in_one_row_equal_naive(checkpoints, examples):
+    backbone, adapter = load(checkpoints, "qwen2_vl")
+    expected = gradients(adapter, naive(backbone, examples))
+    assert_equal(gradients(adapter, _one_row(backbone, examples)), expected, FP64)
+
+
+@pytest.mark.parametrize("fault", ["mask", "positions", "normaliser", "label"])
+def test_a_fault_would_be_noticed(checkpoints, examples, fault):
+    """Negative controls: each silent trap of packing moves the gradients far beyond the tolerance."""
+    backbone, adapter = load(checkpoints, "qwen2_vl")
+    expected = gradients(adapter, naive(backbone, examples))
+    with pytest.raises(AssertionError):
+        assert_equal(gradients(adapter, _one_row(backbone, examples, fault)), expected, 1e-3)
+
+
+def _one_row(backbone, examples, fault: str | None = None) -> torch.Tensor:
+    features = FeatureCache(backbone, None)
+    lessons = lessons_of(backbone, features, examples)
+    packed = pack([[lesson.encoded for lesson in lessons]], backbone.pad_token_id)
+    length = packed.input_ids.shape[1]
+    if fault == "mask":
+        packed = replace(packed, attention_mask=torch.ones(1, 1, length, length, dtype=torch.bool).tril())
+    if fault == "positions":
+        packed = replace(packed, position_ids=torch.arange(length).expand(3, 1, -1))
+    if fault == "label":
+        packed = replace(packed, labels=torch.where(packed.labels >= 0, packed.labels, packed.input_ids))
+    stacked = torch.cat([e.features for lesson in lessons for e in features.get(lesson.example.images)])
+    num_labels = int((packed.labels[:, 1:] >= 0).sum())
+    batch = MicroBatch(
+        packed.input_ids, packed.labels, packed.position_ids, packed.attention_mask, stacked, num_labels
+    )
+    return loss_sum(backbone, batch) / (length if fault == "normaliser" else num_labels)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_of_one_answer_is_transformers_own(checkpoints, examples, family):
+    """The same tokens and labels through the model's own ``labels=`` argument."""
+    backbone, _ = load(checkpoints, family, torch.float32)
+    example = replace(examples[0], dialogues=examples[0].dialogues[:1])
+    features = FeatureCache(backbone, None)
+    (lesson,) = lessons_of(backbone, features, [example])
+    (batch,) = make_batches(backbone, features, [lesson], 4096)
+    pixel_values, grid = backbone.preprocess([picture_of(example.images[0])])
+    theirs = backbone.model(
+        input_ids=batch.input_ids,
+        labels=batch.labels,
+        pixel_values=pixel_values,
+        image_grid_thw=grid,
+        mm_token_type_ids=(batch.input_ids == backbone.image_token_id).int(),
+    ).loss
+    torch.testing.assert_close(loss_sum(backbone, batch) / batch.num_labels, theirs, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_are_the_models_own(checkpoints, examples, family):
+    backbone, _ = load(checkpoints, family)
+    for lesson in lessons_of(backbone, FeatureCache(backbone, None), examples[:5]):
+        ids = lesson.encoded.prefix_ids[None]
+        grids = torch.stack([e.grid_thw for e in FeatureCache(backbone, None).get(lesson.example.images)])
+        theirs, _ = backbone.model.model.get_rope_index(
+            ids, mm_token_type_ids=(ids == backbone.image_token_id).int(), image_grid_thw=grids
+        )
+        assert torch.equal(lesson.encoded.prefix_positions, theirs[:, 0])

@@ -1,0 +1,54 @@
+"""Teach a Qwen2-VL model your own pictures.
+
+The public names load on first use, so that ``import vlm_lora`` needs neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlm_lora.config import TrainConfig
+    from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
+    from vlm_lora.data.images import load_image
+    from vlm_lora.data.readers import Dataset, read_dataset
+    from vlm_lora.errors import VlmLoraError
+    from vlm_lora.inference.captioner import Caption, Captioner, Decoding
+    from vlm_lora.inference.evaluate import Evaluation, evaluate
+    from vlm_lora.training.run import RunResult, train
+
+_HOMES = {
+    "TrainConfig": "config",
+    "Dialogue": "data.example",
+    "Example": "data.example",
+    "ImageRef": "data.example",
+    "Turn": "data.example",
+    "load_image": "data.images",
+    "Dataset": "data.readers",
+    "read_dataset": "data.readers",
+    "VlmLoraError": "errors",
+    "Caption": "inference.captioner",
+    "Captioner": "inference.captioner",
+    "Decoding": "inference.captioner",
+    "Evaluation": "inference.evaluate",
+    "evaluate": "inference.evaluate",
+    "RunResult": "training.run",
+    "train": "training.run",
+}
+
+__all__ = [
+    "Caption", "Captioner", "Dataset", "Decoding", "Dialogue", "Evaluation", "Example", "ImageRef", "RunResult",
+    "TrainConfig", "Turn", "VlmLoraError", "evaluate", "load_image", "read_dataset", "train",
+]  # fmt: skip
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,58 @@
+"""The command line. Results go to stdout, progress and errors to stderr.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done in part.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from vlm_lora import __version__
+from vlm_lora.cli import cache, caption, check, demo, evaluate, train
+from vlm_lora.errors import ConfigError, VlmLoraError
+
+VERBS = (train, caption, evaluate, check, demo, cache)
+
+DESCRIPTION = """\
+Teach a Qwen2-VL vision-language model your own pictures.
+
+  vlm-lora train ./photos                                 learn from a folder of images and captions
+  vlm-lora caption ./more --adapter runs/photos-...       caption other images with what was learnt
+  vlm-lora demo --adapter runs/photos-...                 see base and tuned side by side in the browser
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. ``VLM_LORA_TRACEBACK=1`` shows where an error came from."""
+    parser = argparse.ArgumentParser(
+        prog="vlm-lora", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"vlm-lora {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    for verb in VERBS:
+        name = verb.__name__.rpartition(".")[2].replace("evaluate", "eval")
+        summary, _, _ = verb.__doc__.partition("\n")
+        sub = verbs.add_parser(
+            name,
+            help=summary[0].lower() + summary[1:].rstrip("."),
+            description=verb.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        verb.add_arguments(sub)
+        sub.set_defaults(run=verb.run)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except VlmLoraError as error:
+        if os.environ.get("VLM_LORA_TRACEBACK"):
+            raise
+        print(f"vlm-lora: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("vlm-lora: stopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of stdout has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

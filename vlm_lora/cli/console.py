@@ -1,0 +1,83 @@
+"""What a run prints while it works: to stderr, one line rewritten on a terminal, now and then a new one elsewhere."""
+
+import sys
+import time
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A line that tells how far something is. Off a terminal a line is printed every ten seconds and at the end."""
+
+    def __init__(self, every: float = 10.0):
+        self.terminal = sys.stderr.isatty()
+        self.pause = 0.1 if self.terminal else every
+        self.last = 0.0
+        self.width = 0
+
+    def show(self, text: str, last: bool = False) -> None:
+        now = time.monotonic()
+        if not last and now - self.last < self.pause:
+            return
+        self.last = now
+        if self.terminal:
+            print("\r" + text.ljust(self.width), end="\n" if last else "", file=sys.stderr, flush=True)
+            self.width = 0 if last else len(text)
+        else:
+            say(text)
+
+    def count(self, what: str, done: int, total: int) -> None:
+        self.show(f"{what} {done:,} of {total:,}", last=done == total)
+
+
+class TrainReport:
+    """Prints what `vlm_lora.train` reports."""
+
+    def __init__(self):
+        self.progress = Progress()
+
+    def __call__(self, kind: str, **values) -> None:
+        getattr(self, kind)(**values)
+
+    def data(self, format, train, held_out, bad) -> None:
+        answers = sum(len(example.dialogues) for example in train)
+        say(f"Data: {format}. {len(train):,} images with {answers:,} answers to learn; {len(held_out):,} held out.")
+        if bad:
+            say(f"{len(bad):,} rows cannot be used; they are listed in the run folder's quarantined.jsonl.")
+
+    def parts(self, parts, model, device, dtype) -> None:
+        say(f"Base model {model} on {device}, {dtype.removeprefix('torch.')}. What trains:")
+        say(f"  {'part':<22}{'LoRA modules':>14}{'trained':>14}{'frozen':>16}")
+        for part in parts:
+            say(f"  {part.name:<22}{part.modules:>14,}{part.trained:>14,}{part.frozen:>16,}")
+
+    def cache(self, done, total) -> None:
+        self.progress.count("Images seen:", done, total)
+
+    def features(self, computed, read, damaged) -> None:
+        say(f"Vision tower: {computed:,} images computed, {read:,} found in the cache.")
+        if damaged:
+            say(f"{damaged:,} damaged cache entries were computed again.")
+
+    def start(self, step, num_steps, answers, parameters) -> None:
+        say(f"{num_steps:,} steps over {answers:,} answers." + (f" Going on from step {step:,}." if step else ""))
+
+    def step(self, step, num_steps, loss, lr, answers_per_second, seconds_left, **_) -> None:
+        text = f"step {step:,}/{num_steps:,}  loss {loss:.4f}  lr {lr:.1e}  {answers_per_second:,.0f} answers/s"
+        self.progress.show(f"{text}  {duration(seconds_left)} left", last=step == num_steps)
+
+    def held_out(self, step, loss) -> None:
+        self.progress.show(f"step {step:,}  held-out loss {loss:.4f}", last=True)
+
+    def warning(self, text) -> None:
+        say(f"Warning: {text}")

@@ -1,0 +1,66 @@
+"""Compare base and tuned on held-out data, with confidence intervals.
+
+  vlm-lora eval ./test.jsonl --adapter runs/photos
+  vlm-lora eval ./test.jsonl --adapter runs/photos --blank --json
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from vlm_lora.cli.console import Progress, say
+from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", help="folder or file of held-out images and answers")
+    parser.add_argument("--adapter", metavar="RUN", help="run folder or adapter folder; without it the base alone")
+    parser.add_argument("--model", metavar="TEXT", help="base model (default: the one the adapter names)")
+    parser.add_argument("--format", metavar="TEXT", help="format of the data (default: found out by looking)")
+    parser.add_argument("--prompt", metavar="TEXT", help="instruction for captions (default: the adapter's)")
+    parser.add_argument("--max-new-tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, metavar="N")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--blank", action="store_true", help="also answer with every image blanked out")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write predictions, scores and report there")
+    parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    from vlm_lora.data.readers import read_dataset
+    from vlm_lora.errors import DataError
+    from vlm_lora.inference.captioner import Captioner, Decoding
+    from vlm_lora.inference.evaluate import evaluate, table
+    from vlm_lora.inference.report import write_report
+
+    decoding = Decoding(max_new_tokens=options.max_new_tokens)
+    captioner = Captioner.load(options.model, options.adapter, prompt=options.prompt, dtype=options.dtype)
+    dataset = read_dataset(options.data, format=options.format, prompt=captioner.prompt)
+    for row in dataset.bad[:5]:
+        say(f"Left out: {row.source}{f':{row.line}' if row.line else ''}: {row.reason}.")
+    if not dataset.examples:
+        raise DataError(f"{options.data}: no usable example in it ({len(dataset.bad)} rows cannot be used).")
+    progress = Progress()
+    evaluation = evaluate(
+        captioner,
+        dataset.examples,
+        blanked=options.blank,
+        decoding=decoding,
+        progress=lambda done, total: progress.count("Answers:", done, total),
+    )
+    scores = evaluation.scores
+    if options.output:
+        evaluation.write(options.output)
+        title = Path(options.data).name
+        command = shlex.join(["vlm-lora", *sys.argv[1:]])
+        say(f"Report with pictures: {write_report(options.output, evaluation, title=title, command=command)}")
+    if options.json:
+        print(json.dumps(scores))
+    else:
+        print(f"{scores['examples']:,} images, {scores['answers']:,} questions, {dataset.format}\n")
+        print(table(scores))
+    if dataset.bad:
+        say(f"{len(dataset.bad):,} rows were left out of this.")
+        return 3
+    return 0

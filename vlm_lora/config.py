@@ -1,0 +1,164 @@
+"""Every knob of a training run, once: its name, default, unit and help. Flags, YAML and Python read them from here."""
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from vlm_lora.errors import ConfigError
+
+DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
+DEFAULT_PROMPT = "Describe this image."
+DEFAULT_MAX_NEW_TOKENS = 64
+
+
+def knob(default: Any, help: str, **extra: Any) -> Any:
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One training run. All fields but ``data`` have a default; `ConfigError` names the field that is wrong."""
+
+    data: str = field(metadata={"help": "folder or file with images and captions, or questions and answers"})
+    model: str = knob(DEFAULT_MODEL, "base model: hub name, local folder, or 'tiny' (embedded, needs no network)")
+    output: str | None = knob(None, "run folder to write; by default runs/<data>-<date>-<time>")
+    format: str | None = knob(None, "format of the data; by default it is found out by looking")
+    prompt: str = knob(DEFAULT_PROMPT, "the instruction that a caption answers")
+    val: str | None = knob(None, "held-out data of its own, instead of a part split off")
+    val_split: float = knob(0.1, "fraction of the images held out when --val is not given; 0 holds out none")
+    on_bad_row: str = knob(
+        "stop", "what to do about rows that cannot be used", choices=("stop", "quarantine")
+    )
+
+    method: str = knob("lora", "fine-tuning method", choices=("lora",))
+    rank: int = knob(16, "LoRA rank r")
+    alpha: float | None = knob(None, "LoRA alpha; by default twice the rank")
+    dropout: float = knob(0.0, "LoRA dropout, a probability")
+
+    epochs: float = knob(3.0, "passes over the training answers")
+    max_steps: int | None = knob(None, "stop after so many optimizer steps, whatever --epochs says")
+    batch_size: int = knob(16, "answers per optimizer step; captions and answers of one image share its tokens")
+    lr: float = knob(2e-4, "peak learning rate")
+    warmup: float = knob(0.05, "fraction of the steps over which the learning rate rises")
+    weight_decay: float = knob(0.0, "AdamW weight decay")
+    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm")
+    micro_batch_tokens: int = knob(4096, "tokens, padding included, in one forward and backward pass")
+    max_tokens: int = knob(4096, "longest image-and-answer sequence allowed; longer ones are reported as bad rows")
+    seed: int = knob(0, "seed of the split, the order, the adapter's start and dropout")
+
+    dtype: str = knob(
+        "auto", "number format of the base: bfloat16 where the device is good at it, else float32",
+        choices=("auto", "float32", "bfloat16"),
+    )  # fmt: skip
+    min_pixels: int | None = knob(None, "smallest image area in pixels; by default what the model's processor says")
+    max_pixels: int | None = knob(None, "largest image area in pixels; by default what the model's processor says")
+    cache: bool = knob(True, "keep the frozen vision tower's output on disk, so that it runs once per image ever")
+    save_every: int = knob(200, "optimizer steps between checkpoints")
+    keep_checkpoints: int = knob(2, "how many of the newest checkpoints are kept")
+
+    def __post_init__(self) -> None:
+        def require(good: bool, name: str, expected: str) -> None:
+            if not good:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"{flag} is {getattr(self, name)!r}; expected {expected}.")
+
+        for knob_field in fields(self):
+            choices = knob_field.metadata.get("choices")
+            if choices:
+                require(getattr(self, knob_field.name) in choices, knob_field.name, "one of " + ", ".join(choices))
+        require(0 <= self.val_split < 1, "val_split", "a fraction from 0 to below 1")
+        require(self.rank >= 1, "rank", "1 or more")
+        require(self.alpha is None or self.alpha > 0, "alpha", "a number above 0")
+        require(0 <= self.dropout < 1, "dropout", "a probability from 0 to below 1")
+        require(self.epochs > 0, "epochs", "a number above 0")
+        require(self.max_steps is None or self.max_steps >= 1, "max_steps", "1 or more")
+        require(self.batch_size >= 1, "batch_size", "1 or more answers")
+        require(self.lr > 0, "lr", "a number above 0")
+        require(0 <= self.warmup <= 1, "warmup", "a fraction from 0 to 1")
+        require(self.weight_decay >= 0, "weight_decay", "0 or more")
+        require(self.max_grad_norm > 0, "max_grad_norm", "a number above 0")
+        require(self.max_tokens >= 16, "max_tokens", "16 or more")
+        require(self.micro_batch_tokens >= 1, "micro_batch_tokens", "1 or more")
+        require(self.save_every >= 1, "save_every", "1 or more steps")
+        require(self.keep_checkpoints >= 1, "keep_checkpoints", "1 or more")
+        require(self.prompt.strip() != "", "prompt", "some words")
+        for name in ("min_pixels", "max_pixels"):
+            require(getattr(self, name) is None or getattr(self, name) > 0, name, "a number of pixels above 0")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ConfigError(f"--min-pixels {self.min_pixels} is above --max-pixels {self.max_pixels}.")
+
+    @property
+    def lora_alpha(self) -> float:
+        return 2 * self.rank if self.alpha is None else self.alpha
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def replace(self, **changes: Any) -> "TrainConfig":
+        return replace(self, **changes)
+
+
+def knob_type(name: str) -> type:
+    """The plain type of a field of `TrainConfig`: ``int`` for ``int | None``."""
+    hint = get_type_hints(TrainConfig)[name]
+    return next((part for part in getattr(hint, "__args__", ()) if part is not type(None)), hint)
+
+
+def default_of(name: str) -> Any:
+    return next(f.default for f in fields(TrainConfig) if f.name == name)
+
+
+def config_from(values: dict[str, Any], source: str) -> TrainConfig:
+    """A `TrainConfig` from names and values, such as a YAML file's; ``source`` goes into the errors.
+
+    Raises:
+        ConfigError: for an unknown name (with the nearest known one), a value of the wrong type, or missing ``data``.
+    """
+    known = {f.name: f for f in fields(TrainConfig)}
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            near = get_close_matches(str(name), known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{source}: unknown setting {name!r}.{hint}")
+        if value is None and known[name].default is None:
+            checked[name] = None
+            continue
+        wanted = knob_type(name)
+        if wanted is float and isinstance(value, int | float) and not isinstance(value, bool):
+            value = float(value)
+        elif wanted is float and isinstance(value, str):  # YAML reads 2e-4, without a point, as text
+            try:
+                value = float(value)
+            except ValueError:
+                pass
+        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+            raise ConfigError(f"{source}: {name} is {value!r}; expected {wanted.__name__}.")
+        checked[name] = value
+    if "data" not in checked:
+        raise ConfigError(f"{source}: no data given. Say which folder or file to train on: vlm-lora train DATA")
+    return TrainConfig(**checked)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Names and values of a YAML run file."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected 'name: value' lines, found {type(values).__name__}.")
+    return values
+
+
+def write_yaml(config: TrainConfig, path: Path) -> None:
+    import yaml
+
+    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+

@@ -1,0 +1,93 @@
+"""`Example`: one image (or an ordered few) and all that is said about it. No pixels, no tokens."""
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from vlm_lora.errors import DataError
+
+MAX_FILE_BYTES = 1 << 30  # 50 megapixels of 16-bit RGBA are 400 MB; what is larger than 1 GiB is no picture
+
+
+def read_regular_file(path: Path, name: str) -> bytes:
+    """Bytes of a regular file. Raises DataError for anything else; never waits on a FIFO or a device."""
+    try:
+        # O_NONBLOCK: opening a FIFO that nobody writes to would wait for ever
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"{name!r} cannot be opened: {reason}; check that the file is there and readable"
+        ) from error
+    try:
+        with open(descriptor, "rb") as file:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise DataError(f"{name!r} is not a regular file; expected an image file")
+            if found.st_size > MAX_FILE_BYTES:
+                raise DataError(
+                    f"{name!r} has {found.st_size:,} bytes, the limit is {MAX_FILE_BYTES:,}; shrink it"
+                )
+            return file.read(MAX_FILE_BYTES)
+    except OSError as error:  # a directory, a bad disk
+        raise DataError(
+            f"{name!r} cannot be read: {error.strerror or error}; expected an image file"
+        ) from error
+
+
+class ByteSource(Protocol):
+    """Where an image lies inside another file (a Parquet cell, a member of a tar). Hashable, picklable."""
+
+    def read(self) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """Where the bytes of one image are. Nothing is read before `read_bytes`."""
+
+    path: Path
+    """Absolute and resolved; with `embedded`, the file that holds the image."""
+    name: str
+    """As written in the data, for messages."""
+    size: int | None = None
+    """Bytes, as found when the data was read; None where nobody looked."""
+    sha256: str | None = None
+    """Hash of the bytes (hex) where the reader had them in its hands anyway."""
+    embedded: ByteSource | None = None
+    """Set where the image is not a file of its own."""
+
+    def read_bytes(self) -> bytes:
+        """The encoded image. Raises DataError if it is gone, unreadable or not a regular file."""
+        return self.embedded.read() if self.embedded else read_regular_file(self.path, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One thing asked and its answer."""
+
+    user: str
+    assistant: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """A conversation about the images of its Example; a caption is a dialogue of one turn."""
+
+    turns: tuple[Turn, ...]
+    kind: str | None = None
+    """Type of the question, where the data has one ("yes/no", "colour")."""
+    accepted: tuple[str, ...] = ()
+    """All human answers to the last turn where the data has several, else empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One image (or an ordered few) and its dialogues: five COCO captions are five of one turn."""
+
+    id: str
+    images: tuple[ImageRef, ...]
+    dialogues: tuple[Dialogue, ...]
+    source: str
+    """`file:line` of the first row that named these images."""

@@ -1,0 +1,217 @@
+"""One image loader for training, evaluation, captioning and the demo: bytes in, a checked RGB image out.
+
+Content decides, not the extension. Knows nothing of data formats and models: resizing for one is `encode`'s.
+"""
+
+import hashlib
+import io
+import os
+import re
+import stat
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import unquote
+
+from PIL import Image, UnidentifiedImageError
+
+from vlm_lora.data.example import ImageRef, read_regular_file
+from vlm_lora.errors import DataError
+
+MAX_DECODED_PIXELS = 50_000_000  # a 17 KB PNG can be 144 megapixels and 430 MB when decoded
+
+# An explicit list: among the rest of Pillow's formats are some that run other programs (EPS calls
+# Ghostscript) and some without a signature (TGA takes arbitrary bytes for a picture).
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP")
+IMAGE_SUFFIXES = frozenset(
+    f".{name}"
+    for name in (
+        *("avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpe", "jpeg", "jpg"),
+        *("pbm", "pgm", "png", "ppm", "qoi", "svg", "tif", "tiff", "webp"),
+    )
+)
+
+_UPRIGHT = {  # EXIF orientation -> what brings the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION = 0x0112
+
+
+def content_hash(data: bytes) -> str:
+    """SHA-256 of the encoded bytes, hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def load_image(
+    source: ImageRef | Path | str | bytes | Image.Image, *, max_decoded_pixels: int = MAX_DECODED_PIXELS
+) -> Image.Image:
+    """Upright RGB image of any size from 1x1, without metadata (so that nobody rotates it a second time).
+
+    Transparency is composited on white; 16-bit and float images are scaled to 8 bits, not clipped; of an
+    animation the first frame is taken. Raises DataError, with the image's name, for whatever is not a whole
+    image of at most `max_decoded_pixels` (checked before decoding; Pillow itself refuses 178 megapixels).
+    """
+    if isinstance(source, Image.Image):
+        return _decode(source, getattr(source, "filename", "") or "the image", max_decoded_pixels)
+    if isinstance(source, bytes):
+        return _open(source, f"the image ({len(source):,} bytes)", max_decoded_pixels)
+    if isinstance(source, ImageRef):
+        return _open(source.read_bytes(), repr(source.name), max_decoded_pixels)
+    return _open(read_regular_file(Path(source), str(source)), repr(str(source)), max_decoded_pixels)
+
+
+def _open(data: bytes, name: str, limit: int) -> Image.Image:
+    formats = FORMATS
+    if not data:
+        raise DataError(f"{name} is empty (0 bytes); copy or download it again")
+    head = data[:65536].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if head.startswith((b"<svg", b"<?xml", b"<!--", b"<!doctype svg")) and b"<svg" in head:
+        raise DataError(f"{name} is an SVG drawing, which has no pixels; render it to PNG first")
+    if data[4:8] == b"ftyp" and b"avi" not in data[8:32] and re.search(rb"hei[cxm]|hev[cx]|mif1", data[8:32]):
+        _register_heif(name)
+        formats = (*FORMATS, "HEIF")
+    try:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            return _decode(image, name, limit)
+    except UnidentifiedImageError:
+        raise DataError(
+            f"{name} is not an image that can be read (it starts with {data[:12]!r}); expected "
+            + ", ".join(FORMATS)
+        ) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own check
+        pixels = int(re.search(r"\d+", str(error)).group())
+        raise _too_large(name, f"{pixels / 1e6:,.0f}", limit) from None
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything for damaged bytes
+        raise _damaged(name, error) from error
+
+
+def _decode(image: Image.Image, name: str, limit: int) -> Image.Image:
+    width, height = image.size
+    if width * height > limit:
+        raise _too_large(name, f"{width}x{height} = {width * height / 1e6:,.0f}", limit)
+    if width * height == 0:
+        raise DataError(f"{name} has no pixels ({width}x{height})")
+    try:
+        image.load()
+        turn = _UPRIGHT.get(_orientation(image))
+        image = _to_rgb(image, name)
+    except DataError:
+        raise
+    except Exception as error:
+        raise _damaged(name, error) from error
+    image = image.transpose(turn) if turn is not None else image
+    image.info = {}
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1..8. Damaged metadata is no damaged picture: it counts as upright, as in browsers."""
+    with suppress(Exception):
+        return image.getexif().get(_ORIENTATION, 1)
+    return 1
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    # .convert() would clip these: white 16-bit and black float images
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _to_8_bits(image, name).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """Gray of 16 or 32 bits or floats -> "L".
+
+    Integers are on the scale of the smallest usual depth (8, 10, 12, 14, 16 bits) that holds their maximum: a
+    12-bit scan in a 16-bit file is not black. Floats within 0..1 or 0..255 are on that scale. Whatever lies
+    outside of these scales is stretched from its minimum to its maximum.
+    """
+    import numpy as np
+
+    values = np.asarray(image.convert("I") if image.mode.startswith("I;") else image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise DataError(f"{name} holds NaN or infinite pixel values; write it with finite ones")
+    low, high = float(values.min()), float(values.max())
+    tops = (1.0, 255.0) if image.mode == "F" else (255.0, 1023.0, 4095.0, 16383.0, 65535.0)
+    top = next((top for top in tops if high <= top), None)
+    if low < 0 or top is None:
+        values, top = values - low, (high - low) or 1.0
+    return Image.fromarray(np.rint(values * (255.0 / top)).astype(np.uint8))
+
+
+def _register_heif(name: str) -> None:
+    try:
+        import pillow_heif
+    except ImportError:
+        raise DataError(
+            f"{name} is a HEIC/HEIF image; `pip install pillow-heif` to read it, or save it as JPEG"
+        ) from None
+    pillow_heif.register_heif_opener()
+
+
+def _too_large(name: str, megapixels: str, limit: int) -> DataError:
+    return DataError(f"{name} has {megapixels} megapixels, the limit is {limit / 1e6:,.0f}; scale it down")
+
+
+def _damaged(name: str, error: Exception) -> DataError:
+    return DataError(
+        f"{name} is damaged or cut off ({error or type(error).__name__}); copy or download it again"
+    )
+
+
+def find_image(
+    name: object, root: Path, folders: tuple[Path, ...] = (), *, allow_outside: bool = False
+) -> ImageRef:
+    """The image that `name`, as written in the data, means.
+
+    Args:
+        root: The resolved folder that images may not leave.
+        folders: Where a relative name is looked for, the first that has it; `(root,)` where left out.
+
+    Raises DataError if it is missing, a URL, outside of `root` (also by a symlink), or no regular file.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise DataError(f"expected the file name of an image, found {name!r}")
+    plain = unquote(name[7:]) if name.startswith("file:///") else name
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", plain):  # two letters or more: C:\ is a drive
+        raise DataError(
+            f"{name[:200]!r} is a URL, which is not fetched; download it and write its file name here"
+        )
+    folders = folders or (root,)
+    try:
+        plain.encode(
+            "utf-8"
+        )  # a name of other bytes may exist, but could be neither printed nor written to a report
+        candidates = [folder / plain for folder in folders]
+        path = next((c for c in candidates if os.path.lexists(c)), None)
+        if path is None:
+            looked = ", ".join(dict.fromkeys(f"{f.relative_to(root).as_posix()}/" for f in folders))
+            raise DataError(f"there is no file {name!r} (looked in {looked} of the data folder)")
+        real = Path(os.path.realpath(path, strict=True))
+        found = os.stat(real)
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # NUL in the name, too long, loop of symlinks, dangling one
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"{name[:200]!r} cannot be opened: {reason}; check the name and what it points to"
+        ) from None
+    if not allow_outside and not real.is_relative_to(root):
+        raise DataError(
+            f"{name!r} lies outside of the data folder; move it there, or pass --allow-outside to trust it"
+        )
+    if not stat.S_ISREG(found.st_mode):
+        what = "a folder" if stat.S_ISDIR(found.st_mode) else "a device, a pipe or a socket"
+        raise DataError(f"{name!r} is {what}; expected an image file")
+    return ImageRef(path=real, name=name, size=found.st_size)

@@ -1,0 +1,280 @@
+"""`read_dataset`: finds out what a folder or a file holds and yields Examples, gathered by image.
+
+Each module here knows one family: `folders` (sidecars), `tables` (JSONL, JSON, CSV, Parquet: rows), `rows`
+(what a row means), `coco` (COCO captions, VQAv2). None decodes an image: that it is a regular file inside of
+the data is all that is checked.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vlm_lora.data.example import ImageRef
+from vlm_lora.data.images import find_image
+from vlm_lora.data.readers import coco, folders, tables
+from vlm_lora.data.readers.gather import BadRow, Dataset, Said, gather
+from vlm_lora.data.readers.rows import SHAPES, RowReader, check_columns
+from vlm_lora.errors import ConfigError, DataError
+
+__all__ = ["FORMATS", "BadRow", "Dataset", "read_dataset"]
+
+FORMATS = {
+    "imagefolder": "a folder with metadata.jsonl, metadata.csv or metadata.parquet: file_name, text",
+    "sidecar": "a folder of images, each with a .txt or .caption file of the same name",
+    "messages": "rows {messages: [{role, content}], images} in .jsonl or .json",
+    "conversations": "rows {conversations: [{from, value}], image} (ShareGPT, LLaVA) in .jsonl or .json",
+    "query-response": "rows {query, response, images} in .jsonl or .json",
+    "qa": "rows {image, question, answer or answers} in .jsonl or .json",
+    "captions": "rows {image, caption or captions or text} in .jsonl or .json",
+    "coco": "COCO captions: a .json of images and annotations",
+    "vqav2": "VQAv2: a .json of questions and a .json of annotations",
+    "csv": "rows under a header, .csv",
+    "tsv": "rows under a header, .tsv",
+    "parquet": "rows with images inside or beside, .parquet (one, or train-*.parquet)",
+}
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "pictures", "photos", "train", "val")
+IMAGE_FOLDERS += ("train2014", "val2014", "train2017", "val2017")
+
+
+def read_dataset(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    prompt: str,
+    columns: dict[str, str] | None = None,
+    allow_outside: bool = False,
+) -> Dataset:
+    """All of `path`, a folder or a file; its format is found out by looking where `format` is None.
+
+    A folder is read as what it holds itself; where it has a `train/` and no data of its own, as that. Files
+    of rows are also looked for in `data/` and `annotations/`; sidecar folders are read with their direct
+    sub-folders.
+
+    Args:
+        prompt: The instruction that captions answer.
+        columns: Our name (image, caption, question, answer, kind, ...) -> the data's, where that is unusual.
+        allow_outside: Take images outside of the data's folder too (`..`, absolute names, symlinks).
+
+    Raises DataError where nothing is recognised, or more than one thing; ConfigError for an unknown format or
+    key of `columns`. A bad row never raises: it becomes a BadRow.
+    """
+    columns = dict(columns or {})
+    check_columns(columns)
+    if format is not None and format not in FORMATS:
+        raise ConfigError(f"--format {format}: unknown; expected one of {', '.join(FORMATS)}")
+    path = Path(path)
+    try:
+        if not path.exists():
+            raise DataError(f"{str(path)!r}: there is no such folder or file; check the name")
+        path = path.resolve()
+        reading = _Reading(path, prompt, columns, allow_outside)
+        if path.is_dir():
+            return _read_folder(path, format, reading)
+        if not path.is_file():
+            raise DataError(f"{path.name}: is not a regular file; expected a folder or one of {_suffixes()}")
+        return _read_file(path, format, reading)
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or error}; check its permissions"
+        raise DataError(f"{error.filename or path.name}: {reason}") from error
+
+
+class _Reading:
+    """What holds for one call: the root that images may not leave, where they are looked for."""
+
+    def __init__(self, path: Path, prompt: str, columns: dict[str, str], allow_outside: bool):
+        self.root = path if path.is_dir() else path.parent
+        if path.is_file() and self.root.name == "annotations":  # COCO's own layout has images beside it
+            self.root = self.root.parent
+        self.prompt, self.columns, self.allow_outside = prompt, columns, allow_outside
+        self.folders: tuple[Path, ...] = (self.root,)
+        self.found: dict[str, ImageRef] = {}
+        self.asked: set[str] = set()
+
+    def look_beside(self, file: Path) -> None:
+        """Look for images in the file's folder, in the root, and in `images/` and the like below these."""
+        names = [file.stem, *re.findall(r"(?:train|val|test)\d*", file.stem), *IMAGE_FOLDERS]
+        places = [file.parent, self.root]
+        places += [place / name for place in places for name in names]
+        self.folders = tuple(dict.fromkeys(p for p in places if p.is_dir()))
+
+    def find(self, value: Any) -> ImageRef:
+        if isinstance(value, ImageRef):  # embedded: the container's reader made it
+            return value
+        if isinstance(value, dict) and isinstance(value.get("path"), str):
+            value = value["path"]
+        if isinstance(value, str) and value in self.found:
+            return self.found[value]
+        if isinstance(value, str):
+            self.asked.add(value)
+        ref = find_image(value, self.root, self.folders, allow_outside=self.allow_outside)
+        self.found[value] = ref
+        return ref
+
+    def name(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+    def rows(
+        self, path: Path, shape: str | None = None, kind: str | None = None
+    ) -> tuple[str, list[Said | BadRow]]:
+        """The shape of the first row that has one, and all rows of one file, those of other shapes too.
+
+        Raises DataError where there are no rows, or none has a shape that we know.
+        """
+        source = self.name(path)
+        reader = RowReader(self.prompt, self.find, self.columns, shape)
+        found: list[Said | BadRow] = []
+        fields: dict[str, None] = {}
+        first = shape
+        for item in tables.read_table(path, source, kind):
+            if isinstance(item, BadRow):
+                found.append(item)
+                continue
+            line, row = item
+            found += reader.read(row, source, line)
+            if first is None and isinstance(row, dict):
+                first = reader.shape_of(row)
+                fields |= dict.fromkeys(row)
+        known = "; ".join(f"{name}: {FORMATS[name].split(' in .')[0]}" for name in SHAPES)
+        if not found:
+            raise DataError(f"{source}: holds no rows; expected {known}")
+        if first is None:
+            names = ", ".join(map(repr, list(fields)[:20]))
+            what = f"their fields are {names}" if fields else f"the first one {found[0].reason}"
+            raise DataError(
+                f"{source}: none of {len(found)} rows is understood: {what}; "
+                f"expected {known} (other names: --columns caption=NAME)"
+            )
+        return first, found
+
+
+def _read_folder(folder: Path, format: str | None, reading: _Reading) -> Dataset:
+    files = folders.visible_files(folder, below=False)
+    metadata = [f for f in files if f.name in METADATA and f.is_file()]
+    if metadata and format in (None, "imagefolder"):
+        return _read_imagefolder(folder, metadata, reading)
+    data_files = _data_files(folder, format)
+    sidecars = folders.has_sidecars(files)
+    if not data_files and not sidecars and format != "sidecar" and (folder / "train").is_dir():
+        return _read_folder(folder / "train", format, reading)
+    if not data_files:
+        files = folders.visible_files(folder)
+        sidecars = folders.has_sidecars(files)
+    if data_files and sidecars and format is None:
+        raise DataError(
+            f"{folder.name}: holds images with captions, and {data_files[0].name}; pass --format sidecar "
+            "for the one, or the file itself for the other"
+        )
+    if data_files:
+        reading.look_beside(data_files[0])
+        if len(data_files) > 1:
+            return gather("parquet", [said for file in data_files for said in reading.rows(file)[1]])
+        return _read_file(data_files[0], format, reading)
+    if sidecars and format in (None, "sidecar"):
+        said = folders.read_sidecars(reading.root, files, reading.prompt, allow_outside=reading.allow_outside)
+        return gather("sidecar", said)
+    images = sum(map(folders.is_image_name, files))
+    known = "; ".join(f"{name}: {what}" for name, what in FORMATS.items() if format in (None, name))
+    raise DataError(
+        f"{str(folder)!r}: nothing recognised among {len(files)} files ({images} images); "
+        f"expected one of: {known}"
+    )
+
+
+def _read_imagefolder(folder: Path, metadata: list[Path], reading: _Reading) -> Dataset:
+    if len(metadata) > 1:
+        raise DataError(f"{folder.name}: holds {' and '.join(m.name for m in metadata)}; keep one")
+    reading.folders = (folder,)
+    _, said = reading.rows(metadata[0])
+    known = {ref.path for ref in reading.found.values()}
+    reason = f"no row of {metadata[0].name} names this image; add one, or remove it"
+    uncovered = [
+        BadRow(reading.name(path), None, reason)
+        for path in folders.images_below(folder)  # the Hugging Face loader drops these without a word
+        if path.relative_to(folder).as_posix() not in reading.asked
+        and Path(os.path.realpath(path)) not in known
+    ]
+    return gather("imagefolder", said + uncovered)
+
+
+def _data_files(folder: Path, format: str | None) -> list[Path]:
+    """The file of rows that is meant, or all shards of one Parquet table. Raises DataError if in doubt."""
+    if format in ("sidecar", "imagefolder"):
+        return []
+    if format in ("csv", "tsv", "parquet"):
+        suffixes: tuple[str, ...] = (f".{format}",)
+    else:
+        suffixes = (".json",) if format in ("coco", "vqav2") else tables.SUFFIXES
+    for place in (folder, folder / "data", folder / "annotations"):
+        files = folders.visible_files(place, below=False) if place.is_dir() else []
+        found = [f for f in files if f.suffix.lower() in suffixes and f.is_file()]
+        found = [f for f in found if not f.stem.startswith("dataset_info")]  # `datasets` puts it beside data
+        if not any("question" in f.stem.lower() for f in found):
+            found = _with_word("caption", found)  # captions_train2017.json, not instances_train2017.json
+        elif format == "vqav2":
+            found = [f for f in found if re.search("question|annotation", f.stem.lower())]
+        found = _with_word("train", found)  # train.jsonl, not test.jsonl
+        if len(found) == 2 and coco.find_partner(found[0], found):
+            return found[:1]
+        shards = {re.sub(r"\d+-of-\d+", "", f.name) for f in found}
+        if len(found) > 1 and (len(shards) > 1 or found[0].suffix.lower() != ".parquet"):
+            names = ", ".join(f.name for f in found[:8])
+            raise DataError(
+                f"{folder.name}: holds {len(found)} files of rows ({names}); pass the one you mean"
+            )
+        if found:
+            return found
+    return []
+
+
+def _with_word(word: str, files: list[Path]) -> list[Path]:
+    """Those of `files` with the word in their name, or all if there are none."""
+    return [f for f in files if re.search(rf"(?<![a-z]){word}s?(?![a-z])", f.stem.lower())] or files
+
+
+def _read_file(path: Path, format: str | None, reading: _Reading) -> Dataset:
+    reading.look_beside(path)
+    suffix = path.suffix.lower()
+    if format in ("imagefolder", "sidecar"):
+        raise DataError(f"{path.name}: --format {format} needs a folder; pass the one that holds this file")
+    if format in ("csv", "tsv", "parquet") or (format is None and suffix in (".csv", ".tsv", ".parquet")):
+        kind = f".{format}" if format else suffix
+        return gather(kind[1:], reading.rows(path, kind=kind)[1])
+    if format in (None, "coco", "vqav2") and suffix == ".json":
+        data = _peek(path)
+        if coco.is_coco(data) and format != "vqav2":
+            return gather("coco", coco.read_coco(data, reading.name(path), reading.prompt, reading.find))
+        if (coco.is_questions(data) or coco.is_answers(data)) and format != "coco":
+            return gather("vqav2", _read_vqa(path, data, reading))
+    if format in ("coco", "vqav2"):
+        raise DataError(f"{path.name}: is not {FORMATS[format]}")
+    if suffix not in tables.SUFFIXES:
+        raise DataError(f"{path.name}: expected a folder or one of {_suffixes()}")
+    return gather(*reading.rows(path, shape=format))
+
+
+def _read_vqa(path: Path, data: Any, reading: _Reading) -> Iterator[Said | BadRow]:
+    beside = [f for f in folders.visible_files(path.parent, below=False) if f.suffix.lower() == ".json"]
+    partner = coco.find_partner(path, [f for f in beside if f.is_file()])
+    other = _peek(partner) if partner else None
+    questions, answers = (data, other) if coco.is_questions(data) else (other, data)
+    if not coco.is_questions(questions) or not coco.is_answers(answers):
+        missing = "annotations" if coco.is_questions(data) else "questions"
+        raise DataError(f"{path.name}: is half of VQAv2; expected the {missing} of the same set beside it")
+    return coco.read_vqa(questions, answers, reading.name(path), reading.find)
+
+
+def _peek(path: Path) -> Any:
+    """The value of a JSON file, None where it is no whole object: `tables` then reads it row by row."""
+    text = tables.read_text(path, path.name)
+    try:
+        return json.loads(text) if text.lstrip().startswith("{") else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _suffixes() -> str:
+    return ", ".join(tables.SUFFIXES)

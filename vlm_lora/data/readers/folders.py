@@ -1,0 +1,100 @@
+"""Folders of images, each with a caption file of its own (sidecar), and what files a folder holds at all."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from vlm_lora.data.example import Dialogue, Turn
+from vlm_lora.data.images import IMAGE_SUFFIXES, find_image
+from vlm_lora.data.readers.gather import BadRow, Said
+from vlm_lora.data.readers.rows import text_of
+from vlm_lora.errors import DataError
+
+CAPTION_SUFFIXES = (".txt", ".caption")
+NOT_CAPTIONS = ("readme", "license", "licence", "notes", "classes", "requirements")
+
+
+def visible_files(folder: Path, *, below: bool = True) -> list[Path]:
+    """Files of the folder and (`below`) its direct sub-folders, sorted; nothing hidden, no linked folder."""
+    found = []
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+        if _is_hidden(entry.name):
+            continue
+        if not os.path.isdir(entry.path):  # unlike entry.is_dir() it does not raise for a loop of links
+            found.append(Path(entry.path))
+        elif below and not entry.is_symlink():
+            found += visible_files(Path(entry.path), below=False)
+    return found
+
+
+def images_below(folder: Path) -> Iterator[Path]:
+    """Files named like an image in the folder and, at any depth, below it; linked folders are not entered."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        yield from (p for name in sorted(files) if is_image_name(p := Path(parent, name)))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__"))  # .git, ._a.jpg and __MACOSX of a Mac's archives
+
+
+def is_image_name(path: Path) -> bool:
+    """Whether the name promises an image; what is inside, `load_image` finds out."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(path.name)
+
+
+def has_sidecars(files: list[Path]) -> bool:
+    """Whether at least one image has a caption file of its own name."""
+    stems = {f.with_suffix("") for f in files if f.suffix.lower() in CAPTION_SUFFIXES}
+    return any(is_image_name(f) and f.with_suffix("") in stems for f in files)
+
+
+def read_sidecars(
+    root: Path, files: list[Path], prompt: str, *, allow_outside: bool
+) -> Iterator[Said | BadRow]:
+    """A dialogue for each image with exactly one caption file: all of it, without the newlines at its end.
+
+    BadRows: an image without one or with two (`a.txt`, `a.caption`), two images with the same one (`a.jpg`,
+    `a.png`), a caption file without an image.
+    """
+    images: dict[Path, list[Path]] = {}
+    captions: dict[Path, list[Path]] = {}
+    for path in files:
+        if is_image_name(path):
+            images.setdefault(path.with_suffix(""), []).append(path)
+        elif path.suffix.lower() in CAPTION_SUFFIXES:
+            captions.setdefault(path.with_suffix(""), []).append(path)
+    for stem, of_stem in images.items():
+        texts = captions.pop(stem, [])
+        for path in of_stem:
+            name = path.relative_to(root).as_posix()
+            try:
+                if not texts:
+                    raise DataError(f"has no caption; expected {stem.name + '.txt'!r} beside it")
+                if len(texts) > 1:
+                    raise DataError(f"has {len(texts)} captions: {_names(texts)}; keep one")
+                if len(of_stem) > 1:
+                    raise DataError(f"{texts[0].name!r} would be for {_names(of_stem)}; rename one")
+                ref = find_image(name, root, allow_outside=allow_outside)
+                caption = _caption(root, texts[0], allow_outside)
+                yield Said((ref,), Dialogue((Turn(prompt, caption),)), f"{name}:1")
+            except DataError as error:
+                yield BadRow(name, None, str(error))
+    for path in (path for texts in captions.values() for path in texts):
+        if path.stem.lower() not in NOT_CAPTIONS:
+            yield BadRow(path.relative_to(root).as_posix(), None, "is a caption without an image of its name")
+
+
+def _names(paths: list[Path]) -> str:
+    return ", ".join(repr(path.name) for path in paths)
+
+
+def _caption(root: Path, path: Path, allow_outside: bool) -> str:
+    # Looked at as an image is: a caption file may be a link out of the folder or a pipe just as well
+    ref = find_image(path.relative_to(root).as_posix(), root, allow_outside=allow_outside)
+    try:
+        text = ref.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
+        raise DataError(f"{path.name!r} is not UTF-8 ({byte}); save it as UTF-8") from None
+    return text_of(text.rstrip("\r\n"), f"caption file {path.name!r}")

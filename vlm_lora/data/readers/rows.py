@@ -1,0 +1,267 @@
+"""One row (a dict, wherever it came from) -> its images and dialogues. The keys tell the shape of the row:
+
+messages        `messages: [{role, content}]`, content a text or parts; images in the parts or under `images`
+conversations   `conversations: [{from, value}]` with `<image>` marks, `image` (ShareGPT, LLaVA)
+query-response  `query`, `response`, `images`, perhaps `history: [[query, response], ...]` (ms-swift)
+qa              an image, `question`, `answer` or `answers`
+captions        an image, `caption`, `captions`, `text`, ...
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vlm_lora.data.example import Dialogue, ImageRef, Turn
+from vlm_lora.data.readers.gather import BadRow, Said
+from vlm_lora.errors import ConfigError, DataError
+
+SHAPES = ("messages", "conversations", "query-response", "qa", "captions")
+MARK = "<image>"
+
+# What people call things; the first that a row has is taken.
+NAMES = {
+    "image": (
+        *("image", "images", "file_name", "file_names", "image_path", "image_file"),
+        *("img", "img_path", "filename", "filepath", "file", "path"),
+    ),
+    "caption": ("caption", "captions", "text", "texts", "description", "sentences", "sentence", "label"),
+    "question": ("question", "query", "instruction", "prompt"),
+    "answer": ("answer", "answers", "response", "output", "multiple_choice_answer", "label"),
+    "kind": ("question_type", "qtype", "kind", "answer_type"),
+    "messages": ("messages",),
+    "conversations": ("conversations", "conversation"),
+}
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+PLAIN_SYSTEM = "You are a helpful assistant."  # what the model's own chat template says where nothing is said
+
+
+@dataclass(frozen=True, slots=True)
+class RowReader:
+    """How the rows of one data set are to be read."""
+
+    prompt: str
+    """The instruction that captions answer."""
+    find: Callable[[Any], ImageRef]
+    """A name, or whatever else stands for an image in a row -> ImageRef; raises DataError."""
+    columns: dict[str, str]
+    """A key of NAMES -> the column of the data."""
+    shape: str | None = None
+    """One of SHAPES, or None: found out row by row."""
+
+    def read(self, row: object, source: str, line: int | None) -> Iterator[Said | BadRow]:
+        """All that the row says; what is wrong with it as BadRow. Never raises."""
+        try:
+            if not isinstance(row, dict):
+                raise DataError(f"is not an object with named fields but {type(row).__name__}")
+            shape = self.shape or self.shape_of(row)
+            if shape is None:
+                names = ", ".join(map(repr, list(row)[:20])) or "no fields"
+                raise DataError(f"has {names}; expected messages, conversations, a question or a caption")
+            named = self._value(row, "image")
+            named = named if isinstance(named, list) else [] if named is None else [named]
+            images = tuple(self.find(value) for value in named)
+            if shape == "captions":
+                said: list[Dialogue | str] = self._of_captions(row, len(images))
+            elif shape == "qa":
+                said = [self._of_question(row, len(images))]
+            else:
+                turns, images = self._of_chat(row, shape, images)
+                said = [Dialogue(turns, self._kind(row))]
+            if not images:
+                name = self.columns.get("image", "image, images or file_name")
+                raise DataError(f"names no image under {name}; add one, or say --columns image=NAME")
+            for dialogue in said:
+                if isinstance(dialogue, str):  # what is wrong with one of several captions
+                    yield BadRow(source, line, dialogue)
+                else:
+                    yield Said(images, dialogue, f"{source}:{line}")
+        except DataError as error:
+            yield BadRow(source, line, str(error))
+
+    def shape_of(self, row: dict) -> str | None:
+        """The first of SHAPES whose fields the row has, or None."""
+        for shape in ("messages", "conversations"):
+            if isinstance(self._value(row, shape), list):
+                return shape
+        if "caption" in self.columns and "question" not in self.columns:
+            return "captions" if self._name(row, "caption") else None
+        if "query" in row and "response" in row and "question" not in self.columns:
+            return "query-response"
+        question = self._name(row, "question")
+        # A `question` without an answer is still one, to be reported; a `prompt` without one may be anything
+        if question and (self._name(row, "answer") or question in ("question", "query")):
+            return "qa"
+        return "captions" if self._name(row, "caption") else None
+
+    def _name(self, row: dict, what: str) -> str | None:
+        if what in self.columns:
+            return self.columns[what] if self.columns[what] in row else None
+        names = [name for name in NAMES[what] if name in row]
+        if what == "image":  # "left_file_name": the imagefolder convention for several images
+            names += [name for name in row if str(name).endswith(("_file_name", "_file_names"))]
+        # A column that is null in this row does not hide a filled one behind it
+        return next((name for name in names if row[name] is not None), names[0] if names else None)
+
+    def _value(self, row: dict, what: str) -> Any:
+        name = self._name(row, what)
+        return None if name is None else row[name]
+
+    def _kind(self, row: dict) -> str | None:
+        value = self._value(row, "kind")
+        return value if isinstance(value, str) and value.strip() else None
+
+    def _of_captions(self, row: dict, num_images: int) -> list[Dialogue | str]:
+        value = self._value(row, "caption")
+        captions = value if isinstance(value, list) else [value]
+        if not captions:
+            raise DataError("has an empty list of captions; write one, or remove the row")
+        if len(captions) > 1 and num_images > 1:  # whole columns in one object, or all about all images?
+            raise DataError(
+                f"has {len(captions)} captions, {num_images} images; expected a row for each image"
+            )
+        found: list[Dialogue | str] = []
+        for caption in captions:
+            try:
+                found.append(Dialogue((Turn(self.prompt, text_of(caption, "caption")),), self._kind(row)))
+            except DataError as error:
+                found.append(str(error))
+        return found
+
+    def _of_question(self, row: dict, num_images: int) -> Dialogue:
+        question = text_of(self._value(row, "question"), "question")
+        _check_marks(question.count(MARK), num_images)
+        answer, best = self._value(row, "answer"), row.get("multiple_choice_answer")
+        if "answer" not in self.columns and isinstance(row.get("answers"), list) and row["answers"]:
+            answer, best = row["answers"], best or answer  # both: the answer to learn, and what people said
+        return answered(_without_marks(question), texts_of(answer, "answer"), best, self._value(row, "kind"))
+
+    def _of_chat(
+        self, row: dict, shape: str, images: tuple[ImageRef, ...]
+    ) -> tuple[tuple[Turn, ...], tuple[ImageRef, ...]]:
+        messages = _of_history(row) if shape == "query-response" else self._value(row, shape)
+        if not isinstance(messages, list):
+            raise DataError(f"has no list of {shape}; expected one of objects with a role and a content")
+        texts: list[tuple[str, str]] = []
+        inside: list = []
+        for message in messages:
+            role, text, named = _role_and_text(message)
+            texts.append((role, text))
+            inside += named
+        if inside and images:
+            raise DataError("names images both inside its messages and beside them; keep one of the two")
+        images = images or tuple(self.find(value) for value in inside)
+        _check_marks(sum(text.count(MARK) for role, text in texts if role == "user"), len(images))
+        return _turns(texts), images
+
+
+def check_columns(columns: dict[str, str]) -> None:
+    """Raises ConfigError for a key that is none of ours."""
+    for key, name in columns.items():
+        if key not in NAMES:
+            raise ConfigError(f"--columns {key}={name}: unknown {key!r}; expected one of {', '.join(NAMES)}")
+
+
+def text_of(value: object, what: str) -> str:
+    """The text as it is. Raises DataError where there is none, or where it cannot be text."""
+    if what == "answer" and isinstance(value, (int, float)) and not isinstance(value, bool):  # a count
+        value = str(value) if isinstance(value, int) or math.isfinite(value) else None
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise DataError(f"has an empty {what}; write one, or remove the row")
+    if not isinstance(value, str):
+        raise DataError(f"the {what} is no text but {type(value).__name__}; write it as text")
+    if "\0" in value:
+        raise DataError(f"the {what} holds a NUL byte; the file is damaged or no text: write it again")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"the {what} is not valid UTF-8; save the file as UTF-8") from None
+    return value
+
+
+def texts_of(value: object, what: str) -> list[str]:
+    """One text or a list of them, each perhaps in an object under `what` (VQAv2), at least one."""
+    values = value if isinstance(value, list) and value else [value or None]
+    return [text_of(v.get(what) if isinstance(v, dict) else v, what) for v in values]
+
+
+def answered(question: str, answers: list[str], best: object, kind: object) -> Dialogue:
+    """The answer to learn is `best` if that is one of them, else the commonest; `accepted` keeps several."""
+    if best not in answers:
+        best = Counter(answers).most_common(1)[0][0]
+    kind = kind if isinstance(kind, str) and kind.strip() else None
+    return Dialogue((Turn(question, best),), kind, tuple(answers) if len(answers) > 1 else ())
+
+
+def _check_marks(num_marks: int, num_images: int) -> None:
+    # No mark at all means "in front", as TRL and ms-swift have it; any other difference is a damaged row
+    if num_marks and num_marks != num_images:
+        raise DataError(f"has {num_marks} {MARK} mark(s) but {num_images} image(s); make them equal")
+
+
+def _of_history(row: dict) -> list[dict]:
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(p, list) and len(p) == 2 for p in history):
+        raise DataError("has a history that is not a list of [query, response] pairs")
+    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    for query, response in [*history, [row.get("query"), row.get("response")]]:
+        messages += [{"role": "user", "content": query}, {"role": "assistant", "content": response}]
+    return messages
+
+
+def _role_and_text(message: object) -> tuple[str, str, list]:
+    """(role, text with a mark for each image, the images that are named inside)."""
+    if not isinstance(message, dict):
+        raise DataError("has a message that is not an object with a role and a content")
+    role = message.get("role") or message.get("from")
+    if not isinstance(role, str) or role not in ROLES:
+        raise DataError(f"has a message of the role {role!r}; expected one of {', '.join(ROLES)}")
+    role = ROLES[role]
+    content = message["content"] if message.get("content") is not None else message.get("value")
+    if not isinstance(content, list):
+        return role, text_of(content, f"{role} message"), []
+    text, named = "", []
+    for part in content:
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text":
+            text += text_of(part.get("text"), f"{role} message")
+        elif kind in ("image", "image_url") and role == "user":
+            value = next((part[k] for k in ("image", "path", "url", "image_url") if part.get(k)), None)
+            value = value.get("url") or value if isinstance(value, dict) else value
+            text += MARK
+            named += [] if value is None else [value]  # without a name: the next one of `images`
+        else:
+            raise DataError(
+                f"has a part {kind!r} in a {role} message; expected text, or an image of the user"
+            )
+    return role, text_of(text, f"{role} message"), named
+
+
+def _turns(texts: list[tuple[str, str]]) -> tuple[Turn, ...]:
+    """Alternating user and assistant messages -> turns. A system message goes before the first question."""
+    system = ""
+    if texts and texts[0][0] == "system":
+        system, texts = texts[0][1].strip(), texts[1:]
+    if not texts or [role for role, _ in texts] != ["user", "assistant"] * (len(texts) // 2):
+        roles = ", ".join(role for role, _ in texts) or "nobody"
+        raise DataError(f"has messages of {roles}; expected user and assistant in turn, assistant last")
+    turns: list[Turn] = []
+    for (_, user), (_, assistant) in zip(texts[::2], texts[1::2], strict=True):
+        if turns and MARK in user:
+            raise DataError(f"has an image in turn {len(turns) + 1}; expected all images in the first one")
+        turns.append(Turn(_without_marks(user), assistant))
+    if system and system != PLAIN_SYSTEM:
+        turns[0] = Turn(f"{system}\n\n{turns[0].user}", turns[0].assistant)
+    return tuple(turns)
+
+
+def _without_marks(text: str) -> str:
+    """The question without its marks: images stand before it anyway. Between words a mark has a meaning."""
+    if MARK not in text:
+        return text
+    parts = [part for part in text.split(MARK) if part.strip()]
+    if len(parts) > 1:
+        raise DataError(f"has an {MARK} between words; expected all images before or behind the question")
+    return text_of(parts[0].strip() if parts else None, "question")

@@ -1,0 +1,60 @@
+"""Train and validation by image, never by row: no picture is on both sides."""
+
+import hashlib
+from collections.abc import Sequence
+
+from vlm_lora.data.example import Example, ImageRef
+from vlm_lora.data.images import content_hash
+from vlm_lora.errors import ConfigError, DataError
+
+
+def split_examples(
+    examples: Sequence[Example], fraction: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """(train, validation), each in the order of `examples`; validation has `fraction` (0..1) of them.
+
+    Examples that share an image, or a copy of it under another name, stay together. Which go to validation
+    follows from the hash of (seed, image bytes) alone: order and names do not matter, and further images only
+    shift the border. Reads each image's bytes once. Raises DataError for fewer than two different images, or
+    one that cannot be read; ConfigError for a fraction that is not between 0 and 1.
+    """
+    if not 0 < fraction < 1:
+        raise ConfigError(f"--val-split {fraction}: expected a fraction between 0 and 1")
+    hashes: dict[ImageRef, str] = {}
+    group_of: dict[str, str] = {}  # image hash -> another one of its group; a root points to itself
+
+    def root(key: str) -> str:
+        while group_of.setdefault(key, key) != key:
+            group_of[key] = key = group_of[group_of[key]]
+        return key
+
+    keys = []
+    for example in examples:
+        for ref in example.images:
+            if ref not in hashes:
+                hashes[ref] = ref.sha256 or content_hash(ref.read_bytes())
+        keys.append([hashes[ref] for ref in example.images] or [content_hash(example.id.encode())])
+        for key in keys[-1]:
+            low, high = sorted((root(key), root(keys[-1][0])))
+            group_of[high] = low  # the smallest hash stands for the group, whatever the order
+
+    groups: dict[str, list[int]] = {}
+    for index, (first, *_) in enumerate(keys):
+        groups.setdefault(root(first), []).append(index)
+    if len(groups) < 2:
+        raise DataError(
+            f"a validation split needs 2 different images, found {len(groups)} in {len(examples)} examples; "
+            "add images, or pass validation data of its own with --val"
+        )
+    ordered = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
+    wanted = max(1, min(len(examples) - 1, round(len(examples) * fraction)))
+    chosen: set[int] = set()
+    for group in ordered:
+        if len(chosen) + len(groups[group]) <= wanted:
+            chosen.update(groups[group])
+    if not chosen:  # every group is larger than what is wanted: the smallest one then
+        chosen.update(groups[min(ordered, key=lambda key: len(groups[key]))])
+    return (
+        [e for i, e in enumerate(examples) if i not in chosen],
+        [e for i, e in enumerate(examples) if i in chosen],
+    )

@@ -1,0 +1,1 @@
+"""Captions from a model, and what they are worth."""

@@ -1,0 +1,416 @@
+"""The picture report: one HTML file that shows what a run gained, on which images, and where it lost.
+
+Self-contained: styles, the loss curve and small copies of the pictures are inside, and it runs no script.
+Captions, questions and names come from data and from models, so every one of them is escaped.
+"""
+
+import base64
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from vlm_lora import __version__
+from vlm_lora.data.example import ImageRef
+from vlm_lora.data.images import load_image
+from vlm_lora.errors import DataError
+from vlm_lora.inference import metrics
+from vlm_lora.inference.evaluate import WHOLE_SCALE, Answered, Evaluation, headline
+
+PICTURES = 24
+"""Cards in the gallery."""
+THUMBNAIL = 256
+"""Longest side of a picture in the report, in pixels."""
+CRISP = 128
+"""Pictures up to this side are shown enlarged with their pixels sharp."""
+FEW_IMAGES = 20
+"""Below this, an interval over images says little."""
+
+NAMES = {
+    "exact_match": "Exact match",
+    "vqa_accuracy": "VQA accuracy",
+    "anls": "ANLS",
+    "cider_d": "CIDEr-D",
+    "bleu_4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+}
+MEANINGS = {
+    "exact_match": "the share of answers that equal a reference, but for case and a full stop at the end",
+    "vqa_accuracy": "agreement with the human answers: full marks where three or more of them say the same",
+    "anls": "how near the spelling comes to a reference, from 0 to 100 %",
+    "cider_d": "how much a caption says that the references say too, rare words counting most, from 0 to 10",
+    "bleu_4": "the share of runs of up to four words that occur in a reference",
+    "rouge_l": "how much of a reference comes in the same order in the caption",
+}
+WHO = {"base": "Base", "tuned": "Tuned", "blanked": "Tuned, picture greyed out"}
+
+
+def write_report(folder: Path, evaluation: Evaluation, *, title: str, command: str | None = None) -> Path:
+    """Write ``report.html`` into a run folder and return its path.
+
+    Args:
+        folder: also where ``metrics.jsonl`` is looked for; without it the report has no loss curve.
+        command: what the run was started with, shown at the end.
+    """
+    scores = evaluation.scores
+    sections = [
+        f"<h1>{escape(title)}</h1>",
+        "".join(f"<p class=lead>{escape(sentence)}</p>" for sentence in _summary(scores)),
+        "<h2>Scores</h2>" + _score_table(scores) + _kind_table(scores),
+        _loss_section(folder / "metrics.jsonl"),
+        _gallery(evaluation),
+        f"<h2>Command</h2><pre>{escape(command)}</pre>" if command else "",
+    ]
+    style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
+    body = "\n".join(filter(None, sections))
+    page = PAGE.format(title=escape(title), style=style, body=body, version=__version__)
+    path = folder / "report.html"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8", errors="replace")  # a caption may hold half a surrogate pair
+    return path
+
+
+# -- what was gained -----------------------------------------------------------------------------------------
+
+
+def _summary(scores: dict) -> list[str]:
+    """One sentence on the gain, honest where there is none; one on what the picture is worth, if asked."""
+    metric = headline(scores)[0]
+    name = NAMES[metric] if NAMES[metric].isupper() or metric in WHOLE_SCALE else NAMES[metric].lower()
+    images = scores["examples"]
+    where = f"on {images:,} held-out {'image' if images == 1 else 'images'}"
+    base = _number(metric, scores["base"][metric])
+    if "tuned" not in scores:
+        low, high = scores["intervals"]["base"][metric]
+        return [f"The base model alone, {where}: {name} {base} ({_range(metric, low, high)})."]
+    tuned, gain = _number(metric, scores["tuned"][metric]), scores["gain"][metric]
+    size = _number(metric, abs(gain["gain"]), points=True)
+    interval = _range(metric, gain["low"], gain["high"], points=True)
+    if images < FEW_IMAGES:
+        told = (
+            f"Too few images to tell: {where}, {name} went from {base} to {tuned}. "
+            f"Hold out {FEW_IMAGES} or more to know whether that is a gain."
+        )
+    elif gain["low"] > 0:
+        told = f"Tuning helped: {where}, {name} rose from {base} to {tuned}, a gain of {size} ({interval})."
+    elif gain["high"] < 0:
+        told = f"Tuning did harm: {where}, {name} fell from {base} to {tuned}, a loss of {size} ({interval})."
+    else:
+        difference = _number(metric, gain["gain"], points=True, sign=True)
+        told = (
+            f"No gain that chance could not explain: {where}, {name} went from {base} to {tuned} "
+            f"(difference {difference}; {interval}, which includes zero)."
+        )
+    sentences = [told]
+    if "blanked" in scores:
+        without = _number(metric, scores["blanked"][metric])
+        sentences.append(f"With every picture greyed out, the tuned model's {name} is {without}.")
+    return sentences
+
+
+def _score_table(scores: dict) -> str:
+    passes = [who for who in WHO if who in scores]
+    gains = scores.get("gain", {})
+    head = _heads([*(WHO[who] for who in passes), *(["Gain"] if gains else [])])
+    rows = []
+    for metric in headline(scores):
+        cells = [f"<th scope=row>{NAMES[metric]}</th>"]
+        for who in passes:
+            interval = scores["intervals"][who].get(metric)
+            span = _span(metric, *interval) if interval else ""
+            cells.append(_cell(_number(metric, scores[who][metric]), span))
+        if gain := gains.get(metric):
+            shown = _number(metric, gain["gain"], points=True, sign=True)
+            better = "good" if gain["low"] > 0 else "bad" if gain["high"] < 0 else ""
+            cells.append(_cell(shown, _span(metric, gain["low"], gain["high"], sign=True), better))
+        elif gains:
+            cells.append(_cell(_number(metric, scores["tuned"][metric] - scores["base"][metric], True, True)))
+        rows.append("<tr>" + "".join(cells) + "</tr>")
+    for key, name, show in (
+        ("mean_words", "Words per answer", lambda value: f"{value:.1f}"),
+        ("distinct", "Answers that differ", lambda value: f"{100 * value:.0f} %"),
+    ):
+        cells = "".join(_cell(show(scores[who][key])) for who in passes) + ("<td></td>" if gains else "")
+        rows.append(f"<tr class=minor><th scope=row>{name}</th>{cells}</tr>")
+    meanings = "".join(f"<li><b>{NAMES[key]}</b>: {MEANINGS[key]}.</li>" for key in headline(scores))
+    return (
+        f"<div class=wide><table>{head}<tbody>{''.join(rows)}</tbody></table></div>"
+        f"<p class=note>{scores['examples']:,} images, {scores['answers']:,} questions. Small figures: the 95 % "
+        "interval, by resampling the images.</p>"
+        f"<details><summary>What the numbers mean</summary><ul>{meanings}</ul></details>"
+    )
+
+
+def _kind_table(scores: dict) -> str:
+    passes = [who for who in WHO if who in scores]
+    if not scores.get("by_kind"):
+        return ""
+    head = _heads([WHO[who] for who in passes])
+    rows = "".join(
+        f"<tr><th scope=row><bdi>{escape(kind)}</bdi> <small>{row['answers']:,}</small></th>"
+        + "".join(_cell(_number("exact_match", row[who])) for who in passes)
+        + "</tr>"
+        for kind, row in scores["by_kind"].items()
+    )
+    few = " open" if len(scores["by_kind"]) <= 12 else ""
+    return (
+        f"<details{few}><summary>Exact match by kind of question</summary>"
+        f"<div class=wide><table>{head}<tbody>{rows}</tbody></table></div></details>"
+    )
+
+
+def _heads(names: Iterable[str]) -> str:
+    return f"<thead><tr><td></td>{''.join(f'<th scope=col>{name}</th>' for name in names)}</tr></thead>"
+
+
+def _cell(value: str, interval: str = "", kind: str = "") -> str:
+    small = f"<small>{interval}</small>" if interval else ""
+    return f"<td{f' class={kind}' if kind else ''}>{value}{small}</td>"
+
+
+def _number(metric: str, value: float, points: bool = False, sign: bool = False) -> str:
+    """CIDEr-D as it is, the rest in percent; a difference of percents is in points."""
+    if metric in WHOLE_SCALE:
+        return f"{value:+.2f}" if sign else f"{value:.2f}"
+    return (f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}") + (" points" if points else " %")
+
+
+def _span(metric: str, low: float, high: float, sign: bool = False) -> str:
+    scale, digits = (1, 2) if metric in WHOLE_SCALE else (100, 1)
+    form = f"{'+' if sign else ''}.{digits}f"
+    return f"{scale * low:{form}} to {scale * high:{form}}"
+
+
+def _range(metric: str, low: float, high: float, points: bool = False) -> str:
+    unit = "" if metric in WHOLE_SCALE else " points" if points else " %"
+    return f"95 % interval {_span(metric, low, high)}{unit}"
+
+
+# -- the loss curve ------------------------------------------------------------------------------------------
+
+WIDTH, HEIGHT, LEFT, BOTTOM = 640, 280, 48, 36  # of the drawing, and its margins for the numbers
+
+
+def _loss_section(path: Path) -> str:
+    train, held_out = _losses(path)
+    if len(train) < 2:
+        return ""
+    smooth = _smooth(train)
+    # The axis shows the course of the loss; one wild step may leave the drawing at the top.
+    values = sorted(loss for _, loss in train)
+    usual = values[: max(2, math.ceil(0.98 * len(values)))]
+    shown = [*usual, *(loss for _, loss in smooth + held_out)]
+    ticks = _ticks(min(shown), max(shown))
+    low, high = ticks[0], ticks[-1]
+    first, last = train[0][0], max(train[-1][0], held_out[-1][0] if held_out else 0)
+
+    def x(step: float) -> float:
+        return round(LEFT + (step - first) / max(last - first, 1) * (WIDTH - LEFT - 12), 1)
+
+    def y(loss: float) -> float:
+        return round(HEIGHT - BOTTOM - (loss - low) / (high - low) * (HEIGHT - BOTTOM - 12), 1)
+
+    def line(points: Iterable[tuple[float, float]]) -> str:
+        return " ".join(f"{x(step)},{y(loss)}" for step, loss in points)
+
+    grid = "".join(
+        f'<line class=grid x1={LEFT} x2={WIDTH - 12} y1={y(tick)} y2={y(tick)} />'
+        f'<text x={LEFT - 8} y={y(tick) + 4} text-anchor=end>{tick:g}</text>'
+        for tick in ticks
+    )
+    steps = [tick for tick in _ticks(first, last) if first <= tick <= last and tick == int(tick)]
+    below = HEIGHT - BOTTOM + 20
+    grid += "".join(f"<text x={x(t)} y={below} text-anchor=middle>{t:,.0f}</text>" for t in steps)
+    dots = "".join(f"<circle cx={x(step)} cy={y(loss)} r=4 />" for step, loss in _thin(held_out, 60))
+    told = f"Training loss from {smooth[0][1]:.3g} to {smooth[-1][1]:.3g} over {last:,} steps"
+    if held_out:
+        told += f"; held-out loss from {held_out[0][1]:.3g} to {held_out[-1][1]:.3g}"
+    legend = "<span class=raw>each step</span><span class=smooth>training, smoothed</span>"
+    legend += "<span class=held>held out</span>" if held_out else ""
+    return (
+        f'<h2>Loss</h2><figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img><title>{told}</title>'
+        f"<clipPath id=plot><rect x={LEFT} width={WIDTH - LEFT} height={HEIGHT - BOTTOM + 2} /></clipPath>"
+        f'{grid}<g clip-path="url(#plot)"><polyline class=raw points="{line(_thin(train, 600))}" />'
+        f'<polyline class=smooth points="{line(_thin(smooth, 300))}" />'
+        f'<polyline class=held points="{line(held_out)}" /><g class=held>{dots}</g></g></svg>'
+        f"<figcaption>{legend}<br>{told}.</figcaption></figure>"
+    )
+
+
+def _losses(path: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """(step, loss) of training and of held-out data. A line that was cut off is passed over."""
+    train, held_out = [], []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+                for name, points in (("loss", train), ("held_out_loss", held_out)):
+                    if math.isfinite(row.get(name, math.nan)):
+                        points.append((int(row["step"]), float(row[name])))
+            except (ValueError, TypeError, KeyError, AttributeError):
+                continue
+    return sorted(train), sorted(held_out)
+
+
+def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """A running mean that forgets over a twentieth of the run; unbiased from its first point on."""
+    keep = 1 - 1 / max(3, len(points) / 20)
+    total = weight = 0.0
+    smooth = []
+    for step, loss in points:
+        total, weight = keep * total + loss, keep * weight + 1
+        smooth.append((step, total / weight))
+    return smooth
+
+
+def _thin(points: Sequence[tuple[int, float]], most: int) -> Sequence[tuple[int, float]]:
+    """At most ``most`` of the points, evenly, with the last one."""
+    if len(points) <= most:
+        return points
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Four to seven round numbers around low..high."""
+    span = (high - low) or abs(high) or 1.0
+    rough = span / 5
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(unit * k for k in (1, 2, 5, 10) if unit * k >= rough)
+    start, end = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 10) for i in range(start, max(end, start + 1) + 1)]
+
+
+# -- the gallery ---------------------------------------------------------------------------------------------
+
+
+def _gallery(evaluation: Evaluation) -> str:
+    rows, captions = evaluation.answered, headline(evaluation.scores)[0] == "cider_d"
+    base = _per_answer([row.base or "" for row in rows], rows, captions)
+    if "tuned" not in evaluation.scores:
+        order = sorted(range(len(rows)), key=base.__getitem__, reverse=True)
+        chosen = _spread(rows, order, PICTURES // 2)
+        worst = _spread(rows, order[::-1], PICTURES // 2, chosen)
+        best = _cards("Best answers", rows, chosen)
+        return "<h2>Pictures</h2>" + best + _cards("Worst answers", rows, worst)
+    tuned = _per_answer([row.tuned or "" for row in rows], rows, captions)
+    gain = [tuple(t - b for b, t in zip(*both, strict=True)) for both in zip(base, tuned, strict=True)]
+    nothing = (0.0,) * len(gain[0])
+    order = sorted(range(len(rows)), key=gain.__getitem__, reverse=True)
+    better = [i for i in order if gain[i] > nothing]
+    worse = [i for i in reversed(order) if gain[i] < nothing]
+    # Losses get a third of the room where there are enough of them: they are what one learns from.
+    gains = _spread(rows, better, PICTURES - min(len(worse), PICTURES // 3))
+    losses = _spread(rows, worse, PICTURES - len(gains), gains)
+    equal = [i for i in order if gain[i] == nothing]
+    room = min(6, PICTURES - len(gains) - len(losses))
+    same = _spread(rows, equal, room, gains + losses)
+    return (
+        "<h2>Pictures</h2>"
+        f"<p>Of {len(rows):,} answers, tuning made {len(better):,} better and {len(worse):,} worse; "
+        f"{len(equal):,} score the same. <mark>Marked</mark> words occur in none of the references.</p>"
+        + _cards("Gained most", rows, gains)
+        + _cards("Lost most", rows, losses)
+        + _cards("Unchanged", rows, same)
+    )
+
+
+def _per_answer(said: Sequence[str], rows: Sequence[Answered], captions: bool) -> list[tuple[float, ...]]:
+    """What answers are ranked by: CIDEr-D of captions; of short answers exact match, then the spelling."""
+    references = [row.references for row in rows]
+    if captions:
+        return [(value,) for value in metrics.cider_d(said, references)]
+    pairs = zip(said, references, strict=True)
+    return [(metrics.exact_match(text, others), metrics.anls(text, others)) for text, others in pairs]
+
+
+def _spread(rows: Sequence[Answered], order: list[int], most: int, taken: Sequence[int] = ()) -> list[int]:
+    """The first of ``order``, one answer of each example, none of an example already taken."""
+    chosen: list[int] = []
+    seen = {rows[i].example for i in taken}
+    for i in order:
+        if len(chosen) >= most:
+            break
+        if rows[i].example not in seen:
+            seen.add(rows[i].example)
+            chosen.append(i)
+    return chosen
+
+
+def _cards(title: str, rows: Sequence[Answered], chosen: Sequence[int]) -> str:
+    if not chosen:
+        return ""
+    return f"<h3>{title}</h3><div class=cards>{''.join(_card(rows[i]) for i in chosen)}</div>"
+
+
+def _card(row: Answered) -> str:
+    pictures = "".join(_picture(image) for image in row.images[:4])
+    references = list(dict.fromkeys(row.references))[:5]
+    known = _tokens(" \n ".join(row.references))
+    lines = [("Reference" if len(references) == 1 else "References", "<br>".join(map(escape, references)))]
+    for who, name in (("base", "Base"), ("tuned", "Tuned"), ("blanked", "Greyed out")):
+        text = row.said(who)
+        if text is not None:
+            lines.append((name, _marked(text, known) if text.strip() else "<i>nothing</i>"))
+    told = "".join(f"<dt>{name}</dt><dd dir=auto>{text}</dd>" for name, text in lines)
+    question = f"<p class=question dir=auto>{escape(row.question)}</p>" if row.question.strip() else ""
+    return f"<article><div class=pictures>{pictures}</div>{question}<dl>{told}</dl></article>"
+
+
+def _picture(image: ImageRef) -> str:
+    try:
+        picture = load_image(image)
+    except DataError:
+        return f"<p class=gone>The picture {escape(image.name)} can no longer be read.</p>"
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    crisp = max(picture.size) <= CRISP
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG" if crisp else "JPEG", quality=82)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<img{" class=crisp" if crisp else ""} alt="{escape(image.name)}" title="{escape(image.name)}" '
+        f'src="data:image/{"png" if crisp else "jpeg"};base64,{data}">'
+    )
+
+
+_LONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # kana and Han: written without spaces, compared one by one
+_PIECE = re.compile(rf"\s+|[{_LONE}]|[^\s{_LONE}]+")
+
+
+def _tokens(text: str) -> set[str]:
+    return {token for piece in _PIECE.findall(text) for token in metrics.tokenize(piece)}
+
+
+def _marked(text: str, known: set[str]) -> str:
+    """The text, escaped, with words that are in no reference marked."""
+    shown = []
+    for piece in _PIECE.findall(text):
+        new = not set(metrics.tokenize(piece)) <= known
+        shown.append(f"<mark>{escape(piece)}</mark>" if new else escape(piece))
+    return re.sub(r"</mark>(\s*)<mark>", r"\1", "".join(shown))
+
+
+# -- the page ------------------------------------------------------------------------------------------------
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+<footer>Written by vlm-lora {version}. One file, nothing is fetched: it can be sent or kept as it is.</footer>
+</body>
+</html>
+"""

@@ -1,0 +1,1 @@
+"""The model wing: the Qwen2-VL backbone, tokens, packing, frozen features, adapters."""

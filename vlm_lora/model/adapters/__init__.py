@@ -1,0 +1,1 @@
+"""Parameter-efficient methods: attach to a backbone, save, load, switch off."""

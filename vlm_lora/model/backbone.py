@@ -1,0 +1,318 @@
+"""The base model: found, checked, loaded, and run in pieces. The only module that names Hugging Face internals.
+
+A Qwen2-VL model is a vision tower (``visual.blocks``), a projector that merges each 2x2 patches into one token
+(``visual.merger``), and a language model. The tower is frozen here, so what it gives for an image is a constant;
+`Backbone.tower` computes it and `Backbone.forward` starts behind it, with the live merger.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+
+from vlm_lora.errors import DataError, ModelError
+
+FAMILIES = {
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+}
+
+# Anchored at both ends: "all-linear" would also adapt the tower. merger.mlp.1 is the activation.
+LANGUAGE_LINEARS = r"model\.language_model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
+MERGER_LINEARS = r"model\.visual\.merger\.mlp\.(?:0|2)"
+MAX_ASPECT = 200  # of transformers' smart_resize, which raises beyond it
+TOWER_PREFIXES = ("model.visual.patch_embed.", "model.visual.blocks.", "model.visual.rotary_pos_emb.")
+
+
+def tiny_path() -> Path:
+    """Folder of the embedded base model: inside an installed wheel, or in the clone this package is run from."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "tiny"
+    return installed if installed.is_dir() else package.parent / "data" / "tiny" / "model"
+
+
+def find_model(name: str) -> Path:
+    """The local folder of a base model: ``tiny``, a folder, or a hub name (downloaded if it is not in the hub's cache).
+
+    Raises:
+        ModelError: one line saying what was looked for and what else can be done.
+    """
+    if name == "tiny":
+        return tiny_path()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"--model {name}: there is no such folder, and a hub name looks like 'owner/name'. "
+            "Give a folder that holds config.json and *.safetensors, or --model tiny (embedded, needs no network)."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"--model {name}: not on this machine, and the model hub gave no copy ({type(error).__name__}). "
+            "Use --model tiny (embedded, needs no network), or download the model elsewhere and give its folder: "
+            "--model path/to/folder."
+        ) from error
+
+
+def check_model_folder(folder: Path, name: str) -> dict:
+    """Its ``config.json``, once it is sure that loading the folder runs no code and opens no pickle."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"--model {name}: {folder / 'config.json'} cannot be read ({error}). "
+            "A base model's folder holds config.json, tokenizer files and *.safetensors."
+        ) from error
+    if "auto_map" in config:
+        raise ModelError(f"--model {name}: config.json asks for code of its own (auto_map), which is never run.")
+    if config.get("model_type") not in FAMILIES:
+        raise ModelError(
+            f"--model {name}: its model_type is {config.get('model_type')!r}; supported are {', '.join(FAMILIES)}."
+        )
+    if not any(folder.glob("*.safetensors")):
+        found = sorted(p.name for p in folder.iterdir())[:8]
+        raise ModelError(f"--model {name}: {folder} holds no *.safetensors weights (it holds {', '.join(found)}).")
+    return config
+
+
+def best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where the device computes it natively and fast, float32 elsewhere."""
+    if dtype == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+@dataclass
+class Backbone:
+    """A loaded base model with its processor.
+
+    ``model`` is transformers' own class; ``name`` is what the user called it.
+    """
+
+    model: nn.Module
+    processor: object
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.model.visual.merger.ln_q.weight.dtype
+
+    @property
+    def tokenizer(self):
+        return self.processor.tokenizer
+
+    @property
+    def image_token_id(self) -> int:
+        return self.model.config.image_token_id
+
+    @property
+    def merge_size(self) -> int:
+        return self.model.config.vision_config.spatial_merge_size
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.tokenizer.pad_token_id
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        eos = self.model.generation_config.eos_token_id
+        ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+        return frozenset(i for i in ids if i is not None)
+
+    # -- pictures ------------------------------------------------------------------------------------------------
+
+    @property
+    def pixel_limits(self) -> tuple[int, int]:
+        """Smallest and largest image area, in pixels, that the processor resizes to."""
+        size = self.processor.image_processor.size
+        return size["shortest_edge"], size["longest_edge"]
+
+    def preprocess(self, images: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
+        """``pixel_values`` (patches, 3 * 2 * patch * patch) of all images, and their ``image_grid_thw`` (n, 3).
+
+        Raises:
+            DataError: an image is more than 200 times as long as it is wide, which the processor refuses.
+        """
+        for image in images:
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise DataError(
+                    f"{image.width}x{image.height} pixels: one side is more than {MAX_ASPECT} times the other, which "
+                    "Qwen2-VL cannot take; crop or pad the image"
+                )
+        batch = self.processor.image_processor(images=list(images), return_tensors="pt")
+        return batch["pixel_values"], batch["image_grid_thw"]
+
+    @torch.no_grad()
+    def tower(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
+        """The frozen tower's output before the merger, ``(patches, width)``; each 4 patches in a row are one token.
+
+        Its value depends on the image and the base alone: `Backbone.forward` runs the merger, which an adapter changes.
+        """
+        visual = self.model.model.visual
+        training = visual.training
+        visual.eval()  # the stock forward runs the merger too; its dropout must not draw random numbers here
+        grid = image_grid_thw.to(self.device)
+        features = visual(pixel_values.to(self.device, self.dtype), grid_thw=grid).last_hidden_state
+        visual.train(training)
+        if self.model.config.model_type == "qwen2_5_vl":
+            features = self._leave_windows(features, grid)
+        return features
+
+    def _leave_windows(self, features: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        """Qwen2.5-VL's tower works in windows and orders its tokens back after the merger; here it is done before."""
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import get_vision_window_index
+
+        visual = self.model.model.visual
+        window_index, _ = get_vision_window_index(
+            grid,
+            spatial_merge_size=visual.spatial_merge_size,
+            window_size=visual.window_size,
+            patch_size=visual.patch_size,
+        )
+        groups = features.view(-1, self.merge_size**2, features.shape[-1])
+        return groups[torch.argsort(window_index)].reshape(features.shape)
+
+    @cached_property
+    def tower_fingerprint(self) -> str:
+        """Hash of everything that decides what `tower` gives for a picture: weights, number format, preprocessing."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            if name.startswith(TOWER_PREFIXES):
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(str(self.dtype).encode())
+        digest.update(json.dumps(self.model.config.vision_config.to_dict(), sort_keys=True, default=str).encode())
+        digest.update(self.processor.image_processor.to_json_string().encode())
+        digest.update(type(self.processor.image_processor).__name__.encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def language_fingerprint(self) -> str:
+        """Hash of the language model's first and last weights: tells one base from another without reading it whole."""
+        digest = hashlib.sha256()
+        text = self.model.model.language_model
+        for tensor in (text.embed_tokens.weight[:64], text.norm.weight, text.layers[-1].input_layernorm.weight):
+            digest.update(tensor.detach().float().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(json.dumps(self.model.config.text_config.to_dict(), sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+    # -- language ------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        features: torch.Tensor | None,
+        past_key_values=None,
+    ) -> torch.Tensor:
+        """Last hidden states ``(B, T, hidden)``, through the live merger and the public forward.
+
+        Args:
+            input_ids: ``(B, T)``, image placeholders included.
+            attention_mask: boolean ``(B, 1, T, T)``, or ``(B, T)`` of ones and zeros.
+            position_ids: ``(3, B, T)``; always given, as the model would work out others for packed rows.
+            features: what `tower` gave for all images of the batch in reading order, ``(patches, width)``; None if the
+                input holds no image.
+
+        Raises:
+            ModelError: image placeholders and features do not match: going on would scatter them wrongly, in silence.
+        """
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        encoded = None
+        if features is not None:
+            merged = self.model.model.visual.merger(features)
+            encoded = {"image": BaseModelOutputWithPooling(pooler_output=(merged,))}
+        return self.model.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            mm_encoder_outputs=encoded,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+        ).last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``(..., hidden)`` to ``(..., vocabulary)``."""
+        return self.model.lm_head(hidden)
+
+
+def load_backbone(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: torch.device | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+) -> Backbone:
+    """Load a base model and its processor, everything frozen.
+
+    ``min_pixels`` and ``max_pixels`` replace the processor's limits on an image's area.
+    """
+    folder = find_model(name)
+    config = check_model_folder(folder, name)
+    device = device or best_device()
+
+    import transformers
+    from transformers import AutoProcessor
+
+    transformers.utils.logging.disable_progress_bar()
+    model_class = getattr(transformers, FAMILIES[config["model_type"]])
+    try:
+        model, report = model_class.from_pretrained(
+            folder,
+            dtype=resolve_dtype(dtype, device),
+            use_safetensors=True,
+            trust_remote_code=False,
+            # Packing needs a mask per token pair; eager attention would misread it, flash attention takes none.
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"--model {name}: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    missing = sorted(set(report["missing_keys"]) | set(report["mismatched_keys"]))
+    if missing:
+        raise ModelError(f"--model {name}: {len(missing)} weights are missing or misshapen, first {missing[0]}.")
+    size = dict(processor.image_processor.size)
+    size["shortest_edge"] = min_pixels or size["shortest_edge"]
+    size["longest_edge"] = max_pixels or size["longest_edge"]
+    if size["shortest_edge"] > size["longest_edge"]:
+        raise ModelError(
+            f"--model {name}: images cannot be at least {size['shortest_edge']} and at most {size['longest_edge']} "
+            "pixels; give both --min-pixels and --max-pixels."
+        )
+    processor.image_processor.size = size
+    image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    if image_token != model.config.image_token_id:
+        raise ModelError(
+            f"--model {name}: the tokenizer's {processor.image_token} is token {image_token}, but config.json says "
+            f"image_token_id {model.config.image_token_id}. Model and tokenizer are not of one checkpoint."
+        )
+    model.requires_grad_(False)
+    return Backbone(model.to(device).eval(), processor, name)

@@ -1,0 +1,118 @@
+"""An example and its image grids in tokens: the shared prefix, and a branch for each dialogue.
+
+The model's own chat template decides the text; this module finds out by rendering it where the images end, where
+answers stand, and which tokens may be learnt.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from vlm_lora.data.example import Dialogue, Turn
+from vlm_lora.errors import ModelError
+from vlm_lora.model.backbone import Backbone
+from vlm_lora.model.packing import IGNORE_INDEX, Branch, Encoded, mrope_positions
+
+# Stand-ins for users' texts while the template is rendered: private-use characters no template contains.
+USER_TEXT, ANSWER_TEXT = TEXTS = ("\ue000", "\ue001")
+
+
+class Encoder:
+    """Turns dialogues about images into tokens for one base model."""
+
+    def __init__(self, backbone: Backbone):
+        self.processor = backbone.processor
+        self.tokenizer = backbone.tokenizer
+        self.image_token_id = backbone.image_token_id
+        self.merge_size = backbone.merge_size
+        self._skeleton = lru_cache(maxsize=None)(self._render_skeleton)
+        self._text_ids = lru_cache(maxsize=2**16)(self._tokenize_text)  # questions and answers come again and again
+
+    def encode(self, dialogues: Sequence[Dialogue], image_grid_thw: torch.Tensor) -> Encoded:
+        """Prefix and one branch a dialogue; labels are the answers' tokens and the end-of-turn token behind each.
+
+        Args:
+            image_grid_thw: ``(num_images, 3)``; no rows for an example of text only.
+        """
+        return self._encode([self._tokens(dialogue.turns, len(image_grid_thw)) for dialogue in dialogues], image_grid_thw)
+
+    def encode_requests(self, requests: Sequence[Sequence[Turn]], image_grid_thw: torch.Tensor) -> Encoded:
+        """Prefix and one branch a request, each ending where the model is to answer its last turn; no labels."""
+        asked = []
+        for turns in requests:
+            ids, _ = self._tokens(turns, len(image_grid_thw), without_last_answer=True)
+            asked.append((ids, [IGNORE_INDEX] * len(ids)))
+        return self._encode(asked, image_grid_thw)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _render_skeleton(self, num_turns: int, num_images: int) -> tuple[str | tuple[int, ...], ...]:
+        """The template's own tokens around ``num_turns`` turns; USER_TEXT and ANSWER_TEXT stand where texts go.
+
+        The texts are kept apart from the template so that a caption that spells ``<|im_end|>`` stays the text it is.
+        """
+        messages = []
+        for turn in range(num_turns):
+            images = [{"type": "image"}] * (num_images if turn == 0 else 0)
+            messages.append({"role": "user", "content": [*images, {"type": "text", "text": USER_TEXT}]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": ANSWER_TEXT}]})
+        rendered = self.processor.apply_chat_template(messages, tokenize=False)
+        parts = [part for part in re.split(f"([{USER_TEXT}{ANSWER_TEXT}])", rendered) if part]
+        if [part for part in parts if part in (USER_TEXT, ANSWER_TEXT)] != [USER_TEXT, ANSWER_TEXT] * num_turns:
+            raise ModelError("The model's chat template leaves out a part of the conversation; it cannot be trained on.")
+        skeleton = [
+            part if part in (USER_TEXT, ANSWER_TEXT) else tuple(self.tokenizer(part, add_special_tokens=False)["input_ids"])
+            for part in parts
+        ]
+        if skeleton[-1] == ANSWER_TEXT or skeleton[0] in (USER_TEXT, ANSWER_TEXT):
+            raise ModelError("The model's chat template has no mark before a turn or behind it; it cannot be trained on.")
+        placeholders = sum(token == self.image_token_id for part in skeleton if part not in TEXTS for token in part)
+        if placeholders != num_images:
+            raise ModelError(f"The chat template makes {placeholders} image placeholders for {num_images} images.")
+        # What follows the last end-of-turn token (a line break) is behind everything that is predicted.
+        return (*skeleton[:-1], skeleton[-1][:1])
+
+    def _tokenize_text(self, text: str) -> tuple[int, ...]:
+        # Outer white space goes: a text's and the template's line break beside it would become one token.
+        return tuple(self.tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def _tokens(
+        self, turns: Sequence[Turn], num_images: int, without_last_answer: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Tokens and labels of a conversation, one placeholder an image."""
+        ids: list[int] = []
+        labels: list[int] = []
+        texts = iter([text for turn in turns for text in (turn.user, turn.assistant)])
+        behind_answer = False
+        skeleton = self._skeleton(len(turns), num_images)
+        # The last answer stands before the last part: the end-of-turn token.
+        for part in skeleton[:-2] if without_last_answer else skeleton:
+            new = self._text_ids(next(texts)) if part in TEXTS else part
+            ids += new
+            if part == ANSWER_TEXT:
+                labels += new
+            else:
+                # The end-of-turn token behind an answer is learnt with it: it is how the model stops.
+                learnt = 1 if behind_answer else 0
+                labels += [*new[:learnt], *[IGNORE_INDEX] * (len(new) - learnt)]
+            behind_answer = part == ANSWER_TEXT
+        return ids, labels
+
+    def _encode(self, conversations: list[tuple[list[int], list[int]]], image_grid_thw: torch.Tensor) -> Encoded:
+        """Cut each conversation right behind its last image and give every image as many tokens as it has."""
+        ids = conversations[0][0]
+        images = [at for at, token in enumerate(ids) if token == self.image_token_id]
+        cut = images[-1] + 2 if images else 0  # behind <|vision_end|>, a special token: no token spans the cut
+        counts = iter((image_grid_thw.prod(-1) // self.merge_size**2).tolist())
+        prefix: list[int] = []
+        for token in ids[:cut]:
+            prefix += [token] * next(counts) if token == self.image_token_id else [token]
+        prefix_ids = torch.tensor(prefix, dtype=torch.long)
+        positions = mrope_positions(prefix_ids, image_grid_thw, self.image_token_id, self.merge_size)
+        branches = tuple(Branch(torch.tensor(i[cut:]), torch.tensor(l[cut:])) for i, l in conversations)
+        return Encoded(prefix_ids, positions, branches)

@@ -1,0 +1,136 @@
+"""Many images and all that is said about them, in rows: mask, M-RoPE positions, labels.
+
+A row holds, one after the other, each image's prefix and its branches::
+
+    [prefix A][branch A1][branch A2][prefix B][branch B1] ...
+
+A branch sees its own prefix and itself, nothing else, and its positions start right behind the prefix, whatever
+branches stand between. So every branch computes exactly what it would compute in a sequence of its own, and the
+prefix, which under a causal mask never sees a branch, is computed once for all of them. For a prefix of two tokens
+and branches of two and one::
+
+         p p a a b
+      p  x
+      p  x x
+      a  x x x
+      a  x x x x
+      b  x x . . x        positions: 0 1 2 3 2
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+IGNORE_INDEX = -100
+"""The label of a token that carries no loss; the field's number, and torch's default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One conversation behind a prefix.
+
+    ``input_ids`` and ``labels`` are both ``(L,)``; ``labels`` is `IGNORE_INDEX` outside the answers, and always on the
+    first token: the next-token shift would otherwise predict it from a neighbour's last token.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+
+    def __post_init__(self) -> None:
+        assert len(self.input_ids) == len(self.labels) > 0
+        assert self.labels[0] == IGNORE_INDEX, "a branch must begin with a token that carries no loss"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An example in tokens: the shared prefix ``(P,)``, its positions ``(3, P)``, the branches behind it."""
+
+    prefix_ids: torch.Tensor
+    prefix_positions: torch.Tensor
+    branches: tuple[Branch, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prefix_ids) + sum(len(branch.input_ids) for branch in self.branches)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """What the language model takes: ``B`` rows of ``T`` tokens.
+
+    ``input_ids`` and ``labels`` ``(B, T)``, ``position_ids`` ``(3, B, T)``, ``attention_mask`` a boolean
+    ``(B, 1, T, T)``, true where the row's token may see the column's. It goes with SDPA attention only: eager attention
+    would add it as zeros and ones, in silence.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+
+def mrope_positions(
+    input_ids: torch.Tensor, image_grid_thw: torch.Tensor, image_token_id: int, spatial_merge_size: int
+) -> torch.Tensor:
+    """Multimodal rotary positions of one sequence, as Qwen2-VL numbers them (arXiv:2409.12191, section 2.1).
+
+    Args:
+        input_ids: ``(T,)``.
+        image_grid_thw: ``(num_images, 3)`` patches in time, height, width, before the 2x2 merge.
+
+    Returns:
+        ``(3, T)``: text counts up alike on all three axes; an image's tokens take their place in its grid, and what
+        follows goes on behind the longer side.
+    """
+    positions = torch.zeros(3, len(input_ids), dtype=torch.long)
+    is_image = (input_ids == image_token_id).tolist()
+    grids = iter(image_grid_thw.tolist())
+    at = start = 0
+    while at < len(is_image):
+        if is_image[at]:
+            t, h, w = next(grids)
+            h, w = h // spatial_merge_size, w // spatial_merge_size
+            grid = torch.stack(torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij"))
+            positions[:, at : at + t * h * w] = grid.reshape(3, -1) + start
+            at += t * h * w
+            start += max(h, w)
+        else:
+            positions[:, at] = start
+            at += 1
+            start += 1
+    return positions
+
+
+def pack(rows: Sequence[Sequence[Encoded]], pad_token_id: int) -> Packed:
+    """Lay out each row's examples one behind the other and pad the rows to the longest."""
+    width = max(sum(encoded.num_tokens for encoded in row) for row in rows)
+    input_ids = torch.full((len(rows), width), pad_token_id)
+    labels = torch.full((len(rows), width), IGNORE_INDEX)
+    position_ids = torch.zeros(3, len(rows), width, dtype=torch.long)
+    # Which example and which of its branches a token belongs to; branch 0 is the prefix, example -1 is padding.
+    example_of = torch.full((len(rows), width), -1)
+    branch_of = torch.zeros(len(rows), width, dtype=torch.long)
+
+    for r, row in enumerate(rows):
+        at = 0
+        for e, encoded in enumerate(row):
+            end = at + len(encoded.prefix_ids)
+            input_ids[r, at:end] = encoded.prefix_ids
+            position_ids[:, r, at:end] = encoded.prefix_positions
+            example_of[r, at : at + encoded.num_tokens] = e
+            restart = int(encoded.prefix_positions.max()) + 1 if len(encoded.prefix_ids) else 0
+            at = end
+            for b, branch in enumerate(encoded.branches, start=1):
+                end = at + len(branch.input_ids)
+                input_ids[r, at:end] = branch.input_ids
+                labels[r, at:end] = branch.labels
+                position_ids[:, r, at:end] = restart + torch.arange(end - at)
+                branch_of[r, at:end] = b
+                at = end
+
+    same_example = example_of[:, :, None] == example_of[:, None, :]
+    visible = (branch_of[:, None, :] == 0) | (branch_of[:, :, None] == branch_of[:, None, :])
+    causal = torch.ones(width, width, dtype=torch.bool).tril()
+    attention_mask = (same_example & visible & causal)[:, None]
+    return Packed(input_ids, labels, position_ids, attention_mask)

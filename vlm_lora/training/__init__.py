@@ -1,0 +1,1 @@
+"""The training wing: the plan of batches, checkpoints, the loop."""

@@ -1,0 +1,88 @@
+"""The plan: which answers make up which step. A pure function of (data, batch size, seed, step), with no state.
+
+The training answers of an epoch stand in one line, images in an order drawn from (seed, epoch), each image's answers
+side by side in an order of their own; step ``t`` takes places ``t * batch_size`` to ``(t + 1) * batch_size`` of all
+epochs' lines put together. So every answer is seen once an epoch, every step has the same number of answers, and a run
+that resumes at step ``t`` needs to know nothing but ``t``.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from vlm_lora.model.packing import Encoded
+
+
+class Plan:
+    """Steps over examples of which number ``i`` has ``num_answers[i]`` dialogues."""
+
+    def __init__(
+        self, num_answers: Sequence[int], *, batch_size: int, epochs: float, seed: int, max_steps: int | None = None
+    ):
+        self.num_answers = tuple(num_answers)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.answers_per_epoch = sum(num_answers)
+        self.total_answers = round(self.answers_per_epoch * epochs)
+        steps = math.ceil(self.total_answers / batch_size)
+        self.num_steps = min(steps, max_steps) if max_steps else steps
+        """Optimizer steps; the last may be short of answers."""
+        self._lines: dict[int, list[tuple[int, int]]] = {}
+
+    def step(self, step: int) -> list[tuple[int, tuple[int, ...]]]:
+        """The answers of 0-based ``step``: (example, its dialogues), in order."""
+        first = step * self.batch_size
+        chosen: list[tuple[int, list[int]]] = []
+        for place in range(first, min(first + self.batch_size, self.total_answers)):
+            epoch, at = divmod(place, self.answers_per_epoch)
+            example, dialogue = self._line(epoch)[at]
+            if chosen and chosen[-1][0] == example:
+                chosen[-1][1].append(dialogue)
+            else:
+                chosen.append((example, [dialogue]))
+        return [(example, tuple(dialogues)) for example, dialogues in chosen]
+
+    def _line(self, epoch: int) -> list[tuple[int, int]]:
+        """(example, dialogue) of every answer, in the order of this epoch."""
+        if epoch not in self._lines:
+            draw = random.Random(f"{self.seed}/{epoch}")
+            order = list(range(len(self.num_answers)))
+            draw.shuffle(order)
+            line = []
+            for example in order:
+                dialogues = list(range(self.num_answers[example]))
+                draw.shuffle(dialogues)
+                line += [(example, dialogue) for dialogue in dialogues]
+            self._lines = {e: kept for e, kept in self._lines.items() if e == epoch - 1} | {epoch: line}
+        return self._lines[epoch]
+
+
+def micro_batches(items: Sequence[Encoded], max_tokens: int) -> list[list[int]]:
+    """Group a step's items, one a row, so that rows times the longest stay within ``max_tokens``; indices of items.
+
+    Rows of like length go together, so that little is padded. One image a row and not several: with a dense mask the
+    empty part between images is computed too, which on a CPU costs more than the padding does. An item that is longer
+    by itself is a group of its own; `split_long` keeps those rare.
+    """
+    order = sorted(range(len(items)), key=lambda i: items[i].num_tokens, reverse=True)
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and items[groups[-1][0]].num_tokens * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def split_long(encoded: Encoded, max_tokens: int) -> list[Encoded]:
+    """The example in as many rows as it needs for each to fit in ``max_tokens``: branches are dealt out, never cut."""
+    rows: list[list] = [[]]
+    length = prefix = len(encoded.prefix_ids)
+    for branch in encoded.branches:
+        if rows[-1] and length + len(branch.input_ids) > max_tokens:
+            rows.append([])
+            length = prefix
+        rows[-1].append(branch)
+        length += len(branch.input_ids)
+    return [replace(encoded, branches=tuple(row)) for row in rows]
