@@ -1,0 +1,45 @@
+# Each target sets itself up: `make install` makes .venv once, and again when pyproject.toml changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+
+.PHONY: help install quickstart test bench lint easy-vqa
+help:
+	@echo "make quickstart   install, train the embedded model on sample pictures, compare, caption (4 minutes and the install)"
+	@echo "make install      make .venv with vlm-lora in it"
+	@echo "make test         install, run the tests"
+	@echo "make easy-vqa     install, train and score on the whole of easy-VQA (20 minutes)"
+	@echo "make lint         install, check style"
+
+install: $(VENV)/.installed
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	@touch $@
+
+quickstart: install
+	@rm -rf $(RUN)
+	$(BIN)/vlm-lora train data/emoji_scenes --model tiny --output $(RUN) --val-split 0.2 \
+	  --epochs 8 --batch-size 40 --lr 2e-3
+	@echo
+	@echo "Captions of three held-out pictures:"
+	@$(BIN)/vlm-lora caption $$($(BIN)/python -c "import json; \
+	  print(*dict.fromkeys('data/emoji_scenes/images/' + json.loads(line)['images'][0].split('/')[-1] for line in open('$(RUN)/predictions.jsonl')), sep='\n')" \
+	  | head -3) --adapter $(RUN)
+	@echo
+	@echo "Look at the report:           $(RUN)/report.html"
+	@echo "Try it in the browser:        $(BIN)/vlm-lora demo --adapter $(RUN)"
+	@echo "Your own pictures, tiny:      $(BIN)/vlm-lora train ./photos --model tiny --lr 2e-3"
+	@echo "Your own pictures, for real:  $(BIN)/vlm-lora train ./photos"
+	@echo "Then:                         $(BIN)/vlm-lora caption ./more --adapter runs/photos-..."
+
+test: install
+	$(BIN)/python -m pytest
+
+easy-vqa: install
+	$(BIN)/python -m bench.easy_vqa
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

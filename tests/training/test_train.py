@@ -1,0 +1,267 @@
+"""A run from a folder on disk to an adapter that plain PEFT loads; resuming; what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import picture
+from vlm_lora.config import TrainConfig
+from vlm_lora.errors import AdapterError, CheckpointError, DataError, TrainingError
+from vlm_lora.model.adapters.lora import load_adapter
+from vlm_lora.model.backbone import load_backbone
+from vlm_lora.training import loop
+from vlm_lora.training.batches import Plan
+from vlm_lora.training.run import train
+
+
+def config(checkpoints, data, output, **changes) -> TrainConfig:
+    settings = {"rank": 4, "epochs": 3, "batch_size": 4, "lr": 1e-2, "val_split": 0.2, "save_every": 3, "dropout": 0.1}
+    settings |= {"model": str(checkpoints["qwen2_vl"]), "data": str(data), "output": str(output)} | changes
+    return TrainConfig(**settings)
+
+
+def adapter_of(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_a_run_trains_lora_and_nothing_else(checkpoints, photo_folder, tmp_path):
+    told = {}
+    result = train(config(checkpoints, photo_folder, tmp_path / "run"), report=lambda kind, **v: told.setdefault(kind, v))
+    assert (len(result.train_examples), len(result.held_out)) == (10, 2)
+    assert result.steps == 8
+
+    fresh = load_backbone(str(checkpoints["qwen2_vl"])).model.state_dict()
+    trained = {n.replace(".base_layer.", "."): t for n, t in result.adapter.backbone.model.state_dict().items()}
+    for name, tensor in fresh.items():
+        assert torch.equal(trained[name], tensor), f"{name} of the base has changed"
+    lora = {name: tensor for name, tensor in trained.items() if "lora_" in name}
+    assert len(lora) == 2 * (2 * 7 + 2)
+    for name, tensor in lora.items():
+        if "lora_B" in name:
+            assert tensor.any(), f"{name} has not moved"
+
+    parts = {part.name: part for part in told["parts"]["parts"]}
+    assert parts["vision tower"].trained == 0
+    assert parts["language layers"].modules == 14
+    assert parts["merger (projector)"].modules == 2
+    assert "warning" not in told
+
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
+    assert steps[-1]["lr"] < steps[2]["lr"]
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [3, 6, 8]
+    for name in ("adapter/adapter_config.json", "adapter/contract.json", "config.yaml", "checkpoints/step-000008"):
+        assert (tmp_path / "run" / name).exists(), name
+
+
+def test_every_lora_a_has_moved_too(checkpoints, photo_folder, tmp_path):
+    short = train(config(checkpoints, photo_folder, tmp_path / "one", max_steps=1, dropout=0.0, epochs=1))
+    before = {n: p.detach().clone() for n, p in short.adapter.named_parameters()}
+    long = train(config(checkpoints, photo_folder, tmp_path / "all", dropout=0.0))
+    for name, tensor in long.adapter.named_parameters():
+        assert not torch.equal(tensor, before[name]), f"{name} has not moved"
+
+
+def test_plain_peft_loads_the_adapter(checkpoints, photo_folder, tmp_path):
+    from peft import PeftModel
+    from transformers import Qwen2VLForConditionalGeneration
+
+    result = train(config(checkpoints, photo_folder, tmp_path / "run"))
+    base = Qwen2VLForConditionalGeneration.from_pretrained(checkpoints["qwen2_vl"], dtype=torch.float32)
+    plain = PeftModel.from_pretrained(base, tmp_path / "run/adapter").eval()
+    ours = load_backbone(str(checkpoints["qwen2_vl"]))
+    adapter = load_adapter(ours, tmp_path / "run/adapter")
+
+    text = ours.processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}], add_generation_prompt=True
+    )
+    inputs = ours.processor(text=[text], images=[picture(3)], return_tensors="pt")
+    with torch.no_grad():
+        trained = result.adapter.backbone.model(**inputs).logits
+        torch.testing.assert_close(plain(**inputs).logits, trained, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.model(**inputs).logits, trained, rtol=1e-5, atol=1e-5)
+        with adapter.switched_off():
+            without = ours.model(**inputs).logits
+        unloaded = plain.unload()(**inputs).logits
+    torch.testing.assert_close(without, unloaded, rtol=1e-5, atol=1e-5)
+    assert (trained - without).abs().max() > 1e-2  # the adapter does something
+
+
+@pytest.fixture
+def adapter_folder(checkpoints, photo_folder, tmp_path):
+    train(config(checkpoints, photo_folder, tmp_path / "run", max_steps=1))
+    return tmp_path / "run/adapter"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("a tensor is gone", "do not match"),
+        ("a tensor too many", "do not match"),
+        ("another base", "another base model"),
+        ("megatron", "refused"),
+        ("not lora", "expected 'LORA'"),
+        ("truncated", "cannot be loaded"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(checkpoints, adapter_folder, damage, message):
+    weights, settings = adapter_folder / "adapter_model.safetensors", adapter_folder / "adapter_config.json"
+    if damage == "a tensor is gone":
+        tensors = load_file(weights)
+        tensors.pop(sorted(tensors)[0])
+        save_file(tensors, weights)
+    elif damage == "a tensor too many":
+        tensors = load_file(weights)
+        save_file(tensors | {"base_model.model.model.elsewhere.lora_A.weight": torch.zeros(4, 4)}, weights)
+    elif damage == "another base":
+        contract = json.loads((adapter_folder / "contract.json").read_text())
+        (adapter_folder / "contract.json").write_text(json.dumps(contract | {"base_fingerprint": "0"}))
+    elif damage in ("megatron", "not lora"):
+        change = {"megatron_config": {"a": 1}} if damage == "megatron" else {"peft_type": "IA3"}
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | change))
+    else:
+        weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(load_backbone(str(checkpoints["qwen2_vl"])), adapter_folder)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 7])
+def test_resuming_is_bitwise_exact(checkpoints, photo_folder, tmp_path, monkeypatch, stop):
+    """Stopped behind any step and gone on with, twice: the adapter is the one of the run that was never stopped."""
+    straight = train(config(checkpoints, photo_folder, tmp_path / "straight", save_every=1))
+    wanted = adapter_of(straight.folder)
+
+    for last in (stop, min(stop + 2, 7)):
+        told = _stop_behind(last, monkeypatch)
+        settings = config(checkpoints, photo_folder, tmp_path / "stopped", save_every=1)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, resume=(tmp_path / "stopped").exists(), report=told)
+    shutil.rmtree(tmp_path / "straight/checkpoints")
+    resumed = train(config(checkpoints, photo_folder, tmp_path / "stopped", save_every=1), resume=True)
+    assert_same(adapter_of(resumed.folder), wanted)
+
+    def steps(folder):
+        return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines() if "lr" in line]
+
+    assert steps(resumed.folder) == steps(straight.folder) == list(range(1, 9))
+
+
+def _stop_behind(step: int, monkeypatch):
+    def report(kind, **values):
+        if kind == "step" and values["step"] == step + 1:  # checkpoint of `step` is written, the next step is lost
+            raise KeyboardInterrupt
+
+    return report
+
+
+def test_without_the_steps_seed_resuming_would_differ(checkpoints, photo_folder, tmp_path, monkeypatch):
+    """Negative control: dropout drawn from wherever the generator stands gives another adapter."""
+    wanted = adapter_of(train(config(checkpoints, photo_folder, tmp_path / "one")).folder)
+    monkeypatch.setattr(loop, "_step_seed", lambda seed, step: seed + 12345)
+    other = adapter_of(train(config(checkpoints, photo_folder, tmp_path / "two")).folder)
+    assert any(not torch.equal(wanted[name], other[name]) for name in wanted)
+
+
+def test_cache_and_no_cache_give_the_same_adapter(checkpoints, photo_folder, tmp_path):
+    filled = train(config(checkpoints, photo_folder, tmp_path / "filling"))
+    read = train(config(checkpoints, photo_folder, tmp_path / "reading"))
+    without = train(config(checkpoints, photo_folder, tmp_path / "without", cache=False))
+    assert (filled.features.computed, read.features.computed, without.features.computed) == (12, 0, 12)
+    assert_same(adapter_of(filled.folder), adapter_of(read.folder))
+    assert_same(adapter_of(filled.folder), adapter_of(without.folder))
+
+
+def test_a_damaged_checkpoint_is_set_aside(checkpoints, photo_folder, tmp_path):
+    settings = config(checkpoints, photo_folder, tmp_path / "run", keep_checkpoints=3)
+    wanted = adapter_of(train(settings).folder)
+    newest = tmp_path / "run/checkpoints/step-000008/optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-9] + b"\x00" * 9)
+    told = []
+    train(settings, resume=True, report=lambda kind, **v: told.append((kind, v)))
+    assert_same(adapter_of(tmp_path / "run"), wanted)
+    assert [v["text"] for k, v in told if k == "warning"][0].startswith("step-000008 is damaged")
+    assert [v["step"] for k, v in told if k == "start"] == [6]
+
+
+def test_a_changed_caption_or_setting_is_not_gone_on_with(checkpoints, photo_folder, tmp_path):
+    train(config(checkpoints, photo_folder, tmp_path / "run"))
+    with pytest.raises(CheckpointError, match=r"other settings or data \(lr: 0.01, now 0.1\)"):
+        train(config(checkpoints, photo_folder, tmp_path / "run", lr=0.1), resume=True)
+    (photo_folder / "03.txt").write_text("Something else.")
+    with pytest.raises(CheckpointError, match="data_fingerprint"):
+        train(config(checkpoints, photo_folder, tmp_path / "run"), resume=True)
+
+
+def test_a_run_is_not_overwritten(checkpoints, photo_folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        train(config(checkpoints, photo_folder, tmp_path / "run"))
+
+
+def test_bad_rows_stop_the_run_or_are_quarantined(checkpoints, photo_folder, tmp_path):
+    (photo_folder / "05.png").write_bytes(b"not a picture")
+    (photo_folder / "06.txt").write_text("  \n")
+    with pytest.raises(DataError, match="06.txt"):
+        train(config(checkpoints, photo_folder, tmp_path / "stopped"))
+    settings = config(checkpoints, photo_folder, tmp_path / "run", on_bad_row="quarantine", max_steps=1)
+    result = train(settings)
+    rows = [json.loads(line) for line in (tmp_path / "run/quarantined.jsonl").read_text().splitlines()]
+    assert len(rows) == len(result.bad) == 2
+    assert len(result.train_examples) + len(result.held_out) + len(rows) == 12
+    assert any("05.png" in row["reason"] for row in rows)
+
+
+def test_an_answer_that_is_too_long_is_reported_never_cut(checkpoints, photo_folder, tmp_path):
+    (photo_folder / "02.txt").write_text("word " * 200)
+    with pytest.raises(DataError, match=r"needs \d+ tokens.*--max-tokens is 120"):
+        train(config(checkpoints, photo_folder, tmp_path / "run", max_tokens=120))
+
+
+def test_a_loss_that_is_not_finite_is_never_applied(checkpoints, photo_folder, tmp_path, monkeypatch):
+    real, calls = loop.loss_sum, []
+
+    def broken(backbone, batch):
+        calls.append(batch)
+        return real(backbone, batch) * (float("nan") if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(loop, "loss_sum", broken)
+    with pytest.raises(TrainingError, match=r"Step 2: loss nan.*\.png"):
+        train(config(checkpoints, photo_folder, tmp_path / "run"))
+    assert not (tmp_path / "run/adapter").exists()
+
+
+def test_micro_batches_change_nothing(checkpoints, photo_folder, tmp_path):
+    whole = adapter_of(train(config(checkpoints, photo_folder, tmp_path / "whole", dropout=0.0)).folder)
+    single = adapter_of(
+        train(config(checkpoints, photo_folder, tmp_path / "single", dropout=0.0, micro_batch_tokens=1)).folder
+    )
+    for name in whole:
+        torch.testing.assert_close(single[name], whole[name], rtol=2e-3, atol=2e-5)
+
+
+def test_the_plan_shows_every_answer_once_an_epoch():
+    plan = Plan([5, 1, 10, 3], batch_size=4, epochs=3, seed=0)
+    assert plan.num_steps == 15
+    seen = [(e, d) for step in range(plan.num_steps) for e, dialogues in plan.step(step) for d in dialogues]
+    everything = {(e, d) for e, n in enumerate(plan.num_answers) for d in range(n)}
+    for epoch in range(3):
+        assert set(seen[epoch * 19 : epoch * 19 + 19]) == everything
+    assert len(seen) == 57
+    assert [sum(len(d) for _, d in plan.step(s)) for s in range(15)] == [4] * 14 + [1]
+    again = Plan([5, 1, 10, 3], batch_size=4, epochs=3, seed=0)
+    assert again.step(9) == plan.step(9)  # asked for alone, out of order
+    assert Plan([5, 1, 10, 3], batch_size=4, epochs=3, seed=1).step(0) != plan.step(0)
+
+
