@@ -45,7 +45,8 @@ MEANINGS = {
     "bleu_4": "the share of runs of up to four words that occur in a reference",
     "rouge_l": "how much of a reference comes in the same order in the caption",
 }
-WHO = {"base": "Base", "tuned": "Tuned", "blanked": "Tuned, picture greyed out"}
+WHO = {"base": "Base", "tuned": "Tuned", "gain": "Gain", "blanked": "Picture greyed out"}
+"""Columns of the tables, in order."""
 
 
 def write_report(folder: Path, evaluation: Evaluation, *, title: str, command: str | None = None) -> Path:
@@ -79,7 +80,7 @@ def write_report(folder: Path, evaluation: Evaluation, *, title: str, command: s
 def _summary(scores: dict) -> list[str]:
     """One sentence on the gain, honest where there is none; one on what the picture is worth, if asked."""
     metric = headline(scores)[0]
-    name = NAMES[metric] if NAMES[metric].isupper() or metric in WHOLE_SCALE else NAMES[metric].lower()
+    name = "exact match" if metric == "exact_match" else NAMES[metric]
     images = scores["examples"]
     where = f"on {images:,} held-out {'image' if images == 1 else 'images'}"
     base = _number(metric, scores["base"][metric])
@@ -112,43 +113,47 @@ def _summary(scores: dict) -> list[str]:
 
 
 def _score_table(scores: dict) -> str:
-    passes = [who for who in WHO if who in scores]
-    gains = scores.get("gain", {})
-    head = _heads([*(WHO[who] for who in passes), *(["Gain"] if gains else [])])
+    columns = [name for name in WHO if name in scores]
     rows = []
     for metric in headline(scores):
-        cells = [f"<th scope=row>{NAMES[metric]}</th>"]
-        for who in passes:
-            interval = scores["intervals"][who].get(metric)
-            span = _span(metric, *interval) if interval else ""
-            cells.append(_cell(_number(metric, scores[who][metric]), span))
-        if gain := gains.get(metric):
-            shown = _number(metric, gain["gain"], points=True, sign=True)
-            better = "good" if gain["low"] > 0 else "bad" if gain["high"] < 0 else ""
-            cells.append(_cell(shown, _span(metric, gain["low"], gain["high"], sign=True), better))
-        elif gains:
-            cells.append(_cell(_number(metric, scores["tuned"][metric] - scores["base"][metric], True, True)))
-        rows.append("<tr>" + "".join(cells) + "</tr>")
+        cells = []
+        for column in columns:
+            if column == "gain":
+                cells.append(_gain_cell(metric, scores))
+            else:
+                interval = scores["intervals"][column].get(metric)
+                span = _span(metric, *interval) if interval else ""
+                cells.append(_cell(_number(metric, scores[column][metric]), span))
+        rows.append(f"<tr><th scope=row>{NAMES[metric]}</th>{''.join(cells)}</tr>")
     for key, name, show in (
         ("mean_words", "Words per answer", lambda value: f"{value:.1f}"),
         ("distinct", "Answers that differ", lambda value: f"{100 * value:.0f} %"),
     ):
-        cells = "".join(_cell(show(scores[who][key])) for who in passes) + ("<td></td>" if gains else "")
-        rows.append(f"<tr class=minor><th scope=row>{name}</th>{cells}</tr>")
+        cells = [_cell("" if column == "gain" else show(scores[column][key])) for column in columns]
+        rows.append(f"<tr class=minor><th scope=row>{name}</th>{''.join(cells)}</tr>")
     meanings = "".join(f"<li><b>{NAMES[key]}</b>: {MEANINGS[key]}.</li>" for key in headline(scores))
     return (
-        f"<div class=wide><table>{head}<tbody>{''.join(rows)}</tbody></table></div>"
-        f"<p class=note>{scores['examples']:,} images, {scores['answers']:,} questions. Small figures: the 95 % "
-        "interval, by resampling the images.</p>"
+        f"<div class=wide><table>{_heads(columns)}<tbody>{''.join(rows)}</tbody></table></div>"
+        f"<p class=note>{scores['examples']:,} images, {scores['answers']:,} questions. "
+        "Small figures: the 95 % interval, by resampling the images.</p>"
         f"<details><summary>What the numbers mean</summary><ul>{meanings}</ul></details>"
     )
 
 
+def _gain_cell(metric: str, scores: dict) -> str:
+    gain = scores["gain"].get(metric)
+    if gain is None:  # a score of the whole set, such as BLEU, has no interval
+        difference = scores["tuned"][metric] - scores["base"][metric]
+        return _cell(_number(metric, difference, points=True, sign=True))
+    shown = _number(metric, gain["gain"], points=True, sign=True)
+    kind = "good" if gain["low"] > 0 else "bad" if gain["high"] < 0 else ""
+    return _cell(shown, _span(metric, gain["low"], gain["high"], sign=True), kind)
+
+
 def _kind_table(scores: dict) -> str:
-    passes = [who for who in WHO if who in scores]
+    passes = [name for name in WHO if name in scores and name != "gain"]
     if not scores.get("by_kind"):
         return ""
-    head = _heads([WHO[who] for who in passes])
     rows = "".join(
         f"<tr><th scope=row><bdi>{escape(kind)}</bdi> <small>{row['answers']:,}</small></th>"
         + "".join(_cell(_number("exact_match", row[who])) for who in passes)
@@ -158,12 +163,13 @@ def _kind_table(scores: dict) -> str:
     few = " open" if len(scores["by_kind"]) <= 12 else ""
     return (
         f"<details{few}><summary>Exact match by kind of question</summary>"
-        f"<div class=wide><table>{head}<tbody>{rows}</tbody></table></div></details>"
+        f"<div class=wide><table>{_heads(passes)}<tbody>{rows}</tbody></table></div></details>"
     )
 
 
-def _heads(names: Iterable[str]) -> str:
-    return f"<thead><tr><td></td>{''.join(f'<th scope=col>{name}</th>' for name in names)}</tr></thead>"
+def _heads(columns: Iterable[str]) -> str:
+    heads = "".join(f"<th scope=col>{WHO[column]}</th>" for column in columns)
+    return f"<thead><tr><td></td>{heads}</tr></thead>"
 
 
 def _cell(value: str, interval: str = "", kind: str = "") -> str:
@@ -175,7 +181,8 @@ def _number(metric: str, value: float, points: bool = False, sign: bool = False)
     """CIDEr-D as it is, the rest in percent; a difference of percents is in points."""
     if metric in WHOLE_SCALE:
         return f"{value:+.2f}" if sign else f"{value:.2f}"
-    return (f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}") + (" points" if points else " %")
+    number = f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
+    return number + ("\u00a0points" if points else "\u00a0%")
 
 
 def _span(metric: str, low: float, high: float, sign: bool = False) -> str:
@@ -185,13 +192,13 @@ def _span(metric: str, low: float, high: float, sign: bool = False) -> str:
 
 
 def _range(metric: str, low: float, high: float, points: bool = False) -> str:
-    unit = "" if metric in WHOLE_SCALE else " points" if points else " %"
-    return f"95 % interval {_span(metric, low, high)}{unit}"
+    unit = "" if metric in WHOLE_SCALE else "\u00a0points" if points else "\u00a0%"
+    return f"95\u00a0% interval {_span(metric, low, high)}{unit}"
 
 
 # -- the loss curve ------------------------------------------------------------------------------------------
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 640, 280, 48, 36  # of the drawing, and its margins for the numbers
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM = 640, 280, 48, 32, 36  # of the drawing, and its margins for the numbers
 
 
 def _loss_section(path: Path) -> str:
@@ -208,7 +215,7 @@ def _loss_section(path: Path) -> str:
     first, last = train[0][0], max(train[-1][0], held_out[-1][0] if held_out else 0)
 
     def x(step: float) -> float:
-        return round(LEFT + (step - first) / max(last - first, 1) * (WIDTH - LEFT - 12), 1)
+        return round(LEFT + (step - first) / max(last - first, 1) * (WIDTH - LEFT - RIGHT), 1)
 
     def y(loss: float) -> float:
         return round(HEIGHT - BOTTOM - (loss - low) / (high - low) * (HEIGHT - BOTTOM - 12), 1)
@@ -217,7 +224,7 @@ def _loss_section(path: Path) -> str:
         return " ".join(f"{x(step)},{y(loss)}" for step, loss in points)
 
     grid = "".join(
-        f'<line class=grid x1={LEFT} x2={WIDTH - 12} y1={y(tick)} y2={y(tick)} />'
+        f'<line class=grid x1={LEFT} x2={WIDTH - RIGHT} y1={y(tick)} y2={y(tick)} />'
         f'<text x={LEFT - 8} y={y(tick) + 4} text-anchor=end>{tick:g}</text>'
         for tick in ticks
     )

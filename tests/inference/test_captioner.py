@@ -1,0 +1,193 @@
+"""Decoding: in a batch, alone, with shared prefixes, and as transformers' own generate does it, the words are the same."""
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import picture
+from vlm_lora.config import DEFAULT_PROMPT
+from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
+from vlm_lora.errors import AdapterError, ConfigError, ModelError
+from vlm_lora.inference.captioner import Captioner, Decoding
+from vlm_lora.inference.evaluate import evaluate, table
+from vlm_lora.model.adapters.lora import attach_lora
+from vlm_lora.model.backbone import load_backbone
+from vlm_lora.model.features import FeatureCache, cache_folder
+
+QUESTIONS = ["What is it?", "Describe this image, please, in very many words.", "Why?"]
+SHORT = Decoding(max_new_tokens=12)
+
+
+@pytest.fixture(params=["qwen2_vl", "qwen2_5_vl"])
+def captioner(checkpoints, request) -> Captioner:
+    """With a random adapter strong enough to change what is said."""
+    backbone = load_backbone(str(checkpoints[request.param]))
+    adapter = attach_lora(backbone, rank=4, alpha=8, dropout=0.1, seed=1, prompt=DEFAULT_PROMPT)
+    for i, (_, parameter) in enumerate(adapter.named_parameters()):
+        torch.manual_seed(i)
+        parameter.data = torch.randn_like(parameter.data) * 0.3
+    backbone.model.eval()
+    return Captioner(backbone, adapter, FeatureCache(backbone, None), DEFAULT_PROMPT)
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    paths = []
+    for i, size in enumerate([(64, 64), (96, 48), (32, 80), (64, 32)]):
+        picture(i, size).save(tmp_path / f"{i}.png")
+        paths.append(str(tmp_path / f"{i}.png"))
+    return paths
+
+
+def stock(captioner, file: str, question: str, tokens: int = 12) -> str:
+    """The loop people write: the processor, then `generate`."""
+    processor = captioner.backbone.processor
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(text=[text], images=[Image.open(file).convert("RGB")], return_tensors="pt")
+    said = captioner.backbone.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    (told,) = processor.batch_decode(said[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return told.strip()
+
+
+def test_batched_and_shared_equal_one_by_one_equal_generate(captioner, files):
+    wanted = [[stock(captioner, file, question) for question in QUESTIONS] for file in files]
+    one_by_one = [[captioner.answer(file, question, decoding=SHORT) for question in QUESTIONS] for file in files]
+    shared = [captioner.answer(file, QUESTIONS, decoding=SHORT) for file in files]
+    asked = [(captioner.features.get([_ref(file)]), [(Turn(q, ""),) for q in QUESTIONS]) for file in files]
+    batched = captioner.generate(asked, decoding=SHORT)
+    assert wanted == one_by_one == shared == batched
+    assert len({text for row in wanted for text in row}) > 6  # a model that always says the same would pass too
+
+
+def _ref(file: str) -> ImageRef:
+    from pathlib import Path
+
+    return ImageRef(path=Path(file), name=file)
+
+
+def test_the_adapter_switches_off_and_on(captioner, checkpoints, files):
+    bare = Captioner.load(str(checkpoints[captioner.backbone.model.config.model_type]))
+    untuned = [captioner.answer(file, QUESTIONS, tuned=False, decoding=SHORT) for file in files]
+    assert untuned == [bare.answer(file, QUESTIONS, decoding=SHORT) for file in files]
+    assert untuned != [captioner.answer(file, QUESTIONS, decoding=SHORT) for file in files]
+
+
+def test_streaming_ends_with_the_answer(captioner, files):
+    steps = list(captioner.stream(files[0], "What?", decoding=SHORT))
+    assert len(steps) > 1
+    assert steps[-1] == captioner.answer(files[0], "What?", decoding=SHORT)
+
+
+def test_answers_end_where_the_model_ends_them(captioner, files, monkeypatch):
+    """Rows end at different tokens: a token that some answers hold is declared the end."""
+    asked = [(captioner.features.get([_ref(file)]), [(Turn(q, ""),) for q in QUESTIONS]) for file in files]
+    with torch.inference_mode():
+        flat = [captioner.encoder.encode_requests(requests, entries[0].grid_thw[None]) for entries, requests in asked]
+        entries = [entry for images, _ in asked for entry in images]
+        whole = _rows(captioner._decode(flat, entries, SHORT), 12)
+        end = whole[0][4]
+        monkeypatch.setattr(type(captioner.backbone), "eos_token_ids", frozenset({end}))
+        cut = _rows(captioner._decode(flat, entries, SHORT), 12)
+    assert len({len(row) for row in cut}) > 1
+    assert cut == [row[: row.index(end)] if end in row else row for row in whole]
+
+
+def _rows(tokens, count: int) -> list[list[int]]:
+    rows: list[list[int]] = [[] for _ in range(count)]
+    for row, token in tokens:
+        rows[row].append(token)
+    return rows
+
+
+def test_sampling_is_seeded_and_narrow_nucleus_is_greedy(captioner, files):
+    def say(**how) -> str:
+        return captioner.answer(files[0], "What?", decoding=Decoding(max_new_tokens=12, **how))
+
+    assert say(temperature=1.5, seed=3) == say(temperature=1.5, seed=3)
+    assert len({say(temperature=1.5, seed=seed) for seed in range(4)}) > 1
+    assert say(temperature=1.0, top_p=1e-6) == say()
+
+
+def test_a_bad_image_gives_its_error_and_stops_nothing(captioner, files, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    given = [files[0], str(tmp_path / "broken.png"), str(tmp_path / "gone.png"), files[1], picture(9)]
+    results = list(captioner.caption(iter(given), batch_size=2, decoding=SHORT))
+    assert [r.image for r in results[:4]] == given[:4]
+    assert [r.error is None for r in results] == [True, False, False, True, True]
+    assert [r.text is None for r in results] == [False, True, True, False, False]
+    assert results[3].text == captioner.answer(files[1], DEFAULT_PROMPT, decoding=SHORT)
+
+
+def test_captioning_reads_the_cache_and_does_not_fill_it(checkpoints, files):
+    reader = Captioner.load(str(checkpoints["qwen2_vl"]))
+    list(reader.caption(files, decoding=SHORT))
+    assert not list(cache_folder().rglob("*.safetensors"))
+    FeatureCache(reader.backbone, cache_folder()).get([_ref(file) for file in files])
+    again = Captioner.load(str(checkpoints["qwen2_vl"]))
+    list(again.caption(files, decoding=SHORT))
+    assert (again.features.computed, again.features.read) == (0, 4)
+
+
+def test_evaluation_gathers_references_and_scores_both(captioner, files):
+    def dialogue(question: str, answer: str, kind=None) -> Dialogue:
+        return Dialogue((Turn(question, answer),), kind)
+
+    examples = []
+    for file in files:
+        said = captioner.answer(file, "What?", decoding=SHORT)
+        captions = [dialogue("Describe this image.", f"caption {k}") for k in range(5)]
+        examples.append(Example(file, (_ref(file),), (*captions, dialogue("What?", said, "open")), f"{file}:1"))
+    evaluation = evaluate(captioner, examples, blanked=True, decoding=SHORT)
+    scores = evaluation.scores
+    assert (scores["examples"], scores["answers"]) == (4, 8)
+    assert [len(row.references) for row in evaluation.answered] == [5, 1] * 4
+    assert scores["by_kind"]["open"]["tuned"] == 1.0  # the references are what the tuned model says
+    assert scores["by_kind"]["open"]["base"] < 1.0
+    assert scores["tuned"]["exact_match"] >= 0.5
+    assert scores["gain"]["exact_match"]["gain"] == pytest.approx(
+        scores["tuned"]["exact_match"] - scores["base"]["exact_match"]
+    )
+    assert "tuned, image blanked" in table(scores)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"), [({"max_new_tokens": 0}, "max-new-tokens"), ({"temperature": -1}, "temp"), ({"top_p": 0}, "top-p")]
+)
+def test_decoding_is_checked(how, message):
+    with pytest.raises(ConfigError, match=message):
+        Decoding(**how)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("Qwen/Qwen2-VL-2B-Instruct", r"--model tiny \(embedded.*--model path/to/folder"),
+        ("./nowhere", "no such folder.*--model tiny"),
+    ],
+)
+def test_a_model_that_is_not_there_is_said_in_one_line(model, message):
+    with pytest.raises(ModelError, match=message) as caught:
+        Captioner.load(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_that_could_run_code_are_refused(checkpoints, tmp_path):
+    import json
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints["qwen2_vl"], folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"auto_map": {"AutoModel": "evil.Model"}}))
+    with pytest.raises(ModelError, match="code of its own"):
+        Captioner.load(str(folder))
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"no \*.safetensors weights"):
+        Captioner.load(str(folder))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    (tmp_path / "adapter/adapter_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(AdapterError, match="other formats are not read"):
+        Captioner.load(str(checkpoints["qwen2_vl"]), tmp_path / "adapter")

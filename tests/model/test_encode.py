@@ -1,0 +1,149 @@
+"""What is learnt is exactly the answers; prompts are token for token what the processor makes; text stays text."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, picture, write_checkpoint
+from vlm_lora.data.example import Dialogue, Turn
+from vlm_lora.errors import ModelError
+from vlm_lora.model.backbone import load_backbone
+from vlm_lora.model.encode import Encoder
+from vlm_lora.model.packing import IGNORE_INDEX
+
+GRID = torch.tensor([[1, 4, 6]])  # six tokens
+
+
+@pytest.fixture(scope="module")
+def backbone(checkpoints):
+    return load_backbone(str(checkpoints["qwen2_vl"]))
+
+
+def spelled(backbone, branch) -> str:
+    """The branch with what is learnt in brackets."""
+    text, learning = "", False
+    for token, label in zip(branch.input_ids.tolist(), branch.labels.tolist(), strict=True):
+        if (label != IGNORE_INDEX) != learning:
+            text += "]" if learning else "["
+            learning = not learning
+        assert label in (IGNORE_INDEX, token)
+        text += backbone.tokenizer.decode([token])
+    return text + ("]" if learning else "")
+
+
+def test_golden_text(backbone):
+    talk = Dialogue((Turn("What is it?", "A red cat."), Turn(" And now? ", "\nA dog.\n")))
+    encoded = Encoder(backbone).encode([talk, Dialogue((Turn("Colour?", "red"),))], GRID)
+    assert backbone.tokenizer.decode(encoded.prefix_ids) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "<|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>"
+    )
+    assert [spelled(backbone, branch) for branch in encoded.branches] == [
+        "What is it?<|im_end|>\n<|im_start|>assistant\n[A red cat.<|im_end|>]\n"
+        "<|im_start|>user\nAnd now?<|im_end|>\n<|im_start|>assistant\n[A dog.<|im_end|>]",
+        "Colour?<|im_end|>\n<|im_start|>assistant\n[red<|im_end|>]",
+    ]
+
+
+def test_special_tokens_in_a_text_stay_text(backbone):
+    hostile = "a <|im_end|> b <|image_pad|><|vision_end|> c"
+    encoded = Encoder(backbone).encode([Dialogue((Turn(hostile, hostile),))], GRID)
+    (branch,) = encoded.branches
+    special = set(backbone.tokenizer.all_special_ids)
+    learnt = branch.labels[branch.labels != IGNORE_INDEX].tolist()
+    assert backbone.tokenizer.decode(learnt[:-1]) == hostile
+    assert not special & set(learnt[:-1])
+    assert learnt[-1] == backbone.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert (encoded.prefix_ids == backbone.image_token_id).sum() == 6
+    assert (branch.input_ids == backbone.image_token_id).sum() == 0
+
+
+@pytest.mark.parametrize("text", ["What colour is it?", "Was ist das für ein Tier? 🦊", "这是什么？", "x\ny  z", "1,000.5 km"])
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_tokens_are_the_processors(backbone, text, num_images):
+    """Cut into prefix, question and answer, the tokens are those of the whole text in one piece."""
+    pictures = [picture(i, (48, 32)) for i in range(num_images)]
+    content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
+    whole = backbone.processor.apply_chat_template(messages, tokenize=False)
+    theirs = backbone.processor(text=[whole], images=pictures, return_tensors="pt")
+    encoded = Encoder(backbone).encode([Dialogue((Turn(text, text),))], theirs["image_grid_thw"])
+    ours = [*encoded.prefix_ids.tolist(), *encoded.branches[0].input_ids.tolist()]
+    assert ours == theirs["input_ids"][0].tolist()[: len(ours)]
+    assert len(theirs["input_ids"][0]) - len(ours) == 1  # the line break behind the last turn, which nothing predicts
+
+
+def test_a_request_is_the_conversation_without_its_last_answer(backbone):
+    encoder = Encoder(backbone)
+    turns = (Turn("One?", "first"), Turn("Two?", "second"))
+    (whole,) = encoder.encode([Dialogue(turns)], GRID).branches
+    (asked,) = encoder.encode_requests([turns], GRID).branches
+    ids = asked.input_ids.tolist()
+    assert whole.input_ids.tolist()[: len(ids)] == ids
+    assert backbone.tokenizer.decode(ids).endswith("Two?<|im_end|>\n<|im_start|>assistant\n")
+    assert (asked.labels == IGNORE_INDEX).all()
+
+
+def test_a_template_that_drops_text_is_refused(checkpoints):
+    backbone = load_backbone(str(checkpoints["qwen2_vl"]))
+    backbone.processor.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] }}<|im_end|>{% endfor %}"
+    with pytest.raises(ModelError, match="leaves out a part"):
+        Encoder(backbone).encode([Dialogue((Turn("a", "b"),))], torch.zeros(0, 3, dtype=torch.long))
+
+
+def test_tokenizer_and_config_of_different_checkpoints_are_refused(checkpoints, tmp_path):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints["qwen2_vl"], folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"image_token_id": 17}))
+    with pytest.raises(ModelError, match="not of one checkpoint"):
+        load_backbone(str(folder))
+
+
+def test_missing_weights_are_refused(checkpoints, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints["qwen2_vl"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("visual.merger.mlp.2.weight" if "visual.merger.mlp.2.weight" in tensors else "model.visual.merger.mlp.2.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 weights are missing or misshapen, first .*merger"):
+        load_backbone(str(folder))
+
+
+@pytest.fixture(scope="module")
+def full_tokenizer(tmp_path_factory):
+    """Qwen2-VL's whole tokenizer, from the package that carries its vocabulary."""
+    pytest.importorskip("dashscope")
+    sys.path.insert(0, str(ROOT / "data" / "tiny"))
+    try:
+        from build_tokenizer import FULL_SIZE, build_tokenizer
+    finally:
+        sys.path.pop(0)
+    folder = tmp_path_factory.mktemp("qwen2") / "tokenizer"
+    build_tokenizer(FULL_SIZE).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_the_real_tokenizer_and_its_ids(full_tokenizer, tmp_path, family):
+    """The published ids: those of transformers' own Qwen2-VL integration test, special tokens from 151643 on."""
+    backbone = load_backbone(str(write_checkpoint(tmp_path / "model", family, full_tokenizer)))
+    assert len(backbone.tokenizer) == 151_657
+    assert backbone.image_token_id == 151_655
+    assert backbone.eos_token_ids == {151_645}
+    encoded = Encoder(backbone).encode([Dialogue((Turn("What kind of dog is this?", "A pug."),))], GRID)
+    expected = [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198, 151644, 872, 198, 151652]
+    assert encoded.prefix_ids.tolist() == expected + [151655] * 6 + [151653]
+    asked = [3838, 3093, 315, 5562, 374, 419, 30, 151645, 198, 151644, 77091, 198]
+    assert encoded.branches[0].input_ids.tolist()[: len(asked)] == asked
+    assert spelled(backbone, encoded.branches[0]).endswith("[A pug.<|im_end|>]")
+    said = backbone.model.generate(input_ids=encoded.branches[0].input_ids[None], max_new_tokens=2)
+    assert said.shape[1] == len(encoded.branches[0].input_ids) + 2

@@ -1,0 +1,175 @@
+"""The picture report: what it says about the gain; that nothing in it is fetched or executed; its speed."""
+
+import json
+import math
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
+from vlm_lora.inference.evaluate import Answered, Evaluation, evaluate
+from vlm_lora.inference.report import PICTURES, write_report
+
+NASTY = "<img src=x onerror=alert(1)> </dd><script>alert('x')</script> & \"quoted\""
+VOID = {"meta", "img", "br", "line", "circle", "polyline", "rect", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """A page's text, its tags and its marked words; asserts that tags are closed in order."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.tags: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.marked: list[str] = []
+        self.feed(self.source)
+        self.close()
+        assert self.open == []
+        self.text = " ".join(" ".join(self.words).replace("\u00a0", " ").split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+            if self.open[-1] == "mark":
+                self.marked.append(data)
+
+    def named(self, tag: str) -> list[dict]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+class Parrot:
+    """Says what it was told to: base and tuned answers by example and question."""
+
+    def __init__(self, rows: list[tuple[str, str]], adapter: bool = True):
+        self.rows, self.adapter = rows, adapter
+        self.features = SimpleNamespace(get=lambda images: images)
+
+    def generate(self, asked, *, tuned=True, decoding=None):
+        return [[self.rows[int(images[0].name[:-4])][tuned] for _ in turns] for images, turns in asked]
+
+
+def evaluated(folder: Path, rows: list[tuple[str, str, list[str]]], adapter=True, **extra) -> Evaluation:
+    """An Evaluation of (base, tuned, references), one image each."""
+    examples = []
+    for i, (_, _, references) in enumerate(rows):
+        path = folder / f"{i}.png"
+        Image.new("RGB", (40, 30), (i % 256, 90, 200)).save(path)
+        dialogues = tuple(Dialogue((Turn("What is it?", text),), **extra) for text in references)
+        examples.append(Example(str(i), (ImageRef(path=path, name=path.name),), dialogues, f"data:{i}"))
+    return evaluate(Parrot([row[:2] for row in rows], adapter), examples)
+
+
+def test_gain_is_said_in_one_sentence_and_pictures_are_inside(tmp_path):
+    rows = [("dog", "cat", ["cat"])] * 20 + [("cat", "cat", ["cat"])] * 6 + [("cat", "dog", ["cat"])] * 4
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": s, "loss": 3 / s, "lr": 1e-4}) + "\n" for s in range(1, 200))
+        + json.dumps({"step": 100, "held_out_loss": 0.5})
+        + '\n{"step": 200, "loss": NaN}\n{"step": 201, "lo'
+    )
+    path = write_report(tmp_path, evaluated(tmp_path, rows), title="photos", command="vlm-lora train photos")
+    assert path == tmp_path / "report.html"
+    page = Page(path)
+    assert "Tuning helped: on 30 held-out images, exact match rose from 33.3 % to 86.7 %" in page.text
+    assert "tuning made 20 better and 4 worse; 6 score the same" in page.text
+    pictures = page.named("img")
+    assert len(pictures) == PICTURES
+    assert all(picture["src"].startswith("data:image/png;base64,") for picture in pictures)
+    assert page.text.index("Gained most") < page.text.index("Lost most")
+    assert {"dog"} == set(page.marked) - {"Marked"}
+    assert "over 199 steps" in page.text
+    assert len(page.named("circle")) == 1
+    assert "vlm-lora train photos" in page.text
+
+
+def test_nothing_is_fetched_or_executed(tmp_path):
+    rows = [(NASTY, NASTY + " of the tuned model", ["a cat " + NASTY])] * 25
+    evaluation = evaluated(tmp_path, rows, kind=NASTY)
+    page = Page(write_report(tmp_path, evaluation, title=NASTY, command=NASTY))
+    assert {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "form"} == set()
+    assert all(picture["src"].startswith("data:") for picture in page.named("img"))
+    assert not [attrs for _, attrs in page.tags for name in attrs if name.startswith("on")]
+    assert "http://" not in page.source
+    assert "https://" not in page.source
+    assert "url(" not in page.source.replace("url(#plot)", "")
+    assert "<img src=x onerror=alert(1)>" in page.text  # as text
+    assert str(tmp_path) not in page.source
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([("cat", "dog", ["cat"])] * 30, "Tuning did harm: on 30 held-out images, exact match fell"),
+        (
+            [("cat", "dog", ["cat"])] * 10 + [("dog", "cat", ["cat"])] * 11 + [("a", "a", ["a"])] * 40,
+            "No gain that chance could not explain: on 61 held-out images",
+        ),
+        ([("dog", "cat", ["cat"])], "Too few images to tell: on 1 held-out image, exact match"),
+    ],
+)
+def test_what_is_no_gain_is_not_called_one(tmp_path, rows, told):
+    page = Page(write_report(tmp_path, evaluated(tmp_path, rows), title="photos"))
+    assert told in page.text
+    assert "Tuning helped" not in page.text
+    assert "Loss" not in page.text.split()  # no metrics.jsonl, no curve
+
+
+def test_without_an_adapter(tmp_path):
+    rows = [("cat", "", ["cat"])] * 3 + [("dog", "", ["cat"])]
+    page = Page(write_report(tmp_path, evaluated(tmp_path, rows, adapter=False), title="base"))
+    assert "The base model alone, on 4 held-out images: exact match 75.0 %" in page.text
+    assert "Tuned" not in page.text
+    assert "Gain" not in page.text
+
+
+def test_captions_are_ranked_by_cider_and_compared_by_word(tmp_path):
+    references = ["A red circle lies on the grass.", "There is a circle on grass."]
+    rows = [
+        ("Something else that is entirely wrong here.", "A red circle is on the grass.", references),
+        ("图中有一个蓝色的圆", "图中有一个红色的圆", ["图中有一个红色的圆"]),
+        ("A tree stands in the snow.", "A house stands in the snow.", ["A tree stands in the snow."]),
+    ]
+    page = Page(write_report(tmp_path, evaluated(tmp_path, rows), title="captions"))
+    assert "CIDEr-D" in page.text
+    assert "Something else that" in page.marked
+    assert "蓝" in page.marked  # Han characters one by one
+    assert page.text.index("Gained most") < page.text.index("红") < page.text.index("Lost most")
+
+
+def test_a_picture_that_is_gone_and_text_that_is_no_unicode(tmp_path):
+    evaluation = evaluated(tmp_path, [("half \ud83d of a pair", "\u202eright to left", ["cat"])] * 2)
+    (tmp_path / "0.png").unlink()
+    page = Page(write_report(tmp_path, evaluation, title="photos"))
+    assert "The picture 0.png can no longer be read." in page.text
+    assert len(page.named("img")) == 1
+
+
+def test_ten_thousand_answers_take_seconds(tmp_path):
+    small = evaluated(tmp_path, [("dog", "cat", ["cat"]), ("cat", "dog", ["cat"])] * 10)
+    many = tuple(
+        Answered(str(i), row.images, row.question, None, row.references, row.base, row.tuned)
+        for i, row in enumerate(small.answered * 500)
+    )
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": s, "loss": 1 + math.sin(s)}) + "\n" for s in range(20_000))
+    )
+    started = time.monotonic()
+    path = write_report(tmp_path, Evaluation(many, small.scores), title="many")
+    assert time.monotonic() - started < 5
+    assert path.stat().st_size < 500_000
