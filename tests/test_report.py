@@ -130,6 +130,12 @@ def test_what_is_no_gain_is_not_called_one(tmp_path, rows, told):
     assert "Loss" not in page.text.split()  # no metrics.jsonl, no curve
 
 
+def test_a_gain_in_form_is_called_that(tmp_path):
+    rows = [("It is a cat.", "cat", ["cat"])] * 30
+    page = Page(write_report(tmp_path, evaluated(tmp_path, rows), title="photos"))
+    assert "Part of it is form: the base model answers in 4.0 words on average, the tuned one in 1.0" in page.text
+
+
 def test_without_an_adapter(tmp_path):
     rows = [("cat", "", ["cat"])] * 3 + [("dog", "", ["cat"])]
     page = Page(write_report(tmp_path, evaluated(tmp_path, rows, adapter=False), title="base"))

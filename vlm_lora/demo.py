@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -58,7 +59,7 @@ class DemoExample:
 
 
 class _WithoutStub(type(gr.Image)):
-    """Gradio writes a .pyi file beside the source of each new component; a package is not to change itself."""
+    """Gradio writes a .pyi file beside the source of a new component; a package does not change itself."""
 
     def __new__(mcs, name, bases, attributes):
         return ABCMeta.__new__(mcs, name, bases, attributes)
@@ -124,21 +125,24 @@ def launch(
     folder = tempfile.TemporaryDirectory(prefix="vlm-lora-demo-", ignore_cleanup_errors=True)
     os.environ["GRADIO_TEMP_DIR"] = folder.name  # by default uploads lie in a folder that outlives the demo
     loading: Future = Future()
-    what = f"{model or 'the base model'} with {adapter}" if adapter else model or "the model"
+    base = Path(model).name if model else "the base model"  # names alone: the page shows no path
+    what = f"{base} with {Path(adapter).resolve().name}" if adapter else base
     app = build_app(loading, examples=find_examples(adapter), compare=adapter is not None, loading=what)
     app.folder = folder  # deleted with the app
     hosts = [*LOOPBACK, *allowed_hosts] if host in LOOPBACK or allowed_hosts else ["*"]
     try:
         app.launch(server_name=host, server_port=port, auth=auth, **safe_settings(hosts))
     except OSError as error:
-        raise ConfigError(f"--port {port}: cannot be used ({error}). Give another one.") from error
+        raise ConfigError(f"--port {port}: in use, or not allowed on {host}. Give another one.") from error
     print(f"The demo is on {app.local_url}, loading {what}. Ctrl-C ends it.", file=sys.stderr)
     try:
-        from vlm_lora import Captioner
+        from vlm_lora import Captioner  # now, as it brings torch
 
         loading.set_result(Captioner.load(model, adapter))
         print("Ready.", file=sys.stderr)
         if block:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # else uploads would stay behind
             app.block_thread()
     except BaseException:
         app.close(verbose=False)

@@ -93,11 +93,21 @@ def test_answers_end_where_the_model_ends_them(captioner, files, monkeypatch):
     assert cut == [row[: row.index(end)] if end in row else row for row in whole]
 
 
-def _rows(tokens, count: int) -> list[list[int]]:
+def _rows(steps, count: int) -> list[list[int]]:
     rows: list[list[int]] = [[] for _ in range(count)]
-    for row, token in tokens:
-        rows[row].append(token)
+    for step in steps:
+        for row, token in step:
+            rows[row].append(token)
     return rows
+
+
+def test_a_stream_left_half_way_leaves_nothing_switched(captioner, files):
+    wanted = captioner.answer(files[0], "What?", decoding=SHORT)
+    stream = captioner.stream(files[0], "What?", tuned=False, decoding=SHORT)
+    next(stream)
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    assert captioner.answer(files[0], "What?", decoding=SHORT) == wanted
 
 
 def test_sampling_is_seeded_and_narrow_nucleus_is_greedy(captioner, files):

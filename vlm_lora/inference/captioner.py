@@ -182,18 +182,25 @@ class Captioner:
 
     def _tokens(self, asked, tuned: bool, decoding: Decoding) -> Iterator[tuple[int, int]]:
         """(row, token) as they are decoded, a row for each request in order, without the tokens that end an answer."""
-        switch = self.adapter.switched_off() if self.adapter and not tuned else nullcontext()
-        with torch.inference_mode(), switch:
-            encoded = []
-            for entries, requests in asked:
-                grids = [entry.grid_thw for entry in entries]
-                grid = torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
-                encoded.append(self.encoder.encode_requests(requests, grid))
-            yield from self._decode(encoded, [entry for entries, _ in asked for entry in entries], decoding)
+        encoded = []
+        for entries, requests in asked:
+            grids = [entry.grid_thw for entry in entries]
+            grid = torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
+            encoded.append(self.encoder.encode_requests(requests, grid))
+        steps = self._decode(encoded, [entry for entries, _ in asked for entry in entries], decoding)
+        while True:
+            # Entered for each step anew: whoever takes the tokens finds gradients and adapter as they were.
+            switch = self.adapter.switched_off() if self.adapter and not tuned else nullcontext()
+            with torch.inference_mode(), switch:
+                step = next(steps, None)
+            if step is None:
+                return
+            yield from step
 
     def _decode(
         self, encoded: Sequence[Encoded], images: Sequence[ImageFeatures], decoding: Decoding
-    ) -> Iterator[tuple[int, int]]:
+    ) -> Iterator[list[tuple[int, int]]]:
+        """The (row, token) pairs of each step."""
         backbone, device = self.backbone, self.backbone.device
         random = torch.Generator(device).manual_seed(decoding.seed)
         cache = DynamicCache(config=backbone.model.config.text_config)
@@ -228,8 +235,7 @@ class Captioner:
         for step in range(decoding.max_new_tokens):
             token = _pick(backbone.logits(hidden).float(), decoding, random)
             going = ~torch.isin(token, ends)
-            for row, said in zip(rows[going].tolist(), token[going].tolist(), strict=True):
-                yield row, said
+            yield list(zip(rows[going].tolist(), token[going].tolist(), strict=True))
             if not going.any() or step + 1 == decoding.max_new_tokens:
                 return
             if not going.all():  # rows that have ended leave the batch

@@ -106,6 +106,12 @@ def _summary(scores: dict) -> list[str]:
             f"(difference {difference}; {interval}, which includes zero)."
         )
     sentences = [told]
+    words = {who: scores[who]["mean_words"] for who in ("base", "tuned")}
+    if metric == "exact_match" and gain["gain"] > 0 and words["base"] > 2 * words["tuned"]:
+        sentences.append(
+            f"Part of it is form: the base model answers in {words['base']:.1f} words on average, the tuned one in "
+            f"{words['tuned']:.1f}, and a right answer in a sentence is no exact match."
+        )
     if "blanked" in scores:
         without = _number(metric, scores["blanked"][metric])
         sentences.append(f"With every picture greyed out, the tuned model's {name} is {without}.")
@@ -234,7 +240,8 @@ def _loss_section(path: Path) -> str:
     dots = "".join(f"<circle cx={x(step)} cy={y(loss)} r=4 />" for step, loss in _thin(held_out, 60))
     told = f"Training loss from {smooth[0][1]:.3g} to {smooth[-1][1]:.3g} over {last:,} steps"
     if held_out:
-        told += f"; held-out loss from {held_out[0][1]:.3g} to {held_out[-1][1]:.3g}"
+        start = f"from {held_out[0][1]:.3g} to " if len(held_out) > 1 else ""
+        told += f"; held-out loss {start}{held_out[-1][1]:.3g}"
     legend = "<span class=raw>each step</span><span class=smooth>training, smoothed</span>"
     legend += "<span class=held>held out</span>" if held_out else ""
     return (
@@ -263,8 +270,8 @@ def _losses(path: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]
 
 
 def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """A running mean that forgets over a twentieth of the run; unbiased from its first point on."""
-    keep = 1 - 1 / max(3, len(points) / 20)
+    """A running mean that forgets over a fortieth of the run; unbiased from its first point on."""
+    keep = 1 - 1 / max(3, len(points) / 40)
     total = weight = 0.0
     smooth = []
     for step, loss in points:
