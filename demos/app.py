@@ -7,6 +7,7 @@ shows them. Without them the demo stays on this machine.
 import argparse
 import os
 
+from vlm_lora import VlmLoraError
 from vlm_lora.demo import launch
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -17,4 +18,7 @@ parser.add_argument("--port", type=int, default=7860)
 options = parser.parse_args()
 user, _, password = os.environ.get("VLM_LORA_DEMO_AUTH", "").partition(":")
 auth = (user, password) if password else None
-launch(options.model, options.adapter, options.host, options.port, auth=auth)
+try:
+    launch(options.model, options.adapter, options.host, options.port, auth=auth)
+except VlmLoraError as error:
+    raise SystemExit(f"demo: {error}") from None

@@ -133,7 +133,7 @@ def test_what_is_no_gain_is_not_called_one(tmp_path, rows, told):
 def test_a_gain_in_form_is_called_that(tmp_path):
     rows = [("It is a cat.", "cat", ["cat"])] * 30
     page = Page(write_report(tmp_path, evaluated(tmp_path, rows), title="photos"))
-    assert "Part of it is form: the base model answers in 4.0 words on average, the tuned one in 1.0" in page.text
+    assert "Part of it is form: the base model answers in 4.0 words on average" in page.text
 
 
 def test_without_an_adapter(tmp_path):

@@ -364,10 +364,10 @@ class _Answer:
 
 
 class _Speaker:
-    """The captioner, one answer at a time, each decoded from first to last token in one thread.
+    """The captioner, one answer at a time, each decoded from first to last token in a thread of its own.
 
-    Gradio takes each step of a generator in whatever thread is free, and may leave it half-way. A captioner
-    in the midst of an answer has switched off its adapter and, for that thread, torch's gradients.
+    Gradio takes each step of a generator in whatever thread is free, no faster than the page does, and may
+    leave it half-way. The model is spared all of that: it decodes at its own pace until done or stopped.
     """
 
     def __init__(self, captioner: "Future[Captioner]", compare: bool):

@@ -109,8 +109,8 @@ def _summary(scores: dict) -> list[str]:
     words = {who: scores[who]["mean_words"] for who in ("base", "tuned")}
     if metric == "exact_match" and gain["gain"] > 0 and words["base"] > 2 * words["tuned"]:
         sentences.append(
-            f"Part of it is form: the base model answers in {words['base']:.1f} words on average, the tuned one in "
-            f"{words['tuned']:.1f}, and a right answer in a sentence is no exact match."
+            f"Part of it is form: the base model answers in {words['base']:.1f} words on average, the tuned "
+            f"one in {words['tuned']:.1f}, and a right answer in a sentence is no exact match."
         )
     if "blanked" in scores:
         without = _number(metric, scores["blanked"][metric])
