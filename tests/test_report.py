@@ -1,8 +1,7 @@
-"""The picture report: what it says about the gain; that nothing in it is fetched or executed; its speed."""
+"""The picture report: what it says about the gain; that nothing in it is fetched or executed; its size."""
 
 import json
 import math
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,7 +165,7 @@ def test_a_picture_that_is_gone_and_text_that_is_no_unicode(tmp_path):
     assert len(page.named("img")) == 1
 
 
-def test_ten_thousand_answers_take_seconds(tmp_path):
+def test_ten_thousand_answers_and_steps_stay_a_small_page(tmp_path):
     small = evaluated(tmp_path, [("dog", "cat", ["cat"]), ("cat", "dog", ["cat"])] * 10)
     many = tuple(
         Answered(str(i), row.images, row.question, None, row.references, row.base, row.tuned)
@@ -175,7 +174,6 @@ def test_ten_thousand_answers_take_seconds(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": s, "loss": 1 + math.sin(s)}) + "\n" for s in range(20_000))
     )
-    started = time.monotonic()
-    path = write_report(tmp_path, Evaluation(many, small.scores), title="many")
-    assert time.monotonic() - started < 5
+    values = {who: {name: v * 500 for name, v in of.items()} for who, of in small.values.items()}
+    path = write_report(tmp_path, Evaluation(many, small.scores, values), title="many")
     assert path.stat().st_size < 500_000

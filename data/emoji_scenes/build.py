@@ -1,4 +1,5 @@
-"""Draw the captioning sample: scenes of two emoji, five captions each in a style of their own, as COCO captions JSON.
+"""Draw the captioning sample: scenes of two emoji, five captions each in a style of their own, as COCO captions JSON;
+and a few more pictures without captions, to try an adapter on.
 
     npm pack emoji-datasource-google@16.0.0 && tar -xzf emoji-datasource-google-16.0.0.tgz
     python data/emoji_scenes/build.py --emoji package
@@ -14,7 +15,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tiny"))
 from scenes import Thing, article, draw_scene, load_emoji
 
-NUM_IMAGES = 400
+NUM_IMAGES, NUM_MORE = 400, 8
 FIRST_SEED = 2_000_000_000  # far from the numbers that pretraining draws its scenes with
 SIZES = [(64, 64), (96, 64), (80, 80)]
 PAIRS = {
@@ -52,17 +53,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
     emoji = load_emoji(args.emoji)
-    (args.out / "images").mkdir(parents=True, exist_ok=True)
+    for folder in ("images", "more"):
+        (args.out / folder).mkdir(parents=True, exist_ok=True)
     images, annotations, seed = [], [], FIRST_SEED
-    while len(images) < NUM_IMAGES:
+    drawn = 0
+    while drawn < NUM_IMAGES + NUM_MORE:
         rng = np.random.default_rng(seed)
         seed += 1
-        scene = draw_scene(rng, emoji, SIZES[len(images) % 3], emoji_share=1.0, counts=(0.0, 1.0, 0.0))
+        scene = draw_scene(rng, emoji, SIZES[drawn % 3], emoji_share=1.0, counts=(0.0, 1.0, 0.0))
         if len(scene.things) != 2:
             continue
-        number = len(images) + 1
+        drawn = number = drawn + 1
         name = f"{number:04}.png"
-        scene.image.quantize(128).save(args.out / "images" / name, optimize=True)
+        folder = "images" if number <= NUM_IMAGES else "more"
+        scene.image.quantize(128).save(args.out / folder / name, optimize=True)
+        if folder == "more":
+            continue
         images.append({"id": number, "file_name": name, "width": scene.image.width, "height": scene.image.height})
         for text in captions(scene.things, rng):
             annotations.append({"id": len(annotations) + 1, "image_id": number, "caption": text})

@@ -230,12 +230,19 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return f"The picture shows {_listing([article(thing.phrase) for thing in things])}."
 
 
-def question(scene: Scene, rng: np.random.Generator) -> tuple[str, str, str]:
-    """A question, its answer in a sentence, and its answer in one word, all true of the scene."""
+KINDS = {"colour": 0.22, "shape": 0.2, "presence": 0.3, "absence": 0.12, "count": 0.06, "place": 0.1}
+YES_NO = {"presence": 0.7, "absence": 0.3}
+
+
+def question(scene: Scene, rng: np.random.Generator, kinds: dict[str, float] = KINDS) -> tuple[str, str, str]:
+    """A question, its answer in a sentence, and its answer in one word, all true of the scene.
+
+    ``kinds`` gives the share of each kind of question.
+    """
     things = scene.things
     thing = things[rng.integers(len(things))]
     shapes = [t for t in things if t.colour]
-    kind = rng.choice(["colour", "shape", "presence", "absence", "count", "place"], p=[0.22, 0.2, 0.3, 0.12, 0.06, 0.1])
+    kind = rng.choice(list(kinds), p=list(kinds.values()))
     if kind == "colour" and shapes:
         thing = shapes[rng.integers(len(shapes))]
         name = "shape" if len(things) == 1 and rng.random() < 0.3 else thing.name
@@ -263,10 +270,11 @@ def question(scene: Scene, rng: np.random.Generator) -> tuple[str, str, str]:
         elif form == 1 and thing.colour:  # by both
             there = rng.random() < 0.5
             phrase = thing.phrase
-            if not there:
-                other = str(rng.choice([c for c in COLOURS if c != thing.colour]))
-                phrase = f"{other} {thing.name}"
-                there = any(t.phrase == phrase for t in things)
+            if not there and rng.random() < 0.5:
+                phrase = f"{rng.choice([c for c in COLOURS if c != thing.colour])} {thing.name}"
+            elif not there:
+                phrase = f"{thing.colour} {rng.choice([s for s in SHAPES[:5] if s != thing.name])}"
+            there = any(t.phrase == phrase for t in things)
         else:  # by name; the wrong ones are of the same sort, or guessing would do
             there = rng.random() < 0.5
             present = {t.name for t in things}

@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     from vlm_lora.errors import DataError
     from vlm_lora.inference.captioner import Captioner, Decoding
     from vlm_lora.inference.evaluate import evaluate, table
-    from vlm_lora.inference.report import write_report
+    from vlm_lora.inference.report import summary, write_report
 
     decoding = Decoding(max_new_tokens=options.max_new_tokens)
     captioner = Captioner.load(options.model, options.adapter, prompt=options.prompt, dtype=options.dtype)
@@ -60,6 +60,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(f"{scores['examples']:,} images, {scores['answers']:,} questions, {dataset.format}\n")
         print(table(scores))
+        print("\n" + "\n".join(summary(scores)))
     if dataset.bad:
         say(f"{len(dataset.bad):,} rows were left out of this.")
         return 3

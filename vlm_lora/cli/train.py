@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     if result.held_out and not options.no_eval:
         from vlm_lora.inference.captioner import Captioner
         from vlm_lora.inference.evaluate import evaluate, table
-        from vlm_lora.inference.report import write_report
+        from vlm_lora.inference.report import summary, write_report
 
         captioner = Captioner(result.adapter.backbone, result.adapter, result.features, config.prompt)
         progress = Progress()
@@ -69,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
         scores = evaluation.scores
         print(f"Base against tuned on {scores['examples']:,} held-out images, {scores['answers']:,} questions:\n")
         print(table(scores))
+        print("\n" + "\n".join(summary(scores)))
         print(f"\nReport with pictures: {report}")
     if result.bad:
         say(f"{len(result.bad):,} rows were left out: {result.folder / 'quarantined.jsonl'}")

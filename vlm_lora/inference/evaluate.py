@@ -55,6 +55,8 @@ class Evaluation:
 
     answered: tuple[Answered, ...]
     scores: dict
+    values: dict[str, dict[str, list[float]]]
+    """For each of base, tuned, blanked, and each metric that has one: a value an answer, in the order of ``answered``."""
 
     def write(self, folder: Path) -> None:
         """``predictions.jsonl`` and ``scores.json``."""
@@ -114,7 +116,9 @@ def evaluate(
         for i, example in enumerate(examples)
         for q, (turns, kind, references) in enumerate(questions[i])
     ]
-    return Evaluation(tuple(answered), _scores(answered, passes))
+    references = [row.references for row in answered]
+    values = {name: per_answer([row.said(name) for row in answered], references) for name in passes}
+    return Evaluation(tuple(answered), summarize(answered, values), values)
 
 
 def _questions(example: Example) -> list[tuple[tuple[Turn, ...], str | None, tuple[str, ...]]]:
@@ -156,10 +160,11 @@ def per_answer(candidates: Sequence[str], references: Sequence[Sequence[str]]) -
     }
 
 
-def _scores(answered: Sequence[Answered], passes: Sequence[str]) -> dict:
+def summarize(answered: Sequence[Answered], values: dict[str, dict[str, list[float]]]) -> dict:
+    """The ``scores`` of an `Evaluation` from each answer's values."""
+    passes = list(values)
     references = [row.references for row in answered]
     groups = [row.example for row in answered]
-    values = {name: per_answer([row.said(name) for row in answered], references) for name in passes}
     scores: dict = {"examples": len(set(groups)), "answers": len(answered), "intervals": {}}
     for name in passes:
         candidates = [row.said(name) for row in answered]

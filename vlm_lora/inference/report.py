@@ -59,7 +59,7 @@ def write_report(folder: Path, evaluation: Evaluation, *, title: str, command: s
     scores = evaluation.scores
     sections = [
         f"<h1>{escape(title)}</h1>",
-        "".join(f"<p class=lead>{escape(sentence)}</p>" for sentence in _summary(scores)),
+        "".join(f"<p class=lead>{escape(sentence)}</p>" for sentence in summary(scores)),
         "<h2>Scores</h2>" + _score_table(scores) + _kind_table(scores),
         _loss_section(folder / "metrics.jsonl"),
         _gallery(evaluation),
@@ -77,7 +77,7 @@ def write_report(folder: Path, evaluation: Evaluation, *, title: str, command: s
 # -- what was gained -----------------------------------------------------------------------------------------
 
 
-def _summary(scores: dict) -> list[str]:
+def summary(scores: dict) -> list[str]:
     """One sentence on the gain, honest where there is none; one on what the picture is worth, if asked."""
     metric = headline(scores)[0]
     name = "exact match" if metric == "exact_match" else NAMES[metric]
@@ -302,14 +302,14 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _gallery(evaluation: Evaluation) -> str:
     rows, captions = evaluation.answered, headline(evaluation.scores)[0] == "cider_d"
-    base = _per_answer([row.base or "" for row in rows], rows, captions)
+    base = _ranking(evaluation.values["base"], captions)
     if "tuned" not in evaluation.scores:
         order = sorted(range(len(rows)), key=base.__getitem__, reverse=True)
         chosen = _spread(rows, order, PICTURES // 2)
         worst = _spread(rows, order[::-1], PICTURES // 2, chosen)
         best = _cards("Best answers", rows, chosen)
         return "<h2>Pictures</h2>" + best + _cards("Worst answers", rows, worst)
-    tuned = _per_answer([row.tuned or "" for row in rows], rows, captions)
+    tuned = _ranking(evaluation.values["tuned"], captions)
     gain = [tuple(t - b for b, t in zip(*both, strict=True)) for both in zip(base, tuned, strict=True)]
     nothing = (0.0,) * len(gain[0])
     order = sorted(range(len(rows)), key=gain.__getitem__, reverse=True)
@@ -331,13 +331,10 @@ def _gallery(evaluation: Evaluation) -> str:
     )
 
 
-def _per_answer(said: Sequence[str], rows: Sequence[Answered], captions: bool) -> list[tuple[float, ...]]:
+def _ranking(values: dict[str, list[float]], captions: bool) -> list[tuple[float, ...]]:
     """What answers are ranked by: CIDEr-D of captions; of short answers exact match, then the spelling."""
-    references = [row.references for row in rows]
-    if captions:
-        return [(value,) for value in metrics.cider_d(said, references)]
-    pairs = zip(said, references, strict=True)
-    return [(metrics.exact_match(text, others), metrics.anls(text, others)) for text, others in pairs]
+    names = ["cider_d"] if captions else ["exact_match", "anls"]
+    return list(zip(*[values[name] for name in names], strict=True))
 
 
 def _spread(rows: Sequence[Answered], order: list[int], most: int, taken: Sequence[int] = ()) -> list[int]:
