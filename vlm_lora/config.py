@@ -32,6 +32,8 @@ class TrainConfig:
     )
 
     method: str = knob("lora", "fine-tuning method", choices=("lora",))
+    variant: str | None = knob(None, "LoRA variant; by default plain", choices=("plain", "rslora", "dora"))
+    targets: str | None = knob(None, "what LoRA adapts: language, projector, or both with a comma; by default both")
     rank: int = knob(16, "LoRA rank r")
     alpha: float | None = knob(None, "LoRA alpha; by default twice the rank")
     dropout: float = knob(0.0, "LoRA dropout, a probability")
@@ -65,9 +67,18 @@ class TrainConfig:
 
         for knob_field in fields(self):
             choices = knob_field.metadata.get("choices")
-            if choices:
+            if choices and not (knob_field.default is None and getattr(self, knob_field.name) is None):
                 require(getattr(self, knob_field.name) in choices, knob_field.name, "one of " + ", ".join(choices))
         require(0 <= self.val_split < 1, "val_split", "a fraction from 0 to below 1")
+        for name in METHOD_KNOBS:
+            if self.method not in METHOD_KNOBS[name] and getattr(self, name) != default_of(name):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} belongs to --method {' and '.join(METHOD_KNOBS[name])}; "
+                    f"--method {self.method} has no such thing."
+                )
+        parts = self.lora_targets
+        good = len(set(parts)) == len(parts) and set(parts) <= {"language", "projector"}
+        require(good, "targets", "language, projector, or language,projector")
         require(self.rank >= 1, "rank", "1 or more")
         require(self.alpha is None or self.alpha > 0, "alpha", "a number above 0")
         require(0 <= self.dropout < 1, "dropout", "a probability from 0 to below 1")
@@ -92,11 +103,19 @@ class TrainConfig:
     def lora_alpha(self) -> float:
         return 2 * self.rank if self.alpha is None else self.alpha
 
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        return tuple((self.targets or "language,projector").split(","))
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def replace(self, **changes: Any) -> "TrainConfig":
         return replace(self, **changes)
+
+
+METHOD_KNOBS = {name: ("lora",) for name in ("variant", "targets", "rank", "alpha", "dropout")}
+"""The methods that a knob belongs to; given with another one it is refused, as it would do nothing there."""
 
 
 def knob_type(name: str) -> type:

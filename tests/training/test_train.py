@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import picture
 from vlm_lora.config import TrainConfig
 from vlm_lora.errors import AdapterError, CheckpointError, DataError, TrainingError
-from vlm_lora.model.adapters.lora import load_adapter
+from vlm_lora.model.adapters.methods import load_adapter
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.training import loop
 from vlm_lora.training.batches import Plan

@@ -57,7 +57,7 @@ class TrainReport:
 
     def parts(self, parts, model, device, dtype) -> None:
         say(f"Base model {model} on {device}, {dtype.removeprefix('torch.')}. What trains:")
-        say(f"  {'part':<22}{'LoRA modules':>14}{'trained':>14}{'frozen':>16}")
+        say(f"  {'part':<22}{'adapted':>14}{'trained':>14}{'frozen':>16}")
         for part in parts:
             say(f"  {part.name:<22}{part.modules:>14,}{part.trained:>14,}{part.frozen:>16,}")
 

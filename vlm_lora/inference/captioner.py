@@ -17,7 +17,8 @@ from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_MODEL, DEFAULT_PROMP
 from vlm_lora.data.example import ImageRef, Turn
 from vlm_lora.data.images import load_image
 from vlm_lora.errors import ConfigError, DataError
-from vlm_lora.model.adapters.lora import Adapter, base_of, find_adapter, load_adapter, read_contract
+from vlm_lora.model.adapters.base import Adapter, base_of, find_adapter, read_contract
+from vlm_lora.model.adapters.methods import load_adapter
 from vlm_lora.model.backbone import Backbone, load_backbone
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, ImageFeatures, cache_folder

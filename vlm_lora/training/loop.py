@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Example
 from vlm_lora.errors import ModelError, TrainingError
-from vlm_lora.model.adapters.lora import Adapter
+from vlm_lora.model.adapters.base import Adapter
 from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded, pack
@@ -244,8 +244,10 @@ def _require_finite(loss: torch.Tensor, grad_norm: torch.Tensor, step: int, less
 
 
 def _report_dead(parameters, nth_step: int, report: Report) -> None:
-    """LoRA's B starts at zero, so A has no gradient in the first step; behind the second every tensor must have one."""
-    watched = [(n, p) for n, p in parameters if nth_step > 0 or ".lora_B." in n]
+    """LoRA's B and a bottleneck's way up start at zero, so what stands before them has no gradient in the first step;
+    behind the second every tensor must have one."""
+    late = (".lora_A.", ".bottleneck.down.")
+    watched = [(n, p) for n, p in parameters if nth_step > 0 or not any(part in n for part in late)]
     dead = [name for name, p in watched if p.grad is None or not p.grad.any()]
     if dead:
         report("warning", text=f"{len(dead)} of {len(watched)} adapter tensors get no gradient, first {dead[0]}.")

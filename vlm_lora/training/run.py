@@ -13,7 +13,8 @@ from vlm_lora.data.example import Example
 from vlm_lora.data.readers import BadRow, Dataset, read_dataset
 from vlm_lora.data.split import split_examples
 from vlm_lora.errors import CheckpointError, DataError
-from vlm_lora.model.adapters.lora import Adapter, attach_lora
+from vlm_lora.model.adapters.base import Adapter
+from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import Backbone, load_backbone
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, cache_folder
@@ -71,14 +72,7 @@ def train(config: TrainConfig, *, resume: bool = False, report: Report = lambda 
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
     )
-    adapter = attach_lora(
-        backbone,
-        rank=config.rank,
-        alpha=config.lora_alpha,
-        dropout=config.dropout,
-        seed=config.seed,
-        prompt=config.prompt,
-    )
+    adapter = attach_adapter(backbone, config)
     report("parts", parts=adapter.parts(), model=config.model, device=str(backbone.device), dtype=str(backbone.dtype))
 
     features = FeatureCache(backbone, cache_folder() if config.cache else None)

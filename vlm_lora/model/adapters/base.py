@@ -1,0 +1,238 @@
+"""What all methods share: the contract, the folder an adapter is kept in, and the attached `Adapter`.
+
+An adapter folder holds ``adapter_config.json`` (the method and its settings), ``adapter_model.safetensors`` (its
+tensors) and ``contract.json``: what the adapter was trained on and with, so that loading it elsewhere cannot go wrong in
+silence. LoRA's two files are PEFT's own. Those of the methods PEFT has not, or has not right for images, are ours: the
+settings are ``{"method": ..., "format": 1, ...}`` and the tensors are named as they are in the model they sit in, such as
+``model.language_model.layers.0.self_attn.o_proj.bottleneck.up.weight``.
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from vlm_lora.errors import AdapterError
+from vlm_lora.model.backbone import TOWER_PREFIXES, Backbone
+
+WEIGHTS, CONFIG, CONTRACT = "adapter_model.safetensors", "adapter_config.json", "contract.json"
+FORMAT = 1
+
+ADAPTED = re.compile(r"\.(?:lora_|bottleneck\.|prompt|prefix\.)")
+"""Where in a parameter's name the adapter begins; what stands before it is the module that is adapted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """What an adapter takes for granted: the base it was trained on, and what that base was shown."""
+
+    base: str
+    base_fingerprint: str
+    tower_fingerprint: str
+    method: str
+    prompt: str
+    min_pixels: int
+    max_pixels: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of the model, its adapted modules, and its numbers of trained and frozen parameters."""
+
+    name: str
+    modules: int
+    trained: int
+    frozen: int
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter attached to a backbone.
+
+    ``disable`` gives a context in which the model is the base model; ``write`` puts tensors and settings in a folder.
+    """
+
+    backbone: Backbone
+    contract: Contract | None
+    disable: Callable[[], AbstractContextManager]
+    write: Callable[[Path], None]
+
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Names, as in the base model, and tensors of all that trains."""
+        return [(n, p) for n, p in self.backbone.model.named_parameters() if p.requires_grad]
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Inside, the model is the base model."""
+        with self.disable():
+            yield
+
+    def parts(self) -> list[Part]:
+        """What trains and what is frozen, for the table a run starts with."""
+        groups = {
+            "vision tower": [],
+            "merger (projector)": [],
+            "language layers": [],
+            "embeddings and head": [],
+        }
+        for name, parameter in self.backbone.model.named_parameters():
+            if name.startswith(TOWER_PREFIXES):
+                group = "vision tower"
+            elif name.startswith("model.visual."):
+                group = "merger (projector)"
+            elif name.startswith(("model.language_model.layers.", "model.language_model.prefix.")):
+                group = "language layers"
+            else:
+                group = "embeddings and head"
+            groups[group].append((name, parameter))
+        return [
+            Part(
+                group,
+                len({ADAPTED.split(name)[0] for name, _ in members if ADAPTED.search(name)}),
+                sum(p.numel() for _, p in members if p.requires_grad),
+                sum(p.numel() for _, p in members if not p.requires_grad),
+            )
+            for group, members in groups.items()
+        ]
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter folder. ``contract`` must be known."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.write(folder)
+        if self.contract is not None:
+            text = json.dumps(asdict(self.contract), indent=2, ensure_ascii=False)
+            (folder / CONTRACT).write_text(text + "\n", encoding="utf-8")
+
+
+def new_contract(backbone: Backbone, method: str, prompt: str) -> Contract:
+    min_pixels, max_pixels = backbone.pixel_limits
+    return Contract(
+        base=backbone.name,
+        base_fingerprint=backbone.language_fingerprint,
+        tower_fingerprint=backbone.tower_fingerprint,
+        method=method,
+        prompt=prompt,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        dtype=str(backbone.dtype).removeprefix("torch."),
+    )
+
+
+def find_adapter(path: str | Path) -> Path:
+    """The adapter folder in ``path``: itself, or the ``adapter`` folder of a run.
+
+    Raises:
+        AdapterError: there is none, or its weights are not safetensors.
+    """
+    given = Path(path).expanduser()
+    for folder in (given, given / "adapter"):
+        if (folder / CONFIG).is_file():
+            if not (folder / WEIGHTS).is_file():
+                # Checked here: PEFT would open a pickled adapter_model.bin in its place.
+                raise AdapterError(
+                    f"--adapter {path}: {folder} holds no {WEIGHTS}; other formats are not read."
+                )
+            return folder
+    what = (
+        "there is no such folder" if not given.exists() else f"it holds no {CONFIG} and no adapter/{CONFIG}"
+    )
+    raise AdapterError(f"--adapter {path}: {what}. Give a run folder or an adapter folder.")
+
+
+def read_contract(folder: Path) -> Contract | None:
+    """The contract of an adapter folder; None if another tool wrote the adapter."""
+    file = folder / CONTRACT
+    if not file.is_file():
+        return None
+    try:
+        return Contract(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{file}: is not a contract that vlm-lora wrote ({error}).") from error
+
+
+def base_of(folder: Path) -> str:
+    """The base model that an adapter folder names."""
+    contract = read_contract(folder)
+    if contract:
+        return contract.base
+    base = read_settings(folder).get("base_model_name_or_path")
+    if not base:
+        raise AdapterError(f"{folder / CONFIG}: names no base model; give --model.")
+    return base
+
+
+def read_settings(folder: Path) -> dict:
+    """``adapter_config.json``."""
+    try:
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{folder / CONFIG}: cannot be read ({error}).") from error
+
+
+def check_contract(backbone: Backbone, folder: Path) -> Contract | None:
+    """The folder's contract, once it is sure that the adapter was made for this base.
+
+    Raises:
+        AdapterError: it was made for another one.
+    """
+    contract = read_contract(folder)
+    if contract and contract.base_fingerprint != backbone.language_fingerprint:
+        raise AdapterError(
+            f"{folder}: was trained on another base model ({contract.base}) than {backbone.name}. Give that base with "
+            "--model, or train a new adapter on this one."
+        )
+    if contract and (contract.min_pixels, contract.max_pixels) != backbone.pixel_limits:
+        warnings.warn(
+            f"The adapter was trained on images of {contract.min_pixels} to {contract.max_pixels} pixels, and is used "
+            f"with {backbone.pixel_limits[0]} to {backbone.pixel_limits[1]}.",
+            stacklevel=2,
+        )
+    return contract
+
+
+# -- the folder of the methods that are ours -------------------------------------------------------------------------
+
+
+def write_tensors(adapter_tensors: dict[str, torch.Tensor], settings: dict, folder: Path) -> None:
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in adapter_tensors.items()}
+    save_file(tensors, folder / WEIGHTS)
+    text = json.dumps({"format": FORMAT} | settings, indent=2, ensure_ascii=False)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def size_in(settings: dict, name: str, folder: Path) -> int:
+    """A positive whole number out of ``adapter_config.json``."""
+    size = settings.get(name)
+    if settings.get("format") != FORMAT or not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise AdapterError(
+            f"{folder / CONFIG}: format {settings.get('format')!r}, {name} {size!r}; expected format {FORMAT} and a number "
+            "from 1 on."
+        )
+    return size
+
+
+def read_tensors(parameters: dict[str, torch.nn.Parameter], folder: Path, name: str) -> None:
+    """Fill the parameters of a newly attached adapter from its folder; none may be left over on either side."""
+    try:
+        saved = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    odd = sorted(saved.keys() ^ parameters.keys())
+    odd += sorted(n for n in saved.keys() & parameters.keys() if saved[n].shape != parameters[n].shape)
+    if odd:
+        raise AdapterError(
+            f"{folder}: {len(odd)} of its tensors and the base model's do not match, first {odd[0]}. It was made for "
+            f"another model than {name}."
+        )
+    with torch.no_grad():
+        for n, parameter in parameters.items():
+            parameter.copy_(saved[n])
+            parameter.requires_grad_(False)
