@@ -31,12 +31,14 @@ class TrainConfig:
         "stop", "what to do about rows that cannot be used", choices=("stop", "quarantine")
     )
 
-    method: str = knob("lora", "fine-tuning method", choices=("lora",))
+    method: str = knob("lora", "fine-tuning method", choices=("lora", "adapter", "prompt", "prefix"))
     variant: str | None = knob(None, "LoRA variant; by default plain", choices=("plain", "rslora", "dora"))
     targets: str | None = knob(None, "what LoRA adapts: language, projector, or both with a comma; by default both")
     rank: int = knob(16, "LoRA rank r")
     alpha: float | None = knob(None, "LoRA alpha; by default twice the rank")
     dropout: float = knob(0.0, "LoRA dropout, a probability")
+    bottleneck: int = knob(16, "width of the adapters of --method adapter")
+    num_virtual_tokens: int = knob(16, "trained vectors (--method prompt) or pairs a layer (--method prefix)")
 
     epochs: float = knob(3.0, "passes over the training answers")
     max_steps: int | None = knob(None, "stop after so many optimizer steps, whatever --epochs says")
@@ -82,6 +84,8 @@ class TrainConfig:
         require(self.rank >= 1, "rank", "1 or more")
         require(self.alpha is None or self.alpha > 0, "alpha", "a number above 0")
         require(0 <= self.dropout < 1, "dropout", "a probability from 0 to below 1")
+        require(self.bottleneck >= 1, "bottleneck", "1 or more")
+        require(self.num_virtual_tokens >= 1, "num_virtual_tokens", "1 or more")
         require(self.epochs > 0, "epochs", "a number above 0")
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", "1 or more")
         require(self.batch_size >= 1, "batch_size", "1 or more answers")
@@ -114,7 +118,10 @@ class TrainConfig:
         return replace(self, **changes)
 
 
-METHOD_KNOBS = {name: ("lora",) for name in ("variant", "targets", "rank", "alpha", "dropout")}
+METHOD_KNOBS = {name: ("lora",) for name in ("variant", "targets", "rank", "alpha", "dropout")} | {
+    "bottleneck": ("adapter",),
+    "num_virtual_tokens": ("prompt", "prefix"),
+}
 """The methods that a knob belongs to; given with another one it is refused, as it would do nothing there."""
 
 

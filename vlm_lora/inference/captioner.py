@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import DynamicCache
 
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_MODEL, DEFAULT_PROMPT
 from vlm_lora.data.example import ImageRef, Turn
@@ -204,7 +203,7 @@ class Captioner:
         """The (row, token) pairs of each step."""
         backbone, device = self.backbone, self.backbone.device
         random = torch.Generator(device).manual_seed(decoding.seed)
-        cache = DynamicCache(config=backbone.model.config.text_config)
+        cache = backbone.new_cache()
         owner = torch.tensor([i for i, e in enumerate(encoded) for _ in e.branches], device=device)
 
         # 1. Every image's prefix, once. Without any (text only), branches start from nothing.
@@ -214,7 +213,7 @@ class Captioner:
             positions = torch.zeros(3, *ids.shape, dtype=torch.long)
             for i, e in enumerate(encoded):
                 positions[:, i, ids.shape[1] - len(e.prefix_ids) :] = e.prefix_positions
-            features = torch.cat([entry.features for entry in images]).to(device)
+            features = torch.cat([entry.features for entry in images]).to(device) if images else None
             prefix_mask = prefix_mask.to(device)
             backbone.forward(ids.to(device), prefix_mask, positions.to(device), features, cache)
             cache.batch_select_indices(owner)

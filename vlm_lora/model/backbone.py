@@ -106,12 +106,16 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 class Backbone:
     """A loaded base model with its processor.
 
-    ``model`` is transformers' own class; ``name`` is what the user called it.
+    ``model`` is transformers' own class; ``name`` is what the user called it. ``num_prompt_tokens`` tokens, -1, -2 and
+    so on, stand before each prefix. ``prefix`` holds ``keys`` and ``values`` ``(layers, heads, count, head_dim)`` that all
+    tokens see, and behind which positions begin.
     """
 
     model: nn.Module
     processor: object
     name: str
+    num_prompt_tokens: int = 0
+    prefix: nn.Module | None = None
 
     @property
     def device(self) -> torch.device:
@@ -222,6 +226,25 @@ class Backbone:
 
     # -- language ------------------------------------------------------------------------------------------------
 
+    @property
+    def language_model(self) -> nn.Module:
+        return self.model.model.language_model
+
+    def new_cache(self):
+        """An empty cache of keys and values for `forward`."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config.text_config)
+
+    def _behind_prefix(self, attention_mask, position_ids, cache) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mask and positions with the prefix before them; an empty cache gets its keys and values."""
+        count = self.prefix.keys.shape[2]
+        if cache.get_seq_length() == 0:
+            for layer, pairs in enumerate(zip(self.prefix.keys, self.prefix.values, strict=True)):
+                cache.update(*(p.to(self.dtype).expand(len(attention_mask), -1, -1, -1) for p in pairs), layer)
+        seen = attention_mask.new_ones(*attention_mask.shape[:-1], count)
+        return torch.cat([seen, attention_mask], dim=-1), position_ids + count
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -248,6 +271,9 @@ class Backbone:
         if features is not None:
             merged = self.model.model.visual.merger(features)
             encoded = {"image": BaseModelOutputWithPooling(pooler_output=(merged,))}
+        if self.prefix is not None:
+            past_key_values = self.new_cache() if past_key_values is None else past_key_values
+            attention_mask, position_ids = self._behind_prefix(attention_mask, position_ids, past_key_values)
         return self.model.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

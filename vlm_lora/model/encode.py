@@ -23,6 +23,7 @@ class Encoder:
     """Turns dialogues about images into tokens for one base model."""
 
     def __init__(self, backbone: Backbone):
+        self.backbone = backbone
         self.processor = backbone.processor
         self.tokenizer = backbone.tokenizer
         self.image_token_id = backbone.image_token_id
@@ -109,7 +110,7 @@ class Encoder:
         images = [at for at, token in enumerate(ids) if token == self.image_token_id]
         cut = images[-1] + 2 if images else 0  # behind <|vision_end|>, a special token: no token spans the cut
         counts = iter((image_grid_thw.prod(-1) // self.merge_size**2).tolist())
-        prefix: list[int] = []
+        prefix = [-1 - i for i in range(self.backbone.num_prompt_tokens)]
         for token in ids[:cut]:
             prefix += [token] * next(counts) if token == self.image_token_id else [token]
         prefix_ids = torch.tensor(prefix, dtype=torch.long)

@@ -1,9 +1,10 @@
 """What all methods share: the contract, the folder an adapter is kept in, and the attached `Adapter`.
 
-An adapter folder holds ``adapter_config.json`` (the method and its settings), ``adapter_model.safetensors`` (its
-tensors) and ``contract.json``: what the adapter was trained on and with, so that loading it elsewhere cannot go wrong in
-silence. LoRA's two files are PEFT's own. Those of the methods PEFT has not, or has not right for images, are ours: the
-settings are ``{"method": ..., "format": 1, ...}`` and the tensors are named as they are in the model they sit in, such as
+An adapter folder holds ``adapter_config.json`` (the method and its settings), ``adapter_model.safetensors``
+(its tensors) and ``contract.json``: what the adapter was trained on and with, so that loading it elsewhere
+cannot go wrong in silence. LoRA's two files are PEFT's own. Those of the methods PEFT has not, or has not
+right for images, are ours: the settings are ``{"method": ..., "format": 1, ...}`` and the tensors are named
+as they are in the model they sit in, such as
 ``model.language_model.layers.0.self_attn.o_proj.bottleneck.up.weight``.
 """
 
@@ -57,7 +58,8 @@ class Part:
 class Adapter:
     """An adapter attached to a backbone.
 
-    ``disable`` gives a context in which the model is the base model; ``write`` puts tensors and settings in a folder.
+    ``disable`` gives a context in which the model is the base model; ``write`` puts tensors and settings in a
+    folder.
     """
 
     backbone: Backbone
@@ -186,19 +188,19 @@ def check_contract(backbone: Backbone, folder: Path) -> Contract | None:
     contract = read_contract(folder)
     if contract and contract.base_fingerprint != backbone.language_fingerprint:
         raise AdapterError(
-            f"{folder}: was trained on another base model ({contract.base}) than {backbone.name}. Give that base with "
-            "--model, or train a new adapter on this one."
+            f"{folder}: was trained on another base model ({contract.base}) than {backbone.name}. Give that "
+            "base with --model, or train a new adapter on this one."
         )
     if contract and (contract.min_pixels, contract.max_pixels) != backbone.pixel_limits:
         warnings.warn(
-            f"The adapter was trained on images of {contract.min_pixels} to {contract.max_pixels} pixels, and is used "
-            f"with {backbone.pixel_limits[0]} to {backbone.pixel_limits[1]}.",
+            f"The adapter was trained on images of {contract.min_pixels} to {contract.max_pixels} pixels, "
+            f"and is used with {backbone.pixel_limits[0]} to {backbone.pixel_limits[1]}.",
             stacklevel=2,
         )
     return contract
 
 
-# -- the folder of the methods that are ours -------------------------------------------------------------------------
+# -- the folder of the methods that are ours -----------------------------------------------------------------
 
 
 def write_tensors(adapter_tensors: dict[str, torch.Tensor], settings: dict, folder: Path) -> None:
@@ -213,14 +215,14 @@ def size_in(settings: dict, name: str, folder: Path) -> int:
     size = settings.get(name)
     if settings.get("format") != FORMAT or not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise AdapterError(
-            f"{folder / CONFIG}: format {settings.get('format')!r}, {name} {size!r}; expected format {FORMAT} and a number "
-            "from 1 on."
+            f"{folder / CONFIG}: format {settings.get('format')!r}, {name} {size!r}; expected format "
+            f"{FORMAT} and a number from 1 on."
         )
     return size
 
 
 def read_tensors(parameters: dict[str, torch.nn.Parameter], folder: Path, name: str) -> None:
-    """Fill the parameters of a newly attached adapter from its folder; none may be left over on either side."""
+    """Fill the parameters of a newly attached adapter from its folder; none may be left over."""
     try:
         saved = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
@@ -229,8 +231,8 @@ def read_tensors(parameters: dict[str, torch.nn.Parameter], folder: Path, name: 
     odd += sorted(n for n in saved.keys() & parameters.keys() if saved[n].shape != parameters[n].shape)
     if odd:
         raise AdapterError(
-            f"{folder}: {len(odd)} of its tensors and the base model's do not match, first {odd[0]}. It was made for "
-            f"another model than {name}."
+            f"{folder}: {len(odd)} of its tensors and the base model's do not match, first {odd[0]}. It was "
+            f"made for another model than {name}."
         )
     with torch.no_grad():
         for n, parameter in parameters.items():

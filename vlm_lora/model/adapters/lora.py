@@ -1,8 +1,9 @@
-"""LoRA (arXiv:2106.09685) on every linear of the language layers and on the merger's two, as a plain PEFT adapter.
+"""LoRA (arXiv:2106.09685) on every linear of the language layers and on the merger's two, as a plain PEFT
+adapter.
 
-The variants are PEFT's: ``rslora`` scales by alpha over the root of the rank (arXiv:2312.03732), ``dora`` also learns
-each output's magnitude (arXiv:2402.09353). PiSSA is not among them: PEFT writes it into the base's weights, and what is
-left when it is switched off is not the base.
+The variants are PEFT's: ``rslora`` scales by alpha over the root of the rank (arXiv:2312.03732), ``dora``
+also learns each output's magnitude (arXiv:2402.09353). PiSSA is not among them: PEFT writes it into the
+base's weights, and what is left when it is switched off is not the base.
 """
 
 import re
@@ -84,8 +85,8 @@ def check_trained(adapter: Adapter, targets: Sequence[str]) -> None:
     for target in targets:
         if not any(re.match(TARGETS[target], name) for name in trained):
             raise AdapterError(
-                f"No linear layer of the {target} was found to adapt in {adapter.backbone.name}: nothing there would be "
-                "learnt. This is not a checkpoint layout that vlm-lora knows."
+                f"No linear layer of the {target} was found to adapt in {adapter.backbone.name}: nothing "
+                "there would be learnt. This is not a checkpoint layout that vlm-lora knows."
             )
 
 
@@ -113,8 +114,8 @@ def load_lora(backbone: Backbone, folder: Path) -> Adapter:
     if saved != expected:
         odd = sorted(saved ^ expected)
         raise AdapterError(
-            f"{folder}: {len(odd)} of its tensors and the base model's do not match, first {odd[0]}. It was made for "
-            f"another model than {backbone.name}."
+            f"{folder}: {len(odd)} of its tensors and the base model's do not match, first {odd[0]}. It was "
+            f"made for another model than {backbone.name}."
         )
     peft_model.eval()
     return _adapter(backbone, peft_model, contract)

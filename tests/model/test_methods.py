@@ -1,0 +1,332 @@
+"""Every method, from non-zero weights: packed and cached equals unpacked; off is the base; saved and loaded
+is the same.
+
+Prompt and prefix have references of their own here, written out by hand: one row an answer, the vectors put
+before the embeddings or the pairs into the cache, positions from the model's own `get_rope_index`.
+"""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from tests.model.test_exactness import (
+    FAMILIES,
+    FP64,
+    assert_equal,
+    fast,
+    gradients,
+    naive,
+    picture_of,
+)
+from tests.model.test_exactness import examples as examples
+from vlm_lora.config import TrainConfig
+from vlm_lora.errors import AdapterError, ConfigError
+from vlm_lora.model import encode
+from vlm_lora.model.adapters.methods import attach_adapter, load_adapter
+from vlm_lora.model.adapters.prefix import pairs_of
+from vlm_lora.model.backbone import Backbone, load_backbone
+
+METHODS = {
+    "lora": {"rank": 4},
+    "rslora": {"rank": 4, "variant": "rslora"},
+    "dora": {"rank": 4, "variant": "dora"},
+    "language only": {"rank": 4, "targets": "language"},
+    "projector only": {"rank": 4, "targets": "projector"},
+    "adapter": {"method": "adapter", "bottleneck": 5},
+    "prompt": {"method": "prompt", "num_virtual_tokens": 5},
+    "prefix": {"method": "prefix", "num_virtual_tokens": 5},
+}
+SOFT = ["prompt", "prefix"]
+
+
+def attach(checkpoints, method: str, family: str = "qwen2_vl", dtype=torch.float64, shaken: bool = True):
+    """Base and adapter with every tensor moved away from where it starts."""
+    backbone = load_backbone(str(checkpoints[family]), dtype="float32")
+    backbone.model.to(dtype)
+    adapter = attach_adapter(backbone, TrainConfig(data="none", **METHODS[method]))
+    for i, (_, parameter) in enumerate(adapter.named_parameters()):
+        torch.manual_seed(i)
+        parameter.data = parameter.data.to(dtype)
+        if shaken:
+            parameter.data += torch.randn_like(parameter.data) * 0.3
+    return backbone, adapter
+
+
+def by_hand(backbone, examples, row_loss) -> torch.Tensor:
+    """Mean over the labels of what ``row_loss`` gives for each answer; one turn each, rendered whole."""
+    total, count = 0.0, 0
+    processor, tokenizer = backbone.processor, backbone.tokenizer
+    for example in examples:
+        for dialogue in example.dialogues:
+            (turn,) = dialogue.turns
+            content = [*[{"type": "image"} for _ in example.images], {"type": "text", "text": turn.user}]
+            messages = [
+                {"role": "user", "content": content},
+                {"role": "assistant", "content": [{"type": "text", "text": turn.assistant}]},
+            ]
+            text = processor.apply_chat_template(messages, tokenize=False)
+            inputs = processor(
+                text=[text], images=[picture_of(i) for i in example.images] or None, return_tensors="pt"
+            )
+            ids = inputs["input_ids"]
+            answer = len(tokenizer(turn.assistant + "<|im_end|>")["input_ids"])
+            logits = row_loss(ids, inputs.get("pixel_values"), inputs.get("image_grid_thw"))[
+                :, -ids.shape[1] :
+            ]
+            last = ids.shape[1] - 1  # the line break behind the answer's end
+            assert ids[0, last - 1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+            at = slice(last - answer, last)
+            total = total + F.cross_entropy(
+                logits[0, at.start - 1 : at.stop - 1], ids[0, at], reduction="sum"
+            )
+            count += answer
+    return total / count
+
+
+def embedded(backbone, ids, pixel_values, grid) -> torch.Tensor:
+    """``(1, T, hidden)``: the base's embeddings with each image's tokens in their places."""
+    table = dict(backbone.model.named_parameters())
+    table = table.get(
+        "model.language_model.embed_tokens.base.weight", table.get("model.language_model.embed_tokens.weight")
+    )
+    vectors = table[ids]
+    if pixel_values is None:
+        return vectors
+    visual = backbone.model.model.visual
+    merged = visual(pixel_values.to(table.dtype), grid_thw=grid).pooler_output
+    merged = torch.cat(merged) if isinstance(merged, tuple | list) else merged
+    return vectors.masked_scatter((ids == backbone.image_token_id)[..., None], merged)
+
+
+def positions_behind(backbone, count: int, ids, grid) -> torch.Tensor:
+    """``(3, 1, count + T)``, of a sequence that begins with ``count`` tokens of text."""
+    longer = torch.cat([torch.zeros(1, count, dtype=torch.long), ids], 1)
+    kinds = (longer == backbone.image_token_id).int()
+    if grid is None:
+        return torch.arange(longer.shape[1]).expand(3, 1, -1)
+    return backbone.model.model.get_rope_index(longer, mm_token_type_ids=kinds, image_grid_thw=grid)[0]
+
+
+def prompt_logits(backbone, vectors, ids, pixel_values, grid) -> torch.Tensor:
+    inputs = torch.cat([vectors[None], embedded(backbone, ids, pixel_values, grid)], 1)
+    hidden = backbone.language_model(
+        inputs_embeds=inputs,
+        position_ids=positions_behind(backbone, len(vectors), ids, grid),
+        attention_mask=torch.ones(inputs.shape[:2]),
+        use_cache=False,
+    ).last_hidden_state
+    return backbone.model.lm_head(hidden)
+
+
+def prefix_logits(backbone, keys, values, ids, pixel_values, grid) -> torch.Tensor:
+    count = keys.shape[2]
+    cache = DynamicCache()
+    for layer in range(len(keys)):
+        cache.update(keys[layer][None], values[layer][None], layer)
+    inputs = embedded(backbone, ids, pixel_values, grid)
+    hidden = backbone.language_model(
+        inputs_embeds=inputs,
+        position_ids=positions_behind(backbone, count, ids, grid)[:, :, count:],
+        attention_mask=torch.ones(1, count + inputs.shape[1]),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    return backbone.model.lm_head(hidden)
+
+
+LOGITS = {"prompt": prompt_logits, "prefix": prefix_logits}
+
+
+def reference(backbone, adapter, examples, method: str) -> torch.Tensor:
+    """The plain way of computing the loss; leaves gradients to be taken."""
+    if method not in SOFT:
+        return naive(backbone, examples)
+    tensors = [p for _, p in adapter.named_parameters()]
+    with adapter.switched_off():
+        return by_hand(backbone, examples, partial(LOGITS[method], backbone, *tensors))
+
+
+def one_turn_only(examples, method):
+    return [e for e in examples if method not in SOFT or all(len(d.turns) == 1 for d in e.dialogues)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_packed_and_cached_equal_unpacked(checkpoints, examples, tmp_path, method, family):
+    backbone, adapter = attach(checkpoints, method, family)
+    examples = one_turn_only(examples, method)
+    wanted = reference(backbone, adapter, examples, method)
+    expected = gradients(adapter, wanted)
+    for max_tokens, cache in ((4096, tmp_path / "cache"), (90, tmp_path / "cache")):
+        loss = fast(backbone, examples, max_tokens, cache)
+        torch.testing.assert_close(loss, wanted, rtol=FP64, atol=0)
+        assert_equal(gradients(adapter, loss), expected, FP64)
+
+
+@pytest.mark.parametrize("method", SOFT)
+def test_started_from_words_it_is_the_base_with_these_words_before_it(checkpoints, examples, method):
+    """Vectors that are words' embeddings, pairs that are what words leave: the base itself, reading the
+    words, agrees.
+    """
+    examples = one_turn_only(examples, method)
+    backbone, adapter = attach(checkpoints, method, shaken=False)
+    words = torch.tensor([7, 300, 41, 41, 99])
+    table = dict(backbone.model.named_parameters())
+    name = "embed_tokens.base.weight" if method == "prompt" else "embed_tokens.weight"
+    vectors = table["model.language_model." + name][words]
+    if method == "prompt":
+        dict(adapter.named_parameters())["model.language_model.embed_tokens.prompt"].data = vectors.clone()
+    else:
+        with adapter.switched_off():
+            keys, values = pairs_of(backbone, words)
+        backbone.prefix.keys.data, backbone.prefix.values.data = keys.double(), values.double()
+    loss = fast(backbone, examples, 4096)
+    with adapter.switched_off():
+        wanted = by_hand(backbone, examples, partial(prompt_logits, backbone, vectors))
+    torch.testing.assert_close(loss, wanted, rtol=FP64, atol=0)
+
+
+@pytest.mark.parametrize("fault", ["prompt's positions", "prefix's positions", "prefix's mask"])
+def test_a_fault_would_be_noticed(checkpoints, examples, fault, monkeypatch):
+    """Negative controls: positions that do not begin behind the vectors, a mask that hides one pair."""
+    examples = one_turn_only(examples, "prompt")
+    method = fault.split("'")[0]
+    backbone, adapter = attach(checkpoints, method)
+    expected = gradients(adapter, reference(backbone, adapter, examples, method))
+    if method == "prompt":
+
+        def positions(ids, *rest):
+            return mrope_positions(ids, *rest) - 5 * (ids >= 0)
+
+        mrope_positions = encode.mrope_positions
+        monkeypatch.setattr(encode, "mrope_positions", positions)
+    else:
+        right = Backbone._behind_prefix
+
+        def wrong(self, mask, positions, cache):
+            mask, positions = right(self, mask, positions, cache)
+            if fault.endswith("positions"):
+                return mask, positions - 5
+            mask[..., 0] = False
+            return mask, positions
+
+        monkeypatch.setattr(Backbone, "_behind_prefix", wrong)
+    with pytest.raises(AssertionError):
+        assert_equal(gradients(adapter, fast(backbone, examples, 4096)), expected, 1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_switched_off_it_is_the_base_to_the_last_bit(checkpoints, examples, method):
+    base = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32")
+    backbone, adapter = attach(checkpoints, method, dtype=torch.float32)
+    with torch.no_grad():
+        wanted = fast(base, examples, 4096)
+        with adapter.switched_off():
+            assert torch.equal(fast(backbone, examples, 4096), wanted)
+        assert (fast(backbone, examples, 4096) - wanted).abs() > 1e-3
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "adapter"])
+def test_at_the_start_it_is_the_base(checkpoints, examples, method):
+    base = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32")
+    backbone, _ = attach(checkpoints, method, dtype=torch.float32, shaken=False)
+    with torch.no_grad():
+        assert torch.equal(fast(backbone, examples, 4096), fast(base, examples, 4096))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_saved_and_loaded_it_is_the_same(checkpoints, examples, tmp_path, method):
+    backbone, adapter = attach(checkpoints, method, dtype=torch.float32)
+    adapter.save(tmp_path / "adapter")
+    fresh = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32")
+    loaded = load_adapter(fresh, tmp_path / "adapter")
+    assert loaded.contract == adapter.contract
+    assert loaded.named_parameters() == []
+    with torch.no_grad():
+        assert torch.equal(fast(fresh, examples, 4096), fast(backbone, examples, 4096))
+
+
+@pytest.mark.parametrize("method", ["adapter", "prompt", "prefix"])
+@pytest.mark.parametrize("damage", ["gone", "too many", "shape", "size", "base", "method", "truncated"])
+def test_what_does_not_fit_is_refused(checkpoints, tmp_path, method, damage):
+    _, adapter = attach(checkpoints, method, dtype=torch.float32)
+    adapter.save(tmp_path)
+    weights, settings, contract = (
+        tmp_path / name for name in ("adapter_model.safetensors", "adapter_config.json", "contract.json")
+    )
+    tensors = load_file(weights)
+    first = sorted(tensors)[0]
+    told = "do not match"
+    if damage == "gone":
+        save_file(
+            {name: tensor for name, tensor in tensors.items() if name != first} | {"x": torch.ones(1)},
+            weights,
+        )
+    elif damage == "too many":
+        save_file(tensors | {"elsewhere": torch.ones(1)}, weights)
+    elif damage == "shape":
+        save_file(tensors | {first: torch.ones(*tensors[first].shape, 2)}, weights)
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-5])
+        told = "cannot be loaded"
+    elif damage == "base":
+        contract.write_text(json.dumps(json.loads(contract.read_text()) | {"base_fingerprint": "other"}))
+        told = "another base model"
+    else:
+        change = (
+            {"method": "magic"} if damage == "method" else {"bottleneck": "5", "num_virtual_tokens": True}
+        )
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | change))
+        told = "known here are" if damage == "method" else "expected format 1"
+    with pytest.raises(AdapterError, match=told):
+        load_adapter(load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32"), tmp_path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_tower_is_frozen_and_the_table_says_what_trains(checkpoints, method):
+    _, adapter = attach(checkpoints, method)
+    parts = {part.name: part for part in adapter.parts()}
+    modules = {name: part.modules for name, part in parts.items()}
+    language, merger = "language layers", "merger (projector)"
+    linears = {
+        "lora": (14, 2),
+        "rslora": (14, 2),
+        "dora": (14, 2),
+        "language only": (14, 0),
+        "projector only": (0, 2),
+    }
+    wanted = linears.get(method, (4 if method == "adapter" else int(method == "prefix"), 0))
+    assert (modules[language], modules[merger]) == wanted
+    assert modules["embeddings and head"] == int(method == "prompt")
+    assert (parts["vision tower"].modules, parts["vision tower"].trained) == (0, 0)
+    assert sum(part.trained for part in parts.values()) == sum(
+        p.numel() for _, p in adapter.named_parameters()
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"method": "prompt", "variant": "dora"},
+        {"method": "adapter", "rank": 4},
+        {"method": "prefix", "bottleneck": 4},
+        {"num_virtual_tokens": 3},
+        {"method": "prompt", "targets": "language"},
+        {"method": "prefix", "dropout": 0.1},
+    ],
+)
+def test_wrong_combinations_are_refused_in_one_line(wrong):
+    with pytest.raises(ConfigError, match=r"belongs to --method .* has no such thing") as caught:
+        TrainConfig(data="x", **wrong)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("targets", ["", "tower", "language,language", "projector,"])
+def test_targets_are_checked(targets):
+    with pytest.raises(ConfigError, match="--targets"):
+        TrainConfig(data="x", targets=targets or ",")
