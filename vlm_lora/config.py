@@ -31,7 +31,7 @@ class TrainConfig:
         "stop", "what to do about rows that cannot be used", choices=("stop", "quarantine")
     )
 
-    method: str = knob("lora", "fine-tuning method", choices=("lora", "adapter", "prompt", "prefix"))
+    method: str = knob("lora", "fine-tuning method", choices=("lora", "qlora", "adapter", "prompt", "prefix"))
     variant: str | None = knob(None, "LoRA variant; by default plain", choices=("plain", "rslora", "dora"))
     targets: str | None = knob(None, "what LoRA adapts: language, projector, or both with a comma; by default both")
     rank: int = knob(16, "LoRA rank r")
@@ -118,7 +118,7 @@ class TrainConfig:
         return replace(self, **changes)
 
 
-METHOD_KNOBS = {name: ("lora",) for name in ("variant", "targets", "rank", "alpha", "dropout")} | {
+METHOD_KNOBS = {name: ("lora", "qlora") for name in ("variant", "targets", "rank", "alpha", "dropout")} | {
     "bottleneck": ("adapter",),
     "num_virtual_tokens": ("prompt", "prefix"),
 }

@@ -95,7 +95,10 @@ class Captioner:
             prompt = prompt or contract.prompt
             min_pixels = min_pixels or contract.min_pixels
             max_pixels = max_pixels or contract.max_pixels
-        backbone = load_backbone(model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels)
+        quantise = contract is not None and contract.method == "qlora"
+        backbone = load_backbone(
+            model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels, quantise=quantise
+        )
         loaded = load_adapter(backbone, folder) if folder else None
         # Read from the disk cache, but do not fill it: most folders are captioned once.
         features = FeatureCache(backbone, cache_folder(), write=False)

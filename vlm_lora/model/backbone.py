@@ -6,6 +6,7 @@ A Qwen2-VL model is a vision tower (``visual.blocks``), a projector that merges 
 """
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,7 +107,8 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 class Backbone:
     """A loaded base model with its processor.
 
-    ``model`` is transformers' own class; ``name`` is what the user called it. ``num_prompt_tokens`` tokens, -1, -2 and
+    ``model`` is transformers' own class; ``name`` is what the user called it. Where it is ``quantised``, the
+    language layers' linears are kept in four bits. ``num_prompt_tokens`` tokens, -1, -2 and
     so on, stand before each prefix. ``prefix`` holds ``keys`` and ``values`` ``(layers, heads, count, head_dim)`` that all
     tokens see, and behind which positions begin.
     """
@@ -114,6 +116,7 @@ class Backbone:
     model: nn.Module
     processor: object
     name: str
+    quantised: bool = False
     num_prompt_tokens: int = 0
     prefix: nn.Module | None = None
 
@@ -295,11 +298,15 @@ def load_backbone(
     device: torch.device | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    quantise: bool = False,
 ) -> Backbone:
     """Load a base model and its processor, everything frozen.
 
-    ``min_pixels`` and ``max_pixels`` replace the processor's limits on an image's area.
+    ``min_pixels`` and ``max_pixels`` replace the processor's limits on an image's area. ``quantise`` keeps the language
+    layers' linears in four bits (NF4, double quantisation, arXiv:2305.14314); they compute in ``dtype``.
     """
+    if quantise and importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("QLoRA needs bitsandbytes, which is not installed: pip install 'vlm-lora[qlora]'.")
     folder = find_model(name)
     config = check_model_folder(folder, name)
     device = device or best_device()
@@ -318,6 +325,7 @@ def load_backbone(
             # Packing needs a mask per token pair; eager attention would misread it, flash attention takes none.
             attn_implementation="sdpa",
             output_loading_info=True,
+            **(_four_bits(resolve_dtype(dtype, device), device) if quantise else {}),
         )
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -341,4 +349,17 @@ def load_backbone(
             f"image_token_id {model.config.image_token_id}. Model and tokenizer are not of one checkpoint."
         )
     model.requires_grad_(False)
-    return Backbone(model.to(device).eval(), processor, name)
+    return Backbone(model.to(device).eval(), processor, name, quantised=quantise)
+
+
+def _four_bits(dtype: torch.dtype, device: torch.device) -> dict:
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["model.visual", "lm_head"],  # by default tower and merger would be quantised too
+    )
+    return {"quantization_config": config, "device_map": {"": device}}

@@ -71,6 +71,7 @@ def train(config: TrainConfig, *, resume: bool = False, report: Report = lambda 
         device=accelerator.device,
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
+        quantise=config.method == "qlora",
     )
     adapter = attach_adapter(backbone, config)
     report("parts", parts=adapter.parts(), model=config.model, device=str(backbone.device), dtype=str(backbone.dtype))

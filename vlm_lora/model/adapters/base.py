@@ -100,7 +100,7 @@ class Adapter:
                 group,
                 len({ADAPTED.split(name)[0] for name, _ in members if ADAPTED.search(name)}),
                 sum(p.numel() for _, p in members if p.requires_grad),
-                sum(p.numel() for _, p in members if not p.requires_grad),
+                sum(_numel(p) for _, p in members if not p.requires_grad),
             )
             for group, members in groups.items()
         ]
@@ -112,6 +112,12 @@ class Adapter:
         if self.contract is not None:
             text = json.dumps(asdict(self.contract), indent=2, ensure_ascii=False)
             (folder / CONTRACT).write_text(text + "\n", encoding="utf-8")
+
+
+def _numel(parameter: torch.nn.Parameter) -> int:
+    """Its numbers, also where two of them are kept in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return state.shape.numel() if state else parameter.numel()
 
 
 def new_contract(backbone: Backbone, method: str, prompt: str) -> Contract:

@@ -1,9 +1,10 @@
 """LoRA (arXiv:2106.09685) on every linear of the language layers and on the merger's two, as a plain PEFT
 adapter.
 
-The variants are PEFT's: ``rslora`` scales by alpha over the root of the rank (arXiv:2312.03732), ``dora``
-also learns each output's magnitude (arXiv:2402.09353). PiSSA is not among them: PEFT writes it into the
-base's weights, and what is left when it is switched off is not the base.
+QLoRA (arXiv:2305.14314) is the same on a base whose language linears are kept in four bits; `load_backbone`
+sees to that. The variants are PEFT's: ``rslora`` scales by alpha over the root of the rank
+(arXiv:2312.03732), ``dora`` also learns each output's magnitude (arXiv:2402.09353). PiSSA is not among them:
+PEFT writes it into the base's weights, and what is left when it is switched off is not the base.
 """
 
 import re
@@ -102,6 +103,9 @@ def load_lora(backbone: Backbone, folder: Path) -> Adapter:
     if config.get("megatron_config"):
         raise AdapterError(f"{folder / CONFIG}: asks for a module to be imported (megatron_config); refused.")
     contract = check_contract(backbone, folder)
+    if contract and (contract.method == "qlora") != backbone.quantised:
+        kept = "in four bits" if backbone.quantised else "unquantised"
+        raise AdapterError(f"{folder}: was trained by --method {contract.method}; the base is loaded {kept}.")
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as weights:
             saved = set(weights.keys())

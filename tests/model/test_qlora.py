@@ -1,0 +1,117 @@
+"""QLoRA: four bits where they should be, the numbers of the dequantised dense model, and what is refused."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from tests.model.test_exactness import assert_equal, fast, gradients
+from tests.model.test_exactness import examples as examples
+from tests.training.test_train import _stop_behind, adapter_of, assert_same, config
+from vlm_lora.config import TrainConfig
+from vlm_lora.errors import AdapterError, ModelError
+from vlm_lora.inference.captioner import Captioner, Decoding
+from vlm_lora.model.adapters.methods import attach_adapter, load_adapter
+from vlm_lora.model.backbone import load_backbone
+from vlm_lora.training.run import train
+
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+
+
+def shaken(backbone, variant: str):
+    settings = TrainConfig(data="none", method="qlora", rank=4, variant=variant)
+    adapter = attach_adapter(backbone, settings)
+    for i, (_, parameter) in enumerate(adapter.named_parameters()):
+        torch.manual_seed(i)
+        parameter.data += torch.randn_like(parameter.data) * 0.1
+    return adapter
+
+
+def without_bitsandbytes(monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else real(name, *rest)
+    )
+
+
+def test_without_bitsandbytes_it_is_said_in_one_line(checkpoints, monkeypatch):
+    without_bitsandbytes(monkeypatch)
+    with pytest.raises(ModelError, match=r"needs bitsandbytes.*pip install") as caught:
+        load_backbone(str(checkpoints["qwen2_vl"]), quantise=True)
+    assert "\n" not in str(caught.value)
+
+
+@needs_bitsandbytes
+def test_the_language_linears_are_in_four_bits_and_nothing_else(checkpoints):
+    from bitsandbytes.nn import Linear4bit
+
+    backbone = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32", quantise=True)
+    dense = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32").model
+    four = {name for name, module in backbone.model.named_modules() if isinstance(module, Linear4bit)}
+    assert four == {
+        name
+        for name, module in dense.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.startswith("model.language_model.layers.")
+    }
+    for name, parameter in backbone.model.named_parameters():
+        module = name.rpartition(".")[0]
+        if module in four and name.endswith("weight"):
+            assert parameter.nbytes * 8 == dense.get_parameter(name).nbytes
+            assert parameter.quant_state.nested  # double quantisation
+        else:
+            assert torch.equal(parameter, dense.get_parameter(name)), name
+    frozen = [part.frozen for part in shaken(backbone, "plain").parts()]
+    assert sum(frozen) == sum(parameter.numel() for parameter in dense.parameters())
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("variant", ["plain", "rslora", "dora"])
+def test_loss_and_gradients_are_the_dequantised_dense_models(checkpoints, examples, variant):
+    from bitsandbytes.functional import dequantize_4bit
+
+    backbone = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32", quantise=True)
+    dense = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32")
+    for name, parameter in backbone.model.named_parameters():
+        if getattr(parameter, "quant_state", None):
+            opened = dequantize_4bit(parameter.data, parameter.quant_state)
+            assert (opened - dense.model.get_parameter(name)).abs().max() > 1e-3  # NF4 is not nothing
+            dense.model.get_parameter(name).data = opened
+    adapter, expected = shaken(backbone, variant), shaken(dense, variant)
+    loss, wanted = fast(backbone, examples, 4096), fast(dense, examples, 4096)
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+    assert_equal(gradients(adapter, loss), gradients(expected, wanted), 2e-5)
+    with torch.no_grad(), adapter.switched_off(), expected.switched_off():
+        off, base = fast(backbone, examples, 4096), fast(dense, examples, 4096)
+    torch.testing.assert_close(off, base, rtol=1e-6, atol=0)
+    assert abs(off - loss) > 1e-3
+
+
+@needs_bitsandbytes
+def test_train_stop_go_on_load_and_caption(checkpoints, photo_folder, tmp_path, monkeypatch):
+    straight = config(checkpoints, photo_folder, tmp_path / "straight", method="qlora")
+    result = train(straight)
+    settings = straight.replace(output=str(tmp_path / "stopped"))
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, report=_stop_behind(4, monkeypatch))
+    assert_same(adapter_of(train(settings, resume=True).folder), adapter_of(result.folder))
+
+    inside = Captioner(result.adapter.backbone, result.adapter, result.features, settings.prompt)
+    loaded = Captioner.load(adapter=result.folder)
+    assert loaded.backbone.quantised
+    images, short = [example.images[0] for example in result.held_out], Decoding(max_new_tokens=8)
+    texts = [caption.text for caption in inside.caption(images, decoding=short)]
+    assert [caption.text for caption in loaded.caption(images, decoding=short)] == texts
+    singly = [caption.text for caption in loaded.caption(images, batch_size=1, decoding=short)]
+    assert singly == texts
+
+    dense = load_backbone(str(checkpoints["qwen2_vl"]))
+    with pytest.raises(AdapterError, match="--method qlora; the base is loaded unquantised"):
+        load_adapter(dense, result.folder / "adapter")
+    contract = json.loads((result.folder / "adapter/contract.json").read_text())
+    assert contract["method"] == "qlora"
+    without_bitsandbytes(monkeypatch)
+    with pytest.raises(ModelError, match="pip install"):
+        Captioner.load(adapter=result.folder)
