@@ -330,3 +330,19 @@ def test_wrong_combinations_are_refused_in_one_line(wrong):
 def test_targets_are_checked(targets):
     with pytest.raises(ConfigError, match="--targets"):
         TrainConfig(data="x", targets=targets or ",")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_over_a_base_in_bfloat16_the_adapter_trains_in_float32(checkpoints, examples, tmp_path, method):
+    backbone = load_backbone(str(checkpoints["qwen2_vl"]), dtype="bfloat16")
+    adapter = attach_adapter(backbone, TrainConfig(data="none", **METHODS[method]))
+    precise = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32")
+    expected = attach_adapter(precise, TrainConfig(data="none", **METHODS[method]))
+    for (_, one), (_, other) in zip(adapter.named_parameters(), expected.named_parameters(), strict=True):
+        assert one.dtype == torch.float32
+        one.data = other.data.clone()
+    loss, wanted = fast(backbone, examples, 4096), fast(precise, examples, 4096)
+    assert abs(loss - wanted) < 0.02 * wanted
+    ours, theirs = gradients(adapter, loss), gradients(expected, wanted)
+    together = [torch.cat([g.flatten() for g in grads.values()]) for grads in (ours, theirs)]
+    assert torch.cosine_similarity(*together, dim=0) > 0.97
