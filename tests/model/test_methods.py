@@ -35,6 +35,7 @@ METHODS = {
     "lora": {"rank": 4},
     "rslora": {"rank": 4, "variant": "rslora"},
     "dora": {"rank": 4, "variant": "dora"},
+    "pissa": {"rank": 4, "variant": "pissa"},
     "language only": {"rank": 4, "targets": "language"},
     "projector only": {"rank": 4, "targets": "projector"},
     "adapter": {"method": "adapter", "bottleneck": 5},
@@ -297,6 +298,7 @@ def test_the_tower_is_frozen_and_the_table_says_what_trains(checkpoints, method)
         "lora": (14, 2),
         "rslora": (14, 2),
         "dora": (14, 2),
+        "pissa": (14, 2),
         "language only": (14, 0),
         "projector only": (0, 2),
     }
@@ -346,3 +348,27 @@ def test_over_a_base_in_bfloat16_the_adapter_trains_in_float32(checkpoints, exam
     ours, theirs = gradients(adapter, loss), gradients(expected, wanted)
     together = [torch.cat([g.flatten() for g in grads.values()]) for grads in (ours, theirs)]
     assert torch.cosine_similarity(*together, dim=0) > 0.97
+
+
+def test_pissa_starts_as_the_base_from_its_largest_parts_and_one_half_stays(checkpoints, examples):
+    base = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32")
+    base.model.double()
+    backbone, adapter = attach(checkpoints, "pissa", shaken=False)
+    loss = fast(backbone, examples, 4096)
+    torch.testing.assert_close(loss, fast(base, examples, 4096), rtol=1e-6, atol=0)
+    layer = backbone.language_model.layers[0].mlp.up_proj
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    largest = torch.linalg.matrix_norm(layer.get_base_layer().weight, 2)
+    torch.testing.assert_close(
+        torch.linalg.matrix_norm(up[:, :4] @ down[:4] * 2, 2), largest, rtol=1e-5, atol=0
+    )
+    for name, grad in gradients(adapter, loss).items():
+        learnt, frozen = grad.split(4, dim=0 if ".lora_A." in name else 1)
+        assert learnt.any()
+        assert not frozen.any()
+
+
+@pytest.mark.parametrize("wrong", [{"method": "qlora"}, {"weight_decay": 0.1}])
+def test_pissa_is_refused_where_it_would_be_wrong(wrong):
+    with pytest.raises(ConfigError, match="does not go with"):
+        TrainConfig(data="x", variant="pissa", **wrong)

@@ -2,9 +2,11 @@
 adapter.
 
 QLoRA (arXiv:2305.14314) is the same on a base whose language linears are kept in four bits; `load_backbone`
-sees to that. The variants are PEFT's: ``rslora`` scales by alpha over the root of the rank
-(arXiv:2312.03732), ``dora`` also learns each output's magnitude (arXiv:2402.09353). PiSSA is not among them:
-PEFT writes it into the base's weights, and what is left when it is switched off is not the base.
+sees to that. The variants: ``rslora`` scales by alpha over the root of the rank (arXiv:2312.03732), ``dora``
+also learns each output's magnitude (arXiv:2402.09353), both PEFT's; ``pissa`` starts from the base's
+principal parts (arXiv:2404.02948). PEFT takes these out of the base's weights, so that switched off it would
+not be the base; here the base stays whole and the start is subtracted beside it: LoRA of twice the rank, one
+half frozen, which is what PEFT itself converts such an adapter to.
 """
 
 import re
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 
 from vlm_lora.errors import AdapterError
@@ -48,9 +51,10 @@ def attach_lora(
     Raises:
         AdapterError: a part of the vision tower would train, or one of ``targets`` was not found.
     """
+    halves = 2 if variant == "pissa" else 1
     config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
+        r=halves * rank,
+        lora_alpha=halves * alpha,
         lora_dropout=dropout,
         use_rslora=variant == "rslora",
         use_dora=variant == "dora",
@@ -62,11 +66,35 @@ def attach_lora(
         )  # PEFT asks transformers for an attribute by its old name
         torch.manual_seed(seed)
         peft_model = get_peft_model(backbone.model, config)
+    if variant == "pissa":
+        _start_from_principal_parts(peft_model, rank, alpha / rank)
     # The name the user knows it by, which may be the hub's, and not the folder it happened to be loaded from.
     peft_model.peft_config["default"].base_model_name_or_path = backbone.name
     adapter = _adapter(backbone, peft_model, new_contract(backbone, method, prompt))
     check_trained(adapter, targets)
     return adapter
+
+
+@torch.no_grad()
+def _start_from_principal_parts(peft_model: PeftModel, rank: int, scaling: float) -> None:
+    """LoRA's first ``rank`` rows and columns are the base's largest singular parts, the rest minus the same,
+    frozen.
+    """
+    for module in peft_model.modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
+        weight = module.get_base_layer().weight
+        left, parts, right = torch.linalg.svd(weight.to(down.dtype), full_matrices=False)
+        root = (parts[:rank] / scaling).sqrt()
+        first = min(rank, len(parts))
+        down.zero_()
+        up.zero_()
+        down[:first] = down[rank : rank + first] = root[:, None] * right[:rank]
+        up[:, :first] = left[:, :rank] * root
+        up[:, rank : rank + first] = -up[:, :first]
+        down.register_hook(lambda grad: torch.cat([grad[:rank], torch.zeros_like(grad[rank:])]))
+        up.register_hook(lambda grad: torch.cat([grad[:, :rank], torch.zeros_like(grad[:, rank:])], dim=1))
 
 
 def _adapter(backbone: Backbone, peft_model: PeftModel, contract: Contract | None) -> Adapter:
