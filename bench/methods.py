@@ -103,8 +103,7 @@ def one(name: str, lr: float, data: Path, steps: int, output: Path) -> dict:
     return {
         "lr": lr,
         # One half of PiSSA's tensors stays as it starts.
-        "trainable": sum(p.numel() for _, p in result.adapter.named_parameters())
-        // (2 if "pissa" in name else 1),
+        "trainable": sum(p.numel() for _, p in result.adapter.named_parameters()) // (2 if "pissa" in name else 1),
         "adapter_bytes": sum(file.stat().st_size for file in (output / "adapter").iterdir()),
         "seconds": max(line["seconds"] for line in lines if "lr" in line),
         "peak_bytes": peak,
@@ -117,14 +116,10 @@ def one(name: str, lr: float, data: Path, steps: int, output: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--data", type=Path, default=ROOT / "data/easy_vqa", help="folder of train and test.jsonl"
-    )
+    parser.add_argument("--data", type=Path, default=ROOT / "data/easy_vqa", help="folder of train and test.jsonl")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "runs" / "methods", help="folder of the run folders"
-    )
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "methods", help="folder of the run folders")
     parser.add_argument("--lr", type=float, help="this learning rate alone, in this process")
     args = parser.parse_args()
     if args.lr is not None:

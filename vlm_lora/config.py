@@ -27,9 +27,7 @@ class TrainConfig:
     prompt: str = knob(DEFAULT_PROMPT, "the instruction that a caption answers")
     val: str | None = knob(None, "held-out data of its own, instead of a part split off")
     val_split: float = knob(0.1, "fraction of the images held out when --val is not given; 0 holds out none")
-    on_bad_row: str = knob(
-        "stop", "what to do about rows that cannot be used", choices=("stop", "quarantine")
-    )
+    on_bad_row: str = knob("stop", "what to do about rows that cannot be used", choices=("stop", "quarantine"))
 
     method: str = knob("lora", "fine-tuning method", choices=("lora", "qlora", "adapter", "prompt", "prefix"))
     variant: str | None = knob(None, "LoRA variant; by default plain", choices=("plain", "rslora", "dora", "pissa"))
@@ -121,7 +119,7 @@ class TrainConfig:
         return replace(self, **changes)
 
 
-METHOD_KNOBS = {name: ("lora", "qlora") for name in ("variant", "targets", "rank", "alpha", "dropout")} | {
+METHOD_KNOBS = dict.fromkeys(("variant", "targets", "rank", "alpha", "dropout"), ("lora", "qlora")) | {
     "bottleneck": ("adapter",),
     "num_virtual_tokens": ("prompt", "prefix"),
 }
@@ -189,5 +187,3 @@ def write_yaml(config: TrainConfig, path: Path) -> None:
     import yaml
 
     path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-

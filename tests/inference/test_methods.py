@@ -57,13 +57,9 @@ def test_batched_shared_and_single_equal_decoding_by_hand(checkpoints, monkeypat
         wanted = [[said_by_hand(captioner, method, image, q) for q in QUESTIONS] for image in images]
     batched = captioner.generate([(e, asking(*QUESTIONS)) for e in entries], decoding=SHORT)
     shared = [captioner.generate([(e, asking(*QUESTIONS))], decoding=SHORT)[0] for e in entries]
-    single = [
-        [captioner.generate([(e, asking(q))], decoding=SHORT)[0][0] for q in QUESTIONS] for e in entries
-    ]
+    single = [[captioner.generate([(e, asking(q))], decoding=SHORT)[0][0] for q in QUESTIONS] for e in entries]
     assert wanted == batched == shared == single
-    assert (
-        len({text for row in wanted for text in row}) > 3
-    )  # a model that always says the same would pass too
+    assert len({text for row in wanted for text in row}) > 3  # a model that always says the same would pass too
     off = [captioner.answer(image, QUESTIONS, tuned=False, decoding=SHORT) for image in PICTURES]
     bare = Captioner.load(str(checkpoints["qwen2_vl"]))
     assert off == [bare.answer(image, QUESTIONS, decoding=SHORT) for image in PICTURES]

@@ -71,20 +71,14 @@ def by_hand(backbone, examples, row_loss) -> torch.Tensor:
                 {"role": "assistant", "content": [{"type": "text", "text": turn.assistant}]},
             ]
             text = processor.apply_chat_template(messages, tokenize=False)
-            inputs = processor(
-                text=[text], images=[picture_of(i) for i in example.images] or None, return_tensors="pt"
-            )
+            inputs = processor(text=[text], images=[picture_of(i) for i in example.images] or None, return_tensors="pt")
             ids = inputs["input_ids"]
             answer = len(tokenizer(turn.assistant + "<|im_end|>")["input_ids"])
-            logits = row_loss(ids, inputs.get("pixel_values"), inputs.get("image_grid_thw"))[
-                :, -ids.shape[1] :
-            ]
+            logits = row_loss(ids, inputs.get("pixel_values"), inputs.get("image_grid_thw"))[:, -ids.shape[1] :]
             last = ids.shape[1] - 1  # the line break behind the answer's end
             assert ids[0, last - 1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
             at = slice(last - answer, last)
-            total = total + F.cross_entropy(
-                logits[0, at.start - 1 : at.stop - 1], ids[0, at], reduction="sum"
-            )
+            total = total + F.cross_entropy(logits[0, at.start - 1 : at.stop - 1], ids[0, at], reduction="sum")
             count += answer
     return total / count
 
@@ -279,9 +273,7 @@ def test_what_does_not_fit_is_refused(checkpoints, tmp_path, method, damage):
         contract.write_text(json.dumps(json.loads(contract.read_text()) | {"base_fingerprint": "other"}))
         told = "another base model"
     else:
-        change = (
-            {"method": "magic"} if damage == "method" else {"bottleneck": "5", "num_virtual_tokens": True}
-        )
+        change = {"method": "magic"} if damage == "method" else {"bottleneck": "5", "num_virtual_tokens": True}
         settings.write_text(json.dumps(json.loads(settings.read_text()) | change))
         told = "known here are" if damage == "method" else "expected format 1"
     with pytest.raises(AdapterError, match=told):
@@ -306,9 +298,7 @@ def test_the_tower_is_frozen_and_the_table_says_what_trains(checkpoints, method)
     assert (modules[language], modules[merger]) == wanted
     assert modules["embeddings and head"] == int(method == "prompt")
     assert (parts["vision tower"].modules, parts["vision tower"].trained) == (0, 0)
-    assert sum(part.trained for part in parts.values()) == sum(
-        p.numel() for _, p in adapter.named_parameters()
-    )
+    assert sum(part.trained for part in parts.values()) == sum(p.numel() for _, p in adapter.named_parameters())
 
 
 @pytest.mark.parametrize(
@@ -359,9 +349,7 @@ def test_pissa_starts_as_the_base_from_its_largest_parts_and_one_half_stays(chec
     layer = backbone.language_model.layers[0].mlp.up_proj
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     largest = torch.linalg.matrix_norm(layer.get_base_layer().weight, 2)
-    torch.testing.assert_close(
-        torch.linalg.matrix_norm(up[:, :4] @ down[:4] * 2, 2), largest, rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(torch.linalg.matrix_norm(up[:, :4] @ down[:4] * 2, 2), largest, rtol=1e-5, atol=0)
     for name, grad in gradients(adapter, loss).items():
         learnt, frozen = grad.split(4, dim=0 if ".lora_A." in name else 1)
         assert learnt.any()

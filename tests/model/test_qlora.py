@@ -42,6 +42,8 @@ def test_without_bitsandbytes_it_is_said_in_one_line(checkpoints, monkeypatch):
     with pytest.raises(ModelError, match=r"needs bitsandbytes.*pip install") as caught:
         load_backbone(str(checkpoints["qwen2_vl"]), quantise=True)
     assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match="needs bitsandbytes"):  # before the data is looked for
+        train(TrainConfig(data="nowhere", method="qlora"))
 
 
 @needs_bitsandbytes

@@ -35,7 +35,9 @@ def assert_same(one: dict, other: dict) -> None:
 
 def test_a_run_trains_lora_and_nothing_else(checkpoints, photo_folder, tmp_path):
     told = {}
-    result = train(config(checkpoints, photo_folder, tmp_path / "run"), report=lambda kind, **v: told.setdefault(kind, v))
+    result = train(
+        config(checkpoints, photo_folder, tmp_path / "run"), report=lambda kind, **v: told.setdefault(kind, v)
+    )
     assert (len(result.train_examples), len(result.held_out)) == (10, 2)
     assert result.steps == 8
 
@@ -84,7 +86,8 @@ def test_plain_peft_loads_the_adapter(checkpoints, photo_folder, tmp_path):
     adapter = load_adapter(ours, tmp_path / "run/adapter")
 
     text = ours.processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}], add_generation_prompt=True
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}],
+        add_generation_prompt=True,
     )
     inputs = ours.processor(text=[text], images=[picture(3)], return_tensors="pt")
     with torch.no_grad():
@@ -152,7 +155,9 @@ def test_resuming_is_bitwise_exact(checkpoints, photo_folder, tmp_path, monkeypa
     assert_same(adapter_of(resumed.folder), wanted)
 
     def steps(folder):
-        return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines() if "lr" in line]
+        return [
+            json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines() if "lr" in line
+        ]
 
     assert steps(resumed.folder) == steps(straight.folder) == list(range(1, 9))
 
@@ -190,7 +195,7 @@ def test_a_damaged_checkpoint_is_set_aside(checkpoints, photo_folder, tmp_path):
     told = []
     train(settings, resume=True, report=lambda kind, **v: told.append((kind, v)))
     assert_same(adapter_of(tmp_path / "run"), wanted)
-    assert [v["text"] for k, v in told if k == "warning"][0].startswith("step-000008 is damaged")
+    assert next(v["text"] for k, v in told if k == "warning").startswith("step-000008 is damaged")
     assert [v["step"] for k, v in told if k == "start"] == [6]
 
 
@@ -263,5 +268,3 @@ def test_the_plan_shows_every_answer_once_an_epoch():
     again = Plan([5, 1, 10, 3], batch_size=4, epochs=3, seed=0)
     assert again.step(9) == plan.step(9)  # asked for alone, out of order
     assert Plan([5, 1, 10, 3], batch_size=4, epochs=3, seed=1).step(0) != plan.step(0)
-
-

@@ -5,7 +5,7 @@ by all questions' branches, which are then decoded together.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,9 +96,7 @@ class Captioner:
             min_pixels = min_pixels or contract.min_pixels
             max_pixels = max_pixels or contract.max_pixels
         quantise = contract is not None and contract.method == "qlora"
-        backbone = load_backbone(
-            model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels, quantise=quantise
-        )
+        backbone = load_backbone(model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels, quantise=quantise)
         loaded = load_adapter(backbone, folder) if folder else None
         # Read from the disk cache, but do not fill it: most folders are captioned once.
         features = FeatureCache(backbone, cache_folder(), write=False)
@@ -185,16 +183,20 @@ class Captioner:
 
     def _tokens(self, asked, tuned: bool, decoding: Decoding) -> Iterator[tuple[int, int]]:
         """(row, token) as they are decoded, a row for each request in order, without the tokens that end an answer."""
+
+        def switch() -> AbstractContextManager:
+            return self.adapter.switched_off() if self.adapter and not tuned else nullcontext()
+
         encoded = []
-        for entries, requests in asked:
-            grids = [entry.grid_thw for entry in entries]
-            grid = torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
-            encoded.append(self.encoder.encode_requests(requests, grid))
+        with switch():  # a trained prompt is part of the tokens
+            for entries, requests in asked:
+                grids = [entry.grid_thw for entry in entries]
+                grid = torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
+                encoded.append(self.encoder.encode_requests(requests, grid))
         steps = self._decode(encoded, [entry for entries, _ in asked for entry in entries], decoding)
         while True:
             # Entered for each step anew: whoever takes the tokens finds gradients and adapter as they were.
-            switch = self.adapter.switched_off() if self.adapter and not tuned else nullcontext()
-            with torch.inference_mode(), switch:
+            with torch.inference_mode(), switch():
                 step = next(steps, None)
             if step is None:
                 return

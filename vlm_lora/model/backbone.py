@@ -109,8 +109,8 @@ class Backbone:
 
     ``model`` is transformers' own class; ``name`` is what the user called it. Where it is ``quantised``, the
     language layers' linears are kept in four bits. ``num_prompt_tokens`` tokens, -1, -2 and
-    so on, stand before each prefix. ``prefix`` holds ``keys`` and ``values`` ``(layers, heads, count, head_dim)`` that all
-    tokens see, and behind which positions begin.
+    so on, stand before each prefix. ``prefix`` holds ``keys`` and ``values`` ``(layers, heads, count, head_dim)`` that
+    all tokens see, and behind which positions begin.
     """
 
     model: nn.Module
@@ -305,8 +305,8 @@ def load_backbone(
     ``min_pixels`` and ``max_pixels`` replace the processor's limits on an image's area. ``quantise`` keeps the language
     layers' linears in four bits (NF4, double quantisation, arXiv:2305.14314); they compute in ``dtype``.
     """
-    if quantise and importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError("QLoRA needs bitsandbytes, which is not installed: pip install 'vlm-lora[qlora]'.")
+    if quantise:
+        require_bitsandbytes()
     folder = find_model(name)
     config = check_model_folder(folder, name)
     device = device or best_device()
@@ -350,6 +350,11 @@ def load_backbone(
         )
     model.requires_grad_(False)
     return Backbone(model.to(device).eval(), processor, name, quantised=quantise)
+
+
+def require_bitsandbytes() -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("QLoRA needs bitsandbytes, which is not installed: pip install 'vlm-lora[qlora]'.")
 
 
 def _four_bits(dtype: torch.dtype, device: torch.device) -> dict:

@@ -37,7 +37,9 @@ class Encoder:
         Args:
             image_grid_thw: ``(num_images, 3)``; no rows for an example of text only.
         """
-        return self._encode([self._tokens(dialogue.turns, len(image_grid_thw)) for dialogue in dialogues], image_grid_thw)
+        return self._encode(
+            [self._tokens(dialogue.turns, len(image_grid_thw)) for dialogue in dialogues], image_grid_thw
+        )
 
     def encode_requests(self, requests: Sequence[Sequence[Turn]], image_grid_thw: torch.Tensor) -> Encoded:
         """Prefix and one branch a request, each ending where the model is to answer its last turn; no labels."""
@@ -65,13 +67,19 @@ class Encoder:
         rendered = self.processor.apply_chat_template(messages, tokenize=False)
         parts = [part for part in re.split(f"([{USER_TEXT}{ANSWER_TEXT}])", rendered) if part]
         if [part for part in parts if part in (USER_TEXT, ANSWER_TEXT)] != [USER_TEXT, ANSWER_TEXT] * num_turns:
-            raise ModelError("The model's chat template leaves out a part of the conversation; it cannot be trained on.")
+            raise ModelError(
+                "The model's chat template leaves out a part of the conversation; it cannot be trained on."
+            )
         skeleton = [
-            part if part in (USER_TEXT, ANSWER_TEXT) else tuple(self.tokenizer(part, add_special_tokens=False)["input_ids"])
+            part
+            if part in (USER_TEXT, ANSWER_TEXT)
+            else tuple(self.tokenizer(part, add_special_tokens=False)["input_ids"])
             for part in parts
         ]
         if skeleton[-1] == ANSWER_TEXT or skeleton[0] in (USER_TEXT, ANSWER_TEXT):
-            raise ModelError("The model's chat template has no mark before a turn or behind it; it cannot be trained on.")
+            raise ModelError(
+                "The model's chat template has no mark before a turn or behind it; it cannot be trained on."
+            )
         placeholders = sum(token == self.image_token_id for part in skeleton if part not in TEXTS for token in part)
         if placeholders != num_images:
             raise ModelError(f"The chat template makes {placeholders} image placeholders for {num_images} images.")
@@ -115,5 +123,5 @@ class Encoder:
             prefix += [token] * next(counts) if token == self.image_token_id else [token]
         prefix_ids = torch.tensor(prefix, dtype=torch.long)
         positions = mrope_positions(prefix_ids, image_grid_thw, self.image_token_id, self.merge_size)
-        branches = tuple(Branch(torch.tensor(i[cut:]), torch.tensor(l[cut:])) for i, l in conversations)
+        branches = tuple(Branch(torch.tensor(ids[cut:]), torch.tensor(labels[cut:])) for ids, labels in conversations)
         return Encoded(prefix_ids, positions, branches)

@@ -15,7 +15,7 @@ from vlm_lora.data.split import split_examples
 from vlm_lora.errors import CheckpointError, DataError
 from vlm_lora.model.adapters.base import Adapter
 from vlm_lora.model.adapters.methods import attach_adapter
-from vlm_lora.model.backbone import Backbone, load_backbone
+from vlm_lora.model.backbone import Backbone, load_backbone, require_bitsandbytes
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, cache_folder
 from vlm_lora.training.loop import Lesson, Report, run_steps
@@ -47,6 +47,8 @@ def train(config: TrainConfig, *, resume: bool = False, report: Report = lambda 
     Raises:
         VlmLoraError: data, model, folder or numbers are not right; the message says what to do.
     """
+    if config.method == "qlora":
+        require_bitsandbytes()
     accelerator = Accelerator()
     dataset = read_dataset(config.data, format=config.format, prompt=config.prompt)
     held_dataset = read_dataset(config.val, format=config.format, prompt=config.prompt) if config.val else None
@@ -162,7 +164,9 @@ def _prepare_folder(folder: Path, resume: bool) -> None:
         raise CheckpointError(f"--output {folder}: is a file; a run needs a folder.")
     used = folder.is_dir() and any(folder.iterdir())
     if used and not resume:
-        raise CheckpointError(f"--output {folder}: holds a run already. Go on with it by --resume, or give another folder.")
+        raise CheckpointError(
+            f"--output {folder}: holds a run already. Go on with it by --resume, or give another folder."
+        )
     if resume and not used:
         raise CheckpointError(f"--resume: {folder} holds no run to go on with. Give the run's folder with --output.")
     try:

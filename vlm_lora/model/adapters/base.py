@@ -145,13 +145,9 @@ def find_adapter(path: str | Path) -> Path:
         if (folder / CONFIG).is_file():
             if not (folder / WEIGHTS).is_file():
                 # Checked here: PEFT would open a pickled adapter_model.bin in its place.
-                raise AdapterError(
-                    f"--adapter {path}: {folder} holds no {WEIGHTS}; other formats are not read."
-                )
+                raise AdapterError(f"--adapter {path}: {folder} holds no {WEIGHTS}; other formats are not read.")
             return folder
-    what = (
-        "there is no such folder" if not given.exists() else f"it holds no {CONFIG} and no adapter/{CONFIG}"
-    )
+    what = "there is no such folder" if not given.exists() else f"it holds no {CONFIG} and no adapter/{CONFIG}"
     raise AdapterError(f"--adapter {path}: {what}. Give a run folder or an adapter folder.")
 
 

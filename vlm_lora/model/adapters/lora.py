@@ -61,9 +61,7 @@ def attach_lora(
         target_modules="|".join(f"(?:{TARGETS[target]})" for target in targets),
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # PEFT asks transformers for an attribute by its old name
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for an attribute by its old name
         torch.manual_seed(seed)
         peft_model = get_peft_model(backbone.model, config)
     if variant == "pissa":

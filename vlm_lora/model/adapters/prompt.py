@@ -71,9 +71,7 @@ def load_prompt(backbone: Backbone, folder: Path) -> Adapter:
     count = size_in(read_settings(folder), "num_virtual_tokens", folder)
     contract = check_contract(backbone, folder)
     width = backbone.language_model.embed_tokens.embedding_dim
-    adapter = _attach(
-        backbone, torch.zeros(count, width, device=backbone.device, dtype=backbone.dtype), contract
-    )
+    adapter = _attach(backbone, torch.zeros(count, width, device=backbone.device, dtype=backbone.dtype), contract)
     read_tensors(dict(adapter.named_parameters()), folder, backbone.name)
     return adapter
 
