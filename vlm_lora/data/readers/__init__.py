@@ -15,11 +15,11 @@ from typing import Any
 from vlm_lora.data.example import ImageRef
 from vlm_lora.data.images import find_image
 from vlm_lora.data.readers import coco, folders, tables
-from vlm_lora.data.readers.gather import BadRow, Dataset, Said, gather
+from vlm_lora.data.readers.gather import BadRow, Dataset, Said, bad_row, gather
 from vlm_lora.data.readers.rows import SHAPES, RowReader, check_columns
 from vlm_lora.errors import ConfigError, DataError
 
-__all__ = ["FORMATS", "BadRow", "Dataset", "read_dataset"]
+__all__ = ["FORMATS", "BadRow", "Dataset", "bad_row", "read_dataset"]
 
 FORMATS = {
     "imagefolder": "a folder with metadata.jsonl, metadata.csv or metadata.parquet: file_name, text",
