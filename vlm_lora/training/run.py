@@ -10,13 +10,14 @@ from accelerate import Accelerator
 
 from vlm_lora.config import TrainConfig, write_yaml
 from vlm_lora.data.example import Example
-from vlm_lora.data.readers import BadRow, Dataset, read_dataset
+from vlm_lora.data.readers import BadRow, Dataset, bad_row, read_dataset
 from vlm_lora.data.split import split_examples
 from vlm_lora.errors import CheckpointError, DataError
 from vlm_lora.model.adapters.lora import Adapter, attach_lora
 from vlm_lora.model.backbone import Backbone, load_backbone
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, cache_folder
+from vlm_lora.model.tokens import over_budget
 from vlm_lora.training.loop import Lesson, Report, run_steps
 
 import torch  # isort: skip
@@ -116,19 +117,14 @@ def _lessons(
         try:
             entries = features.get(example.images)
         except DataError as error:
-            bad += [BadRow(example.source, None, str(error)) for _ in example.dialogues]
+            bad += [bad_row(example, str(error)) for _ in example.dialogues]
             continue
         finally:
             report("cache", done=done, total=len(examples))
         grids = torch.stack([entry.grid_thw for entry in entries]) if entries else torch.zeros(0, 3, dtype=torch.long)
         encoded = encoder.encode(example.dialogues, grids)
-        longest = max(len(encoded.prefix_ids) + len(branch.input_ids) for branch in encoded.branches)
-        if longest > config.max_tokens:
-            reason = (
-                f"needs {longest} tokens, {len(encoded.prefix_ids)} of them before the question; --max-tokens is "
-                f"{config.max_tokens}. Lower --max-pixels or raise --max-tokens"
-            )
-            bad += [BadRow(example.source, None, reason) for _ in example.dialogues]
+        if reason := over_budget(encoded, config.max_tokens):
+            bad += [bad_row(example, reason) for _ in example.dialogues]
             continue
         lessons.append(Lesson(example, encoded))
     return lessons, tuple(bad)
