@@ -93,6 +93,12 @@ def test_lookalikes_on_both_sides_of_the_split_are_leaks(folder):
     assert told == {True, False}
 
 
+def test_data_that_cannot_be_split_is_checked_all_the_same(folder):
+    (folder / "x.jsonl").write_text(lines([{"images": ["3.png", "small.jpg"], "caption": "both"}]))
+    found = check_dataset(read_dataset(folder / "x.jsonl", prompt=PROMPT), val_split=0.5)
+    assert (len(found.near), found.leaks, found.bad) == (1, (), ())
+
+
 def test_every_bad_row_is_named_and_none_is_lost(folder):
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:300])
     (folder / "2.txt").write_text("\x01\x02")

@@ -243,7 +243,10 @@ def _leaks(
     hashed = [  # so that the split reads no image a second time
         replace(e, images=tuple(replace(ref, sha256=seen[ref].sha256) for ref in e.images)) for e in examples
     ]
-    _, held_out = split_examples(hashed, fraction, seed)
+    try:
+        _, held_out = split_examples(hashed, fraction, seed)
+    except DataError:  # all images are of one group, which no split parts
+        return []
     held = {ref.sha256 for example in held_out for ref in example.images}
     return [(a, b) for a, b in near if (a.sha256 in held) != (b.sha256 in held)]
 

@@ -1,8 +1,8 @@
 """`read_dataset`: finds out what a folder or a file holds and yields Examples, gathered by image.
 
 Each module here knows one family: `folders` (sidecars), `tables` (JSONL, JSON, CSV, Parquet: rows), `rows`
-(what a row means), `coco` (COCO captions, VQAv2). None decodes an image: that it is a regular file inside of
-the data is all that is checked.
+(what a row means), `shards` (WebDataset), `coco` (COCO captions, VQAv2). None decodes an image: that it is a
+regular file inside of the data is all that is checked.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 from vlm_lora.data.example import ImageRef
 from vlm_lora.data.images import find_image
-from vlm_lora.data.readers import coco, folders, tables
+from vlm_lora.data.readers import coco, folders, shards, tables
 from vlm_lora.data.readers.gather import BadRow, Dataset, Said, bad_row, gather
 from vlm_lora.data.readers.rows import SHAPES, RowReader, check_columns
 from vlm_lora.errors import ConfigError, DataError
@@ -34,7 +34,9 @@ FORMATS = {
     "csv": "rows under a header, .csv",
     "tsv": "rows under a header, .tsv",
     "parquet": "rows with images inside or beside, .parquet (one, or train-*.parquet)",
+    "webdataset": "uncompressed .tar shards: images, each with a .txt or .json of its name",
 }
+CONTAINERS = {"csv": ".csv", "tsv": ".tsv", "parquet": ".parquet", "webdataset": ".tar"}
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "pictures", "photos", "train", "val")
 IMAGE_FOLDERS += ("train2014", "val2014", "train2017", "val2017")
@@ -129,7 +131,8 @@ class _Reading:
         found: list[Said | BadRow] = []
         fields: dict[str, None] = {}
         first = shape
-        for item in tables.read_table(path, source, kind):
+        is_tar = (kind or path.suffix.lower()) == ".tar"
+        for item in shards.read_tar(path, source) if is_tar else tables.read_table(path, source, kind):
             if isinstance(item, BadRow):
                 found.append(item)
                 continue
@@ -171,7 +174,8 @@ def _read_folder(folder: Path, format: str | None, reading: _Reading) -> Dataset
     if data_files:
         reading.look_beside(data_files[0])
         if len(data_files) > 1:
-            return gather("parquet", [said for file in data_files for said in reading.rows(file)[1]])
+            kind = next(name for name, suffix in CONTAINERS.items() if suffix == data_files[0].suffix.lower())
+            return gather(kind, [said for file in data_files for said in reading.rows(file)[1]])
         return _read_file(data_files[0], format, reading)
     if sidecars and format in (None, "sidecar"):
         said = folders.read_sidecars(reading.root, files, reading.prompt, allow_outside=reading.allow_outside)
@@ -204,10 +208,10 @@ def _data_files(folder: Path, format: str | None) -> list[Path]:
     """The file of rows that is meant, or all shards of one Parquet table. Raises DataError if in doubt."""
     if format in ("sidecar", "imagefolder"):
         return []
-    if format in ("csv", "tsv", "parquet"):
-        suffixes: tuple[str, ...] = (f".{format}",)
+    if format in CONTAINERS:
+        suffixes: tuple[str, ...] = (CONTAINERS[format],)
     else:
-        suffixes = (".json",) if format in ("coco", "vqav2") else tables.SUFFIXES
+        suffixes = (".json",) if format in ("coco", "vqav2") else (*tables.SUFFIXES, ".tar")
     for place in (folder, folder / "data", folder / "annotations"):
         files = folders.visible_files(place, below=False) if place.is_dir() else []
         found = [f for f in files if f.suffix.lower() in suffixes and f.is_file()]
@@ -219,8 +223,8 @@ def _data_files(folder: Path, format: str | None) -> list[Path]:
         found = _with_word("train", found)  # train.jsonl, not test.jsonl
         if len(found) == 2 and coco.find_partner(found[0], found):
             return found[:1]
-        shards = {re.sub(r"\d+-of-\d+", "", f.name) for f in found}
-        if len(found) > 1 and (len(shards) > 1 or found[0].suffix.lower() != ".parquet"):
+        tables_of = {re.sub(r"\d+(-of-\d+)?", "", f.name) for f in found}
+        if len(found) > 1 and (len(tables_of) > 1 or found[0].suffix.lower() not in (".parquet", ".tar")):
             names = ", ".join(f.name for f in found[:8])
             raise DataError(
                 f"{folder.name}: holds {len(found)} files of rows ({names}); pass the one you mean"
@@ -240,9 +244,9 @@ def _read_file(path: Path, format: str | None, reading: _Reading) -> Dataset:
     suffix = path.suffix.lower()
     if format in ("imagefolder", "sidecar"):
         raise DataError(f"{path.name}: --format {format} needs a folder; pass the one that holds this file")
-    if format in ("csv", "tsv", "parquet") or (format is None and suffix in (".csv", ".tsv", ".parquet")):
-        kind = f".{format}" if format else suffix
-        return gather(kind[1:], reading.rows(path, kind=kind)[1])
+    container = format or next((name for name in CONTAINERS if CONTAINERS[name] == suffix), None)
+    if container in CONTAINERS:
+        return gather(container, reading.rows(path, kind=CONTAINERS[container])[1])
     if format in (None, "coco", "vqav2") and suffix == ".json":
         data = _peek(path)
         if coco.is_coco(data) and format != "vqav2":
@@ -277,4 +281,4 @@ def _peek(path: Path) -> Any:
 
 
 def _suffixes() -> str:
-    return ", ".join(tables.SUFFIXES)
+    return ", ".join((*tables.SUFFIXES, ".tar"))
