@@ -116,6 +116,8 @@ def _told(facts: dict) -> Iterator[str]:
     """The facts as lines for a person."""
     counts = f"{facts['examples']:,} examples, {facts['images']:,} images, {facts['answers']:,} answers"
     yield f"{facts['format']}: {counts}"
+    if facts["columns"]:
+        yield f"taken for {facts['columns']}"
     if spread := facts["answers_per_example"]:
         yield f"answers per example: {spread['least']} to {spread['most']}, {spread['mean']} on average"
     if sizes := facts["image_sizes"]:

@@ -74,6 +74,7 @@ class Check:
         repeated = Counter(turn.assistant for d in said for turn in d.turns)
         return {
             "format": self.dataset.format,
+            "columns": self.dataset.note,
             "examples": len(self.examples),
             "images": len(sizes),
             "answers": len(said),

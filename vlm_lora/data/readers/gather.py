@@ -37,6 +37,8 @@ class Dataset:
     format: str
     examples: tuple[Example, ...]
     bad: tuple[BadRow, ...]
+    note: str = ""
+    """Which columns were taken for what, where the data has columns."""
 
     def fingerprint(self) -> str:
         """Hash (hex) of ids, texts, image names and sizes, in order. Reads no image; survives a move."""
