@@ -1,8 +1,8 @@
 """`read_dataset`: finds out what a folder or a file holds and yields Examples, gathered by image.
 
 Each module here knows one family: `folders` (sidecars), `tables` (JSONL, JSON, CSV, Parquet: rows), `rows`
-(what a row means), `shards` (WebDataset), `hub` (Hugging Face), `coco` (COCO captions, VQAv2). None decodes an
-image: that it is a regular file inside of the data is all that is checked.
+(what a row means), `shards` (WebDataset), `hub` (Hugging Face), `coco` (COCO captions, VQAv2). None decodes
+an image: that it is a regular file inside of the data is all that is checked.
 """
 
 import json
@@ -52,7 +52,7 @@ def read_dataset(
     columns: dict[str, str] | None = None,
     allow_outside: bool = False,
 ) -> Dataset:
-    """All of `path`: a folder, a file, or a data set of the hub (`hf:owner/name`, or `owner/name` that is no path).
+    """All of `path`: a folder, a file, or a hub name (`hf:owner/name`, or `owner/name` that is no path).
 
     The format is found out by looking where `format` is None.
 
