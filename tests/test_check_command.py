@@ -96,3 +96,20 @@ def test_wrong_flags(flags, message, photo_folder, capsys):
     code, _, err = check(photo_folder, *flags, capsys=capsys)
     assert code == 2
     assert message in err
+
+
+def test_columns_of_other_names_and_images_elsewhere(photo_folder, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    rows = [{"bild": f"../photos/{i:02}.png", "satz": "x"} for i in range(3)]
+    (tmp_path / "data/x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = ["--columns", "image=bild, caption=satz"]
+    code, out, _ = check(tmp_path / "data", *columns, capsys=capsys)
+    assert code == 1
+    assert out.count("pass --allow-outside to trust it") == 3
+    code, out, _ = check(tmp_path / "data", *columns, "--allow-outside", capsys=capsys)
+    assert code == 0
+    assert "taken for captions: image from 'bild', caption from 'satz'" in out
+    assert check(tmp_path / "data", "--columns", "bild", capsys=capsys)[0] == 2
+    command = ["train", str(tmp_path / "data"), "--allow-outside", "--columns", "image=bild,caption=satz"]
+    command += ["--model", "tiny", "--max-steps", "1", "--no-eval", "--output", str(tmp_path / "run")]
+    assert main(command) == 0

@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vlm_lora.cli.console import Progress, say
-from vlm_lora.config import DEFAULT_PROMPT, default_of
+from vlm_lora.config import ALLOW_OUTSIDE_HELP, COLUMNS_HELP, DEFAULT_PROMPT, default_of, parse_columns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="images with captions, or questions and answers")
     parser.add_argument("--format", metavar="TEXT", help="format of the data (default: found out by looking)")
+    parser.add_argument("--columns", metavar="TEXT", help=COLUMNS_HELP)
+    parser.add_argument("--allow-outside", action="store_true", help=ALLOW_OUTSIDE_HELP)
     parser.add_argument(
         "--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help="the instruction that a caption answers"
     )
@@ -63,7 +65,13 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--min-pixels and --max-pixels are about tokens; say --model too")
     if options.write_clean:
         check_clean_folder(options.write_clean)
-    dataset = read_dataset(options.data, format=options.format, prompt=options.prompt)
+    dataset = read_dataset(
+        options.data,
+        format=options.format,
+        prompt=options.prompt,
+        columns=parse_columns(options.columns),
+        allow_outside=options.allow_outside,
+    )
     check = check_dataset(
         dataset,
         val_split=options.val_split,

@@ -1,6 +1,7 @@
 """A training run from data to adapter: read, split, load, attach, see every image once, train, save."""
 
 import hashlib
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from vlm_lora.config import TrainConfig, write_yaml
+from vlm_lora.config import TrainConfig, parse_columns, write_yaml
 from vlm_lora.data.example import Example
 from vlm_lora.data.readers import BadRow, Dataset, bad_row, read_dataset
 from vlm_lora.data.split import split_examples
@@ -48,8 +49,8 @@ def train(config: TrainConfig, *, resume: bool = False, report: Report = lambda 
         VlmLoraError: data, model, folder or numbers are not right; the message says what to do.
     """
     accelerator = Accelerator()
-    dataset = read_dataset(config.data, format=config.format, prompt=config.prompt)
-    held_dataset = read_dataset(config.val, format=config.format, prompt=config.prompt) if config.val else None
+    dataset = _read(config, config.data)
+    held_dataset = _read(config, config.val) if config.val else None
     bad = dataset.bad + (held_dataset.bad if held_dataset else ())
     if not dataset.examples:
         raise DataError(f"{config.data}: no usable example in it. {_listed(bad)}")
@@ -106,6 +107,16 @@ def train(config: TrainConfig, *, resume: bool = False, report: Report = lambda 
     return RunResult(folder, steps, adapter, features, tuple(train_examples), tuple(held_out), tuple(bad))
 
 
+def _read(config: TrainConfig, path: str) -> Dataset:
+    return read_dataset(
+        path,
+        format=config.format,
+        prompt=config.prompt,
+        columns=parse_columns(config.columns),
+        allow_outside=config.allow_outside,
+    )
+
+
 def _lessons(
     config: TrainConfig, backbone: Backbone, features: FeatureCache, examples: Sequence[Example], report: Report
 ) -> tuple[list[Lesson], tuple[BadRow, ...]]:
@@ -153,7 +164,7 @@ def _write_quarantine(folder: Path, bad: Sequence[BadRow]) -> None:
 
 
 def _new_run_name(config: TrainConfig) -> str:
-    stem = Path(config.data).resolve().name.split(".")[0] or "data"
+    stem = re.sub(r"[^\w-]+", "-", Path(config.data).resolve().name.split(".")[0]).strip("-") or "data"
     return f"runs/{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -178,6 +189,7 @@ def _prepare_folder(folder: Path, resume: bool) -> None:
 def _identity(config: TrainConfig, dataset: Dataset, held: Dataset | None, adapter: Adapter) -> dict:
     """What must be the same for a checkpoint to be gone on with: the data, the base, and every knob of the numbers."""
     free = {"data", "output", "val", "cache", "save_every", "keep_checkpoints", "model"}
+    free |= {"columns", "allow_outside"}  # what they change is in the fingerprint of the data
     knobs = {name: value for name, value in config.to_dict().items() if name not in free}
     contract = adapter.contract
     base = hashlib.sha256((contract.base_fingerprint + contract.tower_fingerprint).encode()).hexdigest()[:16]
