@@ -135,9 +135,10 @@ class Preprocessor:
     def preprocess(self, images: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
         """``pixel_values`` (patches, 3 * 2 * patch * patch) of all images, and their ``image_grid_thw`` (n, 3).
 
-        The one place where a picture is given the model's size, in training, evaluation, captioning and the demo. It
-        takes any size from 1x1. Pictures so long and thin that the processor would refuse them (one side more than
-        200 times the other) or overshoot ``max_pixels`` stand centred on white, just wide enough that it does not.
+        The one place where a picture is given the model's size, in training, evaluation, captioning and the
+        demo. It takes any size from 1x1. Pictures so long and thin that the processor would refuse them (one
+        side more than 200 times the other) or overshoot ``max_pixels`` stand centred on white, just wide
+        enough that it does not.
         """
         fitted = []
         for image in images:
@@ -153,10 +154,10 @@ class Preprocessor:
         return 1, high // patch, wide // patch
 
     def _fit(self, width: int, height: int) -> tuple[int, int, tuple[int, int] | None]:
-        """Width and height that a picture is resized to, and the size it is first padded to, None where it is not.
+        """Width and height that a picture is resized to, and the size it is first padded to, or None.
 
-        The processor works to whole merged patches, so the area may be above ``max_pixels`` by one row of them (of a
-        square picture); where it would be more, the shorter side is padded until it is none.
+        The processor works to whole merged patches, so the area may be above ``max_pixels`` by one row of
+        them (of a square picture); where it would be more, the shorter side is padded until it is none.
         """
         smart_resize = _smart_resize()
         factor = self.processor.image_processor.patch_size * self.merge_size
@@ -175,8 +176,8 @@ class Preprocessor:
         while True:
             padded = (long, side) if width >= height else (side, long)
             target = resized(padded)
-            # What is pasted must be a size that the processor leaves as it is. So not too long either, and resized
-            # twice: with limits close together the first result may be below the lower one.
+            # What is pasted must be a size that the processor leaves as it is. So not too long either, and
+            # resized twice: with limits close together the first result may be below the lower one.
             if max(target) <= MAX_ASPECT * min(target):
                 wide, high = resized(target)
                 if least <= wide * high <= most or side >= long:
@@ -347,7 +348,9 @@ def load_backbone(
     return Backbone(model=model.to(device).eval(), processor=preprocessor.processor, name=name)
 
 
-def load_preprocessor(name: str, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Preprocessor:
+def load_preprocessor(
+    name: str, *, min_pixels: int | None = None, max_pixels: int | None = None
+) -> Preprocessor:
     """A base model's processor alone, in a second where the model takes minutes: enough to count tokens."""
     folder = find_model(name)
     return _preprocessor(folder, check_model_folder(folder, name), name, min_pixels, max_pixels)
@@ -367,10 +370,10 @@ def _preprocessor(
     cell = images.patch_size * images.merge_size
     if least > most or most < cell**2:
         raise ModelError(
-            f"--model {name}: images cannot be at least {least} and at most {most} pixels; one token is {cell**2}. "
-            "Give both --min-pixels and --max-pixels."
+            f"--model {name}: images cannot be at least {least} and at most {most} pixels; one token is "
+            f"{cell**2}. Give both --min-pixels and --max-pixels."
         )
-    # Sizes are whole tokens. Where no square of them lies between the limits, the upper one, the budget, holds.
+    # Sizes are whole tokens. Where no square of them lies between the limits, the upper one holds.
     # One less than the square: the processor rounds up, and would make 224.00000001 pixels a token more.
     least = min(least, (math.isqrt(most) // cell * cell) ** 2 - 1)
     images.size = dict(images.size) | {"shortest_edge": least, "longest_edge": most}
@@ -395,8 +398,9 @@ def _smart_resize():
 
 
 def _on_white(image: Image.Image, padded: tuple[int, int], target: tuple[int, int]) -> Image.Image:
-    """A white picture of the target size with the image on it as if padded first, without ever holding that size."""
+    """The image as if padded with white and then resized; the padded one, perhaps terabytes, is never made."""
     size = [max(1, round(side * t / p)) for side, p, t in zip(image.size, padded, target, strict=True)]
     canvas = Image.new("RGB", target, "white")
-    canvas.paste(image.resize(size, Image.Resampling.BICUBIC), ((target[0] - size[0]) // 2, (target[1] - size[1]) // 2))
+    corner = ((target[0] - size[0]) // 2, (target[1] - size[1]) // 2)
+    canvas.paste(image.resize(size, Image.Resampling.BICUBIC), corner)
     return canvas
