@@ -21,7 +21,7 @@ from tests.data.test_formats import (
     qa_csv,
     vqav2,
 )
-from vlm_lora.data.check import check_dataset, scripts
+from vlm_lora.data.check import NEAR_BITS, NEAR_COLOUR, Seen, check_dataset, near_duplicates, scripts
 from vlm_lora.data.clean import clean_example, write_clean
 from vlm_lora.data.images import content_hash
 from vlm_lora.data.readers import read_dataset
@@ -78,6 +78,21 @@ def test_flat_pictures_of_other_colours_do_not_look_alike(pictures):
     for name in NAMES:
         (folder / name).with_suffix(".txt").write_text("one colour")
     assert check(folder).near == ()
+
+
+def test_lookalikes_are_all_found_without_comparing_all():
+    rng = np.random.default_rng(0)
+    base = rng.integers(0, 256, (100, 216))
+    minis = np.concatenate([base, base + rng.integers(-9, 10, base.shape)]).clip(0, 255).astype(np.uint8)
+    grey = minis.reshape(-1, 8, 9, 3) @ np.array([0.299, 0.587, 0.114], np.float32)
+    bits = (grey[:, :, :-1] < grey[:, :, 1:]).reshape(len(minis), 64)
+    apart = np.abs(minis[:, None].astype(int) - minis[None]).mean(axis=2)
+    near = ((bits[:, None] != bits[None]).sum(axis=2) <= NEAR_BITS) & (apart <= NEAR_COLOUR)
+    expected = {(a, b) for a, b in np.argwhere(near).tolist() if a < b}
+    looks = [Seen(None, sha256=str(i), miniature=mini.tobytes()) for i, mini in enumerate(minis)]
+    found = {(int(a.sha256), int(b.sha256)) for a, b in near_duplicates(looks)}
+    assert found == expected
+    assert 50 < len(found) < 100
 
 
 def test_lookalikes_on_both_sides_of_the_split_are_leaks(folder):

@@ -141,10 +141,7 @@ def _told(facts: dict) -> Iterator[str]:
         yield "said most often:"
         yield from (f"  {times:,} times: {_line(text)}" for text, times in facts["repeated"])
     yield from _told_of(facts["duplicates"], "images that are there more than once", " = ")
-    if facts["near_duplicates"] is None:
-        yield "near-duplicates: not looked for, there are too many images"
-    else:
-        yield from _told_of(facts["near_duplicates"], "pairs of images that look alike", " ~ ")
+    yield from _told_of(facts["near_duplicates"], "pairs of images that look alike", " ~ ")
     yield from _told_of(facts["leaks"], "of them with one in training and one held out", " | ")
     if tokens := facts.get("tokens"):
         yield from _told_tokens(tokens)

@@ -27,8 +27,8 @@ NEAR_BITS = 4
 """Two images are near-duplicates where at most so many of the 64 bits of their hashes differ, and"""
 NEAR_COLOUR = 10.0
 """their 9x8 miniatures differ by at most this, of 255, on average: by the hash alone flat images are one."""
-MAX_COMPARED = 200_000
-"""Above so many images near-duplicates are not looked for: each is compared with each."""
+MAX_PAIRS = 100_000
+"""The search for near-duplicates ends with so many pairs: pictures of one plain colour all look alike."""
 LISTED = 10
 """So many of a kind are listed; the count is always that of all."""
 THUMBNAIL = 160
@@ -60,8 +60,8 @@ class Check:
     bad: tuple[BadRow, ...]
     duplicates: tuple[tuple[str, ...], ...]
     """Names of images with the same bytes."""
-    near: tuple[tuple[str, str], ...] | None
-    """Pairs of names; None where there are too many images to look."""
+    near: tuple[tuple[str, str], ...]
+    """Pairs of names; the search ends at MAX_PAIRS."""
     leaks: tuple[tuple[str, str], ...]
     """The pairs of `near` with one image in training and one in validation."""
     cleaned: Counter
@@ -84,9 +84,7 @@ class Check:
             if sizes
             else {},
             "duplicates": {"count": len(self.duplicates), "first": self.duplicates[:LISTED]},
-            "near_duplicates": None
-            if self.near is None
-            else {"count": len(self.near), "first": self.near[:LISTED]},
+            "near_duplicates": {"count": len(self.near), "first": self.near[:LISTED]},
             "leaks": {"count": len(self.leaks), "first": self.leaks[:LISTED]},
             "repeated": [[text, times] for text, times in repeated.most_common(LISTED) if times > 1],
             "scripts": scripts(turn.assistant for d in said for turn in d.turns),
@@ -128,8 +126,8 @@ def check_dataset(
                 cleaned.update(reasons)
                 cleaned["texts"] += bool(reasons)
     looks = [look for look in seen.values() if not look.error]
-    near = near_duplicates(looks) if len(looks) <= MAX_COMPARED else None
-    leaks = _leaks(near or [], good, seen, val_split, seed) if val_split else []
+    near = near_duplicates(looks)
+    leaks = _leaks(near, good, seen, val_split, seed) if val_split else []
     by_hash: dict[str, list[str]] = {}
     for look in looks:
         by_hash.setdefault(look.sha256, []).append(look.ref.name)
@@ -139,7 +137,7 @@ def check_dataset(
         seen=seen,
         bad=tuple(bad),
         duplicates=tuple(tuple(names) for names in by_hash.values() if len(names) > 1),
-        near=None if near is None else tuple((a.ref.name, b.ref.name) for a, b in near),
+        near=tuple((a.ref.name, b.ref.name) for a, b in near),
         leaks=tuple((a.ref.name, b.ref.name) for a, b in leaks),
         cleaned=cleaned,
     )
@@ -174,16 +172,43 @@ def near_duplicates(looks: Sequence[Seen]) -> list[tuple[Seen, Seen]]:
     darker = (grey[:, :, :-1] < grey[:, :, 1:]).reshape(len(looks), 64)
     bits = np.packbits(darker, axis=1).view(np.uint64)[:, 0]
     flat = minis.reshape(len(looks), -1).astype(np.int16)
-    pairs = []
-    for start in range(0, len(looks), 256):
-        block = bits[start : start + 256]
-        close = np.bitwise_count(block[:, None] ^ bits[None, start:]) <= NEAR_BITS
-        first, second = np.nonzero(np.triu(close, k=1))
-        for cut in range(0, len(first), 65536):  # all of a folder of one colour may be close
-            a, b = first[cut : cut + 65536] + start, second[cut : cut + 65536] + start
-            alike = np.abs(flat[a] - flat[b]).mean(axis=1) <= NEAR_COLOUR
-            pairs += [(looks[i], looks[j]) for i, j in zip(a[alike], b[alike], strict=True)]
+    found: set[tuple[int, int]] = set()
+    for group in _groups_with_equal_bits(bits):
+        for start in range(0, len(group), 256):
+            block = group[start : start + 256]
+            rest = group[start:]
+            close = np.bitwise_count(bits[block][:, None] ^ bits[rest][None]) <= NEAR_BITS
+            first, second = np.nonzero(np.triu(close, k=1))
+            first, second = block[first], rest[second]
+            alike = np.concatenate(
+                [  # in pieces: all of a folder of one colour may be close
+                    np.abs(flat[first[at : at + 65536]] - flat[second[at : at + 65536]]).mean(axis=1)
+                    <= NEAR_COLOUR
+                    for at in range(0, len(first), 65536)
+                ]
+                or [np.zeros(0, bool)]
+            )
+            found.update(zip(first[alike].tolist(), second[alike].tolist(), strict=True))
+            if len(found) >= MAX_PAIRS:
+                break
+        if len(found) >= MAX_PAIRS:
+            break
+    pairs = [(looks[a], looks[b]) for a, b in sorted(found)]
     return [(a, b) for a, b in pairs if a.sha256 != b.sha256]
+
+
+def _groups_with_equal_bits(bits: Any) -> Iterator[Any]:
+    """Indices, ascending, of hashes that agree in a fifth of their bits: any two near ones do, in some fifth.
+
+    So not every image is compared with every other.
+    """
+    import numpy as np
+
+    for shift in range(0, 64, 13):  # NEAR_BITS + 1 bands
+        band = (bits >> np.uint64(shift)) & np.uint64((1 << 13) - 1)
+        order = np.argsort(band, kind="stable")
+        borders = np.nonzero(np.diff(band[order]))[0] + 1
+        yield from (group for group in np.split(order, borders) if len(group) > 1)
 
 
 def scripts(texts: Iterable[str]) -> dict[str, float]:

@@ -398,7 +398,7 @@ def _smart_resize():
 
 
 def _on_white(image: Image.Image, padded: tuple[int, int], target: tuple[int, int]) -> Image.Image:
-    """The image as if padded with white and then resized; the padded one, perhaps terabytes, is never made."""
+    """The image as if padded with white and then resized; the padded one, perhaps terabytes, is not made."""
     size = [max(1, round(side * t / p)) for side, p, t in zip(image.size, padded, target, strict=True)]
     canvas = Image.new("RGB", target, "white")
     corner = ((target[0] - size[0]) // 2, (target[1] - size[1]) // 2)

@@ -61,7 +61,8 @@ def train(config: TrainConfig, *, resume: bool = False, report: Report = lambda 
         train_examples, held_out = split_examples(dataset.examples, config.val_split, config.seed)
     else:
         train_examples, held_out = list(dataset.examples), []
-    report("data", format=dataset.format, train=train_examples, held_out=held_out, bad=bad)
+    shown = f"{dataset.format} ({dataset.note})" if dataset.note else dataset.format
+    report("data", format=shown, train=train_examples, held_out=held_out, bad=bad)
 
     folder = Path(config.output or _new_run_name(config))
     _prepare_folder(folder, resume)
