@@ -10,6 +10,8 @@ from vlm_lora.errors import ConfigError
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 DEFAULT_PROMPT = "Describe this image."
 DEFAULT_MAX_NEW_TOKENS = 64
+COLUMNS_HELP = "columns of unusual names, as image=NAME,caption=NAME (also question, answer, kind)"
+ALLOW_OUTSIDE_HELP = "trust the data: take images outside of its folder too, through .. or symlinks"
 
 
 def knob(default: Any, help: str, **extra: Any) -> Any:
@@ -24,6 +26,8 @@ class TrainConfig:
     model: str = knob(DEFAULT_MODEL, "base model: hub name, local folder, or 'tiny' (embedded, needs no network)")
     output: str | None = knob(None, "run folder to write; by default runs/<data>-<date>-<time>")
     format: str | None = knob(None, "format of the data; by default it is found out by looking")
+    columns: str | None = knob(None, COLUMNS_HELP)
+    allow_outside: bool = knob(False, ALLOW_OUTSIDE_HELP)
     prompt: str = knob(DEFAULT_PROMPT, "the instruction that a caption answers")
     val: str | None = knob(None, "held-out data of its own, instead of a part split off")
     val_split: float = knob(0.1, "fraction of the images held out when --val is not given; 0 holds out none")
@@ -99,6 +103,7 @@ class TrainConfig:
         require(self.save_every >= 1, "save_every", "1 or more steps")
         require(self.keep_checkpoints >= 1, "keep_checkpoints", "1 or more")
         require(self.prompt.strip() != "", "prompt", "some words")
+        parse_columns(self.columns)
         for name in ("min_pixels", "max_pixels"):
             require(getattr(self, name) is None or getattr(self, name) > 0, name, "a number of pixels above 0")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
@@ -124,6 +129,17 @@ METHOD_KNOBS = dict.fromkeys(("variant", "targets", "rank", "alpha", "dropout"),
     "num_virtual_tokens": ("prompt", "prefix"),
 }
 """The methods that a knob belongs to; given with another one it is refused, as it would do nothing there."""
+
+
+def parse_columns(text: str | None) -> dict[str, str]:
+    """``image=bild,caption=text`` as a dictionary."""
+    columns: dict[str, str] = {}
+    for part in (text or "").split(",") if text else []:
+        key, equals, name = part.partition("=")
+        if not key.strip() or not equals or not name.strip():
+            raise ConfigError(f"--columns is {text!r}; expected image=NAME,caption=NAME")
+        columns[key.strip()] = name.strip()
+    return columns
 
 
 def knob_type(name: str) -> type:

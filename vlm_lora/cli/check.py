@@ -1,52 +1,179 @@
 """Say what is in this data and what is wrong with it, without training.
 
   vlm-lora check ./photos
-  vlm-lora check ./photos --json
+  vlm-lora check ./photos --model tiny --max-pixels 9216    also what it costs in tokens, and what is learnt
+  vlm-lora check ./photos --html check.html                 a contact sheet for the eye
+  vlm-lora check ./photos --write-clean ./photos-clean      a copy of the good rows, texts normalised
+
+Exit code 0: every row can be used; 1: some cannot, each with file, line and reason.
 """
 
 import argparse
 import json
-from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
-from vlm_lora.cli.console import Progress
-from vlm_lora.config import DEFAULT_PROMPT
+from vlm_lora.cli.console import Progress, say
+from vlm_lora.config import ALLOW_OUTSIDE_HELP, COLUMNS_HELP, DEFAULT_PROMPT, default_of, parse_columns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA", help="folder or file with images and captions, or questions and answers")
+    parser.add_argument("data", metavar="DATA", help="images with captions, or questions and answers")
     parser.add_argument("--format", metavar="TEXT", help="format of the data (default: found out by looking)")
-    parser.add_argument("--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help="the instruction that a caption answers")
+    parser.add_argument("--columns", metavar="TEXT", help=COLUMNS_HELP)
+    parser.add_argument("--allow-outside", action="store_true", help=ALLOW_OUTSIDE_HELP)
+    parser.add_argument(
+        "--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help="the instruction that a caption answers"
+    )
+    parser.add_argument("--model", metavar="TEXT", help="count tokens as this base model does, e.g. tiny")
+    parser.add_argument(
+        "--min-pixels", type=int, metavar="N", help="smallest image area (default: the model's)"
+    )
+    parser.add_argument(
+        "--max-pixels", type=int, metavar="N", help="largest image area (default: the model's)"
+    )
+    budget = default_of("max_tokens")
+    parser.add_argument(
+        "--max-tokens", type=int, default=budget, metavar="N",
+        help=f"with --model: rows that need more are bad (default: {budget})",
+    )  # fmt: skip
+    split = default_of("val_split")
+    parser.add_argument(
+        "--val-split", type=float, default=split, metavar="X",
+        help=f"look for near-duplicates that this split would put on both sides (default: {split})",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=default_of("seed"), metavar="N", help="seed of the split")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a contact sheet of pictures and texts"
+    )
+    parser.add_argument(
+        "--write-clean", type=Path, metavar="FOLDER", help="write a normalised copy of the data"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    from vlm_lora.data.images import load_image
-    from vlm_lora.data.readers import BadRow, read_dataset
-    from vlm_lora.errors import DataError
+    from vlm_lora.data.check import check_dataset
+    from vlm_lora.data.clean import check_clean_folder, write_clean
+    from vlm_lora.data.readers import bad_row, read_dataset
+    from vlm_lora.data.sheet import MAX_CARDS, write_sheet
+    from vlm_lora.errors import ConfigError
 
-    dataset = read_dataset(options.data, format=options.format, prompt=options.prompt)
-    bad, sizes, progress = list(dataset.bad), [], Progress()
-    for done, example in enumerate(dataset.examples, start=1):
-        for image in example.images:
-            try:
-                sizes.append(load_image(image).size)
-            except DataError as error:
-                bad += [BadRow(example.source, None, str(error)) for _ in example.dialogues]
-        progress.count("Images read:", done, len(dataset.examples))
-    answers = sum(len(example.dialogues) for example in dataset.examples)
+    if not 0 <= options.val_split < 1:
+        raise ConfigError(f"--val-split {options.val_split}: expected a fraction from 0 to below 1")
+    if options.model is None and (options.min_pixels or options.max_pixels):
+        raise ConfigError("--min-pixels and --max-pixels are about tokens; say --model too")
+    if options.write_clean:
+        check_clean_folder(options.write_clean)
+    dataset = read_dataset(
+        options.data,
+        format=options.format,
+        prompt=options.prompt,
+        columns=parse_columns(options.columns),
+        allow_outside=options.allow_outside,
+    )
+    check = check_dataset(
+        dataset,
+        val_split=options.val_split,
+        seed=options.seed,
+        thumbnails=MAX_CARDS if options.html else 0,
+        progress=_counting("Images read:"),
+    )
+    facts, examples = check.facts() | {"tokens": {}}, check.examples
+    if options.model is not None:
+        counted = _count_tokens(options, check)
+        facts["tokens"] = counted.facts()
+        too_long = [
+            bad_row(example, reason) for example, reason in counted.too_long for _ in example.dialogues
+        ]
+        facts["bad"] += [{"source": row.source, "line": row.line, "reason": row.reason} for row in too_long]
+        left_out = {example.id for example, _ in counted.too_long}
+        examples = tuple(example for example in examples if example.id not in left_out)
+        facts["examples"] = len(examples)
+        facts["answers"] -= len(too_long)
     if options.json:
-        rows = [{"source": row.source, "line": row.line, "reason": row.reason} for row in bad]
-        told = {"format": dataset.format, "examples": len(dataset.examples), "images": len(sizes), "answers": answers}
-        print(json.dumps({**told, "bad": rows}, ensure_ascii=False))
+        print(json.dumps(facts, ensure_ascii=False))
     else:
-        print(f"{dataset.format}: {len(dataset.examples):,} examples, {len(sizes):,} images, {answers:,} answers")
-        if sizes:
-            areas = sorted(width * height for width, height in sizes)
-            print(f"image area: {areas[0]:,} to {areas[-1]:,} pixels, half of them below {areas[len(areas) // 2]:,}")
-        said = Counter(d.turns[-1].assistant for example in dataset.examples for d in example.dialogues)
-        for text, times in said.most_common(5):
-            if times > 1:
-                print(f"{times:,} times: {text}")
-        for row in bad:
-            print(f"bad: {row.source}{f':{row.line}' if row.line else ''}: {row.reason}")
-    return 1 if bad else 0
+        print("\n".join(_told(facts)))
+    if options.html:
+        write_sheet(options.html, check, facts, title=Path(options.data).name)
+        say(f"Contact sheet: {options.html}")
+    if options.write_clean:
+        write_clean(options.write_clean, examples, options.prompt, _counting("Examples written:"))
+        say(f"Clean copy of {len(examples):,} examples: {options.write_clean}")
+    return 1 if facts["bad"] else 0
+
+
+def _counting(what: str):
+    progress = Progress()
+    return lambda done, total: progress.count(what, done, total)
+
+
+def _count_tokens(options: argparse.Namespace, check):
+    from vlm_lora.model.backbone import load_preprocessor
+    from vlm_lora.model.encode import Encoder
+    from vlm_lora.model.tokens import count_tokens
+
+    base = load_preprocessor(options.model, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
+    sizes = {ref: seen.size for ref, seen in check.seen.items()}
+    progress = _counting("Examples in tokens:")
+    return count_tokens(Encoder(base), base.grid, check.examples, sizes, options.max_tokens, progress)
+
+
+def _told(facts: dict) -> Iterator[str]:
+    """The facts as lines for a person."""
+    counts = f"{facts['examples']:,} examples, {facts['images']:,} images, {facts['answers']:,} answers"
+    yield f"{facts['format']}: {counts}"
+    if facts["columns"]:
+        yield f"taken for {facts['columns']}"
+    if spread := facts["answers_per_example"]:
+        yield f"answers per example: {spread['least']} to {spread['most']}, {spread['mean']} on average"
+    if sizes := facts["image_sizes"]:
+        named = [f"{name} {wide}x{high}" for name, (wide, high) in sizes.items()]
+        yield f"image sizes: {', '.join(named)}"
+    if facts["scripts"]:
+        yield "letters: " + ", ".join(f"{name} {share:.1%}" for name, share in facts["scripts"].items())
+    cleaning = facts["cleaning"]
+    if cleaning["texts"]:
+        why = ", ".join(f"{name} {times:,}" for name, times in cleaning.items() if name != "texts")
+        yield f"texts that --write-clean would change: {cleaning['texts']:,} ({why})"
+    if facts["repeated"]:
+        yield "said most often:"
+        yield from (f"  {times:,} times: {_line(text)}" for text, times in facts["repeated"])
+    yield from _told_of(facts["duplicates"], "images that are there more than once", " = ")
+    yield from _told_of(facts["near_duplicates"], "pairs of images that look alike", " ~ ")
+    yield from _told_of(facts["leaks"], "of them with one in training and one held out", " | ")
+    if tokens := facts.get("tokens"):
+        yield from _told_tokens(tokens)
+    for row in facts["bad"]:
+        line = "" if row["line"] is None else f":{row['line']}"
+        yield _line(f"bad: {row['source']}{line}: {row['reason']}", 1000)
+    yield f"{len(facts['bad']):,} bad rows" if facts["bad"] else "every row can be used"
+
+
+def _told_of(found: dict, what: str, between: str) -> Iterator[str]:
+    if found["count"]:
+        yield f"{what}: {found['count']:,}"
+        yield from ("  " + between.join(map(_line, names)) for names in found["first"])
+
+
+def _told_tokens(tokens: dict) -> Iterator[str]:
+    yield "tokens of the longest sequence of an example:"
+    most = max(tokens["histogram"].values())
+    for border, times in tokens["histogram"].items():
+        yield f"  up to {int(border):>7,} {times:>9,} {'#' * -(-40 * times // most)}"
+    if images := tokens["per_image"]:
+        least, median, most = images["least"], images["median"], images["most"]
+        yield f"tokens of an image: {least:,} to {most:,}, half of them {median:,} or less"
+    yield f"tokens of an epoch: {tokens['packed']:,}, {tokens['learnt']:,} of them learnt"
+    times = tokens["separate"] / tokens["packed"]
+    yield f"with a sequence for each answer it would be {times:.1f} times that"
+    shown = "".join(f"»{part['text']}«" if part["learnt"] else part["text"] for part in tokens["sample"])
+    yield "the first example as the model reads it, what is learnt »marked«:"
+    yield from ("  " + _line(line, 1000) for line in shown.splitlines())
+
+
+def _line(text: str, most: int = 120) -> str:
+    """One line for a terminal: data may hold characters that clear the screen or turn it round."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown if len(shown) <= most else shown[: most - 1] + "…"

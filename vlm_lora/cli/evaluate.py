@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from vlm_lora.cli.console import Progress, say
-from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS
+from vlm_lora.config import ALLOW_OUTSIDE_HELP, COLUMNS_HELP, DEFAULT_MAX_NEW_TOKENS, parse_columns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="RUN", help="run folder or adapter folder; without it the base alone")
     parser.add_argument("--model", metavar="TEXT", help="base model (default: the one the adapter names)")
     parser.add_argument("--format", metavar="TEXT", help="format of the data (default: found out by looking)")
+    parser.add_argument("--columns", metavar="TEXT", help=COLUMNS_HELP)
+    parser.add_argument("--allow-outside", action="store_true", help=ALLOW_OUTSIDE_HELP)
     parser.add_argument("--prompt", metavar="TEXT", help="instruction for captions (default: the adapter's)")
     parser.add_argument("--max-new-tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, metavar="N")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
@@ -36,7 +38,13 @@ def run(options: argparse.Namespace) -> int:
 
     decoding = Decoding(max_new_tokens=options.max_new_tokens)
     captioner = Captioner.load(options.model, options.adapter, prompt=options.prompt, dtype=options.dtype)
-    dataset = read_dataset(options.data, format=options.format, prompt=captioner.prompt)
+    dataset = read_dataset(
+        options.data,
+        format=options.format,
+        prompt=captioner.prompt,
+        columns=parse_columns(options.columns),
+        allow_outside=options.allow_outside,
+    )
     for row in dataset.bad[:5]:
         say(f"Left out: {row.source}{f':{row.line}' if row.line else ''}: {row.reason}.")
     if not dataset.examples:

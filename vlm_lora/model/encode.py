@@ -12,7 +12,7 @@ import torch
 
 from vlm_lora.data.example import Dialogue, Turn
 from vlm_lora.errors import ModelError
-from vlm_lora.model.backbone import Backbone
+from vlm_lora.model.backbone import Preprocessor
 from vlm_lora.model.packing import IGNORE_INDEX, Branch, Encoded, mrope_positions
 
 # Stand-ins for users' texts while the template is rendered: private-use characters no template contains.
@@ -22,7 +22,7 @@ USER_TEXT, ANSWER_TEXT = TEXTS = ("\ue000", "\ue001")
 class Encoder:
     """Turns dialogues about images into tokens for one base model."""
 
-    def __init__(self, backbone: Backbone):
+    def __init__(self, backbone: Preprocessor):
         self.backbone = backbone
         self.processor = backbone.processor
         self.tokenizer = backbone.tokenizer

@@ -1,6 +1,7 @@
 """A training run from data to adapter: read, split, load, attach, see every image once, train, save."""
 
 import hashlib
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +9,9 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from vlm_lora.config import TrainConfig, write_yaml
+from vlm_lora.config import TrainConfig, parse_columns, write_yaml
 from vlm_lora.data.example import Example
-from vlm_lora.data.readers import BadRow, Dataset, read_dataset
+from vlm_lora.data.readers import BadRow, Dataset, bad_row, read_dataset
 from vlm_lora.data.split import split_examples
 from vlm_lora.errors import CheckpointError, DataError
 from vlm_lora.model.adapters.base import Adapter
@@ -18,6 +19,7 @@ from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import Backbone, load_backbone, require_bitsandbytes
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, cache_folder
+from vlm_lora.model.tokens import over_budget
 from vlm_lora.training.loop import Lesson, Report, run_steps
 
 import torch  # isort: skip
@@ -50,8 +52,8 @@ def train(config: TrainConfig, *, resume: bool = False, report: Report = lambda 
     if config.method == "qlora":
         require_bitsandbytes()
     accelerator = Accelerator()
-    dataset = read_dataset(config.data, format=config.format, prompt=config.prompt)
-    held_dataset = read_dataset(config.val, format=config.format, prompt=config.prompt) if config.val else None
+    dataset = _read(config, config.data)
+    held_dataset = _read(config, config.val) if config.val else None
     bad = dataset.bad + (held_dataset.bad if held_dataset else ())
     if not dataset.examples:
         raise DataError(f"{config.data}: no usable example in it. {_listed(bad)}")
@@ -62,7 +64,8 @@ def train(config: TrainConfig, *, resume: bool = False, report: Report = lambda 
         train_examples, held_out = split_examples(dataset.examples, config.val_split, config.seed)
     else:
         train_examples, held_out = list(dataset.examples), []
-    report("data", format=dataset.format, train=train_examples, held_out=held_out, bad=bad)
+    shown = f"{dataset.format} ({dataset.note})" if dataset.note else dataset.format
+    report("data", format=shown, train=train_examples, held_out=held_out, bad=bad)
 
     folder = Path(config.output or _new_run_name(config))
     _prepare_folder(folder, resume)
@@ -102,6 +105,16 @@ def train(config: TrainConfig, *, resume: bool = False, report: Report = lambda 
     return RunResult(folder, steps, adapter, features, tuple(train_examples), tuple(held_out), tuple(bad))
 
 
+def _read(config: TrainConfig, path: str) -> Dataset:
+    return read_dataset(
+        path,
+        format=config.format,
+        prompt=config.prompt,
+        columns=parse_columns(config.columns),
+        allow_outside=config.allow_outside,
+    )
+
+
 def _lessons(
     config: TrainConfig, backbone: Backbone, features: FeatureCache, examples: Sequence[Example], report: Report
 ) -> tuple[list[Lesson], tuple[BadRow, ...]]:
@@ -113,19 +126,14 @@ def _lessons(
         try:
             entries = features.get(example.images)
         except DataError as error:
-            bad += [BadRow(example.source, None, str(error)) for _ in example.dialogues]
+            bad += [bad_row(example, str(error)) for _ in example.dialogues]
             continue
         finally:
             report("cache", done=done, total=len(examples))
         grids = torch.stack([entry.grid_thw for entry in entries]) if entries else torch.zeros(0, 3, dtype=torch.long)
         encoded = encoder.encode(example.dialogues, grids)
-        longest = max(len(encoded.prefix_ids) + len(branch.input_ids) for branch in encoded.branches)
-        if longest > config.max_tokens:
-            reason = (
-                f"needs {longest} tokens, {len(encoded.prefix_ids)} of them before the question; --max-tokens is "
-                f"{config.max_tokens}. Lower --max-pixels or raise --max-tokens"
-            )
-            bad += [BadRow(example.source, None, reason) for _ in example.dialogues]
+        if reason := over_budget(encoded, config.max_tokens):
+            bad += [bad_row(example, reason) for _ in example.dialogues]
             continue
         lessons.append(Lesson(example, encoded))
     return lessons, tuple(bad)
@@ -154,7 +162,7 @@ def _write_quarantine(folder: Path, bad: Sequence[BadRow]) -> None:
 
 
 def _new_run_name(config: TrainConfig) -> str:
-    stem = Path(config.data).resolve().name.split(".")[0] or "data"
+    stem = re.sub(r"[^\w-]+", "-", Path(config.data).resolve().name.split(".")[0]).strip("-") or "data"
     return f"runs/{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -181,6 +189,7 @@ def _prepare_folder(folder: Path, resume: bool) -> None:
 def _identity(config: TrainConfig, dataset: Dataset, held: Dataset | None, adapter: Adapter) -> dict:
     """What must be the same for a checkpoint to be gone on with: the data, the base, and every knob of the numbers."""
     free = {"data", "output", "val", "cache", "save_every", "keep_checkpoints", "model"}
+    free |= {"columns", "allow_outside"}  # what they change is in the fingerprint of the data
     knobs = {name: value for name, value in config.to_dict().items() if name not in free}
     contract = adapter.contract
     base = hashlib.sha256((contract.base_fingerprint + contract.tower_fingerprint).encode()).hexdigest()[:16]

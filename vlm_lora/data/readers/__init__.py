@@ -1,25 +1,26 @@
 """`read_dataset`: finds out what a folder or a file holds and yields Examples, gathered by image.
 
 Each module here knows one family: `folders` (sidecars), `tables` (JSONL, JSON, CSV, Parquet: rows), `rows`
-(what a row means), `coco` (COCO captions, VQAv2). None decodes an image: that it is a regular file inside of
-the data is all that is checked.
+(what a row means), `shards` (WebDataset), `hub` (Hugging Face), `coco` (COCO captions, VQAv2). None decodes
+an image: that it is a regular file inside of the data is all that is checked.
 """
 
 import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vlm_lora.data.example import ImageRef
 from vlm_lora.data.images import find_image
-from vlm_lora.data.readers import coco, folders, tables
-from vlm_lora.data.readers.gather import BadRow, Dataset, Said, gather
+from vlm_lora.data.readers import coco, folders, hub, shards, tables
+from vlm_lora.data.readers.gather import BadRow, Dataset, Said, bad_row, gather
 from vlm_lora.data.readers.rows import SHAPES, RowReader, check_columns
 from vlm_lora.errors import ConfigError, DataError
 
-__all__ = ["FORMATS", "BadRow", "Dataset", "read_dataset"]
+__all__ = ["FORMATS", "BadRow", "Dataset", "bad_row", "read_dataset"]
 
 FORMATS = {
     "imagefolder": "a folder with metadata.jsonl, metadata.csv or metadata.parquet: file_name, text",
@@ -34,7 +35,10 @@ FORMATS = {
     "csv": "rows under a header, .csv",
     "tsv": "rows under a header, .tsv",
     "parquet": "rows with images inside or beside, .parquet (one, or train-*.parquet)",
+    "hub": "a data set of the Hugging Face hub: hf:owner/name, hf:owner/name:split",
+    "webdataset": "uncompressed .tar shards: images, each with a .txt or .json of its name",
 }
+CONTAINERS = {"csv": ".csv", "tsv": ".tsv", "parquet": ".parquet", "webdataset": ".tar"}
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "pictures", "photos", "train", "val")
 IMAGE_FOLDERS += ("train2014", "val2014", "train2017", "val2017")
@@ -48,7 +52,9 @@ def read_dataset(
     columns: dict[str, str] | None = None,
     allow_outside: bool = False,
 ) -> Dataset:
-    """All of `path`, a folder or a file; its format is found out by looking where `format` is None.
+    """All of `path`: a folder, a file, or a hub name (`hf:owner/name`, or `owner/name` that is no path).
+
+    The format is found out by looking where `format` is None.
 
     A folder is read as what it holds itself; where it has a `train/` and no data of its own, as that. Files
     of rows are also looked for in `data/` and `annotations/`; sidecar folders are read with their direct
@@ -66,17 +72,20 @@ def read_dataset(
     check_columns(columns)
     if format is not None and format not in FORMATS:
         raise ConfigError(f"--format {format}: unknown; expected one of {', '.join(FORMATS)}")
+    if format in (None, "hub") and hub.is_hub_name(str(path)):
+        name, found = hub.read_hub(str(path))
+        said, note = _understood(name, found, RowReader(prompt, hub.find_in_row, columns))
+        return replace(gather("hub", said), note=note)
     path = Path(path)
     try:
         if not path.exists():
             raise DataError(f"{str(path)!r}: there is no such folder or file; check the name")
         path = path.resolve()
         reading = _Reading(path, prompt, columns, allow_outside)
-        if path.is_dir():
-            return _read_folder(path, format, reading)
-        if not path.is_file():
+        if not path.is_dir() and not path.is_file():
             raise DataError(f"{path.name}: is not a regular file; expected a folder or one of {_suffixes()}")
-        return _read_file(path, format, reading)
+        dataset = (_read_folder if path.is_dir() else _read_file)(path, format, reading)
+        return replace(dataset, note=reading.note)
     except OSError as error:
         reason = f"cannot be read: {error.strerror or error}; check its permissions"
         raise DataError(f"{error.filename or path.name}: {reason}") from error
@@ -93,6 +102,7 @@ class _Reading:
         self.folders: tuple[Path, ...] = (self.root,)
         self.found: dict[str, ImageRef] = {}
         self.asked: set[str] = set()
+        self.note = ""
 
     def look_beside(self, file: Path) -> None:
         """Look for images in the file's folder, in the root, and in `images/` and the like below these."""
@@ -117,38 +127,43 @@ class _Reading:
     def name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
 
-    def rows(
-        self, path: Path, shape: str | None = None, kind: str | None = None
-    ) -> tuple[str, list[Said | BadRow]]:
-        """The shape of the first row that has one, and all rows of one file, those of other shapes too.
-
-        Raises DataError where there are no rows, or none has a shape that we know.
-        """
+    def rows(self, path: Path, shape: str | None = None, kind: str | None = None) -> list[Said | BadRow]:
+        """All rows of one file. Raises DataError where there are none, or none has a shape that we know."""
         source = self.name(path)
-        reader = RowReader(self.prompt, self.find, self.columns, shape)
-        found: list[Said | BadRow] = []
-        fields: dict[str, None] = {}
-        first = shape
-        for item in tables.read_table(path, source, kind):
-            if isinstance(item, BadRow):
-                found.append(item)
-                continue
-            line, row = item
-            found += reader.read(row, source, line)
-            if first is None and isinstance(row, dict):
-                first = reader.shape_of(row)
-                fields |= dict.fromkeys(row)
-        known = "; ".join(f"{name}: {FORMATS[name].split(' in .')[0]}" for name in SHAPES)
-        if not found:
-            raise DataError(f"{source}: holds no rows; expected {known}")
-        if first is None:
-            names = ", ".join(map(repr, list(fields)[:20]))
-            what = f"their fields are {names}" if fields else f"the first one {found[0].reason}"
-            raise DataError(
-                f"{source}: none of {len(found)} rows is understood: {what}; "
-                f"expected {known} (other names: --columns caption=NAME)"
-            )
-        return first, found
+        is_tar = (kind or path.suffix.lower()) == ".tar"
+        found = shards.read_tar(path, source) if is_tar else tables.read_table(path, source, kind)
+        said, self.note = _understood(source, found, RowReader(self.prompt, self.find, self.columns, shape))
+        return said
+
+
+def _understood(source: str, rows: tables.Rows, reader: RowReader) -> tuple[list[Said | BadRow], str]:
+    """What all rows say, those of other shapes than the first too; and how the first one was understood.
+
+    Raises DataError where there are no rows, or none has a shape that we know.
+    """
+    found: list[Said | BadRow] = []
+    fields: dict[str, None] = {}
+    note = ""
+    for item in rows:
+        if isinstance(item, BadRow):
+            found.append(item)
+            continue
+        line, row = item
+        found += reader.read(row, source, line)
+        if not note and isinstance(row, dict):
+            note = reader.guess(row)
+            fields |= dict.fromkeys(row)
+    known = "; ".join(f"{name}: {FORMATS[name].split(' in .')[0]}" for name in SHAPES)
+    if not found:
+        raise DataError(f"{source}: holds no rows; expected {known}")
+    if not note:
+        names = ", ".join(map(repr, list(fields)[:20]))
+        what = f"their fields are {names}" if fields else f"the first one {found[0].reason}"
+        raise DataError(
+            f"{source}: none of {len(found)} rows is understood: {what}; "
+            f"expected {known} (other names: --columns caption=NAME)"
+        )
+    return found, note
 
 
 def _read_folder(folder: Path, format: str | None, reading: _Reading) -> Dataset:
@@ -171,7 +186,8 @@ def _read_folder(folder: Path, format: str | None, reading: _Reading) -> Dataset
     if data_files:
         reading.look_beside(data_files[0])
         if len(data_files) > 1:
-            return gather("parquet", [said for file in data_files for said in reading.rows(file)[1]])
+            kind = next(name for name, suffix in CONTAINERS.items() if suffix == data_files[0].suffix.lower())
+            return gather(kind, [said for file in data_files for said in reading.rows(file)])
         return _read_file(data_files[0], format, reading)
     if sidecars and format in (None, "sidecar"):
         said = folders.read_sidecars(reading.root, files, reading.prompt, allow_outside=reading.allow_outside)
@@ -188,7 +204,7 @@ def _read_imagefolder(folder: Path, metadata: list[Path], reading: _Reading) -> 
     if len(metadata) > 1:
         raise DataError(f"{folder.name}: holds {' and '.join(m.name for m in metadata)}; keep one")
     reading.folders = (folder,)
-    _, said = reading.rows(metadata[0])
+    said = reading.rows(metadata[0])
     known = {ref.path for ref in reading.found.values()}
     reason = f"no row of {metadata[0].name} names this image; add one, or remove it"
     uncovered = [
@@ -204,10 +220,10 @@ def _data_files(folder: Path, format: str | None) -> list[Path]:
     """The file of rows that is meant, or all shards of one Parquet table. Raises DataError if in doubt."""
     if format in ("sidecar", "imagefolder"):
         return []
-    if format in ("csv", "tsv", "parquet"):
-        suffixes: tuple[str, ...] = (f".{format}",)
+    if format in CONTAINERS:
+        suffixes: tuple[str, ...] = (CONTAINERS[format],)
     else:
-        suffixes = (".json",) if format in ("coco", "vqav2") else tables.SUFFIXES
+        suffixes = (".json",) if format in ("coco", "vqav2") else (*tables.SUFFIXES, ".tar")
     for place in (folder, folder / "data", folder / "annotations"):
         files = folders.visible_files(place, below=False) if place.is_dir() else []
         found = [f for f in files if f.suffix.lower() in suffixes and f.is_file()]
@@ -219,8 +235,8 @@ def _data_files(folder: Path, format: str | None) -> list[Path]:
         found = _with_word("train", found)  # train.jsonl, not test.jsonl
         if len(found) == 2 and coco.find_partner(found[0], found):
             return found[:1]
-        shards = {re.sub(r"\d+-of-\d+", "", f.name) for f in found}
-        if len(found) > 1 and (len(shards) > 1 or found[0].suffix.lower() != ".parquet"):
+        tables_of = {re.sub(r"\d+(-of-\d+)?", "", f.name) for f in found}
+        if len(found) > 1 and (len(tables_of) > 1 or found[0].suffix.lower() not in (".parquet", ".tar")):
             names = ", ".join(f.name for f in found[:8])
             raise DataError(
                 f"{folder.name}: holds {len(found)} files of rows ({names}); pass the one you mean"
@@ -240,9 +256,9 @@ def _read_file(path: Path, format: str | None, reading: _Reading) -> Dataset:
     suffix = path.suffix.lower()
     if format in ("imagefolder", "sidecar"):
         raise DataError(f"{path.name}: --format {format} needs a folder; pass the one that holds this file")
-    if format in ("csv", "tsv", "parquet") or (format is None and suffix in (".csv", ".tsv", ".parquet")):
-        kind = f".{format}" if format else suffix
-        return gather(kind[1:], reading.rows(path, kind=kind)[1])
+    container = format or next((name for name in CONTAINERS if CONTAINERS[name] == suffix), None)
+    if container in CONTAINERS:
+        return gather(container, reading.rows(path, kind=CONTAINERS[container]))
     if format in (None, "coco", "vqav2") and suffix == ".json":
         data = _peek(path)
         if coco.is_coco(data) and format != "vqav2":
@@ -253,7 +269,8 @@ def _read_file(path: Path, format: str | None, reading: _Reading) -> Dataset:
         raise DataError(f"{path.name}: is not {FORMATS[format]}")
     if suffix not in tables.SUFFIXES:
         raise DataError(f"{path.name}: expected a folder or one of {_suffixes()}")
-    return gather(*reading.rows(path, shape=format))
+    said = reading.rows(path, shape=format)
+    return gather(reading.note.partition(":")[0], said)
 
 
 def _read_vqa(path: Path, data: Any, reading: _Reading) -> Iterator[Said | BadRow]:
@@ -277,4 +294,4 @@ def _peek(path: Path) -> Any:
 
 
 def _suffixes() -> str:
-    return ", ".join(tables.SUFFIXES)
+    return ", ".join((*tables.SUFFIXES, ".tar"))

@@ -37,6 +37,8 @@ class Dataset:
     format: str
     examples: tuple[Example, ...]
     bad: tuple[BadRow, ...]
+    note: str = ""
+    """Which columns were taken for what, where the data has columns."""
 
     def fingerprint(self) -> str:
         """Hash (hex) of ids, texts, image names and sizes, in order. Reads no image; survives a move."""
@@ -75,3 +77,9 @@ def gather(format: str, found: Iterable[Said | BadRow]) -> Dataset:
         taken.add(id)
         examples.append(Example(id, first.images, tuple(row.dialogue for row in rows), first.source))
     return Dataset(format, tuple(examples), tuple(bad))
+
+
+def bad_row(example: Example, reason: str) -> BadRow:
+    """A row of an example as bad, at the place where the example was first named."""
+    source, _, line = example.source.rpartition(":")
+    return BadRow(source, int(line), reason) if line.isdecimal() else BadRow(example.source, None, reason)

@@ -95,6 +95,17 @@ class RowReader:
             return "qa"
         return "captions" if self._name(row, "caption") else None
 
+    def guess(self, row: dict) -> str:
+        """How the row is read, "captions: image from 'img', caption from 'text'"; "" where it is not."""
+        shape = self.shape or self.shape_of(row)
+        if shape is None:
+            return ""
+        parts = {"qa": ("question", "answer"), "captions": ("caption",), "query-response": ()}.get(
+            shape, (shape,)
+        )
+        named = [(what, self._name(row, what)) for what in ("image", *parts)]
+        return f"{shape}: " + ", ".join(f"{what} from {name!r}" for what, name in named if name is not None)
+
     def _name(self, row: dict, what: str) -> str | None:
         if what in self.columns:
             return self.columns[what] if self.columns[what] in row else None

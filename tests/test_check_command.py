@@ -1,0 +1,115 @@
+"""`vlm-lora check` as a user meets it: what it prints, what it writes, its exit code; tokens as in training.
+
+Run: pytest tests/test_check_command.py
+"""
+
+import json
+
+import pytest
+import torch
+
+from tests.conftest import picture
+from vlm_lora.cli import main
+from vlm_lora.data.readers import read_dataset
+from vlm_lora.model.backbone import load_backbone, load_preprocessor
+from vlm_lora.model.encode import Encoder
+from vlm_lora.model.features import FeatureCache
+from vlm_lora.model.tokens import longest_sequence
+
+
+def check(*command, capsys):
+    code = main(["check", *map(str, command)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_good_folder_for_a_person(photo_folder, capsys):
+    (photo_folder / "00.txt").write_text("\x1b[2J twice")
+    (photo_folder / "01.txt").write_text("\x1b[2J twice")
+    code, out, _ = check(photo_folder, "--model", "tiny", capsys=capsys)
+    assert code == 0
+    assert "sidecar: 12 examples, 12 images, 12 answers" in out
+    assert "2 times: \\x1b[2J twice" in out
+    assert "texts that --write-clean would change: 2 (control characters 2)" in out
+    assert "<|image_pad|> x 16<|vision_end|>Describe this image.<|im_end|>" in out
+    assert "<|im_end|>«" in out
+    assert out.endswith("every row can be used\n")
+    assert "\x1b" not in out
+
+
+def test_bad_rows_and_long_rows_give_exit_code_1(photo_folder, capsys):
+    (photo_folder / "03.png").write_bytes(b"no picture")
+    (photo_folder / "04.txt").write_text("word " * 3000)
+    code, out, _ = check(photo_folder, "--json", "--model", "tiny", "--max-tokens", 500, capsys=capsys)
+    facts = json.loads(out)
+    assert code == 1
+    assert (facts["examples"], facts["images"], facts["answers"]) == (10, 11, 10)
+    assert [(row["source"], row["line"]) for row in facts["bad"]] == [("03.png", 1), ("04.png", 1)]
+    assert "is not an image that can be read" in facts["bad"][0]["reason"]
+    assert "--max-tokens is 500" in facts["bad"][1]["reason"]
+    assert facts["tokens"]["too_long"] == 1
+    assert check(photo_folder, capsys=capsys)[0] == 1
+
+
+def test_tokens_are_those_of_training_without_the_tower(photo_folder, capsys):
+    picture(1, (900, 3)).save(photo_folder / "00.png")  # one that is padded
+    _, out, _ = check(photo_folder, "--json", "--model", "tiny", "--max-pixels", 6000, capsys=capsys)
+    facts = json.loads(out)["tokens"]
+    backbone = load_backbone("tiny", device=torch.device("cpu"), max_pixels=6000)
+    features, encoder = FeatureCache(backbone, None), Encoder(backbone)
+    packed, longest = 0, 0
+    for example in read_dataset(photo_folder, prompt="Describe this image.").examples:
+        grids = torch.stack([entry.grid_thw for entry in features.get(example.images)])
+        encoded = encoder.encode(example.dialogues, grids)
+        packed += len(encoded.prefix_ids) + sum(len(branch.input_ids) for branch in encoded.branches)
+        longest = max(longest, longest_sequence(encoded))
+    assert (facts["packed"], facts["longest"]) == (packed, longest)
+    assert sum(facts["histogram"].values()) == 12
+    learnt = [part["text"] for part in facts["sample"] if part["learnt"]]
+    assert learnt == ["A picture of number 0.<|im_end|>"]
+    assert load_preprocessor("tiny").image_token_id == backbone.image_token_id
+
+
+def test_sheet_and_clean_copy(photo_folder, tmp_path, capsys):
+    (photo_folder / "03.png").write_bytes(b"no picture")
+    command = [photo_folder, "--html", tmp_path / "sheet.html", "--write-clean", tmp_path / "clean"]
+    assert check(*command, capsys=capsys)[0] == 1
+    assert (tmp_path / "sheet.html").read_text().count("<article>") == 11
+    code, out, _ = check(tmp_path / "clean", capsys=capsys)
+    assert code == 0
+    assert out.startswith("imagefolder: 11 examples, 11 images, 11 answers\n")
+    code, _, err = check(*command, capsys=capsys)
+    assert (code, err) == (
+        1,
+        f"vlm-lora: --write-clean {tmp_path / 'clean'}: is there already; give a new or an empty folder\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--val-split", "1"], "--val-split 1.0: expected a fraction from 0 to below 1"),
+        (["--max-pixels", "9216"], "say --model too"),
+    ],
+)
+def test_wrong_flags(flags, message, photo_folder, capsys):
+    code, _, err = check(photo_folder, *flags, capsys=capsys)
+    assert code == 2
+    assert message in err
+
+
+def test_columns_of_other_names_and_images_elsewhere(photo_folder, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    rows = [{"bild": f"../photos/{i:02}.png", "satz": "x"} for i in range(3)]
+    (tmp_path / "data/x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = ["--columns", "image=bild, caption=satz"]
+    code, out, _ = check(tmp_path / "data", *columns, capsys=capsys)
+    assert code == 1
+    assert out.count("pass --allow-outside to trust it") == 3
+    code, out, _ = check(tmp_path / "data", *columns, "--allow-outside", capsys=capsys)
+    assert code == 0
+    assert "taken for captions: image from 'bild', caption from 'satz'" in out
+    assert check(tmp_path / "data", "--columns", "bild", capsys=capsys)[0] == 2
+    command = ["train", str(tmp_path / "data"), "--allow-outside", "--columns", "image=bild,caption=satz"]
+    command += ["--model", "tiny", "--max-steps", "1", "--no-eval", "--output", str(tmp_path / "run")]
+    assert main(command) == 0

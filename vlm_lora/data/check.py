@@ -1,0 +1,285 @@
+"""What is in this data, and what is wrong with it: every image is decoded once.
+
+Knows neither tokens nor training: what an image costs in tokens is `model.tokens`'.
+"""
+
+import io
+import math
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from PIL import Image
+
+from vlm_lora.data.example import Example, ImageRef
+from vlm_lora.data.images import content_hash, load_image
+from vlm_lora.data.readers import BadRow, Dataset, bad_row
+from vlm_lora.data.split import split_examples
+from vlm_lora.data.texts import clean_text
+from vlm_lora.errors import DataError
+
+NEAR_BITS = 4
+"""Two images are near-duplicates where at most so many of the 64 bits of their hashes differ, and"""
+NEAR_COLOUR = 10.0
+"""their 9x8 miniatures differ by at most this, of 255, on average: by the hash alone flat images are one."""
+MAX_PAIRS = 100_000
+"""The search for near-duplicates ends with so many pairs: pictures of one plain colour all look alike."""
+LISTED = 10
+"""So many of a kind are listed; the count is always that of all."""
+THUMBNAIL = 160
+"""Longest side of a picture on the contact sheet, in pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one look at one image found: either ``error``, or all the rest."""
+
+    ref: ImageRef
+    error: str | None = None
+    size: tuple[int, int] = (0, 0)
+    """Width and height, upright."""
+    sha256: str = ""
+    miniature: bytes = b""
+    """9x8 RGB."""
+    thumbnail: bytes = b""
+    """JPEG, where one was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """All that was found. `examples` are those that can be used: no image of theirs is bad."""
+
+    dataset: Dataset
+    examples: tuple[Example, ...]
+    seen: dict[ImageRef, Seen]
+    bad: tuple[BadRow, ...]
+    duplicates: tuple[tuple[str, ...], ...]
+    """Names of images with the same bytes."""
+    near: tuple[tuple[str, str], ...]
+    """Pairs of names; the search ends at MAX_PAIRS."""
+    leaks: tuple[tuple[str, str], ...]
+    """The pairs of `near` with one image in training and one in validation."""
+    cleaned: Counter
+    """How many texts `clean_text` changes, by the reason; under "texts" how many in all."""
+
+    def facts(self) -> dict[str, Any]:
+        """What `vlm-lora check --json` prints, but for the tokens."""
+        sizes = sorted((s.size for s in self.seen.values() if not s.error), key=lambda size: math.prod(size))
+        said = [d for e in self.examples for d in e.dialogues]
+        repeated = Counter(turn.assistant for d in said for turn in d.turns)
+        return {
+            "format": self.dataset.format,
+            "columns": self.dataset.note,
+            "examples": len(self.examples),
+            "images": len(sizes),
+            "answers": len(said),
+            "bad": [{"source": row.source, "line": row.line, "reason": row.reason} for row in self.bad],
+            "answers_per_example": _spread(len(e.dialogues) for e in self.examples),
+            "image_sizes": {"smallest": sizes[0], "median": sizes[len(sizes) // 2], "largest": sizes[-1]}
+            if sizes
+            else {},
+            "duplicates": {"count": len(self.duplicates), "first": self.duplicates[:LISTED]},
+            "near_duplicates": {"count": len(self.near), "first": self.near[:LISTED]},
+            "leaks": {"count": len(self.leaks), "first": self.leaks[:LISTED]},
+            "repeated": [[text, times] for text, times in repeated.most_common(LISTED) if times > 1],
+            "scripts": scripts(turn.assistant for d in said for turn in d.turns),
+            "cleaning": dict(self.cleaned),
+        }
+
+
+def check_dataset(
+    dataset: Dataset,
+    *,
+    val_split: float = 0.0,
+    seed: int = 0,
+    thumbnails: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Check:
+    """Look at every image once, in threads (Pillow decodes without Python's lock), and every text.
+
+    Args:
+        val_split: also say which near-duplicates `split_examples` would put on both sides; 0 for no split.
+        thumbnails: so many examples, spread evenly, keep a small copy of their image.
+    """
+    every = max(1, len(dataset.examples) // thumbnails) if thumbnails else 0
+    shown = {ref for e in (dataset.examples[::every] if every else ()) for ref in e.images[:1]}
+    refs = list(dict.fromkeys(ref for e in dataset.examples for ref in e.images))
+    seen: dict[ImageRef, Seen] = {}
+    for look in _in_threads(lambda ref: look_at(ref, thumbnail=ref in shown), refs):
+        seen[look.ref] = look
+        progress(len(seen), len(refs))
+    bad, good, cleaned = list(dataset.bad), [], Counter({"texts": 0})
+    for example in dataset.examples:
+        errors = [seen[ref].error for ref in example.images if seen[ref].error]
+        errors += _empty_when_clean(example)
+        if errors:
+            bad += [bad_row(example, errors[0]) for _ in example.dialogues]
+        else:
+            good.append(example)
+            for text in _texts(example):
+                reasons = clean_text(text)[1]
+                cleaned.update(reasons)
+                cleaned["texts"] += bool(reasons)
+    looks = [look for look in seen.values() if not look.error]
+    near = near_duplicates(looks)
+    leaks = _leaks(near, good, seen, val_split, seed) if val_split else []
+    by_hash: dict[str, list[str]] = {}
+    for look in looks:
+        by_hash.setdefault(look.sha256, []).append(look.ref.name)
+    return Check(
+        dataset=dataset,
+        examples=tuple(good),
+        seen=seen,
+        bad=tuple(bad),
+        duplicates=tuple(tuple(names) for names in by_hash.values() if len(names) > 1),
+        near=tuple((a.ref.name, b.ref.name) for a, b in near),
+        leaks=tuple((a.ref.name, b.ref.name) for a, b in leaks),
+        cleaned=cleaned,
+    )
+
+
+def look_at(ref: ImageRef, *, thumbnail: bool = False) -> Seen:
+    """One image, read and decoded. Never raises for a bad one: `Seen.error` says what is wrong."""
+    try:
+        data = ref.read_bytes()
+        image = load_image(replace(ref, embedded=_Bytes(data)))  # under its name, without reading it again
+    except DataError as error:
+        return Seen(ref, str(error))
+    miniature = image.resize((9, 8), Image.Resampling.BOX, reducing_gap=1.0).tobytes()
+    small = b""
+    if thumbnail:
+        small_image, out = image.copy(), io.BytesIO()
+        small_image.thumbnail((THUMBNAIL, THUMBNAIL))
+        small_image.save(out, "JPEG", quality=80)
+        small = out.getvalue()
+    return Seen(ref, None, image.size, ref.sha256 or content_hash(data), miniature, small)
+
+
+def near_duplicates(looks: Sequence[Seen]) -> list[tuple[Seen, Seen]]:
+    """Pairs that look alike but differ in their bytes: a picture saved again, scaled, a little brighter."""
+    import numpy as np
+
+    if len(looks) < 2:
+        return []
+    minis = np.frombuffer(b"".join(look.miniature for look in looks), np.uint8).reshape(len(looks), 8, 9, 3)
+    grey = minis @ np.array([0.299, 0.587, 0.114], np.float32)
+    # dHash: whether each of 8x8 places is darker than its right neighbour; scale and contrast do not matter
+    darker = (grey[:, :, :-1] < grey[:, :, 1:]).reshape(len(looks), 64)
+    bits = np.packbits(darker, axis=1).view(np.uint64)[:, 0]
+    flat = minis.reshape(len(looks), -1).astype(np.int16)
+    found: set[tuple[int, int]] = set()
+    for group in _groups_with_equal_bits(bits):
+        for start in range(0, len(group), 256):
+            block = group[start : start + 256]
+            rest = group[start:]
+            close = np.bitwise_count(bits[block][:, None] ^ bits[rest][None]) <= NEAR_BITS
+            first, second = np.nonzero(np.triu(close, k=1))
+            first, second = block[first], rest[second]
+            alike = np.concatenate(
+                [  # in pieces: all of a folder of one colour may be close
+                    np.abs(flat[first[at : at + 65536]] - flat[second[at : at + 65536]]).mean(axis=1)
+                    <= NEAR_COLOUR
+                    for at in range(0, len(first), 65536)
+                ]
+                or [np.zeros(0, bool)]
+            )
+            found.update(zip(first[alike].tolist(), second[alike].tolist(), strict=True))
+            if len(found) >= MAX_PAIRS:
+                break
+        if len(found) >= MAX_PAIRS:
+            break
+    pairs = [(looks[a], looks[b]) for a, b in sorted(found)]
+    return [(a, b) for a, b in pairs if a.sha256 != b.sha256]
+
+
+def _groups_with_equal_bits(bits: Any) -> Iterator[Any]:
+    """Indices, ascending, of hashes that agree in a fifth of their bits: any two near ones do, in some fifth.
+
+    So not every image is compared with every other.
+    """
+    import numpy as np
+
+    for shift in range(0, 64, 13):  # NEAR_BITS + 1 bands
+        band = (bits >> np.uint64(shift)) & np.uint64((1 << 13) - 1)
+        order = np.argsort(band, kind="stable")
+        borders = np.nonzero(np.diff(band[order]))[0] + 1
+        yield from (group for group in np.split(order, borders) if len(group) > 1)
+
+
+def scripts(texts: Iterable[str]) -> dict[str, float]:
+    """Share of the letters by Unicode script ("latin", "cyrillic", "cjk"), the commonest first."""
+    letters: Counter = Counter()
+    for text in texts:
+        letters.update(text)
+    found: Counter = Counter()
+    for letter, times in letters.items():
+        if script := _script(letter):
+            found[script] += times
+    total = sum(found.values())
+    return {name: round(times / total, 4) for name, times in found.most_common()}
+
+
+@cache
+def _script(letter: str) -> str | None:
+    # The standard library has no table of scripts; the first word of a letter's name is one
+    return unicodedata.name(letter, "other").split()[0].split("-")[0].lower() if letter.isalpha() else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Bytes:
+    data: bytes
+
+    def read(self) -> bytes:
+        return self.data
+
+
+def _in_threads(work: Callable[[ImageRef], Seen], refs: Sequence[ImageRef]) -> Iterator[Seen]:
+    """Results in order. A chunk at a time, so that a stop (Ctrl-C) need not wait for all of the rest."""
+    workers = min(32, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(refs), 64 * workers):
+            yield from pool.map(work, refs[start : start + 64 * workers])
+
+
+def _texts(example: Example) -> Iterator[str]:
+    for dialogue in example.dialogues:
+        for turn in dialogue.turns:
+            yield from (turn.user, turn.assistant)
+        yield from dialogue.accepted
+
+
+def _empty_when_clean(example: Example) -> list[str]:
+    if all(clean_text(text)[0] for text in _texts(example)):
+        return []
+    return ["has a text of nothing but control characters and white space; write one, or remove the row"]
+
+
+def _leaks(
+    near: list[tuple[Seen, Seen]],
+    examples: Sequence[Example],
+    seen: dict[ImageRef, Seen],
+    fraction: float,
+    seed: int,
+) -> list[tuple[Seen, Seen]]:
+    hashed = [  # so that the split reads no image a second time
+        replace(e, images=tuple(replace(ref, sha256=seen[ref].sha256) for ref in e.images)) for e in examples
+    ]
+    try:
+        _, held_out = split_examples(hashed, fraction, seed)
+    except DataError:  # all images are of one group, which no split parts
+        return []
+    held = {ref.sha256 for example in held_out for ref in example.images}
+    return [(a, b) for a, b in near if (a.sha256 in held) != (b.sha256 in held)]
+
+
+def _spread(numbers: Iterable[int]) -> dict[str, float]:
+    ordered = sorted(numbers)
+    if not ordered:
+        return {}
+    mean = round(sum(ordered) / len(ordered), 2)
+    return {"least": ordered[0], "median": ordered[len(ordered) // 2], "most": ordered[-1], "mean": mean}

@@ -1,0 +1,123 @@
+"""A normalised copy of a data set: the images as they are, one metadata.jsonl, cleaned texts."""
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
+from vlm_lora.data.images import FORMATS, IMAGE_SUFFIXES
+from vlm_lora.data.texts import clean_text
+from vlm_lora.errors import DataError
+
+
+def check_clean_folder(folder: Path) -> None:
+    """Raises DataError where the copy would mix with what is there: asked before hours of reading, too."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"--write-clean {folder}: is there already; give a new or an empty folder")
+
+
+def write_clean(
+    folder: Path,
+    examples: Sequence[Example],
+    prompt: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Write the examples so that `read_dataset(folder, prompt=prompt)` gives them again, texts cleaned.
+
+    An image keeps its name and place; one without such (absolute, embedded in another file) is numbered.
+    metadata.jsonl is written last: a copy that was stopped is not taken for a whole one.
+    """
+    check_clean_folder(folder)
+    names: dict[ImageRef, str] = {}
+    taken: set[str] = set()
+    rows = []
+    try:
+        for done, example in enumerate(examples, start=1):
+            for ref in example.images:
+                if ref not in names:
+                    names[ref] = _copy(ref, folder, taken)
+            rows += _rows(
+                clean_example(example), [names[ref] for ref in example.images], clean_text(prompt)[0]
+            )
+            progress(done, len(examples))
+        folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / "metadata.jsonl").write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise DataError(f"--write-clean {folder}: cannot be written: {error.strerror or error}") from error
+
+
+def clean_example(example: Example) -> Example:
+    """The example with every text cleaned."""
+
+    def clean(dialogue: Dialogue) -> Dialogue:
+        turns = tuple(Turn(clean_text(t.user)[0], clean_text(t.assistant)[0]) for t in dialogue.turns)
+        accepted = tuple(clean_text(text)[0] for text in dialogue.accepted)
+        return replace(dialogue, turns=turns, accepted=accepted)
+
+    return replace(example, dialogues=tuple(clean(dialogue) for dialogue in example.dialogues))
+
+
+def _rows(example: Example, names: list[str], prompt: str) -> Iterator[dict]:
+    """Rows for `readers.rows` in the order of the dialogues; captions behind one another share a row."""
+    image = {"file_name": names[0]} if len(names) == 1 else {"images": names}
+    captions: list[str] = []
+    caption_kind: str | None = None
+
+    def waiting() -> Iterator[dict]:
+        if captions:
+            yield image | {"captions": captions.copy()} | _kind(caption_kind)
+            captions.clear()
+
+    for dialogue in example.dialogues:
+        first = dialogue.turns[0]
+        is_caption = len(dialogue.turns) == 1 and first.user == prompt and not dialogue.accepted
+        if not is_caption or dialogue.kind != caption_kind or len(names) > 1:
+            yield from waiting()
+        if is_caption:
+            captions.append(first.assistant)
+            caption_kind = dialogue.kind
+        elif dialogue.accepted:
+            said = {"question": first.user, "answers": dialogue.accepted}
+            yield image | said | {"multiple_choice_answer": first.assistant} | _kind(dialogue.kind)
+        else:
+            messages = []
+            for turn in dialogue.turns:
+                messages.append({"role": "user", "content": turn.user})
+                messages.append({"role": "assistant", "content": turn.assistant})
+            yield image | {"messages": messages} | _kind(dialogue.kind)
+    yield from waiting()
+
+
+def _kind(kind: str | None) -> dict[str, str]:
+    return {} if kind is None else {"question_type": kind}
+
+
+def _copy(ref: ImageRef, folder: Path, taken: set[str]) -> str:
+    data = ref.read_bytes()
+    name = ref.name
+    if not _is_plain(name) or name.casefold() in taken:
+        with suppress(Exception):  # HEIC, which Pillow alone does not know
+            suffix = Image.open(io.BytesIO(data), formats=FORMATS).format.lower()
+            name = f"images/{len(taken) + 1:07}.{suffix}"
+        if name == ref.name:
+            name = f"images/{len(taken) + 1:07}.heic"
+    taken.add(name.casefold())  # A.png and a.png are one file on some systems
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return name
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a file can have this name below any folder, on any system, and still be found as an image."""
+    path = PurePosixPath(name)
+    odd = set('\\:*?"<>|') & set(name) or not name.isprintable() or len(name) > 200
+    if odd or str(path) != name or path.is_absolute() or path.suffix.lower() not in IMAGE_SUFFIXES:
+        return False
+    return not any(part.startswith((".", "__")) for part in path.parts)

@@ -1,0 +1,140 @@
+"""WebDataset: tar shards whose neighbouring members of one name, but for the ending, are one row.
+
+Members are read where they lie: nothing is extracted, so names cannot lead out of a folder; nothing is
+unpickled or run, whatever a member is called. A new row begins with a new name, as in WebDataset itself.
+"""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from vlm_lora.data.example import MAX_FILE_BYTES, ImageRef
+from vlm_lora.data.images import IMAGE_SUFFIXES, content_hash
+from vlm_lora.data.readers.gather import BadRow
+from vlm_lora.data.readers.tables import Rows
+from vlm_lora.errors import DataError
+
+MAX_TEXT_BYTES = 16 << 20
+TEXTS = (".txt", ".caption")
+DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError)
+"""What tarfile raises for bytes that are no tar."""
+
+
+@dataclass(frozen=True, slots=True)
+class TarMember:
+    """An image inside an uncompressed tar: where its bytes lie in the file."""
+
+    path: Path
+    name: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.size)
+        except OSError as error:
+            raise DataError(f"{self.path.name}: cannot be read: {error.strerror or error}") from error
+        if len(data) < self.size:
+            raise DataError(f"{self.path.name}: {self.name!r} is cut off; copy or download the shard again")
+        return data
+
+
+def read_tar(path: Path, source: str) -> Rows:
+    """Rows of one shard, numbered from 1: the images as ImageRefs, a .txt as caption, the fields of a .json.
+
+    Members of other endings (.cls, .npy, .pyd) are not opened.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for number, (_, group) in enumerate(groupby(_members(tar), key=_key), start=1):
+                members = list(group)
+                try:
+                    if isinstance(members[0], Exception):
+                        raise DataError(f"cannot be read: {members[0]}; nothing from here on is read")
+                    yield number, _row(path, members)
+                except DataError as error:
+                    yield BadRow(source, number, str(error))
+    except DAMAGE as error:
+        unpack = "unpack a compressed one, or write it again"
+        raise DataError(f"{source}: is not readable as an uncompressed tar: {error}; {unpack}") from None
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo | Exception]:
+    """All but folders and hidden files; damage as the last one, so that what is before it is not lost."""
+    try:
+        for member in tar:
+            tar.members = []  # tarfile remembers every member: gigabytes for millions of them
+            if not member.isdir() and not PurePosixPath(member.name).name.startswith((".", "__")):
+                yield member
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(
+            tarfile.BLOCKSIZE
+        ):  # tarfile ends there without a word
+            raise tarfile.ReadError(f"a damaged header or a missing end at byte {tar.offset:,}")
+    except DAMAGE as error:
+        yield error
+
+
+def _key(member: tarfile.TarInfo | Exception) -> object:
+    return member if isinstance(member, Exception) else _stem(member.name)
+
+
+def _stem(name: str) -> str:
+    """WebDataset's key: all up to the first dot of the file's own name."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def _row(path: Path, members: list[tarfile.TarInfo]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    images, captions = [], []
+    for member in members:
+        suffix = PurePosixPath(member.name).suffix.lower()
+        if suffix not in IMAGE_SUFFIXES and suffix not in (*TEXTS, ".json"):
+            continue
+        if not member.isreg() or member.issparse():
+            raise DataError(f"{member.name!r} is a link, a device or a sparse file; expected the file itself")
+        limit = MAX_FILE_BYTES if suffix in IMAGE_SUFFIXES else MAX_TEXT_BYTES
+        if member.size > limit:
+            raise DataError(f"{member.name!r} has {member.size:,} bytes, the limit is {limit:,}; shrink it")
+        place = TarMember(path, member.name, member.offset_data, member.size)
+        data = place.read()
+        if suffix in IMAGE_SUFFIXES:
+            images.append(ImageRef(path, member.name, member.size, content_hash(data), place))
+        elif suffix == ".json":
+            row |= _fields(member.name, data)
+        else:
+            captions.append(_text(member.name, data).rstrip("\r\n"))
+    if not images:
+        names = ", ".join(repr(member.name) for member in members[:8])
+        raise DataError(f"has no image among its members {names}; expected one beside its text")
+    row.pop("images", None)  # where a .json names images, they are those beside it
+    if captions:
+        if row.get("caption", captions[0]) != captions[0] or len(captions) > 1:
+            raise DataError("says different captions in its text and .json members; keep one")
+        row["caption"] = captions[0]
+    return row | {"image": images if len(images) > 1 else images[0]}
+
+
+def _text(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{data[error.start]:02x} at position {error.start}"
+        raise DataError(f"{name!r} is not UTF-8 ({byte}); save it as UTF-8") from None
+
+
+def _fields(name: str, data: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(_text(name, data))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name!r} is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise DataError(f"{name!r} is not an object with named fields but {type(fields).__name__}")
+    return fields
