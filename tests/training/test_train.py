@@ -218,7 +218,7 @@ def test_a_run_is_not_overwritten(checkpoints, photo_folder, tmp_path):
 def test_bad_rows_stop_the_run_or_are_quarantined(checkpoints, photo_folder, tmp_path):
     (photo_folder / "05.png").write_bytes(b"not a picture")
     (photo_folder / "06.txt").write_text("  \n")
-    with pytest.raises(DataError, match="06.txt"):
+    with pytest.raises(DataError, match=r"06\.txt"):
         train(config(checkpoints, photo_folder, tmp_path / "stopped"))
     settings = config(checkpoints, photo_folder, tmp_path / "run", on_bad_row="quarantine", max_steps=1)
     result = train(settings)

@@ -239,7 +239,8 @@ def _require_finite(loss: torch.Tensor, grad_norm: torch.Tensor, step: int, less
     named = ", ".join(lesson.example.source for lesson in lessons[:8])
     raise TrainingError(
         f"Step {step + 1}: loss {loss.item()}, gradient norm {grad_norm.item()}: not finite, and not applied. The "
-        f"step's examples: {named}. Try a lower --lr, or --dtype float32; then go on from the last checkpoint with --resume."
+        f"step's examples: {named}. Try a lower --lr, or --dtype float32; then go on from the last checkpoint with "
+        "--resume."
     )
 
 
