@@ -1,4 +1,4 @@
-"""Small checkpoints in the exact layout of the big ones, pictures, and `naive`: the reference that everything fast equals."""
+"""Small checkpoints in the exact layout of the big ones, and pictures."""
 
 import os
 import shutil

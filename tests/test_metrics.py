@@ -164,9 +164,7 @@ def test_captions_equal_aac_metrics_readme():
     scores = cider_d(AAC_CANDIDATES, AAC_REFERENCES)
     assert scores == pytest.approx([1.3641, 0.5587], abs=5e-5)
     assert sum(scores) / 2 == pytest.approx(0.9614, abs=5e-5)
-    assert bleu(AAC_CANDIDATES, AAC_REFERENCES)[0] == pytest.approx(
-        0.4278, abs=5e-5
-    )  # brevity penalty at work
+    assert bleu(AAC_CANDIDATES, AAC_REFERENCES)[0] == pytest.approx(0.4278, abs=5e-5)  # brevity penalty at work
 
 
 def test_bleu_published():

@@ -24,7 +24,7 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with ``photos`` (pictures and captions), ``more`` (pictures), and an easy-VQA test file, as in the README."""
+    """A folder with ``photos`` (pictures and captions) and ``more`` (pictures), as in the README."""
     folder = tmp_path_factory.mktemp("reader")
     for name in ("photos", "more"):
         (folder / name).mkdir()
@@ -74,7 +74,7 @@ def test_every_command_runs(place):
 
 def test_the_python_runs(place):
     if not (place / "runs/photos").exists():
-        trained = "train photos --model tiny --max-steps 2 --output runs/photos".split()
+        trained = ["train", "photos", "--model", "tiny", "--max-steps", "2", "--output", "runs/photos"]
         assert run([sys.executable, "-m", "vlm_lora", *trained], place).returncode == 0
     for code in blocks("python"):
         done = run([sys.executable, "-c", code], place)

@@ -17,7 +17,9 @@ def test_it_is_a_plain_qwen2_vl_and_small():
 
     assert tiny_path() == TINY
     assert sum(path.stat().st_size for path in TINY.iterdir()) < 15 * 2**20
-    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= {p.name for p in TINY.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= {
+        p.name for p in TINY.iterdir()
+    }
     model, report = AutoModelForImageTextToText.from_pretrained(TINY, output_loading_info=True)
     assert type(model).__name__ == "Qwen2VLForConditionalGeneration"
     assert not report["missing_keys"]
@@ -45,9 +47,13 @@ def test_its_captions_name_what_is_there(seen):
     def overlap(text: str, example) -> float:
         words = set(text.lower().rstrip(".").replace(",", "").split()) - common
         references = " ".join(d.turns[0].assistant.lower() for d in example.dialogues)
-        return sum(word in references.replace(".", " ").replace(",", " ").split() for word in words) / max(1, len(words))
+        return sum(word in references.replace(".", " ").replace(",", " ").split() for word in words) / max(
+            1, len(words)
+        )
 
     own = sum(overlap(text, example) for text, example in zip(said, examples, strict=True)) / len(said)
-    shuffled = sum(overlap(text, example) for text, example in zip(said, (*examples[1:], examples[0]), strict=True)) / len(said)
+    shuffled = sum(
+        overlap(text, example) for text, example in zip(said, (*examples[1:], examples[0]), strict=True)
+    ) / len(said)
     assert own > 0.75, own
     assert shuffled < 0.2, shuffled

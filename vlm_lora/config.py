@@ -1,5 +1,6 @@
 """Every knob of a training run, once: its name, default, unit and help. Flags, YAML and Python read them from here."""
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -172,10 +173,8 @@ def config_from(values: dict[str, Any], source: str) -> TrainConfig:
         if wanted is float and isinstance(value, int | float) and not isinstance(value, bool):
             value = float(value)
         elif wanted is float and isinstance(value, str):  # YAML reads 2e-4, without a point, as text
-            try:
+            with suppress(ValueError):
                 value = float(value)
-            except ValueError:
-                pass
         if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
             raise ConfigError(f"{source}: {name} is {value!r}; expected {wanted.__name__}.")
         checked[name] = value

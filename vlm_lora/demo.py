@@ -205,9 +205,7 @@ def build_app(
     files = tempfile.TemporaryDirectory(prefix="vlm-lora-examples-", ignore_cleanup_errors=True)
     shown = _with_files(examples, Path(files.name))
 
-    with gr.Blocks(
-        title="vlm-lora", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)
-    ) as app:
+    with gr.Blocks(title="vlm-lora", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as app:
         gr.Markdown("# What does the model say?")
         status = gr.Textbox(
             f"Loading {loading}. You can choose a picture already.",
@@ -308,9 +306,7 @@ def build_app(
                 references = "\n".join(dict.fromkeys(example.references))
                 return str(file), example.prompt, gr.Textbox(references, visible=True), "", ""
 
-            pictures.click(
-                pick, pictures, [image, prompt, reference, base, tuned], cancels=[running], **QUIETLY
-            )
+            pictures.click(pick, pictures, [image, prompt, reference, base, tuned], cancels=[running], **QUIETLY)
 
         def look():
             """How far the loading is; once a second until it is done."""

@@ -12,6 +12,7 @@ import argparse
 import base64
 import json
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 
 FULL_SIZE = 151_643
@@ -66,7 +67,7 @@ def halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     while len(pieces) > 2:
         candidates = [
             (ranks[left + right], i)
-            for i, (left, right) in enumerate(zip(pieces, pieces[1:], strict=False))
+            for i, (left, right) in enumerate(pairwise(pieces))
             if ranks.get(left + right, len(ranks)) < ranks[token]
         ]
         _, i = min(candidates)

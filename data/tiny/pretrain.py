@@ -23,7 +23,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scenes import CAPTION_REQUESTS, COLOURS, KINDS, ONE_WORD, PATCH, THINGS, YES_NO, caption, draw_scene, load_emoji, question
+from scenes import (
+    CAPTION_REQUESTS,
+    COLOURS,
+    KINDS,
+    ONE_WORD,
+    PATCH,
+    THINGS,
+    YES_NO,
+    caption,
+    draw_scene,
+    load_emoji,
+    question,
+)
 from transformers import (
     AutoTokenizer,
     Qwen2VLConfig,
@@ -46,16 +58,17 @@ def build_model(tokenizer, seed: int) -> Qwen2VLForConditionalGeneration:
     torch.manual_seed(seed)
     ids = tokenizer.convert_tokens_to_ids
     config = Qwen2VLConfig(
-        vision_config=dict(
-            depth=4, embed_dim=128, num_heads=4, mlp_ratio=4, patch_size=PATCH, hidden_size=192, initializer_range=0.05
-        ),
-        text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4,
-            num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.05,
-            rms_norm_eps=1e-6, bos_token_id=ids("<|endoftext|>"), eos_token_id=ids("<|im_end|>"),
-            pad_token_id=ids("<|endoftext|>"),
-            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
-        ),
+        vision_config={
+            "depth": 4, "embed_dim": 128, "num_heads": 4, "mlp_ratio": 4, "patch_size": PATCH, "hidden_size": 192,
+            "initializer_range": 0.05,
+        },
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
+            "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+            "initializer_range": 0.05, "rms_norm_eps": 1e-6, "bos_token_id": ids("<|endoftext|>"),
+            "eos_token_id": ids("<|im_end|>"), "pad_token_id": ids("<|endoftext|>"),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
+        },
         tie_word_embeddings=True,
         image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
         vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
@@ -86,7 +99,9 @@ class Tower:
         pixels = (torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255.0 - self.mean) / self.std
         b, c, h, w = pixels.shape
         blocks = pixels.reshape(b, c, h // PATCH // 2, 2, PATCH, w // PATCH // 2, 2, PATCH)
-        blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)[:, :, :, :, :, :, None].expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)
+        blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)[:, :, :, :, :, :, None].expand(
+            -1, -1, -1, -1, -1, -1, 2, -1, -1
+        )
         return blocks.reshape(b, h // PATCH * (w // PATCH), -1)
 
     def __call__(self, patches: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
@@ -163,7 +178,9 @@ class Lessons:
 
 def patch_loss(heads, features: torch.Tensor, scenes) -> tuple[torch.Tensor, float]:
     """Cross-entropy of each patch's thing and colour; and the share of thing patches named rightly."""
-    names, colours = (torch.from_numpy(block_order(np.stack(x))) for x in zip(*(s.patch_labels() for s in scenes), strict=True))
+    names, colours = (
+        torch.from_numpy(block_order(np.stack(x))) for x in zip(*(s.patch_labels() for s in scenes), strict=True)
+    )
     by_name, by_colour = heads["name"](features), heads["colour"](features)
     weight = torch.where(names > 0, 1.0, 0.15)
     loss = F.cross_entropy(by_name.flatten(0, 1), names.flatten(), reduction="none") * weight.flatten()
@@ -203,7 +220,10 @@ def optimizer_for(model, heads, stage: str) -> torch.optim.AdamW:
     learnt = {id(p) for p in visual.blocks.parameters()} if stage == "joint" else set()
     groups = [
         {"params": members, "weight_decay": decay, "scale": scale}
-        for scale, of_scale in ((1.0, [p for p in trained if id(p) not in learnt]), (0.3, [p for p in trained if id(p) in learnt]))
+        for scale, of_scale in (
+            (1.0, [p for p in trained if id(p) not in learnt]),
+            (0.3, [p for p in trained if id(p) in learnt]),
+        )
         for decay, members in ((0.05, [p for p in of_scale if p.ndim > 1]), (0.0, [p for p in of_scale if p.ndim <= 1]))
         if members
     ]
@@ -262,7 +282,10 @@ def train(args) -> None:
             seen.append((aux, right, said))
             if (step + 1) % 100 == 0:
                 a, r, s = np.mean(seen[-100:], axis=0)
-                print(f"{stage} {step + 1}/{steps}  patches {a:.3f} ({r:.3f} right)  language {s:.4f}  {time.time() - started:.0f} s", flush=True)
+                print(
+                    f"{stage} {step + 1}/{steps}  patches {a:.3f} ({r:.3f} right)  language {s:.4f}  {time.time() - started:.0f} s",
+                    flush=True,
+                )
             if (step + 1) % 500 == 0 and stage != "tower":
                 save(model, processor, args.work / "latest")
         args.work.mkdir(parents=True, exist_ok=True)

@@ -88,7 +88,20 @@ def _outline(shape: str, width: float, height: float) -> list[tuple[float, float
         return [(0, -h), (w, 0), (0, h), (-w, 0)]
     if shape == "cross":
         a, b = w / 3, h / 3
-        return [(-a, -h), (a, -h), (a, -b), (w, -b), (w, b), (a, b), (a, h), (-a, h), (-a, b), (-w, b), (-w, -b), (-a, -b)]
+        return [
+            (-a, -h),
+            (a, -h),
+            (a, -b),
+            (w, -b),
+            (w, b),
+            (a, b),
+            (a, h),
+            (-a, h),
+            (-a, b),
+            (-w, b),
+            (-w, -b),
+            (-a, -b),
+        ]
     if shape == "star":
         turns = np.arange(10) * np.pi / 5 - np.pi / 2
         radii = np.where(np.arange(10) % 2, 0.42, 1.0)
@@ -121,7 +134,9 @@ def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray
     colour = rng.uniform(225, 255, 3) if kind < 0.6 else rng.uniform(0, 255, 3)
     canvas = np.broadcast_to(colour, (height, width, 3)).copy()
     if 0.75 < kind < 0.9:
-        ramp = np.linspace(0, 1, height)[:, None, None] if rng.random() < 0.5 else np.linspace(0, 1, width)[None, :, None]
+        ramp = (
+            np.linspace(0, 1, height)[:, None, None] if rng.random() < 0.5 else np.linspace(0, 1, width)[None, :, None]
+        )
         canvas = canvas * (1 - ramp) + rng.uniform(0, 255, 3) * ramp
     elif kind >= 0.9:
         canvas += rng.normal(0, rng.uniform(3, 15), canvas.shape)
@@ -215,7 +230,12 @@ def relation(first: Thing, second: Thing) -> str:
     return "above" if dy > 0 else "below"
 
 
-CAPTION_REQUESTS = ["Describe this image.", "What is in the picture?", "Write a caption for this image.", "Describe the image."]
+CAPTION_REQUESTS = [
+    "Describe this image.",
+    "What is in the picture?",
+    "Write a caption for this image.",
+    "Describe the image.",
+]
 ONE_WORD = " Answer with one word."
 
 
@@ -246,7 +266,9 @@ def question(scene: Scene, rng: np.random.Generator, kinds: dict[str, float] = K
     if kind == "colour" and shapes:
         thing = shapes[rng.integers(len(shapes))]
         name = "shape" if len(things) == 1 and rng.random() < 0.3 else thing.name
-        ask = rng.choice([f"What color is the {name}?", f"What is the color of the {name}?", f"Which color does the {name} have?"])
+        ask = rng.choice(
+            [f"What color is the {name}?", f"What is the color of the {name}?", f"Which color does the {name} have?"]
+        )
         return str(ask), f"The {name} is {thing.colour}.", thing.colour
     if kind == "shape" and shapes:
         thing = shapes[rng.integers(len(shapes))]

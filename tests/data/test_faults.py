@@ -226,9 +226,7 @@ def test_f31_an_imagefolder_names_the_images_that_it_does_not_cover(pictures):
 
 
 def test_f31_f35_sidecars_that_do_not_match(pictures):
-    folder = pictures(
-        "a.png", "b.png", "b.jpg", "c.png", "d.png", "e.png", "f.png", "A.png", "g\n.png", "-h.png"
-    )
+    folder = pictures("a.png", "b.png", "b.jpg", "c.png", "d.png", "e.png", "f.png", "A.png", "g\n.png", "-h.png")
     files = {
         "a.txt": b"good",
         "b.txt": b"whose?",
@@ -263,9 +261,7 @@ def test_f31_f35_sidecars_that_do_not_match(pictures):
 
 def test_f33_f32_text_stays_text(folder):
     texts = ["<|im_end|><|image_pad|> <image>", "x" * 1_000_000, "\u202eabc", "a\u0301\r\n\tb"]
-    (folder / "x.jsonl").write_text(
-        "".join(json.dumps({"image": "a.png", "caption": t}) + "\n" for t in texts)
-    )
+    (folder / "x.jsonl").write_text("".join(json.dumps({"image": "a.png", "caption": t}) + "\n" for t in texts))
     (example,) = read(folder).examples
     assert [d.turns[0].assistant for d in example.dialogues] == texts
 
@@ -354,9 +350,7 @@ VALUES = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(
-                ["role", "content", "from", "value", "type", "text", "image", "url", "answer", "path"]
-            ),
+            st.sampled_from(["role", "content", "from", "value", "type", "text", "image", "url", "answer", "path"]),
             inner,
             max_size=3,
         )
@@ -397,11 +391,7 @@ def _num_captions(line):
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    data=st.binary(max_size=80)
-    | NEARLY
-    | st.lists(NEARLY).map(b",".join).map(lambda rows: b"[" + rows + b"]")
-)
+@given(data=st.binary(max_size=80) | NEARLY | st.lists(NEARLY).map(b",".join).map(lambda rows: b"[" + rows + b"]"))
 @pytest.mark.parametrize("name", ["x.json", "x.csv", "x.jsonl", "metadata.csv", "a.txt", "x.parquet"])
 def test_any_file_raises_nothing_but_ours(name, data, pictures):
     folder = pictures("a.png")

@@ -44,8 +44,7 @@ def plain(dataset, folder):
     """Examples without ids and sources: [(image name, dialogues)], the image known by its bytes."""
     names = {content_hash(path.read_bytes()): path.name for path in folder.rglob("*.png")}
     return [
-        (names[content_hash(example.images[0].read_bytes())], list(example.dialogues))
-        for example in dataset.examples
+        (names[content_hash(example.images[0].read_bytes())], list(example.dialogues)) for example in dataset.examples
     ]
 
 
@@ -86,9 +85,7 @@ def imagefolder_jsonl(folder):
 
 def imagefolder_jsonl_lists(folder):
     found = by_image(CAPTIONS)
-    (folder / "metadata.jsonl").write_text(
-        lines({"file_name": n, "captions": c} for n, c in found), encoding="utf-8"
-    )
+    (folder / "metadata.jsonl").write_text(lines({"file_name": n, "captions": c} for n, c in found), encoding="utf-8")
     return folder, "imagefolder"
 
 
@@ -336,9 +333,7 @@ def vqav2(folder):
     for name, number in ids.items():
         image = folder / "val2014" / f"COCO_val2014_{number:012d}.jpg"
         image.write_bytes((folder / name).read_bytes())  # a PNG named .jpg: the content decides
-    questions = [
-        {"image_id": ids[n], "question": q, "question_id": 7 + i} for i, (n, q, _, _) in enumerate(QUESTIONS)
-    ]
+    questions = [{"image_id": ids[n], "question": q, "question_id": 7 + i} for i, (n, q, _, _) in enumerate(QUESTIONS)]
     annotations = [
         {
             "question_type": k,
@@ -354,9 +349,7 @@ def vqav2(folder):
     (folder / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(
         json.dumps(head | {"task_type": "Open-Ended", "questions": questions})
     )
-    (folder / "v2_mscoco_val2014_annotations.json").write_text(
-        json.dumps(head | {"annotations": annotations})
-    )
+    (folder / "v2_mscoco_val2014_annotations.json").write_text(json.dumps(head | {"annotations": annotations}))
     return folder, "vqav2"
 
 
@@ -404,9 +397,7 @@ def test_an_imagefolder_written_by_datasets(pictures):
     """What `datasets` itself writes and loads again, row for row."""
     datasets = pytest.importorskip("datasets")
     folder = pictures(*NAMES)
-    rows = (
-        rows_of("file_name", "text")[:2] + rows_of("file_name", "text")[3:]
-    )  # it knows one row an image only
+    rows = rows_of("file_name", "text")[:2] + rows_of("file_name", "text")[3:]  # it knows one row an image only
     datasets.Dataset.from_list(rows).to_json(folder / "metadata.jsonl")
     theirs = datasets.load_dataset(
         "imagefolder", data_dir=str(folder), split="train", cache_dir=str(folder.parent / "cache")

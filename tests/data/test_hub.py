@@ -103,9 +103,7 @@ def test_what_is_wrong_is_one_line(hub, monkeypatch):
     with pytest.raises(DataError, match="none of 1 rows is understood: their fields are 'x'"):
         read_dataset("hf:o/n", prompt=PROMPT)
     monkeypatch.setattr(datasets, "load_dataset", fails)
-    with pytest.raises(
-        DataError, match="no such folder or file, and the hub gave no data set 'owner/foxes'"
-    ) as told:
+    with pytest.raises(DataError, match="no such folder or file, and the hub gave no data set 'owner/foxes'") as told:
         read_dataset("owner/foxes", prompt=PROMPT)
     assert "Couldn't reach" in str(told.value)
     assert "\n" not in str(told.value)

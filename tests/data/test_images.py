@@ -128,9 +128,7 @@ def test_f21_an_animation_gives_its_first_frame():
         assert load_image(data).getpixel((1, 1)) == pytest.approx((255, 0, 0), abs=8)
 
 
-@pytest.mark.parametrize(
-    "format", ["JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "QOI"]
-)
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "QOI"])
 def test_f12_f22_the_content_decides_not_the_extension(format, tmp_path):
     path = tmp_path / "picture.txt"
     path.write_bytes(encoded(noise(), format))

@@ -10,9 +10,7 @@ import pytest
 from tests.conftest import ROOT
 from vlm_lora.data.readers import read_dataset
 
-ROWS = re.findall(
-    r"^\| (.+?) \| (`.+) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE
-)
+ROWS = re.findall(r"^\| (.+?) \| (`.+) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
 LINES = {name: [line.strip("`") for line in shown.split("<br>")] for name, shown in ROWS}
 
 

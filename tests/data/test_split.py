@@ -29,9 +29,7 @@ def ids(examples):
     return [example.id for example in examples]
 
 
-@pytest.mark.parametrize(
-    ("number", "fraction", "wanted"), [(10, 0.2, 2), (2, 0.01, 1), (2, 0.99, 1), (100, 0.05, 5)]
-)
+@pytest.mark.parametrize(("number", "fraction", "wanted"), [(10, 0.2, 2), (2, 0.01, 1), (2, 0.99, 1), (100, 0.05, 5)])
 def test_the_fraction_and_at_least_one_on_each_side(number, fraction, wanted, example):
     examples = [example(str(i)) for i in range(number)]
     train, val = split_examples(examples, fraction, seed=0)
@@ -64,9 +62,7 @@ def test_copies_and_shared_images_stay_on_one_side(seed, example):
     others = [example(str(i)) for i in range(20, 40)]
     for examples in ([*copies, *others, *chain], [*chain, *others, *copies[::-1]]):
         train, val = split_examples(examples, 0.3, seed=seed)
-        contents = [
-            {content_hash(ref.read_bytes()) for e in side for ref in e.images} for side in (train, val)
-        ]
+        contents = [{content_hash(ref.read_bytes()) for e in side for ref in e.images} for side in (train, val)]
         assert not contents[0] & contents[1]
         assert len(val) == pytest.approx(25 * 0.3, abs=5)
 

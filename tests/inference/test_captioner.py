@@ -1,4 +1,4 @@
-"""Decoding: in a batch, alone, with shared prefixes, and as transformers' own generate does it, the words are the same."""
+"""In a batch, alone, behind shared prefixes, and by transformers' own generate, the words are the same."""
 
 import pytest
 import torch
@@ -162,7 +162,8 @@ def test_evaluation_gathers_references_and_scores_both(captioner, files):
 
 
 @pytest.mark.parametrize(
-    ("how", "message"), [({"max_new_tokens": 0}, "max-new-tokens"), ({"temperature": -1}, "temp"), ({"top_p": 0}, "top-p")]
+    ("how", "message"),
+    [({"max_new_tokens": 0}, "max-new-tokens"), ({"temperature": -1}, "temp"), ({"top_p": 0}, "top-p")],
 )
 def test_decoding_is_checked(how, message):
     with pytest.raises(ConfigError, match=message):

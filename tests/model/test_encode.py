@@ -60,13 +60,18 @@ def test_special_tokens_in_a_text_stay_text(backbone):
     assert (branch.input_ids == backbone.image_token_id).sum() == 0
 
 
-@pytest.mark.parametrize("text", ["What colour is it?", "Was ist das für ein Tier? 🦊", "这是什么？", "x\ny  z", "1,000.5 km"])
+@pytest.mark.parametrize(
+    "text", ["What colour is it?", "Was ist das für ein Tier? 🦊", "这是什么？", "x\ny  z", "1,000.5 km"]
+)
 @pytest.mark.parametrize("num_images", [1, 2])
 def test_tokens_are_the_processors(backbone, text, num_images):
     """Cut into prefix, question and answer, the tokens are those of the whole text in one piece."""
     pictures = [picture(i, (48, 32)) for i in range(num_images)]
     content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
-    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
+    messages = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": text}]},
+    ]
     whole = backbone.processor.apply_chat_template(messages, tokenize=False)
     theirs = backbone.processor(text=[whole], images=pictures, return_tensors="pt")
     encoded = Encoder(backbone).encode([Dialogue((Turn(text, text),))], theirs["image_grid_thw"])
@@ -112,7 +117,9 @@ def test_missing_weights_are_refused(checkpoints, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(checkpoints["qwen2_vl"], folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors.pop("visual.merger.mlp.2.weight" if "visual.merger.mlp.2.weight" in tensors else "model.visual.merger.mlp.2.weight")
+    tensors.pop(
+        "visual.merger.mlp.2.weight" if "visual.merger.mlp.2.weight" in tensors else "model.visual.merger.mlp.2.weight"
+    )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"1 weights are missing or misshapen, first .*merger"):
         load_backbone(str(folder))

@@ -184,9 +184,7 @@ def _one_row(backbone, examples, fault: str | None = None) -> torch.Tensor:
         packed = replace(packed, labels=torch.where(packed.labels >= 0, packed.labels, packed.input_ids))
     stacked = torch.cat([e.features for lesson in lessons for e in features.get(lesson.example.images)])
     num_labels = int((packed.labels[:, 1:] >= 0).sum())
-    batch = MicroBatch(
-        packed.input_ids, packed.labels, packed.position_ids, packed.attention_mask, stacked, num_labels
-    )
+    batch = MicroBatch(packed.input_ids, packed.labels, packed.position_ids, packed.attention_mask, stacked, num_labels)
     return loss_sum(backbone, batch) / (length if fault == "normaliser" else num_labels)
 
 

@@ -60,9 +60,7 @@ def test_an_ordinary_picture_is_given_to_the_processor_as_it_is(processors):
         if processor._fit(300, 200)[2]:
             continue
         ours, _ = processor.preprocess([image])
-        assert ours.equal(
-            processor.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
-        )
+        assert ours.equal(processor.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"])
 
 
 def test_a_strip_stands_on_white_and_is_all_there(processors):

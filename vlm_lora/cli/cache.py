@@ -1,7 +1,7 @@
 """Show the image features kept on disk, or clear them.
 
-  vlm-lora cache
-  vlm-lora cache --clear
+vlm-lora cache
+vlm-lora cache --clear
 """
 
 import argparse

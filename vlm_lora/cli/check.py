@@ -26,12 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help="the instruction that a caption answers"
     )
     parser.add_argument("--model", metavar="TEXT", help="count tokens as this base model does, e.g. tiny")
-    parser.add_argument(
-        "--min-pixels", type=int, metavar="N", help="smallest image area (default: the model's)"
-    )
-    parser.add_argument(
-        "--max-pixels", type=int, metavar="N", help="largest image area (default: the model's)"
-    )
+    parser.add_argument("--min-pixels", type=int, metavar="N", help="smallest image area (default: the model's)")
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="largest image area (default: the model's)")
     budget = default_of("max_tokens")
     parser.add_argument(
         "--max-tokens", type=int, default=budget, metavar="N",
@@ -44,12 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=default_of("seed"), metavar="N", help="seed of the split")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write a contact sheet of pictures and texts"
-    )
-    parser.add_argument(
-        "--write-clean", type=Path, metavar="FOLDER", help="write a normalised copy of the data"
-    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a contact sheet of pictures and texts")
+    parser.add_argument("--write-clean", type=Path, metavar="FOLDER", help="write a normalised copy of the data")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -83,9 +75,7 @@ def run(options: argparse.Namespace) -> int:
     if options.model is not None:
         counted = _count_tokens(options, check)
         facts["tokens"] = counted.facts()
-        too_long = [
-            bad_row(example, reason) for example, reason in counted.too_long for _ in example.dialogues
-        ]
+        too_long = [bad_row(example, reason) for example, reason in counted.too_long for _ in example.dialogues]
         facts["bad"] += [{"source": row.source, "line": row.line, "reason": row.reason} for row in too_long]
         left_out = {example.id for example, _ in counted.too_long}
         examples = tuple(example for example in examples if example.id not in left_out)

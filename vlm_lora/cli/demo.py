@@ -1,6 +1,6 @@
 """Open the web demo: base and tuned side by side, on this machine only.
 
-  vlm-lora demo --adapter runs/photos
+vlm-lora demo --adapter runs/photos
 """
 
 import argparse

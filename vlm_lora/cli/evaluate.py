@@ -1,7 +1,7 @@
 """Compare base and tuned on held-out data, with confidence intervals.
 
-  vlm-lora eval ./test.jsonl --adapter runs/photos
-  vlm-lora eval ./test.jsonl --adapter runs/photos --blank --json
+vlm-lora eval ./test.jsonl --adapter runs/photos
+vlm-lora eval ./test.jsonl --adapter runs/photos --blank --json
 """
 
 import argparse

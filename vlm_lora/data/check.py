@@ -182,8 +182,7 @@ def near_duplicates(looks: Sequence[Seen]) -> list[tuple[Seen, Seen]]:
             first, second = block[first], rest[second]
             alike = np.concatenate(
                 [  # in pieces: all of a folder of one colour may be close
-                    np.abs(flat[first[at : at + 65536]] - flat[second[at : at + 65536]]).mean(axis=1)
-                    <= NEAR_COLOUR
+                    np.abs(flat[first[at : at + 65536]] - flat[second[at : at + 65536]]).mean(axis=1) <= NEAR_COLOUR
                     for at in range(0, len(first), 65536)
                 ]
                 or [np.zeros(0, bool)]

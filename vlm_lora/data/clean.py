@@ -41,9 +41,7 @@ def write_clean(
             for ref in example.images:
                 if ref not in names:
                     names[ref] = _copy(ref, folder, taken)
-            rows += _rows(
-                clean_example(example), [names[ref] for ref in example.images], clean_text(prompt)[0]
-            )
+            rows += _rows(clean_example(example), [names[ref] for ref in example.images], clean_text(prompt)[0])
             progress(done, len(examples))
         folder.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

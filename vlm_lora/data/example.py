@@ -18,23 +18,17 @@ def read_regular_file(path: Path, name: str) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(
-            f"{name!r} cannot be opened: {reason}; check that the file is there and readable"
-        ) from error
+        raise DataError(f"{name!r} cannot be opened: {reason}; check that the file is there and readable") from error
     try:
         with open(descriptor, "rb") as file:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
                 raise DataError(f"{name!r} is not a regular file; expected an image file")
             if found.st_size > MAX_FILE_BYTES:
-                raise DataError(
-                    f"{name!r} has {found.st_size:,} bytes, the limit is {MAX_FILE_BYTES:,}; shrink it"
-                )
+                raise DataError(f"{name!r} has {found.st_size:,} bytes, the limit is {MAX_FILE_BYTES:,}; shrink it")
             return file.read(MAX_FILE_BYTES)
     except OSError as error:  # a directory, a bad disk
-        raise DataError(
-            f"{name!r} cannot be read: {error.strerror or error}; expected an image file"
-        ) from error
+        raise DataError(f"{name!r} cannot be read: {error.strerror or error}; expected an image file") from error
 
 
 class ByteSource(Protocol):

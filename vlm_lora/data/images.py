@@ -80,8 +80,7 @@ def _open(data: bytes, name: str, limit: int) -> Image.Image:
             return _decode(image, name, limit)
     except UnidentifiedImageError:
         raise DataError(
-            f"{name} is not an image that can be read (it starts with {data[:12]!r}); expected "
-            + ", ".join(FORMATS)
+            f"{name} is not an image that can be read (it starts with {data[:12]!r}); expected " + ", ".join(FORMATS)
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own check
         pixels = int(re.search(r"\d+", str(error)).group())
@@ -163,14 +162,10 @@ def _too_large(name: str, megapixels: str, limit: int) -> DataError:
 
 
 def _damaged(name: str, error: Exception) -> DataError:
-    return DataError(
-        f"{name} is damaged or cut off ({error or type(error).__name__}); copy or download it again"
-    )
+    return DataError(f"{name} is damaged or cut off ({error or type(error).__name__}); copy or download it again")
 
 
-def find_image(
-    name: object, root: Path, folders: tuple[Path, ...] = (), *, allow_outside: bool = False
-) -> ImageRef:
+def find_image(name: object, root: Path, folders: tuple[Path, ...] = (), *, allow_outside: bool = False) -> ImageRef:
     """The image that `name`, as written in the data, means.
 
     Args:
@@ -183,14 +178,10 @@ def find_image(
         raise DataError(f"expected the file name of an image, found {name!r}")
     plain = unquote(name[7:]) if name.startswith("file:///") else name
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", plain):  # two letters or more: C:\ is a drive
-        raise DataError(
-            f"{name[:200]!r} is a URL, which is not fetched; download it and write its file name here"
-        )
+        raise DataError(f"{name[:200]!r} is a URL, which is not fetched; download it and write its file name here")
     folders = folders or (root,)
     try:
-        plain.encode(
-            "utf-8"
-        )  # a name of other bytes may exist, but could be neither printed nor written to a report
+        plain.encode("utf-8")  # a name of other bytes may exist, but could be neither printed nor written to a report
         candidates = [folder / plain for folder in folders]
         path = next((c for c in candidates if os.path.lexists(c)), None)
         if path is None:
@@ -204,13 +195,9 @@ def find_image(
         RuntimeError,
     ) as error:  # NUL in the name, too long, loop of symlinks, dangling one
         reason = getattr(error, "strerror", None) or error
-        raise DataError(
-            f"{name[:200]!r} cannot be opened: {reason}; check the name and what it points to"
-        ) from None
+        raise DataError(f"{name[:200]!r} cannot be opened: {reason}; check the name and what it points to") from None
     if not allow_outside and not real.is_relative_to(root):
-        raise DataError(
-            f"{name!r} lies outside of the data folder; move it there, or pass --allow-outside to trust it"
-        )
+        raise DataError(f"{name!r} lies outside of the data folder; move it there, or pass --allow-outside to trust it")
     if not stat.S_ISREG(found.st_mode):
         what = "a folder" if stat.S_ISDIR(found.st_mode) else "a device, a pipe or a socket"
         raise DataError(f"{name!r} is {what}; expected an image file")

@@ -19,23 +19,18 @@ def write_sheet(path: Path, check: Check, facts: dict[str, Any], *, title: str) 
     """Write the pictures of `check` with their texts, below the figures and the bad rows of `facts`."""
     counts = f"{facts['examples']:,} examples, {facts['images']:,} images, {facts['answers']:,} answers"
     bad = "".join(
-        f"<tr><td>{escape(row['source'])}<td>{row['line'] or ''}<td>{escape(row['reason'])}"
-        for row in facts["bad"]
+        f"<tr><td>{escape(row['source'])}<td>{row['line'] or ''}<td>{escape(row['reason'])}" for row in facts["bad"]
     )
     cards = list(_cards(check))
     body = [
         f"<h1>{escape(title)}</h1><p>{escape(facts['format'])}: {counts}; {len(cards):,} shown.</p>",
-        f"<h2>{len(facts['bad']):,} bad rows</h2><table>{bad}</table>"
-        if bad
-        else "<p>Every row can be used.</p>",
+        f"<h2>{len(facts['bad']):,} bad rows</h2><table>{bad}</table>" if bad else "<p>Every row can be used.</p>",
         f"<main>{''.join(cards)}</main>",
     ]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         page = PAGE.format(title=escape(title), body="\n".join(body))
-        path.write_text(
-            page, encoding="utf-8", errors="replace"
-        )  # a file name may hold half a surrogate pair
+        path.write_text(page, encoding="utf-8", errors="replace")  # a file name may hold half a surrogate pair
     except OSError as error:
         raise DataError(f"--html {path}: cannot be written: {error.strerror or error}") from error
 

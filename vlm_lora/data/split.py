@@ -8,9 +8,7 @@ from vlm_lora.data.images import content_hash
 from vlm_lora.errors import ConfigError, DataError
 
 
-def split_examples(
-    examples: Sequence[Example], fraction: float, seed: int
-) -> tuple[list[Example], list[Example]]:
+def split_examples(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
     """(train, validation), each in the order of `examples`; validation has `fraction` (0..1) of them.
 
     Examples that share an image, or a copy of it under another name, stay together. Which go to validation

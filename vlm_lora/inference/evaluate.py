@@ -56,7 +56,7 @@ class Evaluation:
     answered: tuple[Answered, ...]
     scores: dict
     values: dict[str, dict[str, list[float]]]
-    """For each of base, tuned, blanked, and each metric that has one: a value an answer, in the order of ``answered``."""
+    """For each of base, tuned, blanked, and each metric that has one: a value an answer, as in ``answered``."""
 
     def write(self, folder: Path) -> None:
         """``predictions.jsonl`` and ``scores.json``."""
@@ -88,8 +88,12 @@ def evaluate(
         progress: called with the number of passes over a question done and their total.
     """
     if not examples:
-        raise ConfigError("There are no held-out examples to evaluate on. Give some with --val or a higher --val-split.")
-    passes = ["base"] + (["tuned"] if captioner.adapter else []) + (["blanked"] if blanked and captioner.adapter else [])
+        raise ConfigError(
+            "There are no held-out examples to evaluate on. Give some with --val or a higher --val-split."
+        )
+    passes = (
+        ["base"] + (["tuned"] if captioner.adapter else []) + (["blanked"] if blanked and captioner.adapter else [])
+    )
     questions = [_questions(example) for example in examples]
     total = len(passes) * sum(map(len, questions))
     said: dict[str, list[list[str]]] = {name: [[] for _ in examples] for name in passes}
@@ -100,7 +104,9 @@ def evaluate(
             for i in group:
                 images = [_blank(image) for image in examples[i].images] if name == "blanked" else examples[i].images
                 asked.append((captioner.features.get(images), [turns for turns, _, _ in questions[i]]))
-            for i, answers in zip(group, captioner.generate(asked, tuned=name != "base", decoding=decoding), strict=True):
+            for i, answers in zip(
+                group, captioner.generate(asked, tuned=name != "base", decoding=decoding), strict=True
+            ):
                 said[name][i] = answers
                 done += len(answers)
             progress(done, total)
@@ -192,7 +198,7 @@ def summarize(answered: Sequence[Answered], values: dict[str, dict[str, list[flo
 
 
 def headline(scores: dict) -> list[str]:
-    """The metrics worth a person's look: exact match and the like for short answers, CIDEr-D and company for captions."""
+    """The metrics worth a look: exact match and the like for short answers, CIDEr-D and company for captions."""
     who = scores.get("tuned") or scores["base"]
     return ["cider_d", "bleu_4", "rouge_l"] if who["mean_words"] > 4 else ["exact_match", "vqa_accuracy", "anls"]
 
@@ -211,7 +217,9 @@ def table(scores: dict) -> str:
             line.append(f"{_number(metric, gain['gain'], sign=True)}{_interval(metric, (gain['low'], gain['high']))}")
         lines.append(line)
     for kind, row in scores["by_kind"].items():
-        lines.append([f"exact match, {kind} ({row['answers']})", *[_number("exact_match", row[name]) for name in passes]])
+        lines.append(
+            [f"exact match, {kind} ({row['answers']})", *[_number("exact_match", row[name]) for name in passes]]
+        )
     widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(max(map(len, lines)))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=False)).rstrip() for line in lines)
 

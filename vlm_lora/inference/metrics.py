@@ -74,9 +74,7 @@ def _ngrams(tokens: Sequence[str]) -> Counter[tuple[str, ...]]:
 
 def _check_corpus(candidates: Sequence[str], references: References) -> None:
     if isinstance(candidates, str) or not candidates or len(candidates) != len(references):
-        raise ValueError(
-            f"expected one list of references per candidate: {len(candidates)}, {len(references)}"
-        )
+        raise ValueError(f"expected one list of references per candidate: {len(candidates)}, {len(references)}")
     for index, texts in enumerate(references):
         _check_texts(texts, f"references of sample {index}")
 
@@ -420,9 +418,7 @@ def _resample(
     import numpy as np  # here, so that scores alone need the standard library alone
 
     table, random = np.array(rows, dtype=float), np.random.default_rng(seed)
-    figures = [
-        figure(table[random.integers(len(table), size=len(table))].sum(0).tolist()) for _ in range(resamples)
-    ]
+    figures = [figure(table[random.integers(len(table), size=len(table))].sum(0).tolist()) for _ in range(resamples)]
     return sorted(figures)
 
 

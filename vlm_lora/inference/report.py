@@ -230,8 +230,8 @@ def _loss_section(path: Path) -> str:
         return " ".join(f"{x(step)},{y(loss)}" for step, loss in points)
 
     grid = "".join(
-        f'<line class=grid x1={LEFT} x2={WIDTH - RIGHT} y1={y(tick)} y2={y(tick)} />'
-        f'<text x={LEFT - 8} y={y(tick) + 4} text-anchor=end>{tick:g}</text>'
+        f"<line class=grid x1={LEFT} x2={WIDTH - RIGHT} y1={y(tick)} y2={y(tick)} />"
+        f"<text x={LEFT - 8} y={y(tick) + 4} text-anchor=end>{tick:g}</text>"
         for tick in ticks
     )
     steps = [tick for tick in _ticks(first, last) if first <= tick <= last and tick == int(tick)]

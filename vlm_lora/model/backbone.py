@@ -109,7 +109,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 class Preprocessor:
     """A base model's processor without its weights: pictures to patches, sizes to grids, texts to tokens.
 
-    ``name`` is what the user called the model. ``num_prompt_tokens`` tokens, -1, -2 and so on, stand before each prefix.
+    ``name`` is what the user called the model. ``num_prompt_tokens`` tokens, -1, -2 and so on, begin each prefix.
     """
 
     processor: object
@@ -385,9 +385,7 @@ def load_backbone(
     return Backbone(model=model, processor=preprocessor.processor, name=name, quantised=quantise)
 
 
-def load_preprocessor(
-    name: str, *, min_pixels: int | None = None, max_pixels: int | None = None
-) -> Preprocessor:
+def load_preprocessor(name: str, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Preprocessor:
     """A base model's processor alone, in a second where the model takes minutes: enough to count tokens."""
     folder = find_model(name)
     return _preprocessor(folder, check_model_folder(folder, name), name, min_pixels, max_pixels)

@@ -162,9 +162,7 @@ def cache_use(folder: Path) -> CacheUse:
     """How many entries the cache folder holds, and how large."""
     stats = [path.stat() for path in (folder / "features").glob("*/*.safetensors")]
     times = [stat.st_mtime for stat in stats]
-    return CacheUse(
-        len(stats), sum(stat.st_size for stat in stats), min(times, default=None), max(times, default=None)
-    )
+    return CacheUse(len(stats), sum(stat.st_size for stat in stats), min(times, default=None), max(times, default=None))
 
 
 def clear_cache(folder: Path) -> None:

@@ -43,9 +43,7 @@ class TokenCount:
             "histogram": {str(border): times for border, times in histogram.items()},
             "median": ordered[len(ordered) // 2],
             "longest": ordered[-1],
-            "per_image": {"least": images[0], "median": images[len(images) // 2], "most": images[-1]}
-            if images
-            else {},
+            "per_image": {"least": images[0], "median": images[len(images) // 2], "most": images[-1]} if images else {},
             "packed": self.packed,
             "separate": self.separate,
             "learnt": self.learnt,
@@ -108,8 +106,7 @@ def _rendered(encoder: Encoder, encoded: Encoded) -> Iterator[tuple[str, bool]]:
     ids = torch.cat([encoded.prefix_ids, encoded.branches[0].input_ids])
     labels = torch.cat([torch.full_like(encoded.prefix_ids, IGNORE_INDEX), encoded.branches[0].labels])
     kinds = [
-        (bool(i == encoder.image_token_id), bool(label != IGNORE_INDEX))
-        for i, label in zip(ids, labels, strict=True)
+        (bool(i == encoder.image_token_id), bool(label != IGNORE_INDEX)) for i, label in zip(ids, labels, strict=True)
     ]
     start = 0
     for end in range(1, len(ids) + 1):

@@ -50,7 +50,7 @@ def save_checkpoint(
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"{target}: the checkpoint could not be written ({error.strerror or error}); the ones before it are intact. "
+            f"{target}: the checkpoint could not be written ({error.strerror or error}); those before it are intact. "
             "Make room or give another --output, then go on with --resume."
         ) from error
     for old in _checkpoints(folder)[:-keep]:
@@ -82,7 +82,9 @@ def load_checkpoint(
         changed = [key for key in identity if manifest["identity"].get(key) != identity[key]]
         if changed:
             told = "; ".join(f"{key}: {manifest['identity'].get(key)!r}, now {identity[key]!r}" for key in changed)
-            raise CheckpointError(f"{path}: belongs to a run with other settings or data ({told}). Start a new --output.")
+            raise CheckpointError(
+                f"{path}: belongs to a run with other settings or data ({told}). Start a new --output."
+            )
         weights, state = load(contents[ADAPTER]), load(contents[OPTIMIZER])
         if set(weights) != {name for name, _ in parameters}:
             raise CheckpointError(f"{path}: holds other tensors than this run trains.")

@@ -195,8 +195,7 @@ def _read_folder(folder: Path, format: str | None, reading: _Reading) -> Dataset
     images = sum(map(folders.is_image_name, files))
     known = "; ".join(f"{name}: {what}" for name, what in FORMATS.items() if format in (None, name))
     raise DataError(
-        f"{str(folder)!r}: nothing recognised among {len(files)} files ({images} images); "
-        f"expected one of: {known}"
+        f"{str(folder)!r}: nothing recognised among {len(files)} files ({images} images); expected one of: {known}"
     )
 
 
@@ -210,8 +209,7 @@ def _read_imagefolder(folder: Path, metadata: list[Path], reading: _Reading) -> 
     uncovered = [
         BadRow(reading.name(path), None, reason)
         for path in folders.images_below(folder)  # the Hugging Face loader drops these without a word
-        if path.relative_to(folder).as_posix() not in reading.asked
-        and Path(os.path.realpath(path)) not in known
+        if path.relative_to(folder).as_posix() not in reading.asked and Path(os.path.realpath(path)) not in known
     ]
     return gather("imagefolder", said + uncovered)
 
@@ -238,9 +236,7 @@ def _data_files(folder: Path, format: str | None) -> list[Path]:
         tables_of = {re.sub(r"\d+(-of-\d+)?", "", f.name) for f in found}
         if len(found) > 1 and (len(tables_of) > 1 or found[0].suffix.lower() not in (".parquet", ".tar")):
             names = ", ".join(f.name for f in found[:8])
-            raise DataError(
-                f"{folder.name}: holds {len(found)} files of rows ({names}); pass the one you mean"
-            )
+            raise DataError(f"{folder.name}: holds {len(found)} files of rows ({names}); pass the one you mean")
         if found:
             return found
     return []

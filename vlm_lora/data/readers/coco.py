@@ -78,9 +78,7 @@ def read_vqa(questions: dict, answers: dict, source: str, find: Find) -> Iterato
         if not isinstance(row, dict) or not _is_id(row.get("question_id")):
             yield BadRow(source, None, f"annotation {number} has no question_id")
         elif row["question_id"] in by_question:
-            yield BadRow(
-                source, None, f"annotation {number} is a second one of question {row['question_id']!r}"
-            )
+            yield BadRow(source, None, f"annotation {number} is a second one of question {row['question_id']!r}")
         else:
             by_question[row["question_id"]] = row
     subset = questions.get("data_subtype") or answers.get("data_subtype")

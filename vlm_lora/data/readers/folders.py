@@ -49,9 +49,7 @@ def has_sidecars(files: list[Path]) -> bool:
     return any(is_image_name(f) and f.with_suffix("") in stems for f in files)
 
 
-def read_sidecars(
-    root: Path, files: list[Path], prompt: str, *, allow_outside: bool
-) -> Iterator[Said | BadRow]:
+def read_sidecars(root: Path, files: list[Path], prompt: str, *, allow_outside: bool) -> Iterator[Said | BadRow]:
     """A dialogue for each image with exactly one caption file: all of it, without the newlines at its end.
 
     BadRows: an image without one or with two (`a.txt`, `a.caption`), two images with the same one (`a.jpg`,

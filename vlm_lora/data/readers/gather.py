@@ -45,9 +45,7 @@ class Dataset:
         digest = hashlib.sha256()
         for example in self.examples:
             images = [(ref.name, ref.sha256 or ref.size) for ref in example.images]
-            dialogues = [
-                ([(t.user, t.assistant) for t in d.turns], d.kind, d.accepted) for d in example.dialogues
-            ]
+            dialogues = [([(t.user, t.assistant) for t in d.turns], d.kind, d.accepted) for d in example.dialogues]
             digest.update(json.dumps([example.id, images, dialogues]).encode() + b"\n")
         return digest.hexdigest()
 
@@ -69,9 +67,7 @@ def gather(format: str, found: Iterable[Said | BadRow]) -> Dataset:
         first = rows[0]
         name = id = "+".join(ref.name for ref in first.images)
         number = 1
-        while (
-            id in taken
-        ):  # two images under one name: embedded ones called "image.jpg", or one in each of two folders
+        while id in taken:  # two images under one name: embedded ones called "image.jpg", or one in each of two folders
             number += 1
             id = f"{name}#{number}"
         taken.add(id)

@@ -100,9 +100,7 @@ class RowReader:
         shape = self.shape or self.shape_of(row)
         if shape is None:
             return ""
-        parts = {"qa": ("question", "answer"), "captions": ("caption",), "query-response": ()}.get(
-            shape, (shape,)
-        )
+        parts = {"qa": ("question", "answer"), "captions": ("caption",), "query-response": ()}.get(shape, (shape,))
         named = [(what, self._name(row, what)) for what in ("image", *parts)]
         return f"{shape}: " + ", ".join(f"{what} from {name!r}" for what, name in named if name is not None)
 
@@ -129,9 +127,7 @@ class RowReader:
         if not captions:
             raise DataError("has an empty list of captions; write one, or remove the row")
         if len(captions) > 1 and num_images > 1:  # whole columns in one object, or all about all images?
-            raise DataError(
-                f"has {len(captions)} captions, {num_images} images; expected a row for each image"
-            )
+            raise DataError(f"has {len(captions)} captions, {num_images} images; expected a row for each image")
         found: list[Dialogue | str] = []
         for caption in captions:
             try:
@@ -244,9 +240,7 @@ def _role_and_text(message: object) -> tuple[str, str, list]:
             text += MARK
             named += [] if value is None else [value]  # without a name: the next one of `images`
         else:
-            raise DataError(
-                f"has a part {kind!r} in a {role} message; expected text, or an image of the user"
-            )
+            raise DataError(f"has a part {kind!r} in a {role} message; expected text, or an image of the user")
     return role, text_of(text, f"{role} message"), named
 
 

@@ -73,9 +73,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo | Exception]:
             if not member.isdir() and not PurePosixPath(member.name).name.startswith((".", "__")):
                 yield member
         tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(
-            tarfile.BLOCKSIZE
-        ):  # tarfile ends there without a word
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile ends there without a word
             raise tarfile.ReadError(f"a damaged header or a missing end at byte {tar.offset:,}")
     except DAMAGE as error:
         yield error

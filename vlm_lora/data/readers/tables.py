@@ -126,9 +126,7 @@ def read_csv(path: Path, source: str) -> Rows:
                 if header is None:
                     header = [name.strip() for name in cells]
                     if len(set(header)) < len(header):
-                        raise DataError(
-                            f"{source}: two columns have one name: {', '.join(header)}; rename one"
-                        )
+                        raise DataError(f"{source}: two columns have one name: {', '.join(header)}; rename one")
                 elif cells and len(cells) != len(header):
                     yield BadRow(source, line, f"has {len(cells)} cell(s), the header has {len(header)}")
                 elif cells:
@@ -167,9 +165,7 @@ class ParquetCell:
         try:
             cell = _column(self.path, self.row_group, self.column)[self.row].as_py()
         except (OSError, ValueError, LookupError) as error:  # pyarrow's own errors are ValueErrors
-            raise DataError(
-                f"{self.path.name}, row group {self.row_group}: cannot be read: {_short(error)}"
-            ) from error
+            raise DataError(f"{self.path.name}, row group {self.row_group}: cannot be read: {_short(error)}") from error
         cell = cell if self.item is None else cell[self.item]
         return cell["bytes"] if isinstance(cell, dict) else cell
 
@@ -202,9 +198,7 @@ def read_parquet(path: Path, source: str) -> Rows:
                         yield number, values
     except (pa.ArrowException, OSError, ValueError) as error:
         if not number:
-            raise DataError(
-                f"{source}: is not readable as Parquet: {_short(error)}; write it again"
-            ) from None
+            raise DataError(f"{source}: is not readable as Parquet: {_short(error)}; write it again") from None
         yield BadRow(source, number + 1, f"cannot be read: {_short(error)}; nothing from here on can be read")
 
 
