@@ -25,7 +25,7 @@ from vlm_lora.cli.console import Progress, TrainReport, say
 from vlm_lora.config import DEFAULT_PROMPT
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = {"model": "tiny", "epochs": 5.0, "batch_size": 128, "lr": 3e-3, "rank": 16, "val_split": 0.02, "seed": 0}
+SETTINGS = {"model": "tiny", "epochs": 2.0, "batch_size": 128, "lr": 3e-3, "rank": 16, "val_split": 0.02, "seed": 0}
 ONE_WORD = " Answer with one word."  # what the base was pretrained to obey; its default is a sentence
 
 
