@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import picture
 from vlm_lora.config import TrainConfig
 from vlm_lora.errors import AdapterError, CheckpointError, DataError, TrainingError
+from vlm_lora.model.adapters import lora
 from vlm_lora.model.adapters.methods import load_adapter
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.training import loop
@@ -99,6 +100,21 @@ def test_plain_peft_loads_the_adapter(checkpoints, photo_folder, tmp_path):
         unloaded = plain.unload()(**inputs).logits
     torch.testing.assert_close(without, unloaded, rtol=1e-5, atol=1e-5)
     assert (trained - without).abs().max() > 1e-2  # the adapter does something
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (r"nothing\.of\.this\.name", "No linear layer of the projector was found"),
+        (r"model\.visual\.(?:merger\.mlp\.0|blocks\.\d+\.attn\.proj)", r"must not, first model\.visual\.blocks"),
+    ],
+)
+def test_a_run_fails_if_a_target_is_empty_or_the_tower_would_train(
+    checkpoints, photo_folder, tmp_path, monkeypatch, pattern, message
+):
+    monkeypatch.setitem(lora.TARGETS, "projector", pattern)
+    with pytest.raises(AdapterError, match=message):
+        train(config(checkpoints, photo_folder, tmp_path / "run"))
 
 
 @pytest.fixture
