@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from vlm_lora import Captioner, Dialogue, Example, TrainConfig, Turn, __version__, evaluate, read_dataset, train
-from vlm_lora.cli.console import Progress, TrainReport, say
+from vlm_lora.cli.console import Progress, StopSignals, TrainReport, say
 from vlm_lora.config import DEFAULT_PROMPT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +72,7 @@ def main() -> None:
     settings = SETTINGS | {"epochs": args.epochs, "seed": args.seed}
     config = TrainConfig(data=str(args.data / "train.jsonl"), output=str(args.output), **settings)
     started = time.perf_counter()
-    result = train(config, report=TrainReport())
+    result = train(config, report=TrainReport(StopSignals()))
     training = time.perf_counter() - started
     say(f"Trained in {training:.0f} s.")
 

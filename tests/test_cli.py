@@ -1,8 +1,10 @@
 """The command line as a user meets it: what goes to stdout, what to stderr, the exit code."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -164,3 +166,26 @@ def test_flags_go_before_the_run_file(tmp_path):
     (tmp_path / "run.yaml").write_text("data: x\nlr: 2e-4\nrank: 8\nalpha: null\n")
     config = config_from(read_yaml(tmp_path / "run.yaml") | {"rank": 4}, "test")
     assert (config.lr, config.rank, config.lora_alpha) == (2e-4, 4, 8)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_says_so(run_folder, checkpoints, tmp_path, number, code):
+    """And going on gives, to the bit, the adapter of the run that was never stopped."""
+    command = ["train", str(run_folder / "photos"), "--model", str(checkpoints["qwen2_vl"]), "--no-eval", "--rank", "4"]
+    command += ["--epochs", "30", "--batch-size", "4", "--lr", "1e-2", "--dropout", "0.1", "--val-split", "0.2"]
+    if not (run_folder / "straight").exists():
+        assert main([*command, "--output", str(run_folder / "straight")]) == 0
+    stopped = [*command, "--output", str(tmp_path / "run")]
+    process = subprocess.Popen([sys.executable, "-m", "vlm_lora", *stopped], stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run/metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 5):
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == code, stderr
+    (saved,) = (tmp_path / "run/checkpoints").iterdir()
+    assert f"stopped behind step {int(saved.name.removeprefix('step-'))} and saved; go on with --resume" in stderr
+    assert "Traceback" not in stderr
+    assert main([*stopped, "--resume"]) == 0
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (run_folder / "straight" / name).read_bytes()

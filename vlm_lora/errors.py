@@ -30,3 +30,11 @@ class CheckpointError(VlmLoraError):
 
 class TrainingError(VlmLoraError):
     """The numbers went wrong: a loss or a gradient that is not finite."""
+
+
+class Stopped(VlmLoraError):
+    """A run was asked to stop, and has saved. ``exit_code`` is the shell's for the signal: 128 and its number."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

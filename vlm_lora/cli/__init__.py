@@ -1,6 +1,6 @@
 """The command line. Results go to stdout, progress and errors to stderr.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done in part.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done in part, 128 and the signal's number when stopped by one.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from vlm_lora import __version__
 from vlm_lora.cli import cache, caption, check, demo, evaluate, train
-from vlm_lora.errors import ConfigError, VlmLoraError
+from vlm_lora.errors import ConfigError, Stopped, VlmLoraError
 
 VERBS = (train, caption, evaluate, check, demo, cache)
 
@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("VLM_LORA_TRACEBACK"):
             raise
         print(f"vlm-lora: {error}", file=sys.stderr)
+        if isinstance(error, Stopped):
+            return error.exit_code
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         print("vlm-lora: stopped.", file=sys.stderr)

@@ -1,5 +1,6 @@
 """What a run prints while it works: to stderr, one line rewritten on a terminal, now and then a new one elsewhere."""
 
+import signal
 import sys
 import time
 
@@ -40,11 +41,36 @@ class Progress:
         self.show(f"{what} {done:,} of {total:,}", last=done == total)
 
 
-class TrainReport:
-    """Prints what `vlm_lora.train` reports."""
+class StopSignals:
+    """Once caught, the first SIGTERM or SIGINT is remembered, and the second ends the program at once."""
 
     def __init__(self):
+        self.number: int | None = None
+
+    def catch(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def release(self) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __call__(self) -> int | None:
+        return self.number
+
+    def _remember(self, number: int, frame) -> None:
+        self.number = number
+        for caught in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(caught, signal.SIG_DFL)
+        say("\nStopping: this step is finished and saved. Once more ends it at once.")
+
+
+class TrainReport:
+    """Prints what `vlm_lora.train` reports, and catches signals from the first step on: before, nothing can be lost."""
+
+    def __init__(self, signals: StopSignals):
         self.progress = Progress()
+        self.signals = signals
 
     def __call__(self, kind: str, **values) -> None:
         getattr(self, kind)(**values)
@@ -70,6 +96,7 @@ class TrainReport:
             say(f"{damaged:,} damaged cache entries were computed again.")
 
     def start(self, step, num_steps, answers, parameters) -> None:
+        self.signals.catch()
         say(f"{num_steps:,} steps over {answers:,} answers." + (f" Going on from step {step:,}." if step else ""))
 
     def step(self, step, num_steps, loss, lr, answers_per_second, seconds_left, **_) -> None:

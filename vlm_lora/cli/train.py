@@ -15,7 +15,7 @@ import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from vlm_lora.cli.console import Progress, TrainReport, say
+from vlm_lora.cli.console import Progress, StopSignals, TrainReport, say
 from vlm_lora.config import TrainConfig, config_from, knob_type, read_yaml
 
 
@@ -49,7 +49,11 @@ def run(options: argparse.Namespace) -> int:
 
     from vlm_lora.training.run import train
 
-    result = train(config, resume=options.resume, report=TrainReport())
+    signals = StopSignals()
+    try:
+        result = train(config, resume=options.resume, report=TrainReport(signals), stop=signals)
+    finally:
+        signals.release()
     folder = shlex.quote(str(result.folder))
     if result.held_out and not options.no_eval:
         from vlm_lora.inference.captioner import Captioner

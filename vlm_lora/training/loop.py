@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Example
-from vlm_lora.errors import ModelError, TrainingError
+from vlm_lora.errors import ModelError, Stopped, TrainingError
 from vlm_lora.model.adapters.base import Adapter
 from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.features import FeatureCache
@@ -131,8 +131,12 @@ def run_steps(
     identity: dict,
     accelerator: Accelerator,
     report: Report,
+    stop: Callable[[], int | None],
 ) -> int:
-    """Train to the end of the plan, from the newest checkpoint in ``folder`` if there is one; the number of steps."""
+    """Train to the end of the plan, from the newest checkpoint in ``folder`` if there is one; the number of steps.
+
+    ``stop`` is asked behind each step; a signal's number has the run save and end with `Stopped`.
+    """
     backbone = adapter.backbone
     parameters = adapter.named_parameters()
     tensors = [parameter for _, parameter in parameters]
@@ -208,6 +212,11 @@ def run_steps(
             log.flush()
         left = (plan.num_steps - step - 1) * seconds / (step + 1 - first)
         report("step", num_steps=plan.num_steps, seconds_left=left, **line)
+
+        if signal_number := stop():
+            if accelerator.is_main_process:
+                save_checkpoint(checkpoints, step + 1, parameters, optimizer, identity, config.keep_checkpoints)
+            raise Stopped(f"stopped behind step {step + 1:,} and saved; go on with --resume.", signal_number)
 
     if log:
         log.close()

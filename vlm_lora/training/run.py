@@ -3,7 +3,7 @@
 import hashlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +38,20 @@ class RunResult:
     bad: tuple[BadRow, ...]
 
 
-def train(config: TrainConfig, *, resume: bool = False, report: Report = lambda kind, **values: None) -> RunResult:
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    report: Report = lambda kind, **values: None,
+    stop: Callable[[], int | None] = lambda: None,
+) -> RunResult:
     """Train an adapter and write the run folder.
 
     Args:
         resume: go on from the newest valid checkpoint of ``config.output``.
         report: called with what happens: ``data``, ``parts``, ``cache``, ``features``, ``start``, ``step``,
             ``held_out``, ``warning``, each with its values.
+        stop: asked behind each step; where it gives a signal's number, the run saves and ends with `Stopped`.
 
     Raises:
         VlmLoraError: data, model, folder or numbers are not right; the message says what to do.
@@ -99,7 +106,7 @@ def train(config: TrainConfig, *, resume: bool = False, report: Report = lambda 
         write_yaml(config.replace(output=str(folder)), folder / "config.yaml")
         _write_quarantine(folder, bad)
     identity = _identity(config, dataset, held_dataset, adapter)
-    steps = run_steps(config, adapter, features, lessons, held_lessons, folder, identity, accelerator, report)
+    steps = run_steps(config, adapter, features, lessons, held_lessons, folder, identity, accelerator, report, stop)
     if accelerator.is_main_process:
         adapter.save(folder / "adapter")
     return RunResult(folder, steps, adapter, features, tuple(train_examples), tuple(held_out), tuple(bad))
