@@ -24,15 +24,14 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with ``photos`` (pictures and captions) and ``more`` (pictures), as in the README."""
+    """``photos`` and ``photos-test`` (pictures and captions), ``more`` (pictures), as the README has them."""
     folder = tmp_path_factory.mktemp("reader")
-    for name in ("photos", "more"):
+    for name in ("photos", "photos-test", "more"):
         (folder / name).mkdir()
         for i in range(10):
-            picture(i, (64, 64)).save(folder / name / f"{i}.png")
-            if name == "photos":
+            picture(i + 10 * len(name), (64, 64)).save(folder / name / f"{i}.png")
+            if name != "more":
                 (folder / name / f"{i}.txt").write_text(f"Coloured blobs, number {i}.\n")
-    (folder / "data").symlink_to(ROOT / "data")
     return folder
 
 
