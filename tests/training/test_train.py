@@ -123,6 +123,12 @@ def adapter_folder(checkpoints, photo_folder, tmp_path):
     return tmp_path / "run/adapter"
 
 
+def test_an_adapter_loads_on_its_base_in_another_number_format(checkpoints, adapter_folder):
+    """Trained in float32 on a CPU, used in bfloat16 on a GPU: it is the same base."""
+    backbone = load_backbone(str(checkpoints["qwen2_vl"]), dtype="bfloat16")
+    assert load_adapter(backbone, adapter_folder).contract.dtype == "float32"
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -267,12 +267,18 @@ class Backbone(Preprocessor):
 
     @cached_property
     def language_fingerprint(self) -> str:
-        """Hash of the language model's first and last weights: tells one base from another without reading it whole."""
+        """Hash of the language model's size and its first and last weights: tells one base from another.
+
+        In bfloat16, and without the config's other entries, so that the same base is the same on a GPU and on a CPU,
+        and under another release of transformers.
+        """
         digest = hashlib.sha256()
         text = self.model.model.language_model
+        size = [len(text.layers), *text.embed_tokens.weight.shape]
+        digest.update(json.dumps(size).encode())
         for tensor in (text.embed_tokens.weight[:64], text.norm.weight, text.layers[-1].input_layernorm.weight):
-            digest.update(tensor.detach().float().cpu().contiguous().view(torch.uint8).numpy().data)
-        digest.update(json.dumps(self.model.config.text_config.to_dict(), sort_keys=True, default=str).encode())
+            plain = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+            digest.update(plain.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     # -- language ------------------------------------------------------------------------------------------------

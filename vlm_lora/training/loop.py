@@ -36,7 +36,7 @@ LOGITS_AT_ONCE = 1024
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """An example ready to learn from: its images' places in the cache, its tokens."""
+    """An example ready to learn from, and its tokens."""
 
     example: Example
     encoded: Encoded

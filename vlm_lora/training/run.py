@@ -1,12 +1,14 @@
 """A training run from data to adapter: read, split, load, attach, see every image once, train, save."""
 
 import hashlib
+import json
 import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
 from vlm_lora.config import TrainConfig, parse_columns, write_yaml
@@ -21,8 +23,6 @@ from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, cache_folder
 from vlm_lora.model.tokens import over_budget
 from vlm_lora.training.loop import Lesson, Report, run_steps
-
-import torch  # isort: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +160,6 @@ def _listed(bad: Sequence[BadRow]) -> str:
 
 
 def _write_quarantine(folder: Path, bad: Sequence[BadRow]) -> None:
-    import json
-
     if bad:
         rows = [{"source": row.source, "line": row.line, "reason": row.reason} for row in bad]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
