@@ -14,7 +14,7 @@ from vlm_lora.data.readers import read_dataset
 from vlm_lora.model.backbone import load_backbone, load_preprocessor
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache
-from vlm_lora.model.tokens import longest_sequence
+from vlm_lora.model.tokens import count_tokens, longest_sequence
 
 
 def check(*command, capsys):
@@ -70,6 +70,21 @@ def test_tokens_are_those_of_training_without_the_tower(photo_folder, capsys):
     assert load_preprocessor("tiny").image_token_id == backbone.image_token_id
 
 
+def test_tokenising_ahead_gives_the_tokens_of_one_after_the_other(photo_folder, monkeypatch):
+    texts = ["<|im_end|> x", " two\nlines ", "雪 ❄", "", "a " * 300, "07"]
+    for number, text in enumerate(texts):
+        (photo_folder / f"{number:02}.txt").write_text(text or "x")
+    examples = read_dataset(photo_folder, prompt=" Describe.").examples
+    base = load_preprocessor("tiny")
+    sizes = {ref: (64, 64) for example in examples for ref in example.images}
+    ahead = count_tokens(Encoder(base), base.grid, examples, sizes, 4096)
+    together = []
+    monkeypatch.setattr(Encoder, "tokenize_ahead", lambda self, some: together.append(len(some)))
+    monkeypatch.setattr("vlm_lora.model.tokens.AT_ONCE", 5)
+    assert count_tokens(Encoder(base), base.grid, examples, sizes, 4096) == ahead
+    assert together == [5, 5, 2]
+
+
 def test_sheet_and_clean_copy(photo_folder, tmp_path, capsys):
     (photo_folder / "03.png").write_bytes(b"no picture")
     command = [photo_folder, "--html", tmp_path / "sheet.html", "--write-clean", tmp_path / "clean"]
@@ -96,6 +111,30 @@ def test_wrong_flags(flags, message, photo_folder, capsys):
     code, _, err = check(photo_folder, *flags, capsys=capsys)
     assert code == 2
     assert message in err
+
+
+def test_two_sources_and_a_held_out_set(photo_folder, tmp_path, capsys):
+    more, val = tmp_path / "more", tmp_path / "val"
+    for folder, numbers in ((more, (20, 21)), (val, (3, 30))):
+        folder.mkdir()
+        for i in numbers:
+            picture(i, (64 + 16 * (i % 3), 64)).save(folder / f"{i}.png")
+            (folder / f"{i}.txt").write_text("A picture." + " word" * 900 * (i == 30))
+    command = [photo_folder, f"{more}:5", "--val", val]
+    code, out, _ = check(*command, capsys=capsys)
+    assert code == 0
+    assert out.startswith("sidecar: 14 examples, 16 images, 14 answers\n")
+    assert f"{more}: 2 examples, 2 answers, each 5 times an epoch; sidecar\n" in out
+    assert "held out: 2 examples, 2 answers\n" in out
+    assert "one in training and one held out, that are one or alike: 1\n" in out
+    assert f"  {photo_folder}/03.png | {val}/3.png\n"[-40:] in out
+    code, out, _ = check(*command, "--json", "--model", "tiny", "--max-tokens", 500, capsys=capsys)
+    facts = json.loads(out)
+    assert code == 1
+    assert (facts["examples"], facts["held_out"]) == (14, {"examples": 1, "answers": 1})
+    assert facts["bad"][0]["source"] == f"{val}/30.png"
+    alone = [json.loads(check(f, "--json", "--model", "tiny", capsys=capsys)[1]) for f in (photo_folder, more)]
+    assert facts["tokens"]["packed"] == alone[0]["tokens"]["packed"] + 5 * alone[1]["tokens"]["packed"]
 
 
 def test_columns_of_other_names_and_images_elsewhere(photo_folder, tmp_path, capsys):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import vlm_lora.data.check as check_module
 from tests.data.test_formats import (
     CAPTION_LAYOUTS,
     NAMES,
@@ -27,7 +28,7 @@ from vlm_lora.data.images import content_hash
 from vlm_lora.data.readers import read_dataset
 from vlm_lora.data.sheet import write_sheet
 from vlm_lora.data.split import split_examples
-from vlm_lora.data.texts import clean_text
+from vlm_lora.data.texts import clean_text, is_blank
 from vlm_lora.errors import DataError
 
 
@@ -90,7 +91,7 @@ def test_lookalikes_are_all_found_without_comparing_all():
     near = ((bits[:, None] != bits[None]).sum(axis=2) <= NEAR_BITS) & (apart <= NEAR_COLOUR)
     expected = {(a, b) for a, b in np.argwhere(near).tolist() if a < b}
     looks = [Seen(None, sha256=str(i), miniature=mini.tobytes()) for i, mini in enumerate(minis)]
-    found = {(int(a.sha256), int(b.sha256)) for a, b in near_duplicates(looks)}
+    found = {(int(a.sha256), int(b.sha256)) for a, b in near_duplicates(looks)[0]}
     assert found == expected
     assert 50 < len(found) < 100
 
@@ -108,6 +109,33 @@ def test_lookalikes_on_both_sides_of_the_split_are_leaks(folder):
     assert told == {True, False}
 
 
+def test_a_search_for_lookalikes_that_ends_early_says_so(folder, monkeypatch):
+    assert check(folder).facts()["near_duplicates"]["cut"] is False
+    monkeypatch.setattr(check_module, "MAX_PAIRS", 1)
+    found = check(folder).facts()["near_duplicates"]
+    assert found["cut"] is True
+    assert found["count"] >= 1
+
+
+def test_images_of_a_held_out_set_that_are_in_the_other_or_look_like_one(folder, tmp_path_factory):
+    val = tmp_path_factory.mktemp("val")
+    (val / "is-5.png").write_bytes((folder / "5.png").read_bytes())
+    photo(6).resize((48, 32)).save(val / "like-6.jpg", quality=70)
+    photo(99).save(val / "new.png")
+    (val / "bad.png").write_bytes(b"no picture")
+    for path in list(val.iterdir()):
+        path.with_suffix(".txt").write_text(path.stem)
+    both = [read_dataset(place, prompt=PROMPT) for place in (folder, val)]
+    found = check_dataset(*both, val_split=0.5)
+    assert found.leaks == (("5.png", "is-5.png"), ("6.png", "like-6.jpg"))
+    assert (len(found.examples), len(found.held_out)) == (10, 3)
+    assert [row.source for row in found.bad] == ["bad.png"]
+    assert ("5.png", "is-5.png") in found.duplicates
+    facts = found.facts()
+    assert (facts["examples"], facts["held_out"], facts["leaks"]["count"]) == (10, {"examples": 3, "answers": 3}, 2)
+    assert check_dataset(both[0], read_dataset(folder, prompt=PROMPT)).facts()["leaks"]["count"] >= 9  # the same set
+
+
 def test_data_that_cannot_be_split_is_checked_all_the_same(folder):
     (folder / "x.jsonl").write_text(lines([{"images": ["3.png", "small.jpg"], "caption": "both"}]))
     found = check_dataset(read_dataset(folder / "x.jsonl", prompt=PROMPT), val_split=0.5)
@@ -121,9 +149,9 @@ def test_every_bad_row_is_named_and_none_is_lost(folder):
     rows += [{"image": "1.png", "caption": "again"}, {"image": "gone.png", "caption": "x"}]
     (folder / "rows.jsonl").write_text(lines(rows))
     found = check_dataset(read_dataset(folder / "rows.jsonl", prompt=PROMPT), val_split=0.2)
-    assert [(row.source, row.line) for row in found.bad] == [("rows.jsonl", n) for n in (10, 2, 2, 3)]
-    assert "damaged or cut off" in found.bad[1].reason
-    assert "nothing but control characters" in found.bad[3].reason
+    assert [(row.source, row.line) for row in found.bad] == [("rows.jsonl", n) for n in (3, 10, 2, 9)]
+    assert "nothing but control characters" in found.bad[0].reason
+    assert "damaged or cut off" in found.bad[2].reason
     assert found.facts()["answers"] + len(found.bad) == len(rows)
 
 
@@ -174,6 +202,7 @@ def test_cleaning_is_minimal(text, clean, reasons):
 def test_cleaning_twice_is_cleaning_once(text):
     clean, _ = clean_text(text)
     assert clean_text(clean) == (clean, ())
+    assert is_blank(text) == (not clean)
 
 
 def test_scripts():

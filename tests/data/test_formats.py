@@ -408,6 +408,20 @@ def test_an_imagefolder_written_by_datasets(pictures):
     assert ours == {Path(row["image"].filename).name: row["text"] for row in theirs}
 
 
+def test_a_coco_file_that_pycocotools_reads(pictures):
+    """Our layout of COCO in its own reader: the same captions of the same images as we find, in its order."""
+    reader = pytest.importorskip("pycocotools.coco")
+    path, _ = coco_file(pictures(*NAMES))
+    theirs = reader.COCO(str(path))
+    found = {
+        theirs.loadImgs(image)[0]["file_name"]: [said["caption"] for said in theirs.loadAnns(theirs.getAnnIds(image))]
+        for image in theirs.getImgIds()
+    }
+    ours = {e.id: [d.turns[0].assistant for d in e.dialogues] for e in read_dataset(path, prompt=PROMPT).examples}
+    assert ours == found
+    assert sum(map(len, found.values())) == len(CAPTIONS)
+
+
 def test_a_parquet_file_written_by_datasets(pictures):
     """`to_parquet` of an Image feature; the bytes come back one by one, from any row group."""
     datasets = pytest.importorskip("datasets")
@@ -497,6 +511,7 @@ def test_the_fingerprint_follows_texts_and_order_but_not_the_place(pictures):
         ({"a.jsonl": '{"x": 1, "y": 2}\n'}, "none of 1 rows is understood: their fields are 'x', 'y'"),
         ({"a.jsonl": "hello\n"}, "the first one is not valid JSON"),
         ({"a.csv": "image,image\n1,2\n"}, "two columns have one name"),
+        ({"a.csv": b"\xff,\xff\n1,2\n"}, r"two columns have one name: '\\udcff', '\\udcff'; rename one"),
         ({"a.json": '{"cut": '}, "a.json: is not valid JSON"),
         ({"a.json": '{"images": [], "annotations": [{"bbox": []}]}'}, "is COCO without captions"),
         ({"a_questions.json": '{"questions": []}'}, "is half of VQAv2; expected the annotations"),

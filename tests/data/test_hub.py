@@ -3,7 +3,9 @@
 Run: pytest tests/data/test_hub.py
 """
 
+import io
 import os
+import tarfile
 
 import pytest
 
@@ -71,6 +73,83 @@ def test_lists_of_images_and_messages(hub, pictures):
     (example,) = read_dataset("hf:o/n", prompt=PROMPT).examples
     assert [ref.read_bytes() for ref in example.images] == [(folder / n).read_bytes() for n in NAMES[:2]]
     assert example.dialogues == (Dialogue((Turn("What?", "Two."),)),)
+
+
+@pytest.fixture
+def streams(monkeypatch, pictures):
+    """Real streams of `datasets`, from files of every kind it has another way for; and how many rows were asked."""
+    folder = pictures(*NAMES)
+    table(folder).to_parquet(folder / "rows.parquet", batch_size=1)
+    with tarfile.open(folder / "rows.tar", "w") as tar:
+        for number, (name, text) in enumerate(CAPTIONS):
+            for suffix, content in (("png", (folder / name).read_bytes()), ("txt", text.encode())):
+                info = tarfile.TarInfo(f"{number}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    real = datasets.load_dataset
+
+    def load(name, config, split, streaming=False):
+        kind, ending = {"o/parquet": ("parquet", "parquet"), "o/tar": ("webdataset", "tar")}[name]
+        return real(kind, data_files={split: str(folder / f"rows.{ending}")}, split=split, streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_a_stream(kind, streams, tmp_path):
+    columns = {"image": "png", "caption": "txt"} if kind == "tar" else None
+    dataset = read_dataset(f"hf-stream:o/{kind}", prompt=PROMPT, columns=columns)
+    assert (dataset.format, dataset.bad) == ("hub", ())
+    assert "image from 'png', caption from 'txt'" in dataset.note or "image from 'image'" in dataset.note
+    assert plain(dataset, streams) == by_image([(n, Dialogue((Turn(PROMPT, t),))) for n, t in CAPTIONS])
+    for example in reversed(dataset.examples):
+        assert content_hash(example.images[0].read_bytes()) == example.images[0].sha256
+    assert check_dataset(dataset, val_split=0.5).bad == ()
+    part = read_dataset(f"hf-stream:o/{kind}:val[1:3]:2", prompt=PROMPT, columns=columns)
+    texts = [d.turns[0].assistant for e in part.examples for d in e.dialogues]
+    assert texts == [text for _, text in CAPTIONS[1:3]]
+    assert {e.weight for e in part.examples} == {2}
+    write_clean(tmp_path / "clean", dataset.examples, PROMPT)
+    assert len(read_dataset(tmp_path / "clean", prompt=PROMPT).examples) == 3
+
+
+def test_a_stream_that_breaks_off_and_one_of_files_beside_its_rows(hub, pictures, monkeypatch):
+    folder = pictures(*NAMES)
+
+    def rows(breaks):
+        for path in (
+            "hf://datasets/o/n@1234/a.png",
+            "hf://datasets/other/n@1/a.png",
+            "hf://datasets/o/n-private@1/a.png",
+        ):
+            yield {"image": {"bytes": None, "path": path}, "text": path}
+        if breaks:
+            raise ConnectionError("gone\nmore")
+
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    whole, broken = (
+        datasets.IterableDataset.from_generator(rows, features=features, gen_kwargs={"breaks": breaks})
+        for breaks in (False, True)
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: whole)
+    opened = []
+
+    class Files:
+        def open(self, path, mode):
+            opened.append(path)
+            return (folder / "a.png").open(mode)
+
+    monkeypatch.setattr("huggingface_hub.HfFileSystem", Files)
+    dataset = read_dataset("hf-stream:o/n:train[:3]", prompt=PROMPT)
+    assert opened == ["hf://datasets/o/n@1234/a.png"]
+    assert [row.line for row in dataset.bad] == [2, 3]
+    assert dataset.examples[0].images[0].read_bytes() == (folder / "a.png").read_bytes()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: broken)
+    dataset = read_dataset("hf-stream:o/n", prompt=PROMPT)
+    assert dataset.bad[-1].reason.startswith("cannot be had from the hub: gone; nothing")
+    with pytest.raises(DataError, match="a part of a stream is counted in rows"):
+        read_dataset("hf-stream:o/n:train[:10%]", prompt=PROMPT)
 
 
 def test_a_row_reads_no_file_of_this_machine_and_fetches_nothing(hub, pictures, monkeypatch):

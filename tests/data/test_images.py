@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from vlm_lora.data.example import ImageRef
-from vlm_lora.data.images import load_image
+from vlm_lora.data.images import image_size, load_image
 from vlm_lora.errors import DataError
 
 
@@ -58,8 +58,9 @@ def test_f17_exif_orientation_is_applied_once(format, orientation):
     stored = upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image = load_image(encoded(stored, format, exif=exif))
-    assert image.size == (48, 32)
+    data = encoded(stored, format, exif=exif)
+    image = load_image(data)
+    assert image.size == image_size(data, "a") == (48, 32)
     for found, wanted in zip(corners(image), corners(upright), strict=True):
         assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 16
     assert load_image(image).tobytes() == image.tobytes()  # not rotated a second time

@@ -2,6 +2,7 @@
 
   vlm-lora check ./photos
   vlm-lora check ./photos --model tiny --max-pixels 9216    also what it costs in tokens, and what is learnt
+  vlm-lora check ./photos --val ./photos-test               also: is a held-out image among them, or one like it?
   vlm-lora check ./photos --html check.html                 a contact sheet for the eye
   vlm-lora check ./photos --write-clean ./photos-clean      a copy of the good rows, texts normalised
 
@@ -11,17 +12,24 @@ Exit code 0: every row can be used; 1: some cannot, each with file, line and rea
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from vlm_lora.cli.console import Progress, say
-from vlm_lora.config import ALLOW_OUTSIDE_HELP, COLUMNS_HELP, DEFAULT_PROMPT, default_of, parse_columns
+from vlm_lora.config import ALLOW_OUTSIDE_HELP, ALLOW_URLS_HELP, COLUMNS_HELP, DEFAULT_PROMPT, default_of, parse_columns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA", help="images with captions, or questions and answers")
+    parser.add_argument(
+        "data", nargs="+", metavar="DATA",
+        help="images with captions, or questions and answers; several as for train, DATA:2 for one with a weight",
+    )  # fmt: skip
+    parser.add_argument("--val", metavar="DATA", help="held-out data of its own: is anything of it in DATA too?")
     parser.add_argument("--format", metavar="TEXT", help="format of the data (default: found out by looking)")
     parser.add_argument("--columns", metavar="TEXT", help=COLUMNS_HELP)
     parser.add_argument("--allow-outside", action="store_true", help=ALLOW_OUTSIDE_HELP)
+    parser.add_argument("--allow-urls", action="store_true", help=ALLOW_URLS_HELP)
     parser.add_argument(
         "--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help="the instruction that a caption answers"
     )
@@ -47,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from vlm_lora.data.check import check_dataset
     from vlm_lora.data.clean import check_clean_folder, write_clean
-    from vlm_lora.data.readers import bad_row, read_dataset
+    from vlm_lora.data.readers import bad_rows, below, folder_of, read_dataset
     from vlm_lora.data.sheet import MAX_CARDS, write_sheet
     from vlm_lora.errors import ConfigError
 
@@ -57,15 +65,18 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--min-pixels and --max-pixels are about tokens; say --model too")
     if options.write_clean:
         check_clean_folder(options.write_clean)
-    dataset = read_dataset(
-        options.data,
+    read = partial(
+        read_dataset,
         format=options.format,
         prompt=options.prompt,
         columns=parse_columns(options.columns),
         allow_outside=options.allow_outside,
+        allow_urls=options.allow_urls,
     )
+    dataset = read(options.data)
     check = check_dataset(
         dataset,
+        below(folder_of(options.val), read(options.val)) if options.val else None,
         val_split=options.val_split,
         seed=options.seed,
         thumbnails=MAX_CARDS if options.html else 0,
@@ -75,18 +86,20 @@ def run(options: argparse.Namespace) -> int:
     if options.model is not None:
         counted = _count_tokens(options, check)
         facts["tokens"] = counted.facts()
-        too_long = [bad_row(example, reason) for example, reason in counted.too_long for _ in example.dialogues]
-        facts["bad"] += [{"source": row.source, "line": row.line, "reason": row.reason} for row in too_long]
+        for example, reason in counted.too_long:
+            facts["bad"] += [asdict(row) for row in bad_rows(example, reason)]
+            side = facts if example.weight else facts["held_out"]
+            side["examples"] -= 1
+            side["answers"] -= len(example.dialogues)
         left_out = {example.id for example, _ in counted.too_long}
         examples = tuple(example for example in examples if example.id not in left_out)
-        facts["examples"] = len(examples)
-        facts["answers"] -= len(too_long)
     if options.json:
-        print(json.dumps(facts, ensure_ascii=False))
+        # A file name may be no UTF-8; backslashreplace writes of it what JSON reads
+        print(json.dumps(facts, ensure_ascii=False).encode("utf-8", "backslashreplace").decode())
     else:
         print("\n".join(_told(facts)))
     if options.html:
-        write_sheet(options.html, check, facts, title=Path(options.data).name)
+        write_sheet(options.html, check, facts, title=", ".join(Path(data).name for data in options.data))
         say(f"Contact sheet: {options.html}")
     if options.write_clean:
         write_clean(options.write_clean, examples, options.prompt, _counting("Examples written:"))
@@ -107,7 +120,8 @@ def _count_tokens(options: argparse.Namespace, check):
     base = load_preprocessor(options.model, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
     sizes = {ref: seen.size for ref, seen in check.seen.items()}
     progress = _counting("Examples in tokens:")
-    return count_tokens(Encoder(base), base.grid, check.examples, sizes, options.max_tokens, progress)
+    examples = check.examples + tuple(replace(example, weight=0) for example in check.held_out)  # read, not learnt
+    return count_tokens(Encoder(base), base.grid, examples, sizes, options.max_tokens, progress)
 
 
 def _told(facts: dict) -> Iterator[str]:
@@ -115,12 +129,17 @@ def _told(facts: dict) -> Iterator[str]:
     counts = f"{facts['examples']:,} examples, {facts['images']:,} images, {facts['answers']:,} answers"
     yield f"{facts['format']}: {counts}"
     if facts["columns"]:
-        yield f"taken for {facts['columns']}"
+        yield _line(f"taken for {facts['columns']}", 1000)
+    yield from (_line(source, 1000) for source in facts["sources"])
+    if held_out := facts["held_out"]["examples"]:
+        yield f"held out: {held_out:,} examples, {facts['held_out']['answers']:,} answers"
     if spread := facts["answers_per_example"]:
         yield f"answers per example: {spread['least']} to {spread['most']}, {spread['mean']} on average"
     if sizes := facts["image_sizes"]:
         named = [f"{name} {wide}x{high}" for name, (wide, high) in sizes.items()]
         yield f"image sizes: {', '.join(named)}"
+    if frames := facts["several_frames"]:
+        yield f"animations and the like, of which only the first picture is taken: {frames:,}"
     if facts["scripts"]:
         yield "letters: " + ", ".join(f"{name} {share:.1%}" for name, share in facts["scripts"].items())
     cleaning = facts["cleaning"]
@@ -132,7 +151,11 @@ def _told(facts: dict) -> Iterator[str]:
         yield from (f"  {times:,} times: {_line(text)}" for text, times in facts["repeated"])
     yield from _told_of(facts["duplicates"], "images that are there more than once", " = ")
     yield from _told_of(facts["near_duplicates"], "pairs of images that look alike", " ~ ")
-    yield from _told_of(facts["leaks"], "of them with one in training and one held out", " | ")
+    if facts["near_duplicates"]["cut"]:
+        yield "  the search for them ended there; there may be more"
+    yield from _told_of(
+        facts["leaks"], "pairs of images, one in training and one held out, that are one or alike", " | "
+    )
     if tokens := facts.get("tokens"):
         yield from _told_tokens(tokens)
     for row in facts["bad"]:
@@ -156,7 +179,7 @@ def _told_tokens(tokens: dict) -> Iterator[str]:
         least, median, most = images["least"], images["median"], images["most"]
         yield f"tokens of an image: {least:,} to {most:,}, half of them {median:,} or less"
     yield f"tokens of an epoch: {tokens['packed']:,}, {tokens['learnt']:,} of them learnt"
-    times = tokens["separate"] / tokens["packed"]
+    times = tokens["separate"] / max(1, tokens["packed"])
     yield f"with a sequence for each answer it would be {times:.1f} times that"
     shown = "".join(f"»{part['text']}«" if part["learnt"] else part["text"] for part in tokens["sample"])
     yield "the first example as the model reads it, what is learnt »marked«:"

@@ -10,15 +10,15 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
 from PIL import Image
 
 from vlm_lora.data.example import Example, ImageRef
-from vlm_lora.data.images import content_hash, load_image
-from vlm_lora.data.readers import BadRow, Dataset, bad_row
+from vlm_lora.data.images import SEVERAL_FRAMES, content_hash, load_image
+from vlm_lora.data.readers import BadRow, Dataset, bad_rows
 from vlm_lora.data.split import split_examples
 from vlm_lora.data.texts import clean_text
 from vlm_lora.errors import DataError
@@ -29,6 +29,8 @@ NEAR_COLOUR = 10.0
 """their 9x8 miniatures differ by at most this, of 255, on average: by the hash alone flat images are one."""
 MAX_PAIRS = 100_000
 """The search for near-duplicates ends with so many pairs: pictures of one plain colour all look alike."""
+SAMPLE = (288, 256)
+"""Width and height, in pixels, of what is looked at of a picture in the search for near-duplicates."""
 LISTED = 10
 """So many of a kind are listed; the count is always that of all."""
 THUMBNAIL = 160
@@ -48,22 +50,27 @@ class Seen:
     """9x8 RGB."""
     thumbnail: bytes = b""
     """JPEG, where one was asked for."""
+    several_frames: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """All that was found. `examples` are those that can be used: no image of theirs is bad."""
+    """All that was found. `examples` and `held_out` are those that can be used: no image of theirs is bad."""
 
     dataset: Dataset
     examples: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    """Of the second data set, where there is one."""
     seen: dict[ImageRef, Seen]
     bad: tuple[BadRow, ...]
     duplicates: tuple[tuple[str, ...], ...]
     """Names of images with the same bytes."""
     near: tuple[tuple[str, str], ...]
-    """Pairs of names; the search ends at MAX_PAIRS."""
+    """Pairs of names."""
+    near_cut: bool
+    """Whether the search for `near`, and so for `leaks`, ended at MAX_PAIRS."""
     leaks: tuple[tuple[str, str], ...]
-    """The pairs of `near` with one image in training and one in validation."""
+    """Pairs of images that are one or look alike, the first in training and the second held out."""
     cleaned: Counter
     """How many texts `clean_text` changes, by the reason; under "texts" how many in all."""
 
@@ -78,13 +85,16 @@ class Check:
             "examples": len(self.examples),
             "images": len(sizes),
             "answers": len(said),
-            "bad": [{"source": row.source, "line": row.line, "reason": row.reason} for row in self.bad],
+            "sources": self.dataset.parts,
+            "held_out": {"examples": len(self.held_out), "answers": sum(len(e.dialogues) for e in self.held_out)},
+            "bad": [asdict(row) for row in self.bad],
             "answers_per_example": _spread(len(e.dialogues) for e in self.examples),
             "image_sizes": {"smallest": sizes[0], "median": sizes[len(sizes) // 2], "largest": sizes[-1]}
             if sizes
             else {},
+            "several_frames": sum(look.several_frames for look in self.seen.values()),
             "duplicates": {"count": len(self.duplicates), "first": self.duplicates[:LISTED]},
-            "near_duplicates": {"count": len(self.near), "first": self.near[:LISTED]},
+            "near_duplicates": {"count": len(self.near), "first": self.near[:LISTED], "cut": self.near_cut},
             "leaks": {"count": len(self.leaks), "first": self.leaks[:LISTED]},
             "repeated": [[text, times] for text, times in repeated.most_common(LISTED) if times > 1],
             "scripts": scripts(turn.assistant for d in said for turn in d.turns),
@@ -94,6 +104,7 @@ class Check:
 
 def check_dataset(
     dataset: Dataset,
+    held_out: Dataset | None = None,
     *,
     val_split: float = 0.0,
     seed: int = 0,
@@ -103,41 +114,45 @@ def check_dataset(
     """Look at every image once, in threads (Pillow decodes without Python's lock), and every text.
 
     Args:
-        val_split: also say which near-duplicates `split_examples` would put on both sides; 0 for no split.
+        held_out: read it too, and say which of its images are in `dataset`, or look like one there.
+        val_split: without `held_out`, say which near-duplicates `split_examples` would put on both sides.
         thumbnails: so many examples, spread evenly, keep a small copy of their image.
     """
     every = max(1, len(dataset.examples) // thumbnails) if thumbnails else 0
     shown = {ref for e in (dataset.examples[::every] if every else ()) for ref in e.images[:1]}
-    refs = list(dict.fromkeys(ref for e in dataset.examples for ref in e.images))
+    both = dataset.examples + (held_out.examples if held_out else ())
+    refs = list(dict.fromkeys(ref for e in both for ref in e.images))
     seen: dict[ImageRef, Seen] = {}
     for look in _in_threads(lambda ref: look_at(ref, thumbnail=ref in shown), refs):
         seen[look.ref] = look
         progress(len(seen), len(refs))
-    bad, good, cleaned = list(dataset.bad), [], Counter({"texts": 0})
-    for example in dataset.examples:
-        errors = [seen[ref].error for ref in example.images if seen[ref].error]
-        errors += _empty_when_clean(example)
-        if errors:
-            bad += [bad_row(example, errors[0]) for _ in example.dialogues]
+    bad = list(dataset.bad + (held_out.bad if held_out else ()))
+    train, held, cleaned = [], [], Counter({"texts": 0})
+    for number, example in enumerate(both):
+        if errors := [seen[ref].error for ref in example.images if seen[ref].error]:
+            bad += bad_rows(example, errors[0])
         else:
-            good.append(example)
+            (train if number < len(dataset.examples) else held).append(example)
             for text in _texts(example):
                 reasons = clean_text(text)[1]
                 cleaned.update(reasons)
                 cleaned["texts"] += bool(reasons)
     looks = [look for look in seen.values() if not look.error]
-    near = near_duplicates(looks)
-    leaks = _leaks(near, good, seen, val_split, seed) if val_split else []
+    near, near_cut = near_duplicates(looks)
+    sides = _split(train, seen, val_split, seed) if val_split and held_out is None else (train, held)
+    leaks = _leaks(near, sides, seen)
     by_hash: dict[str, list[str]] = {}
     for look in looks:
         by_hash.setdefault(look.sha256, []).append(look.ref.name)
     return Check(
         dataset=dataset,
-        examples=tuple(good),
+        examples=tuple(train),
+        held_out=tuple(held),
         seen=seen,
         bad=tuple(bad),
         duplicates=tuple(tuple(names) for names in by_hash.values() if len(names) > 1),
         near=tuple((a.ref.name, b.ref.name) for a, b in near),
+        near_cut=near_cut,
         leaks=tuple((a.ref.name, b.ref.name) for a, b in leaks),
         cleaned=cleaned,
     )
@@ -147,25 +162,31 @@ def look_at(ref: ImageRef, *, thumbnail: bool = False) -> Seen:
     """One image, read and decoded. Never raises for a bad one: `Seen.error` says what is wrong."""
     try:
         data = ref.read_bytes()
-        image = load_image(replace(ref, embedded=_Bytes(data)))  # under its name, without reading it again
+        image = load_image(data, name=ref.name)
     except DataError as error:
         return Seen(ref, str(error))
-    miniature = image.resize((9, 8), Image.Resampling.BOX, reducing_gap=1.0).tobytes()
+    # Of a large picture a thousand pixels do for each of the 72 places: to look at all costs a fifth of decoding
+    sample = image.resize(SAMPLE, Image.Resampling.NEAREST) if min(image.size) > max(SAMPLE) else image
+    miniature = sample.resize((9, 8), Image.Resampling.BOX, reducing_gap=1.0).tobytes()
     small = b""
     if thumbnail:
         small_image, out = image.copy(), io.BytesIO()
         small_image.thumbnail((THUMBNAIL, THUMBNAIL))
         small_image.save(out, "JPEG", quality=80)
         small = out.getvalue()
-    return Seen(ref, None, image.size, ref.sha256 or content_hash(data), miniature, small)
+    frames = SEVERAL_FRAMES in image.info
+    return Seen(ref, None, image.size, ref.sha256 or content_hash(data), miniature, small, frames)
 
 
-def near_duplicates(looks: Sequence[Seen]) -> list[tuple[Seen, Seen]]:
-    """Pairs that look alike but differ in their bytes: a picture saved again, scaled, a little brighter."""
+def near_duplicates(looks: Sequence[Seen]) -> tuple[list[tuple[Seen, Seen]], bool]:
+    """Pairs that look alike but differ in their bytes: a picture saved again, scaled, a little brighter.
+
+    And whether the search ended at MAX_PAIRS.
+    """
     import numpy as np
 
     if len(looks) < 2:
-        return []
+        return [], False
     minis = np.frombuffer(b"".join(look.miniature for look in looks), np.uint8).reshape(len(looks), 8, 9, 3)
     grey = minis @ np.array([0.299, 0.587, 0.114], np.float32)
     # dHash: whether each of 8x8 places is darker than its right neighbour; scale and contrast do not matter
@@ -193,7 +214,7 @@ def near_duplicates(looks: Sequence[Seen]) -> list[tuple[Seen, Seen]]:
         if len(found) >= MAX_PAIRS:
             break
     pairs = [(looks[a], looks[b]) for a, b in sorted(found)]
-    return [(a, b) for a, b in pairs if a.sha256 != b.sha256]
+    return [(a, b) for a, b in pairs if a.sha256 != b.sha256], len(found) >= MAX_PAIRS
 
 
 def _groups_with_equal_bits(bits: Any) -> Iterator[Any]:
@@ -206,8 +227,9 @@ def _groups_with_equal_bits(bits: Any) -> Iterator[Any]:
     for shift in range(0, 64, 13):  # NEAR_BITS + 1 bands
         band = (bits >> np.uint64(shift)) & np.uint64((1 << 13) - 1)
         order = np.argsort(band, kind="stable")
-        borders = np.nonzero(np.diff(band[order]))[0] + 1
-        yield from (group for group in np.split(order, borders) if len(group) > 1)
+        borders = np.concatenate([[0], np.nonzero(np.diff(band[order]))[0] + 1, [len(order)]])
+        for which in np.nonzero(np.diff(borders) > 1)[0]:
+            yield order[borders[which] : borders[which + 1]]
 
 
 def scripts(texts: Iterable[str]) -> dict[str, float]:
@@ -229,20 +251,17 @@ def _script(letter: str) -> str | None:
     return unicodedata.name(letter, "other").split()[0].split("-")[0].lower() if letter.isalpha() else None
 
 
-@dataclass(frozen=True, slots=True)
-class _Bytes:
-    data: bytes
-
-    def read(self) -> bytes:
-        return self.data
-
-
 def _in_threads(work: Callable[[ImageRef], Seen], refs: Sequence[ImageRef]) -> Iterator[Seen]:
-    """Results in order. A chunk at a time, so that a stop (Ctrl-C) need not wait for all of the rest."""
+    """Results in order. A part at a time, so that a stop (Ctrl-C) need not wait for all of the rest."""
     workers = min(32, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(refs), 64 * workers):
-            yield from pool.map(work, refs[start : start + 64 * workers])
+            part = refs[start : start + 64 * workers]
+            chunks = [
+                part[at : at + 8] for at in range(0, len(part), 8)
+            ]  # handing one over costs as much as a thumbnail
+            for looks in pool.map(lambda chunk: [work(ref) for ref in chunk], chunks):
+                yield from looks
 
 
 def _texts(example: Example) -> Iterator[str]:
@@ -252,28 +271,29 @@ def _texts(example: Example) -> Iterator[str]:
         yield from dialogue.accepted
 
 
-def _empty_when_clean(example: Example) -> list[str]:
-    if all(clean_text(text)[0] for text in _texts(example)):
-        return []
-    return ["has a text of nothing but control characters and white space; write one, or remove the row"]
-
-
-def _leaks(
-    near: list[tuple[Seen, Seen]],
-    examples: Sequence[Example],
-    seen: dict[ImageRef, Seen],
-    fraction: float,
-    seed: int,
-) -> list[tuple[Seen, Seen]]:
+def _split(
+    examples: Sequence[Example], seen: dict[ImageRef, Seen], fraction: float, seed: int
+) -> tuple[list[Example], list[Example]]:
     hashed = [  # so that the split reads no image a second time
         replace(e, images=tuple(replace(ref, sha256=seen[ref].sha256) for ref in e.images)) for e in examples
     ]
     try:
-        _, held_out = split_examples(hashed, fraction, seed)
+        _, held = split_examples(hashed, fraction, seed)
     except DataError:  # all images are of one group, which no split parts
-        return []
-    held = {ref.sha256 for example in held_out for ref in example.images}
-    return [(a, b) for a, b in near if (a.sha256 in held) != (b.sha256 in held)]
+        held = []
+    held_ids = {example.id for example in held}
+    return [e for e in examples if e.id not in held_ids], [e for e in examples if e.id in held_ids]
+
+
+def _leaks(
+    near: list[tuple[Seen, Seen]], sides: Sequence[Sequence[Example]], seen: dict[ImageRef, Seen]
+) -> list[tuple[Seen, Seen]]:
+    """Pairs (in training, held out): the same bytes, which a split of ours never has, then lookalikes."""
+    train, held = ({seen[ref].sha256: seen[ref] for e in side for ref in e.images} for side in sides)
+    pairs = [(train[key], held[key]) for key in held if key in train]
+    for pair in near:
+        pairs += [(a, b) for a, b in (pair, pair[::-1]) if a.sha256 in train and b.sha256 in held]
+    return pairs
 
 
 def _spread(numbers: Iterable[int]) -> dict[str, float]:

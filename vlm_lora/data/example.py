@@ -2,7 +2,7 @@
 
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +26,7 @@ def read_regular_file(path: Path, name: str) -> bytes:
                 raise DataError(f"{name!r} is not a regular file; expected an image file")
             if found.st_size > MAX_FILE_BYTES:
                 raise DataError(f"{name!r} has {found.st_size:,} bytes, the limit is {MAX_FILE_BYTES:,}; shrink it")
-            return file.read(MAX_FILE_BYTES)
+            return file.read(max(found.st_size, 65536) + 1)  # Python sets aside as much as it is asked for, at once
     except OSError as error:  # a directory, a bad disk
         raise DataError(f"{name!r} cannot be read: {error.strerror or error}; expected an image file") from error
 
@@ -35,6 +35,27 @@ class ByteSource(Protocol):
     """Where an image lies inside another file (a Parquet cell, a member of a tar). Hashable, picklable."""
 
     def read(self) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FilePart:
+    """An image as it lies in a larger file: a member of an uncompressed tar, one of many that were fetched."""
+
+    path: Path
+    name: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.size)
+        except OSError as error:
+            raise DataError(f"{self.path.name}: cannot be read: {error.strerror or error}") from error
+        if len(data) < self.size:
+            raise DataError(f"{self.path.name}: {self.name!r} is cut off; copy or download it again")
+        return data
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +95,8 @@ class Dialogue:
     """Type of the question, where the data has one ("yes/no", "colour")."""
     accepted: tuple[str, ...] = ()
     """All human answers to the last turn where the data has several, else empty."""
+    source: str = field(default="", compare=False)
+    """`file:line` of its row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +108,5 @@ class Example:
     dialogues: tuple[Dialogue, ...]
     source: str
     """`file:line` of the first row that named these images."""
+    weight: int = 1
+    """How often each of its dialogues is learnt from in an epoch."""

@@ -8,8 +8,11 @@ import io
 import os
 import re
 import stat
+from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError
@@ -30,6 +33,7 @@ IMAGE_SUFFIXES = frozenset(
     )
 )
 
+SEVERAL_FRAMES = "several_frames"
 _UPRIGHT = {  # EXIF orientation -> what brings the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -48,24 +52,39 @@ def content_hash(data: bytes) -> str:
 
 
 def load_image(
-    source: ImageRef | Path | str | bytes | Image.Image, *, max_decoded_pixels: int = MAX_DECODED_PIXELS
+    source: ImageRef | Path | str | bytes | Image.Image,
+    *,
+    name: str | None = None,
+    max_decoded_pixels: int = MAX_DECODED_PIXELS,
 ) -> Image.Image:
     """Upright RGB image of any size from 1x1, without metadata (so that nobody rotates it a second time).
 
+    But `info[SEVERAL_FRAMES]` is there where it is the first one of several.
+
     Transparency is composited on white; 16-bit and float images are scaled to 8 bits, not clipped; of an
     animation the first frame is taken. Raises DataError, with the image's name, for whatever is not a whole
-    image of at most `max_decoded_pixels` (checked before decoding; Pillow itself refuses 178 megapixels).
+    image of at most `max_decoded_pixels` (checked before decoding; Pillow itself refuses 178 megapixels). `name` is
+    that of bytes, which have none.
     """
     if isinstance(source, Image.Image):
         return _decode(source, getattr(source, "filename", "") or "the image", max_decoded_pixels)
     if isinstance(source, bytes):
-        return _open(source, f"the image ({len(source):,} bytes)", max_decoded_pixels)
+        return _open(source, repr(name) if name else f"the image ({len(source):,} bytes)", max_decoded_pixels)
     if isinstance(source, ImageRef):
         return _open(source.read_bytes(), repr(source.name), max_decoded_pixels)
     return _open(read_regular_file(Path(source), str(source)), repr(str(source)), max_decoded_pixels)
 
 
-def _open(data: bytes, name: str, limit: int) -> Image.Image:
+def image_size(data: bytes, name: str) -> tuple[int, int]:
+    """Width and height that `load_image` gives for these encoded bytes, from their header; hardly anything is decoded.
+
+    Raises DataError for what is no image, or too large a one. Damage behind the header goes unnoticed.
+    """
+    return _open(data, repr(name), MAX_DECODED_PIXELS, _measure)
+
+
+def _open(data: bytes, name: str, limit: int, take: Callable[[Image.Image, str, int], Any] | None = None) -> Any:
+    """What ``take`` makes of the opened image; by default it is decoded."""
     formats = FORMATS
     if not data:
         raise DataError(f"{name} is empty (0 bytes); copy or download it again")
@@ -77,7 +96,7 @@ def _open(data: bytes, name: str, limit: int) -> Image.Image:
         formats = (*FORMATS, "HEIF")
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
-            return _decode(image, name, limit)
+            return (take or _decode)(image, name, limit)
     except UnidentifiedImageError:
         raise DataError(
             f"{name} is not an image that can be read (it starts with {data[:12]!r}); expected " + ", ".join(FORMATS)
@@ -91,23 +110,41 @@ def _open(data: bytes, name: str, limit: int) -> Image.Image:
         raise _damaged(name, error) from error
 
 
-def _decode(image: Image.Image, name: str, limit: int) -> Image.Image:
+def _check_size(image: Image.Image, name: str, limit: int) -> None:
     width, height = image.size
     if width * height > limit:
         raise _too_large(name, f"{width}x{height} = {width * height / 1e6:,.0f}", limit)
     if width * height == 0:
         raise DataError(f"{name} has no pixels ({width}x{height})")
+
+
+def _measure(image: Image.Image, name: str, limit: int) -> tuple[int, int]:
+    _check_size(image, name, limit)
+    if image.format == "TIFF":  # turned upright, and its orientation forgotten, while it is decoded
+        return _decode(image, name, limit).size
+    width, height = image.size
+    return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def _decode(image: Image.Image, name: str, limit: int) -> Image.Image:
+    _check_size(image, name, limit)
     try:
         image.load()
         turn = _UPRIGHT.get(_orientation(image))
-        image = _to_rgb(image, name)
+        rgb = _to_rgb(image, name)
     except DataError:
         raise
     except Exception as error:
         raise _damaged(name, error) from error
-    image = image.transpose(turn) if turn is not None else image
-    image.info = {}
-    return image
+    rgb = rgb.transpose(turn) if turn is not None else rgb
+    rgb.info = {SEVERAL_FRAMES: True} if _has_several_frames(image) else {}
+    return rgb
+
+
+def _has_several_frames(image: Image.Image) -> bool:
+    with suppress(Exception):  # damage behind the frame that was read is no damage to it
+        return bool(getattr(image, "is_animated", False))
+    return False
 
 
 def _orientation(image: Image.Image) -> int:
@@ -165,30 +202,45 @@ def _damaged(name: str, error: Exception) -> DataError:
     return DataError(f"{name} is damaged or cut off ({error or type(error).__name__}); copy or download it again")
 
 
-def find_image(name: object, root: Path, folders: tuple[Path, ...] = (), *, allow_outside: bool = False) -> ImageRef:
+def find_image(
+    name: object,
+    root: Path,
+    folders: tuple[Path, ...] = (),
+    *,
+    allow_outside: bool = False,
+    fetch: Callable[[str], ImageRef] | None = None,
+) -> ImageRef:
     """The image that `name`, as written in the data, means.
 
     Args:
         root: The resolved folder that images may not leave.
         folders: Where a relative name is looked for, the first that has it; `(root,)` where left out.
+        fetch: What gets an image from the web; without it URLs are refused.
 
     Raises DataError if it is missing, a URL, outside of `root` (also by a symlink), or no regular file.
     """
     if not isinstance(name, str) or not name.strip():
         raise DataError(f"expected the file name of an image, found {name!r}")
     plain = unquote(name[7:]) if name.startswith("file:///") else name
+    if fetch and is_web_address(plain):
+        return fetch(plain)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", plain):  # two letters or more: C:\ is a drive
-        raise DataError(f"{name[:200]!r} is a URL, which is not fetched; download it and write its file name here")
+        how = "download it and write its file name here" + (", or pass --allow-urls" if is_web_address(plain) else "")
+        raise DataError(f"{name[:200]!r} is a URL, which is not fetched; {how}")
     folders = folders or (root,)
     try:
         plain.encode("utf-8")  # a name of other bytes may exist, but could be neither printed nor written to a report
-        candidates = [folder / plain for folder in folders]
-        path = next((c for c in candidates if os.path.lexists(c)), None)
+        path = next((p for p in (os.path.join(folder, plain) for folder in folders) if os.path.lexists(p)), None)
         if path is None:
             looked = ", ".join(dict.fromkeys(f"{f.relative_to(root).as_posix()}/" for f in folders))
             raise DataError(f"there is no file {name!r} (looked in {looked} of the data folder)")
-        real = Path(os.path.realpath(path, strict=True))
-        found = os.stat(real)
+        found = os.lstat(path)
+        if stat.S_ISREG(found.st_mode):  # only what is above it may still be a link: one look-up for a whole folder
+            above, own = os.path.split(path)
+            real = os.path.join(real_folder(above), own)
+        else:
+            real = os.path.realpath(path, strict=True)
+            found = os.stat(real)
     except (
         OSError,
         ValueError,
@@ -196,9 +248,20 @@ def find_image(name: object, root: Path, folders: tuple[Path, ...] = (), *, allo
     ) as error:  # NUL in the name, too long, loop of symlinks, dangling one
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{name[:200]!r} cannot be opened: {reason}; check the name and what it points to") from None
-    if not allow_outside and not real.is_relative_to(root):
+    if not allow_outside and not real.startswith(os.path.join(root, "")) and real != str(root):
         raise DataError(f"{name!r} lies outside of the data folder; move it there, or pass --allow-outside to trust it")
     if not stat.S_ISREG(found.st_mode):
         what = "a folder" if stat.S_ISDIR(found.st_mode) else "a device, a pipe or a socket"
         raise DataError(f"{name!r} is {what}; expected an image file")
-    return ImageRef(path=real, name=name, size=found.st_size)
+    return ImageRef(path=Path(real), name=name, size=found.st_size)
+
+
+@lru_cache(maxsize=64)
+def real_folder(folder: str) -> str:
+    """The folder without links; to be forgotten (`cache_clear`) when data are read anew."""
+    return os.path.realpath(folder, strict=True)
+
+
+def is_web_address(name: object) -> bool:
+    """Whether this is a name of something on the web."""
+    return isinstance(name, str) and re.match(r"https?://", name, re.IGNORECASE) is not None

@@ -29,7 +29,7 @@ def write_sheet(path: Path, check: Check, facts: dict[str, Any], *, title: str) 
     ]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        page = PAGE.format(title=escape(title), body="\n".join(body))
+        page = PAGE.format(title=escape(title), style=STYLE, body="\n".join(body))
         path.write_text(page, encoding="utf-8", errors="replace")  # a file name may hold half a surrogate pair
     except OSError as error:
         raise DataError(f"--html {path}: cannot be written: {error.strerror or error}") from error
@@ -57,7 +57,7 @@ def _picture(look: Seen) -> str:
     return f'<img alt="{escape(look.ref.name)}" src="data:image/jpeg;base64,{data}">'
 
 
-PAGE = """<!DOCTYPE html>
+HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -67,17 +67,24 @@ PAGE = """<!DOCTYPE html>
 <meta name="color-scheme" content="light dark">
 <title>{title}</title>
 <style>
-body {{ font: 15px/1.4 system-ui, sans-serif; margin: 1.5rem; overflow-wrap: anywhere }}
-main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(22rem, 1fr)); gap: 1rem }}
-article {{ display: flex; gap: .8rem; border: 1px solid #8886; border-radius: 6px; padding: .6rem }}
-img {{ max-width: 160px; align-self: start }}
-p {{ margin: .3rem 0; white-space: pre-line }}
-q, small {{ opacity: .7 }}
-td {{ padding: 0 .8rem .2rem 0; vertical-align: top }}
-</style>
+{style}</style>
 </head>
-<body>
+"""
+"""How each page of ours begins: it loads nothing and runs nothing."""
+
+STYLE = """body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5rem; overflow-wrap: anywhere }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(22rem, 1fr)); gap: 1rem }
+article { display: flex; gap: .8rem; border: 1px solid #8886; border-radius: 6px; padding: .6rem }
+img { max-width: 160px; align-self: start }
+p { margin: .3rem 0; white-space: pre-line }
+q, small { opacity: .7 }
+td { padding: 0 .8rem .2rem 0; vertical-align: top }
+"""
+PAGE = (
+    HEAD
+    + """<body>
 {body}
 </body>
 </html>
 """
+)

@@ -4,9 +4,16 @@ import re
 import unicodedata
 
 # Not U+200C to U+200F and the like (category Cf): they join emoji and shape Persian and Hindi words.
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff]")
+_CONTROLS = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff"
+_CONTROL = re.compile(f"[{_CONTROLS}]")
+_VISIBLE = re.compile(rf"[^\s{_CONTROLS}]")
 _LINE_END = re.compile(r"\r\n?|\x85|\u2028|\u2029")
 _SPACES = re.compile(r"[^\S\n]+")
+
+
+def is_blank(text: str) -> bool:
+    """Whether cleaning leaves nothing of the text."""
+    return _VISIBLE.search(text) is None
 
 
 def clean_text(text: str) -> tuple[str, tuple[str, ...]]:

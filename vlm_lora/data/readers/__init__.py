@@ -8,19 +8,21 @@ an image: that it is a regular file inside of the data is all that is checked.
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vlm_lora.data.example import ImageRef
-from vlm_lora.data.images import find_image
+from vlm_lora.data.fetch import fetch_image
+from vlm_lora.data.images import find_image, real_folder
 from vlm_lora.data.readers import coco, folders, hub, shards, tables
-from vlm_lora.data.readers.gather import BadRow, Dataset, Said, bad_row, gather
+from vlm_lora.data.readers.gather import BadRow, Dataset, Said, bad_rows, below, gather, join
 from vlm_lora.data.readers.rows import SHAPES, RowReader, check_columns
 from vlm_lora.errors import ConfigError, DataError
 
-__all__ = ["FORMATS", "BadRow", "Dataset", "bad_row", "read_dataset"]
+__all__ = ["FORMATS", "BadRow", "Dataset", "bad_rows", "below", "folder_of", "read_dataset"]
 
 FORMATS = {
     "imagefolder": "a folder with metadata.jsonl, metadata.csv or metadata.parquet: file_name, text",
@@ -35,24 +37,30 @@ FORMATS = {
     "csv": "rows under a header, .csv",
     "tsv": "rows under a header, .tsv",
     "parquet": "rows with images inside or beside, .parquet (one, or train-*.parquet)",
-    "hub": "a data set of the Hugging Face hub: hf:owner/name, hf:owner/name:split",
+    "hub": "a data set of the Hugging Face hub: hf:owner/name, hf:owner/name:split, hf-stream:owner/name:split[:1000]",
     "webdataset": "uncompressed .tar shards: images, each with a .txt or .json of its name",
 }
 CONTAINERS = {"csv": ".csv", "tsv": ".tsv", "parquet": ".parquet", "webdataset": ".tar"}
+MAX_WEIGHT = 1000
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "pictures", "photos", "train", "val")
 IMAGE_FOLDERS += ("train2014", "val2014", "train2017", "val2017")
+Fetch = Callable[[str], ImageRef] | None
 
 
 def read_dataset(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     *,
     format: str | None = None,
     prompt: str,
     columns: dict[str, str] | None = None,
     allow_outside: bool = False,
+    allow_urls: bool = False,
 ) -> Dataset:
     """All of `path`: a folder, a file, or a hub name (`hf:owner/name`, or `owner/name` that is no path).
+
+    Or several of these, each perhaps with a weight behind it, `photos:2`: so often each of its answers is learnt
+    from in an epoch, a whole number, so that none is left out and none is more by chance.
 
     The format is found out by looking where `format` is None.
 
@@ -64,6 +72,7 @@ def read_dataset(
         prompt: The instruction that captions answer.
         columns: Our name (image, caption, question, answer, kind, ...) -> the data's, where that is unusual.
         allow_outside: Take images outside of the data's folder too (`..`, absolute names, symlinks).
+        allow_urls: Download images that are named by an http:// or https:// address, one after the other.
 
     Raises DataError where nothing is recognised, or more than one thing; ConfigError for an unknown format or
     key of `columns`. A bad row never raises: it becomes a BadRow.
@@ -72,16 +81,49 @@ def read_dataset(
     check_columns(columns)
     if format is not None and format not in FORMATS:
         raise ConfigError(f"--format {format}: unknown; expected one of {', '.join(FORMATS)}")
-    if format in (None, "hub") and hub.is_hub_name(str(path)):
-        name, found = hub.read_hub(str(path))
-        said, note = _understood(name, found, RowReader(prompt, hub.find_in_row, columns))
+    fetch = fetch_image if allow_urls else None
+    sources = [path] if isinstance(path, str | Path) else list(path)
+    weighed = [_weighed(source) for source in sources]
+    if twice := sorted({place for place, _ in weighed if [p for p, _ in weighed].count(place) > 1}):
+        raise ConfigError(f"{twice[0]!r} is given twice; to learn from it twice an epoch, say {twice[0]}:2")
+    found = [_read(place, format, prompt, columns, allow_outside, fetch) for place, _ in weighed]
+    if len(found) == 1 and weighed[0][1] == 1:
+        return found[0]
+    return join((place, folder_of(place), weight, part) for (place, weight), part in zip(weighed, found, strict=True))
+
+
+def _weighed(source: str | Path) -> tuple[str, int]:
+    """`photos:2` as ("photos", 2); what is there under the whole name has no weight."""
+    place, colon, weight = str(source).rpartition(":")
+    if not colon or not re.fullmatch(r"-?[\d.]+", weight) or os.path.lexists(source):
+        return str(source), 1
+    if not weight.isdecimal() or not 1 <= int(weight) <= MAX_WEIGHT:
+        raise ConfigError(
+            f"{str(source)!r}: the weight is how often each answer is seen in an epoch, a whole number from 1 to "
+            f"{MAX_WEIGHT}; found {weight}"
+        )
+    return place, int(weight)
+
+
+def folder_of(place: str) -> str:
+    """What goes in front of a source's names where there are several; a hub's rows are named by it already."""
+    path = Path(place)
+    return "" if hub.is_hub_name(place) else (path if path.is_dir() else path.parent).as_posix()
+
+
+def _read(
+    path: str, format: str | None, prompt: str, columns: dict[str, str], allow_outside: bool, fetch: Fetch
+) -> Dataset:
+    if format in (None, "hub") and hub.is_hub_name(path):
+        name, found = hub.read_hub(path)
+        said, note = _understood(name, found, RowReader(prompt, partial(hub.find_in_row, fetch=fetch), columns))
         return replace(gather("hub", said), note=note)
     path = Path(path)
     try:
         if not path.exists():
             raise DataError(f"{str(path)!r}: there is no such folder or file; check the name")
         path = path.resolve()
-        reading = _Reading(path, prompt, columns, allow_outside)
+        reading = _Reading(path, prompt, columns, allow_outside, fetch)
         if not path.is_dir() and not path.is_file():
             raise DataError(f"{path.name}: is not a regular file; expected a folder or one of {_suffixes()}")
         dataset = (_read_folder if path.is_dir() else _read_file)(path, format, reading)
@@ -94,11 +136,12 @@ def read_dataset(
 class _Reading:
     """What holds for one call: the root that images may not leave, where they are looked for."""
 
-    def __init__(self, path: Path, prompt: str, columns: dict[str, str], allow_outside: bool):
+    def __init__(self, path: Path, prompt: str, columns: dict[str, str], allow_outside: bool, fetch: Fetch):
+        real_folder.cache_clear()
         self.root = path if path.is_dir() else path.parent
         if path.is_file() and self.root.name == "annotations":  # COCO's own layout has images beside it
             self.root = self.root.parent
-        self.prompt, self.columns, self.allow_outside = prompt, columns, allow_outside
+        self.prompt, self.columns, self.allow_outside, self.fetch = prompt, columns, allow_outside, fetch
         self.folders: tuple[Path, ...] = (self.root,)
         self.found: dict[str, ImageRef] = {}
         self.asked: set[str] = set()
@@ -120,7 +163,7 @@ class _Reading:
             return self.found[value]
         if isinstance(value, str):
             self.asked.add(value)
-        ref = find_image(value, self.root, self.folders, allow_outside=self.allow_outside)
+        ref = find_image(value, self.root, self.folders, allow_outside=self.allow_outside, fetch=self.fetch)
         self.found[value] = ref
         return ref
 

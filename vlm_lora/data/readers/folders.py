@@ -40,13 +40,14 @@ def _is_hidden(name: str) -> bool:
 
 def is_image_name(path: Path) -> bool:
     """Whether the name promises an image; what is inside, `load_image` finds out."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(path.name)
+    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES and not _is_hidden(path.name)
 
 
 def has_sidecars(files: list[Path]) -> bool:
     """Whether at least one image has a caption file of its own name."""
-    stems = {f.with_suffix("") for f in files if f.suffix.lower() in CAPTION_SUFFIXES}
-    return any(is_image_name(f) and f.with_suffix("") in stems for f in files)
+    parts = [os.path.splitext(f) for f in files]
+    stems = {stem for stem, suffix in parts if suffix.lower() in CAPTION_SUFFIXES}
+    return any(stem in stems and is_image_name(f) for f, (stem, _) in zip(files, parts, strict=True))
 
 
 def read_sidecars(root: Path, files: list[Path], prompt: str, *, allow_outside: bool) -> Iterator[Said | BadRow]:
@@ -55,20 +56,21 @@ def read_sidecars(root: Path, files: list[Path], prompt: str, *, allow_outside: 
     BadRows: an image without one or with two (`a.txt`, `a.caption`), two images with the same one (`a.jpg`,
     `a.png`), a caption file without an image.
     """
-    images: dict[Path, list[Path]] = {}
-    captions: dict[Path, list[Path]] = {}
+    images: dict[str, list[Path]] = {}
+    captions: dict[str, list[Path]] = {}
     for path in files:
+        stem, suffix = os.path.splitext(path)
         if is_image_name(path):
-            images.setdefault(path.with_suffix(""), []).append(path)
-        elif path.suffix.lower() in CAPTION_SUFFIXES:
-            captions.setdefault(path.with_suffix(""), []).append(path)
+            images.setdefault(stem, []).append(path)
+        elif suffix.lower() in CAPTION_SUFFIXES:
+            captions.setdefault(stem, []).append(path)
     for stem, of_stem in images.items():
         texts = captions.pop(stem, [])
         for path in of_stem:
             name = path.relative_to(root).as_posix()
             try:
                 if not texts:
-                    raise DataError(f"has no caption; expected {stem.name + '.txt'!r} beside it")
+                    raise DataError(f"has no caption; expected {Path(stem).name + '.txt'!r} beside it")
                 if len(texts) > 1:
                     raise DataError(f"has {len(texts)} captions: {_names(texts)}; keep one")
                 if len(of_stem) > 1:

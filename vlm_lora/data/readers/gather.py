@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vlm_lora.data.example import Dialogue, Example, ImageRef
 
@@ -39,6 +40,13 @@ class Dataset:
     bad: tuple[BadRow, ...]
     note: str = ""
     """Which columns were taken for what, where the data has columns."""
+    parts: tuple[str, ...] = ()
+    """What each of several sources holds, a line each."""
+
+    @property
+    def taken_for(self) -> str:
+        """The format, and which columns were taken for what."""
+        return f"{self.format} ({self.note})" if self.note else self.format
 
     def fingerprint(self) -> str:
         """Hash (hex) of ids, texts, image names and sizes, in order. Reads no image; survives a move."""
@@ -46,7 +54,7 @@ class Dataset:
         for example in self.examples:
             images = [(ref.name, ref.sha256 or ref.size) for ref in example.images]
             dialogues = [([(t.user, t.assistant) for t in d.turns], d.kind, d.accepted) for d in example.dialogues]
-            digest.update(json.dumps([example.id, images, dialogues]).encode() + b"\n")
+            digest.update(json.dumps([example.id, images, dialogues, example.weight]).encode() + b"\n")
         return digest.hexdigest()
 
 
@@ -62,20 +70,63 @@ def gather(format: str, found: Iterable[Said | BadRow]) -> Dataset:
             bad.append(item)
         else:
             by_images.setdefault(tuple(r.sha256 or r.path for r in item.images), []).append(item)
-    examples, taken = [], set()
+    examples = []
     for rows in by_images.values():
-        first = rows[0]
-        name = id = "+".join(ref.name for ref in first.images)
-        number = 1
-        while id in taken:  # two images under one name: embedded ones called "image.jpg", or one in each of two folders
-            number += 1
-            id = f"{name}#{number}"
-        taken.add(id)
-        examples.append(Example(id, first.images, tuple(row.dialogue for row in rows), first.source))
-    return Dataset(format, tuple(examples), tuple(bad))
+        name = "+".join(ref.name for ref in rows[0].images)
+        dialogues = tuple(replace(row.dialogue, source=row.source) for row in rows)
+        examples.append(Example(name, rows[0].images, dialogues, rows[0].source))
+    return Dataset(format, with_ids(examples), tuple(bad))
 
 
-def bad_row(example: Example, reason: str) -> BadRow:
-    """A row of an example as bad, at the place where the example was first named."""
-    source, _, line = example.source.rpartition(":")
-    return BadRow(source, int(line), reason) if line.isdecimal() else BadRow(example.source, None, reason)
+def with_ids(examples: Iterable[Example]) -> tuple[Example, ...]:
+    """No id twice: two images may have one name, embedded ones called "image.jpg", or one in each of two folders."""
+    found: dict[str, Example] = {}
+    times: Counter = Counter()
+    for example in examples:
+        id = example.id
+        while id in found:
+            times[example.id] += 1
+            id = f"{example.id}#{times[example.id] + 1}"
+        found[id] = example if id == example.id else replace(example, id=id)
+    return tuple(found.values())
+
+
+def join(sources: Iterable[tuple[str, str, int, Dataset]]) -> Dataset:
+    """Several data sets as one; of each: what it is called, the folder its names are below, its weight, the data.
+
+    An image that two of them have stays an example of each.
+    """
+    examples, bad, parts, formats = [], [], [], []
+    for called, folder, weight, dataset in sources:
+        named = below(folder, dataset)
+        examples += [replace(example, weight=weight) for example in named.examples]
+        bad += named.bad
+        formats.append(dataset.format)
+        answers = sum(len(e.dialogues) for e in dataset.examples)
+        times = f", each {weight} times an epoch" if weight > 1 else ""
+        parts.append(f"{called}: {len(dataset.examples):,} examples, {answers:,} answers{times}; {dataset.taken_for}")
+    return Dataset(" + ".join(dict.fromkeys(formats)), with_ids(examples), tuple(bad), parts=tuple(parts))
+
+
+def below(folder: str, dataset: Dataset) -> Dataset:
+    """The data set with this folder in front of the names of images and files, "" for none."""
+    before = f"{folder}/" if folder else ""
+
+    def moved(e: Example) -> Example:
+        images = tuple(replace(ref, name=before + ref.name) for ref in e.images)
+        dialogues = tuple(replace(d, source=before + d.source) for d in e.dialogues)
+        return replace(e, id=before + e.id, images=images, dialogues=dialogues, source=before + e.source)
+
+    bad = tuple(replace(row, source=before + row.source) for row in dataset.bad)
+    return replace(dataset, examples=tuple(map(moved, dataset.examples)), bad=bad)
+
+
+def bad_rows(example: Example, reason: str) -> list[BadRow]:
+    """All rows of an example as bad."""
+    return [bad_row(dialogue, reason) for dialogue in example.dialogues]
+
+
+def bad_row(dialogue: Dialogue, reason: str) -> BadRow:
+    """The row of a dialogue as bad."""
+    source, _, line = dialogue.source.rpartition(":")
+    return BadRow(source, int(line), reason) if line.isdecimal() else BadRow(dialogue.source, None, reason)

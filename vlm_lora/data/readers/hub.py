@@ -1,22 +1,29 @@
 """Data sets of the Hugging Face hub, through `datasets`: its rows, images where they lie in its cache.
 
+`hf-stream:` downloads no more than the rows that are asked for, and keeps their images for as long as the process
+lives: `hf-stream:owner/name:train[:1000]` is the beginning of a data set that would not fit on the disk.
+
 No code of a data set is run: `datasets` has dropped that from version 4 on. A row that names a file of this
 machine or a URL instead of holding an image is refused like any other.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vlm_lora.data.example import ImageRef
-from vlm_lora.data.images import content_hash, find_image
+from vlm_lora.data.example import MAX_FILE_BYTES, ImageRef
+from vlm_lora.data.fetch import keep
+from vlm_lora.data.images import content_hash, find_image, is_web_address
+from vlm_lora.data.readers.gather import BadRow
 from vlm_lora.data.readers.tables import Rows
 from vlm_lora.errors import DataError
 
 _PART = r"[A-Za-z0-9][\w.-]*"
+_STREAM = "hf-stream:"
+_SLICE = re.compile(r"(.+?)(?:\[(\d*):(\d*)\])?")
 _NAME = re.compile(rf"({_PART}/{_PART})(?:/({_PART}))?(?::(.+))?")
 
 
@@ -38,8 +45,8 @@ class HubCell:
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether this means a data set of the hub: `hf:owner/name`, or an `owner/name` that is no local path."""
-    if path.startswith("hf:"):
+    """Whether this means a data set of the hub: `hf:` or `hf-stream:`, or an `owner/name` that is no local path."""
+    if path.startswith(("hf:", _STREAM)):
         return True
     return not Path(path).exists() and re.fullmatch(rf"{_PART}/{_PART}", path) is not None
 
@@ -47,25 +54,34 @@ def is_hub_name(path: str) -> bool:
 def read_hub(path: str) -> tuple[str, Rows]:
     """Name for messages and rows of `[hf:]owner/name[/config][:split]`, the split being "train" if left out.
 
+    Behind `hf-stream:` a slice of the split is two numbers of rows, `train[100:200]`.
+
     Raises DataError where the hub cannot be reached or does not have it.
     """
-    match = _NAME.fullmatch(path.removeprefix("hf:"))
+    stream = path.startswith(_STREAM)
+    match = _NAME.fullmatch(path.removeprefix(_STREAM if stream else "hf:"))
     if not match:
         raise DataError(f"{path!r}: expected hf:owner/name, hf:owner/name/config or hf:owner/name:split")
     name, config, split = match.groups()
+    split, first, last = _SLICE.fullmatch(split or "train").groups() if stream else (split or "train", None, None)
+    if stream and "[" in split:
+        raise DataError(f"{path!r}: a part of a stream is counted in rows, as in {_STREAM}{name}:train[:1000]")
     import datasets
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # its warning of every retry; what was wrong is in the error
     try:
-        table = datasets.load_dataset(name, config, split=split or "train")
+        table = datasets.load_dataset(name, config, split=split, **({"streaming": True} if stream else {}))
     except Exception as error:  # of `datasets`, `huggingface_hub`, the HTTP client, pyarrow: no common base
         reason = (str(error).splitlines() or [""])[0][:300] or type(error).__name__
-        local = "" if path.startswith("hf:") else "there is no such folder or file, and "
+        local = "" if path.startswith("hf") and ":" in path else "there is no such folder or file, and "
         raise DataError(
             f"{path!r}: {local}the hub gave no data set {name!r}: {reason}; "
             "check the name and the network, or download it and give its folder"
         ) from None
+    if stream and isinstance(table, datasets.IterableDataset):
+        table = table.skip(int(first or 0))
+        return name, _streamed(table.take(max(0, int(last) - int(first or 0))) if last else table, name)
     if not isinstance(table, datasets.Dataset):
         raise DataError(f"{path!r}: expected one split, found {', '.join(table)}; say hf:{name}:SPLIT")
     return name, _rows(table, name)
@@ -84,21 +100,44 @@ def _rows(table: Any, name: str) -> Iterator[tuple[int, object]]:
             yield number, values
 
 
-def _image(value: Any, cell: HubCell, place: Path, name: str) -> Any:
-    """A cell of {"bytes", "path"}, of bytes, or a list of these, as ImageRefs; anything else as it is."""
+def _streamed(table: Any, name: str) -> Rows:
+    number = 0
+    try:
+        # Without known features nothing is decoded, and there is no way to say that nothing should be
+        for values in table.decode(False) if table.features else table:
+            number += 1
+            yield number, {key: _image(v, None, Path(name), f"{name}:{number}") for key, v in values.items()}
+    except Exception as error:  # the network, in the midst of it: no common base either
+        reason = (str(error).splitlines() or [""])[0][:300] or type(error).__name__
+        yield BadRow(name, number + 1, f"cannot be had from the hub: {reason}; nothing from here on is read")
+
+
+def _image(value: Any, cell: HubCell | None, place: Path, name: str) -> Any:
+    """A cell of {"bytes", "path"}, of bytes, or a list of these, as ImageRefs; anything else as it is.
+
+    Without a `cell` to read them from again, the bytes are kept.
+    """
     if isinstance(value, list):
-        return [_image(v, replace(cell, item=i), place, f"{name}[{i}]") for i, v in enumerate(value)]
+        return [_image(v, cell and replace(cell, item=i), place, f"{name}[{i}]") for i, v in enumerate(value)]
     if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
         if value["bytes"] is None:
-            return _downloaded(value["path"])
+            return _downloaded(value["path"], name.partition(":")[0])
         name, value = value["path"] or name, value["bytes"]
     if not isinstance(value, bytes):
         return value
-    return ImageRef(place, name, len(value), content_hash(value), cell)
+    return ImageRef(place, name, len(value), content_hash(value), cell) if cell else keep(value, name)
 
 
-def _downloaded(path: object) -> Any:
-    """The file that `datasets` has downloaded; a path anywhere else stays text, which is then refused."""
+def _downloaded(path: object, name: str) -> Any:
+    """The file that `datasets` has downloaded, or that lies beside the rows on the hub.
+
+    A path anywhere else stays text, which is then refused.
+    """
+    if isinstance(path, str) and path.startswith(f"hf://datasets/{name}@"):
+        from huggingface_hub import HfFileSystem
+
+        with HfFileSystem().open(path, "rb") as file:
+            return keep(file.read(MAX_FILE_BYTES), path)
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -108,11 +147,14 @@ def _downloaded(path: object) -> Any:
     return path
 
 
-def find_in_row(value: object) -> ImageRef:
+def find_in_row(value: object, fetch: Callable[[str], ImageRef] | None = None) -> ImageRef:
     """For `rows.RowReader`: an image that the row holds. Raises DataError for a name of one."""
     if isinstance(value, ImageRef):
         return value
+    if fetch and is_web_address(value):
+        return fetch(value)
     raise DataError(
         f"holds no image but {type(value).__name__} {str(value)[:100]!r}, which is not fetched; "
         "expected a column of images, or download the data and give its folder"
+        + (", or pass --allow-urls" if is_web_address(value) else "")
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 from vlm_lora.data.example import Dialogue, ImageRef, Turn
 from vlm_lora.data.readers.gather import BadRow, Said
+from vlm_lora.data.texts import is_blank
 from vlm_lora.errors import ConfigError, DataError
 
 SHAPES = ("messages", "conversations", "query-response", "qa", "captions")
@@ -180,6 +181,8 @@ def text_of(value: object, what: str) -> str:
         raise DataError(f"the {what} is no text but {type(value).__name__}; write it as text")
     if "\0" in value:
         raise DataError(f"the {what} holds a NUL byte; the file is damaged or no text: write it again")
+    if is_blank(value):
+        raise DataError(f"the {what} is nothing but control characters; write one, or remove the row")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:

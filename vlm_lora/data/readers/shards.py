@@ -7,12 +7,11 @@ unpickled or run, whatever a member is called. A new row begins with a new name,
 import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vlm_lora.data.example import MAX_FILE_BYTES, ImageRef
+from vlm_lora.data.example import MAX_FILE_BYTES, FilePart, ImageRef
 from vlm_lora.data.images import IMAGE_SUFFIXES, content_hash
 from vlm_lora.data.readers.gather import BadRow
 from vlm_lora.data.readers.tables import Rows
@@ -22,27 +21,6 @@ MAX_TEXT_BYTES = 16 << 20
 TEXTS = (".txt", ".caption")
 DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError)
 """What tarfile raises for bytes that are no tar."""
-
-
-@dataclass(frozen=True, slots=True)
-class TarMember:
-    """An image inside an uncompressed tar: where its bytes lie in the file."""
-
-    path: Path
-    name: str
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self.offset)
-                data = file.read(self.size)
-        except OSError as error:
-            raise DataError(f"{self.path.name}: cannot be read: {error.strerror or error}") from error
-        if len(data) < self.size:
-            raise DataError(f"{self.path.name}: {self.name!r} is cut off; copy or download the shard again")
-        return data
 
 
 def read_tar(path: Path, source: str) -> Rows:
@@ -101,7 +79,7 @@ def _row(path: Path, members: list[tarfile.TarInfo]) -> dict[str, Any]:
         limit = MAX_FILE_BYTES if suffix in IMAGE_SUFFIXES else MAX_TEXT_BYTES
         if member.size > limit:
             raise DataError(f"{member.name!r} has {member.size:,} bytes, the limit is {limit:,}; shrink it")
-        place = TarMember(path, member.name, member.offset_data, member.size)
+        place = FilePart(path, member.name, member.offset_data, member.size)
         data = place.read()
         if suffix in IMAGE_SUFFIXES:
             images.append(ImageRef(path, member.name, member.size, content_hash(data), place))

@@ -126,7 +126,9 @@ def read_csv(path: Path, source: str) -> Rows:
                 if header is None:
                     header = [name.strip() for name in cells]
                     if len(set(header)) < len(header):
-                        raise DataError(f"{source}: two columns have one name: {', '.join(header)}; rename one")
+                        raise DataError(
+                            f"{source}: two columns have one name: {', '.join(map(repr, header))}; rename one"
+                        )
                 elif cells and len(cells) != len(header):
                     yield BadRow(source, line, f"has {len(cells)} cell(s), the header has {len(header)}")
                 elif cells:

@@ -1,0 +1,76 @@
+"""The fuzz harness itself (tests/data/fuzz.py): some of its cases, and that it sees what it looks for.
+
+Run: pytest tests/data/test_fuzz.py
+"""
+
+import json
+import random
+
+import vlm_lora.data.readers as readers
+from tests.data.fuzz import make_case, run_case
+from vlm_lora.config import TrainConfig
+from vlm_lora.data.readers.gather import gather
+from vlm_lora.errors import DataError
+
+
+def test_every_row_of_damaged_data_is_an_answer_or_a_bad_row():
+    ended = [run_case(number) for number in range(80)]
+    assert set(ended) == {"good", "bad rows", "refused"}
+
+
+def test_a_row_that_gets_lost_is_found(monkeypatch):
+    """The control: without the last row of each data set, cases fail."""
+    monkeypatch.setattr(readers, "gather", lambda format, found: gather(format, list(found)[:-1]))
+    failed = 0
+    for number in range(30):
+        try:
+            run_case(number)
+        except AssertionError as error:
+            failed += "rows, expected" in str(error)
+    assert failed > 10
+
+
+def test_what_is_trained_and_what_is_quarantined_are_all_rows(tmp_path, monkeypatch):
+    """The same through a run, up to its steps: the lessons, the held-out ones, and the file that lists the rest."""
+    import vlm_lora.training.run as run
+
+    given = {}
+
+    def run_steps(config, adapter, features, lessons, held_lessons, *_):
+        given["lessons"] = [*lessons, *held_lessons]
+        return 0
+
+    for name in ("load_backbone", "attach_adapter"):
+        monkeypatch.setattr(run, name, _once(getattr(run, name)))
+    monkeypatch.setattr(run, "run_steps", run_steps)
+    trained = 0
+    for number in range(10):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path, least, most = make_case(random.Random(number), folder)
+        config = TrainConfig(
+            data=str(path), model="tiny", output=str(folder / "run"), on_bad_row="quarantine", val_split=0.0
+        )
+        try:
+            run.train(config)
+        except DataError:  # no row of it can be used, or the file is no such thing
+            continue
+        listed = folder / "run/quarantined.jsonl"
+        bad = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []
+        assert all(json.loads(row)["reason"] for row in bad)
+        rows = len(bad) + sum(len(lesson.example.dialogues) for lesson in given["lessons"])
+        assert least <= rows <= (most or rows), number
+        trained += 1
+    assert trained >= 4
+
+
+def _once(make):
+    """What `make` gives the first time, every time."""
+    made = []
+
+    def give(*arguments, **named):
+        if not made:
+            made.append(make(*arguments, **named))
+        return made[0]
+
+    return give
