@@ -11,8 +11,10 @@ from vlm_lora.errors import ConfigError
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 DEFAULT_PROMPT = "Describe this image."
 DEFAULT_MAX_NEW_TOKENS = 64
+DEFAULT_CACHE_GB = 50.0
 COLUMNS_HELP = "columns of unusual names, as image=NAME,caption=NAME (also question, answer, kind)"
 ALLOW_OUTSIDE_HELP = "trust the data: take images outside of its folder too, through .. or symlinks"
+ALLOW_URLS_HELP = "download images that the data names by http:// or https://, from public addresses only"
 
 
 def knob(default: Any, help: str, **extra: Any) -> Any:
@@ -23,12 +25,16 @@ def knob(default: Any, help: str, **extra: Any) -> Any:
 class TrainConfig:
     """One training run. All fields but ``data`` have a default; `ConfigError` names the field that is wrong."""
 
-    data: str = field(metadata={"help": "folder or file with images and captions, or questions and answers"})
+    data: str | tuple[str, ...] = field(
+        metadata={"help": "folder or file with images and captions, or questions and answers; or several, "
+        "DATA:2 for one whose answers are to be seen twice an epoch"}
+    )  # fmt: skip
     model: str = knob(DEFAULT_MODEL, "base model: hub name, local folder, or 'tiny' (embedded, needs no network)")
     output: str | None = knob(None, "run folder to write; by default runs/<data>-<date>-<time>")
     format: str | None = knob(None, "format of the data; by default it is found out by looking")
     columns: str | None = knob(None, COLUMNS_HELP)
     allow_outside: bool = knob(False, ALLOW_OUTSIDE_HELP)
+    allow_urls: bool = knob(False, ALLOW_URLS_HELP)
     prompt: str = knob(DEFAULT_PROMPT, "the instruction that a caption answers")
     val: str | None = knob(None, "held-out data of its own, instead of a part split off")
     val_split: float = knob(0.1, "fraction of the images held out when --val is not given; 0 holds out none")
@@ -36,9 +42,15 @@ class TrainConfig:
 
     method: str = knob("lora", "fine-tuning method", choices=("lora", "qlora", "adapter", "prompt", "prefix"))
     variant: str | None = knob(None, "LoRA variant; by default plain", choices=("plain", "rslora", "dora", "pissa"))
-    targets: str | None = knob(None, "what LoRA adapts: language, projector, or both with a comma; by default both")
+    targets: str | None = knob(
+        None,
+        "what LoRA adapts, with commas: language, projector, vision; by default language,projector. With vision each "
+        "step runs the vision tower, and nothing can be cached",
+    )
     rank: int = knob(16, "LoRA rank r")
     alpha: float | None = knob(None, "LoRA alpha; by default twice the rank")
+    projector_rank: int | None = knob(None, "LoRA rank r of the projector; by default --rank")
+    projector_alpha: float | None = knob(None, "LoRA alpha of the projector; by default as --alpha, for its own rank")
     dropout: float = knob(0.0, "LoRA dropout, a probability")
     bottleneck: int = knob(16, "width of the adapters of --method adapter")
     num_virtual_tokens: int = knob(16, "trained vectors (--method prompt) or pairs a layer (--method prefix)")
@@ -47,10 +59,14 @@ class TrainConfig:
     max_steps: int | None = knob(None, "stop after so many optimizer steps, whatever --epochs says")
     batch_size: int = knob(16, "answers per optimizer step; captions and answers of one image share its tokens")
     lr: float = knob(2e-4, "peak learning rate")
+    projector_lr: float | None = knob(None, "peak learning rate of the projector's LoRA; by default --lr")
     warmup: float = knob(0.05, "fraction of the steps over which the learning rate rises")
     weight_decay: float = knob(0.0, "AdamW weight decay")
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm")
     micro_batch_tokens: int = knob(4096, "tokens, padding included, in one forward and backward pass")
+    gradient_checkpointing: bool = knob(
+        False, "keep no activations of the language layers and compute them again: less memory, more time, equal result"
+    )
     max_tokens: int = knob(4096, "longest image-and-answer sequence allowed; longer ones are reported as bad rows")
     seed: int = knob(0, "seed of the split, the order, the adapter's start and dropout")
 
@@ -61,8 +77,21 @@ class TrainConfig:
     min_pixels: int | None = knob(None, "smallest image area in pixels; by default what the model's processor says")
     max_pixels: int | None = knob(None, "largest image area in pixels; by default what the model's processor says")
     cache: bool = knob(True, "keep the frozen vision tower's output on disk, so that it runs once per image ever")
+    cache_gb: float = knob(DEFAULT_CACHE_GB, "most that it may take there, GB; what was used longest ago goes first")
     save_every: int = knob(200, "optimizer steps between checkpoints")
-    keep_checkpoints: int = knob(2, "how many of the newest checkpoints are kept")
+    keep_checkpoints: int = knob(2, "how many of the newest checkpoints are kept; the best one is kept beside them")
+    patience: int | None = knob(
+        None,
+        "stop once the held-out loss has not fallen at so many checkpoints in a row, and end with the best adapter",
+    )
+    load_best_at_end: bool = knob(False, "end with the adapter of the lowest held-out loss, instead of the last one")
+    on_nonfinite: str = knob(
+        "stop", "what to do when a loss or gradient is NaN or infinite; it is never applied", choices=("stop", "skip")
+    )
+    max_skipped: int = knob(10, "with --on-nonfinite skip, how many steps of a run may be left out")
+    report_to: str | None = knob(
+        None, "also send metrics.jsonl's lines to a tracker", choices=("tensorboard", "wandb", "trackio")
+    )
 
     def __post_init__(self) -> None:
         def require(good: bool, name: str, expected: str) -> None:
@@ -85,11 +114,17 @@ class TrainConfig:
             wrong = "--method qlora" if self.method == "qlora" else f"--weight-decay {self.weight_decay}"
             raise ConfigError(f"--variant pissa does not go with {wrong}: half of its tensors must stay as they start.")
         parts = self.lora_targets
-        good = len(set(parts)) == len(parts) and set(parts) <= {"language", "projector"}
-        require(good, "targets", "language, projector, or language,projector")
+        good = len(set(parts)) == len(parts) and set(parts) <= {"language", "projector", "vision"}
+        require(good, "targets", "language, projector, vision, or several with commas")
         require(self.rank >= 1, "rank", "1 or more")
         require(self.alpha is None or self.alpha > 0, "alpha", "a number above 0")
         require(0 <= self.dropout < 1, "dropout", "a probability from 0 to below 1")
+        for name in ("projector_rank", "projector_alpha", "projector_lr"):
+            value = getattr(self, name)
+            require(value is None or value >= (1 if name == "projector_rank" else 1e-30), name, "a number above 0")
+            if value is not None and "projector" not in parts:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} goes with --targets projector; --targets is {self.targets}.")
         require(self.bottleneck >= 1, "bottleneck", "1 or more")
         require(self.num_virtual_tokens >= 1, "num_virtual_tokens", "1 or more")
         require(self.epochs > 0, "epochs", "a number above 0")
@@ -101,8 +136,14 @@ class TrainConfig:
         require(self.max_grad_norm > 0, "max_grad_norm", "a number above 0")
         require(self.max_tokens >= 16, "max_tokens", "16 or more")
         require(self.micro_batch_tokens >= 1, "micro_batch_tokens", "1 or more")
+        require(self.cache_gb > 0, "cache_gb", "a size above 0")
         require(self.save_every >= 1, "save_every", "1 or more steps")
         require(self.keep_checkpoints >= 1, "keep_checkpoints", "1 or more")
+        require(self.patience is None or self.patience >= 1, "patience", "1 or more")
+        require(self.max_skipped >= 0, "max_skipped", "0 or more steps")
+        held_out = self.val is not None or self.val_split > 0
+        require(held_out or not self.patience, "patience", "none with --val-split 0: there is no held-out loss")
+        require(held_out or not self.load_best_at_end, "load_best_at_end", "no with --val-split 0: nothing is held out")
         require(self.prompt.strip() != "", "prompt", "some words")
         parse_columns(self.columns)
         for name in ("min_pixels", "max_pixels"):
@@ -111,8 +152,18 @@ class TrainConfig:
             raise ConfigError(f"--min-pixels {self.min_pixels} is above --max-pixels {self.max_pixels}.")
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.data,) if isinstance(self.data, str) else tuple(self.data)
+
+    @property
     def lora_alpha(self) -> float:
         return 2 * self.rank if self.alpha is None else self.alpha
+
+    @property
+    def lora_of_projector(self) -> tuple[int, float]:
+        """Rank and alpha; where only the rank is given, the learning goes on at the scale of the language layers'."""
+        rank = self.projector_rank or self.rank
+        return rank, self.projector_alpha or self.lora_alpha * rank / self.rank
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -125,7 +176,8 @@ class TrainConfig:
         return replace(self, **changes)
 
 
-METHOD_KNOBS = dict.fromkeys(("variant", "targets", "rank", "alpha", "dropout"), ("lora", "qlora")) | {
+LORA_KNOBS = ("variant", "targets", "rank", "alpha", "dropout", "projector_rank", "projector_alpha", "projector_lr")
+METHOD_KNOBS = dict.fromkeys(LORA_KNOBS, ("lora", "qlora")) | {
     "bottleneck": ("adapter",),
     "num_virtual_tokens": ("prompt", "prefix"),
 }
@@ -170,6 +222,9 @@ def config_from(values: dict[str, Any], source: str) -> TrainConfig:
             checked[name] = None
             continue
         wanted = knob_type(name)
+        if name == "data" and isinstance(value, list | tuple) and value and all(isinstance(v, str) for v in value):
+            checked[name] = value[0] if len(value) == 1 else tuple(value)
+            continue
         if wanted is float and isinstance(value, int | float) and not isinstance(value, bool):
             value = float(value)
         elif wanted is float and isinstance(value, str):  # YAML reads 2e-4, without a point, as text

@@ -38,6 +38,14 @@ METHODS = {
     "pissa": {"rank": 4, "variant": "pissa"},
     "language only": {"rank": 4, "targets": "language"},
     "projector only": {"rank": 4, "targets": "projector"},
+    "projector's own": {
+        "rank": 4,
+        "projector_rank": 6,
+        "projector_alpha": 5.0,
+        "projector_lr": 1e-2,
+        "variant": "pissa",
+    },
+    "vision too": {"rank": 4, "targets": "language,projector,vision"},
     "adapter": {"method": "adapter", "bottleneck": 5},
     "prompt": {"method": "prompt", "num_virtual_tokens": 5},
     "prefix": {"method": "prefix", "num_virtual_tokens": 5},
@@ -161,6 +169,22 @@ def test_packed_and_cached_equal_unpacked(checkpoints, examples, tmp_path, metho
         loss = fast(backbone, examples, max_tokens, cache)
         torch.testing.assert_close(loss, wanted, rtol=FP64, atol=0)
         assert_equal(gradients(adapter, loss), expected, FP64)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_checkpointing_changes_nothing(checkpoints, examples, method):
+    """Also not the prefix's pairs, which transformers' own checkpointing takes away."""
+    backbone, adapter = attach(checkpoints, method)
+    backbone.model.train()
+    runs = []
+    backbone.language_model.layers[1].input_layernorm.register_forward_hook(lambda *_: runs.append(1))
+    wanted = fast(backbone, examples, 4096)
+    expected, before = gradients(adapter, wanted), len(runs)
+    backbone.checkpoint_layers()
+    loss = fast(backbone, examples, 4096)
+    torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0)
+    assert_equal(gradients(adapter, loss), expected, 1e-12)
+    assert len(runs) == 3 * before, "nothing was computed again"
 
 
 @pytest.mark.parametrize("method", SOFT)
@@ -293,12 +317,37 @@ def test_the_tower_is_frozen_and_the_table_says_what_trains(checkpoints, method)
         "pissa": (14, 2),
         "language only": (14, 0),
         "projector only": (0, 2),
+        "projector's own": (14, 2),
+        "vision too": (14, 2),
     }
     wanted = linears.get(method, (4 if method == "adapter" else int(method == "prefix"), 0))
     assert (modules[language], modules[merger]) == wanted
     assert modules["embeddings and head"] == int(method == "prompt")
-    assert (parts["vision tower"].modules, parts["vision tower"].trained) == (0, 0)
-    assert sum(part.trained for part in parts.values()) == sum(p.numel() for _, p in adapter.named_parameters())
+    tower, asked = parts["vision tower"], method == "vision too"
+    assert (tower.modules, tower.trained > 0) == (8 * asked, asked)
+    pissa = 2 if METHODS[method].get("variant") == "pissa" else 1  # one half stays as it starts, and is not counted
+    tensors = sum(p.numel() for _, p in adapter.named_parameters())
+    assert sum(part.trained for part in parts.values()) == tensors // pissa
+    base = load_backbone(str(checkpoints["qwen2_vl"])).model
+    assert sum(part.frozen for part in parts.values()) == sum(map(torch.numel, base.parameters())) + tensors - (
+        tensors // pissa
+    )
+
+
+def test_the_projector_has_its_own_rank_and_scale(checkpoints):
+    backbone, _ = attach(checkpoints, "projector's own")
+    merger, layer = backbone.model.model.visual.merger.mlp[0], backbone.language_model.layers[0].mlp.up_proj
+    found = [(m.r["default"], m.scaling["default"]) for m in (merger, layer)]
+    assert found == [(12, pytest.approx(5 / 6)), (8, 2)]  # PiSSA's are twice the rank, one half frozen
+    assert TrainConfig(data="x", rank=4, projector_rank=8).lora_of_projector == (8, 16)  # the same scale
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_an_adapted_tower_nothing_is_kept_and_off_is_the_base(checkpoints, examples, tmp_path, family):
+    backbone, adapter = attach(checkpoints, "vision too", family)
+    fast(backbone, examples, 4096, tmp_path / "cache").backward()
+    assert not (tmp_path / "cache").exists()
+    assert all(p.grad.any() for n, p in adapter.named_parameters() if n.startswith("model.visual.blocks."))
 
 
 @pytest.mark.parametrize(
@@ -310,6 +359,11 @@ def test_the_tower_is_frozen_and_the_table_says_what_trains(checkpoints, method)
         {"num_virtual_tokens": 3},
         {"method": "prompt", "targets": "language"},
         {"method": "prefix", "dropout": 0.1},
+        {"method": "adapter", "alpha": 4.0},
+        {"method": "adapter", "targets": "vision"},
+        {"method": "prompt", "projector_lr": 1e-3},
+        {"method": "prefix", "projector_rank": 4},
+        {"method": "qlora", "bottleneck": 4},
     ],
 )
 def test_wrong_combinations_are_refused_in_one_line(wrong):
@@ -318,7 +372,16 @@ def test_wrong_combinations_are_refused_in_one_line(wrong):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("targets", ["", "tower", "language,language", "projector,"])
+@pytest.mark.parametrize("wrong", [{"projector_rank": 4}, {"projector_alpha": 1.0}, {"projector_lr": 1e-3}])
+def test_what_is_the_projectors_needs_it_among_the_targets(wrong):
+    with pytest.raises(ConfigError, match=r"--projector-\w+ goes with --targets projector") as caught:
+        TrainConfig(data="x", targets="language,vision", **wrong)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="expected a number above 0"):
+        TrainConfig(data="x", **dict.fromkeys(wrong, 0))
+
+
+@pytest.mark.parametrize("targets", ["", "tower", "vision,tower", "language,language", "projector,"])
 def test_targets_are_checked(targets):
     with pytest.raises(ConfigError, match="--targets"):
         TrainConfig(data="x", targets=targets or ",")

@@ -14,6 +14,7 @@ from vlm_lora.errors import AdapterError, ModelError
 from vlm_lora.inference.captioner import Captioner, Decoding
 from vlm_lora.model.adapters.methods import attach_adapter, load_adapter
 from vlm_lora.model.backbone import load_backbone
+from vlm_lora.training import loop
 from vlm_lora.training.run import train
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -70,12 +71,15 @@ def test_the_language_linears_are_in_four_bits_and_nothing_else(checkpoints):
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("variant", ["plain", "rslora", "dora"])
-def test_loss_and_gradients_are_the_dequantised_dense_models(checkpoints, examples, variant):
+@pytest.mark.parametrize(
+    ("variant", "family"),
+    [("plain", "qwen2_vl"), ("rslora", "qwen2_vl"), ("dora", "qwen2_vl"), ("plain", "qwen2_5_vl")],
+)
+def test_loss_and_gradients_are_the_dequantised_dense_models(checkpoints, examples, variant, family):
     from bitsandbytes.functional import dequantize_4bit
 
-    backbone = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32", quantise=True)
-    dense = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32")
+    backbone = load_backbone(str(checkpoints[family]), dtype="float32", quantise=True)
+    dense = load_backbone(str(checkpoints[family]), dtype="float32")
     for name, parameter in backbone.model.named_parameters():
         if getattr(parameter, "quant_state", None):
             opened = dequantize_4bit(parameter.data, parameter.quant_state)
@@ -89,6 +93,33 @@ def test_loss_and_gradients_are_the_dequantised_dense_models(checkpoints, exampl
         off, base = fast(backbone, examples, 4096), fast(dense, examples, 4096)
     torch.testing.assert_close(off, base, rtol=1e-6, atol=0)
     assert abs(off - loss) > 1e-3
+
+
+@needs_bitsandbytes
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_the_paged_optimizer_is_for_qlora_on_a_gpu_and_resumes_exactly(
+    checkpoints, photo_folder, tmp_path, monkeypatch
+):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    asked = [("qlora", gpu), ("qlora", cpu), ("lora", gpu)]
+    chosen = [loop.is_paged(TrainConfig(data="x", method=method), device) for method, device in asked]
+    assert chosen == [True, False, False]
+
+    # On a CPU bitsandbytes computes the same optimizer, and pages nothing.
+    monkeypatch.setattr(loop, "is_paged", lambda *_: True)
+    straight = config(checkpoints, photo_folder, tmp_path / "straight", method="qlora")
+    result = train(straight)
+    monkeypatch.setattr(loop, "is_paged", lambda *_: False)
+    usual = adapter_of(train(straight.replace(output=str(tmp_path / "usual"))).folder)
+    monkeypatch.setattr(loop, "is_paged", lambda *_: True)
+    paged = adapter_of(result.folder)
+    assert any(not torch.equal(paged[name], usual[name]) for name in usual), "the optimizer was not used"
+    for name, tensor in usual.items():
+        torch.testing.assert_close(paged[name], tensor, rtol=1e-2, atol=1e-4)
+    settings = straight.replace(output=str(tmp_path / "stopped"))
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, report=_stop_behind(4, monkeypatch))
+    assert_same(adapter_of(train(settings, resume=True).folder), paged)
 
 
 @needs_bitsandbytes

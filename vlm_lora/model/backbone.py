@@ -5,18 +5,20 @@ A Qwen2-VL model is a vision tower (``visual.blocks``), a projector that merges 
 `Backbone.tower` computes it and `Backbone.forward` starts behind it, with the live merger.
 """
 
+import copy
 import hashlib
 import importlib.util
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from vlm_lora.errors import ModelError
 
@@ -28,6 +30,8 @@ FAMILIES = {
 # Anchored at both ends: "all-linear" would also adapt the tower. merger.mlp.1 is the activation.
 LANGUAGE_LINEARS = r"model\.language_model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
 MERGER_LINEARS = r"model\.visual\.merger\.mlp\.(?:0|2)"
+# The tower's own, of either family; an adapter goes there on request only.
+VISION_LINEARS = r"model\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.(?:fc1|fc2|(?:gate|up|down)_proj))"
 MAX_ASPECT = 200  # of transformers' smart_resize, which raises beyond it
 FITTING = "fit 1"  # goes into the fingerprint of features: change it with what `Preprocessor.preprocess` does
 TOWER_PREFIXES = ("model.visual.patch_embed.", "model.visual.blocks.", "model.visual.rotary_pos_emb.")
@@ -40,8 +44,10 @@ def tiny_path() -> Path:
     return installed if installed.is_dir() else package.parent / "data" / "tiny" / "model"
 
 
-def find_model(name: str) -> Path:
+def find_model(name: str, *, weights: bool = True) -> Path:
     """The local folder of a base model: ``tiny``, a folder, or a hub name (downloaded if it is not in the hub's cache).
+
+    Without ``weights`` a download leaves them out.
 
     Raises:
         ModelError: one line saying what was looked for and what else can be done.
@@ -59,7 +65,7 @@ def find_model(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    wanted = ["*.json", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
@@ -70,7 +76,25 @@ def find_model(name: str) -> Path:
         ) from error
 
 
-def check_model_folder(folder: Path, name: str) -> dict:
+def _json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read ({error}).") from error
+
+
+def _asks_for_code(file: Path) -> bool:
+    """Whether there is an ``auto_map`` at any depth: transformers would import the modules that it names."""
+
+    def found(value) -> bool:
+        if isinstance(value, dict):
+            return "auto_map" in value or any(found(part) for part in value.values())
+        return isinstance(value, list) and any(found(part) for part in value)
+
+    return found(_json(file))
+
+
+def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> dict:
     """Its ``config.json``, once it is sure that loading the folder runs no code and opens no pickle."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -79,13 +103,20 @@ def check_model_folder(folder: Path, name: str) -> dict:
             f"--model {name}: {folder / 'config.json'} cannot be read ({error}). "
             "A base model's folder holds config.json, tokenizer files and *.safetensors."
         ) from error
-    if "auto_map" in config:
-        raise ModelError(f"--model {name}: config.json asks for code of its own (auto_map), which is never run.")
+    for file in sorted(folder.glob("*config.json")):
+        if _asks_for_code(file):
+            raise ModelError(f"--model {name}: {file.name} asks for code of its own (auto_map), which is never run.")
+    for file in folder.glob("*.safetensors.index.json"):
+        odd = [part for part in _json(file).get("weight_map", {}).values() if not str(part).endswith(".safetensors")]
+        if odd:
+            raise ModelError(
+                f"--model {name}: {file.name} names {odd[0]}; only *.safetensors are read, never a pickle."
+            )
     if config.get("model_type") not in FAMILIES:
         raise ModelError(
             f"--model {name}: its model_type is {config.get('model_type')!r}; supported are {', '.join(FAMILIES)}."
         )
-    if not any(folder.glob("*.safetensors")):
+    if weights and not any(folder.glob("*.safetensors")):
         found = sorted(p.name for p in folder.iterdir())[:8]
         raise ModelError(f"--model {name}: {folder} holds no *.safetensors weights (it holds {', '.join(found)}).")
     return config
@@ -103,6 +134,13 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def saved_dtype(name: str) -> torch.dtype:
+    """The number format that a base model's files are in, as its config.json says; float32 if it does not."""
+    config = check_model_folder(find_model(name), name)
+    saved = config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("dtype")
+    return getattr(torch, str(saved), torch.float32)
 
 
 @dataclass(kw_only=True)
@@ -192,21 +230,28 @@ class Backbone(Preprocessor):
     """A loaded base model with its processor.
 
     ``model`` is transformers' own class. Where it is ``quantised``, the language layers' linears are kept in four bits.
+    Where ``tower_adapted``, an adapter sits in the vision blocks: what they give is no constant of an image any more.
     ``prefix`` holds ``keys`` and ``values`` ``(layers, heads, count, head_dim)`` that all tokens see, and behind which
     positions begin.
     """
 
     model: nn.Module
     quantised: bool = False
+    tower_adapted: bool = False
     prefix: nn.Module | None = None
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where it computes. Not `model.device`: that is the tower's, which may be parked."""
+        return self.model.model.visual.merger.ln_q.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         return self.model.model.visual.merger.ln_q.weight.dtype
+
+    def feature_bytes(self, grid_thw: Sequence[int]) -> int:
+        """Size of what `tower` gives for an image of this grid."""
+        return math.prod(grid_thw) * self.model.model.visual.merger.ln_q.weight.shape[0] * self.dtype.itemsize
 
     @property
     def pad_token_id(self) -> int:
@@ -218,6 +263,19 @@ class Backbone(Preprocessor):
         ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
         return frozenset(i for i in ids if i is not None)
 
+    def twin(self, min_pixels: int, max_pixels: int) -> "Backbone":
+        """The same base for another adapter: modules of its own around the very same weights, and pixel limits."""
+        weights = [*self.model.parameters(), *self.model.buffers()]
+        weights += [weight.quant_state for weight in weights if hasattr(weight, "quant_state")]
+        processor = copy.copy(self.processor)
+        processor.image_processor = copy.copy(processor.image_processor)
+        processor.image_processor.size = dict(self.processor.image_processor.size) | {
+            "shortest_edge": min_pixels,
+            "longest_edge": max_pixels,
+        }
+        model = copy.deepcopy(self.model, {id(weight): weight for weight in weights})
+        return replace(self, model=model, processor=processor)
+
     # -- pictures ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -225,16 +283,39 @@ class Backbone(Preprocessor):
         """The frozen tower's output before the merger, ``(patches, width)``; each 4 patches in a row are one token.
 
         Its value depends on the image and the base alone: `Backbone.forward` runs the merger, which an adapter changes.
+        Where one changes the tower too, its value is the pixels, each patch with its image's grid behind it, and
+        `Backbone.forward` runs the tower as well.
         """
+        if self.tower_adapted:
+            grids = image_grid_thw.repeat_interleave(image_grid_thw.prod(-1), 0)
+            return torch.cat([pixel_values, grids.to(pixel_values.dtype)], 1)
         visual = self.model.model.visual
+        self.park_tower(self.device)  # that is, have it back
         training = visual.training
         visual.eval()  # the stock forward runs the merger too; its dropout must not draw random numbers here
-        grid = image_grid_thw.to(self.device)
-        features = visual(pixel_values.to(self.device, self.dtype), grid_thw=grid).last_hidden_state
+        features = self._through_blocks(pixel_values, image_grid_thw)
         visual.train(training)
+        return features
+
+    def _through_blocks(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
+        grid = image_grid_thw.to(self.device)
+        features = self.model.model.visual(pixel_values.to(self.device, self.dtype), grid_thw=grid).last_hidden_state
         if self.model.config.model_type == "qwen2_5_vl":
             features = self._leave_windows(features, grid)
         return features
+
+    def park_tower(self, device: torch.device | str = "cpu") -> None:
+        """Have the tower's weights elsewhere while they are not needed; `tower` takes them back by itself."""
+        self.model.model.visual.patch_embed.to(device)
+        self.model.model.visual.blocks.to(device)
+
+    def _live_features(self, patches: torch.Tensor) -> torch.Tensor:
+        """Through the adapted tower, from pixels with their grids behind them."""
+        grids, at = [], 0
+        while at < len(patches):
+            grids.append(patches[at, -3:].long())
+            at += int(grids[-1].prod())
+        return self._through_blocks(patches[:, :-3], torch.stack(grids))
 
     def _leave_windows(self, features: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """Qwen2.5-VL's tower works in windows and orders its tokens back after the merger; here it is done before."""
@@ -287,6 +368,13 @@ class Backbone(Preprocessor):
     def language_model(self) -> nn.Module:
         return self.model.model.language_model
 
+    def checkpoint_layers(self) -> None:
+        """From here on the language layers keep no activations while training, and run again in the backward pass
+        (arXiv:1604.06174)."""
+        for layer in self.language_model.layers:
+            # Around the stock forward: transformers' own switch would drop the prefix, which comes as a cache.
+            layer.forward = partial(_run_again, layer, layer.forward)
+
     def new_cache(self):
         """An empty cache of keys and values for `forward`."""
         from transformers import DynamicCache
@@ -326,11 +414,17 @@ class Backbone(Preprocessor):
 
         encoded = None
         if features is not None:
+            features = self._live_features(features) if self.tower_adapted else features
             merged = self.model.model.visual.merger(features)
             encoded = {"image": BaseModelOutputWithPooling(pooler_output=(merged,))}
         if self.prefix is not None:
-            past_key_values = self.new_cache() if past_key_values is None else past_key_values
-            attention_mask, position_ids = self._behind_prefix(attention_mask, position_ids, past_key_values)
+            cache = self.new_cache() if past_key_values is None else past_key_values
+            attention_mask, position_ids = self._behind_prefix(attention_mask, position_ids, cache)
+            past_key_values = _read_only(cache) if past_key_values is None else past_key_values
+        if attention_mask.ndim == 4:
+            # What SDPA makes of a boolean mask, anew in each layer, and keeps for each layer's backward pass.
+            empty = torch.zeros_like(attention_mask, dtype=self.dtype)
+            attention_mask = empty.masked_fill_(~attention_mask, float("-inf"))
         return self.model.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -340,9 +434,44 @@ class Backbone(Preprocessor):
             use_cache=past_key_values is not None,
         ).last_hidden_state
 
+    def shard(self, group, device: torch.device) -> None:
+        """Keep the language layers' frozen weights in pieces over the processes of ``group``, the rest on ``device``.
+
+        FSDP2 puts a layer together while it computes and takes it apart again. What trains stays whole in each process:
+        it is small, and so optimizer, gradient norm and saving know nothing of this. So do tower, embeddings and head.
+        """
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = DeviceMesh.from_group(group, device.type)
+        language = self.language_model
+        pieces = {p for layer in language.layers for p in layer.parameters() if not p.requires_grad}
+        kept = set(language.parameters()) - pieces
+        for layer in language.layers:
+            fully_shard(layer, mesh=mesh, ignored_params=kept)
+        fully_shard(language, mesh=mesh, ignored_params=kept)
+        self.model.to(device)
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``(..., hidden)`` to ``(..., vocabulary)``."""
         return self.model.lm_head(hidden)
+
+
+def _run_again(layer: nn.Module, forward, *args, **kwargs):
+    if layer.training and torch.is_grad_enabled():
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return forward(*args, **kwargs)
+
+
+def _read_only(cache):
+    """The cache, which from here on keeps nothing new: a layer that runs twice would find its own keys in it."""
+
+    def update(keys: torch.Tensor, values: torch.Tensor, layer: int, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
+        kept = cache.layers[layer]
+        return torch.cat([kept.keys, keys], -2), torch.cat([kept.values, values], -2)
+
+    cache.update = update
+    return cache
 
 
 def load_backbone(
@@ -393,8 +522,86 @@ def load_backbone(
 
 def load_preprocessor(name: str, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Preprocessor:
     """A base model's processor alone, in a second where the model takes minutes: enough to count tokens."""
-    folder = find_model(name)
-    return _preprocessor(folder, check_model_folder(folder, name), name, min_pixels, max_pixels)
+    folder = find_model(name, weights=False)
+    return _preprocessor(folder, check_model_folder(folder, name, weights=False), name, min_pixels, max_pixels)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shapes:
+    """Sizes of a base model, from its config alone. ``linears`` of a part are (inputs, outputs) of each of its linears,
+    those of all its layers."""
+
+    parameters: int
+    language_linears: tuple[tuple[int, int], ...]
+    tower_linears: tuple[tuple[int, int], ...]
+    merger_linears: tuple[tuple[int, int], ...]
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tower_width: int
+    tower_windows: tuple[int | None, ...]
+    """Patches that see each other, for each layer of the tower; None: all of an image's."""
+
+
+def load_shapes(name: str) -> Shapes:
+    """A base model's sizes; no weights are read."""
+    model = _without_weights(name)
+    text, vision, visual = model.config.text_config, model.config.vision_config, model.model.visual
+    head_dim = model.model.language_model.layers[0].self_attn.head_dim
+    if model.config.model_type == "qwen2_5_vl":
+        whole, window = vision.fullatt_block_indexes, (vision.window_size // vision.patch_size) ** 2
+        windows = tuple(None if i in whole else window for i in range(len(visual.blocks)))
+    else:
+        windows = (None,) * len(visual.blocks)
+    patch = visual.patch_embed.proj.weight
+    return Shapes(
+        parameters=sum(p.numel() for p in model.parameters()),
+        language_linears=_linears(model.model.language_model.layers),
+        tower_linears=(*_linears(visual.blocks), (patch[0].numel(), len(patch))),
+        merger_linears=_linears(visual.merger),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=head_dim,
+        vocabulary=text.vocab_size,
+        tower_width=len(patch),
+        tower_windows=windows,
+    )
+
+
+def _linears(part: nn.Module) -> tuple[tuple[int, int], ...]:
+    return tuple((m.in_features, m.out_features) for m in part.modules() if isinstance(m, nn.Linear))
+
+
+def _without_weights(name: str, device: torch.device | str = "meta", dtype=torch.float32, layers=None) -> nn.Module:
+    """The model with random weights, which on the meta device are shapes alone; with fewer ``layers``, few tokens."""
+    import transformers
+
+    folder = find_model(name, weights=False)
+    model_class = getattr(transformers, FAMILIES[check_model_folder(folder, name, weights=False)["model_type"]])
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_be_loaded(name, folder, error) from error
+    if layers:
+        text, vision = config.text_config, config.vision_config
+        text.num_hidden_layers, text.layer_types = layers, text.layer_types[:layers]
+        text.vocab_size, text.pad_token_id, vision.depth = 1024, None, layers
+    with torch.device(device):
+        return model_class._from_config(config, attn_implementation="sdpa", dtype=dtype)
+
+
+def load_sample(name: str, *, dtype: str, device: torch.device) -> Backbone:
+    """One random layer of language and of tower each, as wide as the base's, to measure how fast they are here."""
+    model = _without_weights(name, device, resolve_dtype(dtype, device), layers=1)
+    processor = load_preprocessor(name).processor
+    return Backbone(model=model.requires_grad_(False), processor=processor, name=name)
 
 
 def _preprocessor(

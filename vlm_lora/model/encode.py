@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-from vlm_lora.data.example import Dialogue, Turn
+from vlm_lora.data.example import Dialogue, Example, Turn
 from vlm_lora.errors import ModelError
 from vlm_lora.model.backbone import Preprocessor
 from vlm_lora.model.packing import IGNORE_INDEX, Branch, Encoded, mrope_positions
@@ -29,6 +29,7 @@ class Encoder:
         self.image_token_id = backbone.image_token_id
         self.merge_size = backbone.merge_size
         self._skeleton = lru_cache(maxsize=None)(self._render_skeleton)
+        self._ahead: dict[str, tuple[int, ...]] = {}
         self._text_ids = lru_cache(maxsize=2**16)(self._tokenize_text)  # questions and answers come again and again
 
     def encode(self, dialogues: Sequence[Dialogue], image_grid_thw: torch.Tensor) -> Encoded:
@@ -40,6 +41,12 @@ class Encoder:
         return self._encode(
             [self._tokens(dialogue.turns, len(image_grid_thw)) for dialogue in dialogues], image_grid_thw
         )
+
+    def tokenize_ahead(self, examples: Sequence[Example]) -> None:
+        """Tokenise the texts of these examples together, on all cores: what `encode` then asks for is there."""
+        texts = {text.strip() for e in examples for d in e.dialogues for t in d.turns for text in (t.user, t.assistant)}
+        ordered = sorted(texts)
+        self._ahead = dict(zip(ordered, map(tuple, self._tokenize(ordered)), strict=True)) if ordered else {}
 
     def encode_requests(self, requests: Sequence[Sequence[Turn]], image_grid_thw: torch.Tensor) -> Encoded:
         """Prefix and one branch a request, each ending where the model is to answer its last turn; no labels."""
@@ -88,7 +95,11 @@ class Encoder:
 
     def _tokenize_text(self, text: str) -> tuple[int, ...]:
         # Outer white space goes: a text's and the template's line break beside it would become one token.
-        return tuple(self.tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        text = text.strip()
+        return self._ahead[text] if text in self._ahead else tuple(self._tokenize([text])[0])
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def _tokens(
         self, turns: Sequence[Turn], num_images: int, without_last_answer: bool = False

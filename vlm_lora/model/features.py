@@ -3,16 +3,21 @@
 An entry is a safetensors file named by everything that decides its content: the image's bytes, the pixel limits and
 the rest of the preprocessing, the tower's weights, the number format. Change one and the name is another one, so an
 entry is never stale; it can only be missing. Files are written under a temporary name and renamed, so that processes
-share the folder, and carry a checksum, so that a damaged one is computed again.
+share the folder, and carry a checksum, so that a damaged one is computed again. The folder is kept below a limit by
+deleting what was used longest ago.
 """
 
 import hashlib
+import math
 import os
 import shutil
 import tempfile
+import threading
+import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +26,21 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vlm_lora.config import DEFAULT_CACHE_GB
 from vlm_lora.data.example import ImageRef
-from vlm_lora.data.images import content_hash, load_image
+from vlm_lora.data.images import content_hash, image_size, load_image
+from vlm_lora.errors import DataError
 from vlm_lora.model.backbone import Backbone
 
 CACHE_VARIABLE = "VLM_LORA_CACHE"
 IN_MEMORY_BYTES = 512 * 2**20
 """Entries read or computed lately are kept in main memory up to this many bytes."""
 
-CACHE_LIMIT_BYTES = 50 * 2**30
-"""What the folder may hold; images beyond it are computed anew each time they are needed."""
+DISK_SHARE = 0.9
+"""Of what is free on the disk, so much may be filled."""
+
+ABANDONED_SECONDS = 24 * 3600
+"""A temporary file this old belongs to no running process."""
 
 
 def cache_folder() -> Path:
@@ -49,11 +59,32 @@ class ImageFeatures:
 
 
 @dataclass(frozen=True, slots=True)
+class Pixels:
+    """An image that is yet to go through the tower; ``name`` is its entry's, None for one that is never kept."""
+
+    pixel_values: torch.Tensor
+    grid_thw: torch.Tensor
+    name: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class CacheUse:
     entries: int
     num_bytes: int
-    oldest: float | None  # seconds since the epoch, of the least recently written entry
+    oldest: float | None  # seconds since the epoch, of the entry that was used longest ago
     newest: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What a set of images asks of the cache: how many they are, copies counted once, their features' size on disk,
+    what of it is missing there, and how much of that there is room for."""
+
+    images: int
+    num_bytes: int
+    missing: int
+    missing_bytes: int
+    room: int
 
 
 class FeatureCache:
@@ -61,108 +92,254 @@ class FeatureCache:
 
     Args:
         folder: the cache folder; None keeps features in memory only.
-        write: whether new features are kept on disk, as long as they fit (`CACHE_LIMIT_BYTES`).
+        write: whether new features are kept on disk, as long as they fit; may be changed between calls.
+        limit_gb: what the folder may hold. Above it, what was used longest ago goes, but nothing of this object's own.
+        writers: how many processes fill the folder together; each takes its part of the room.
+        warn: called with a sentence when the disk fails and the run goes on without it.
 
     Attributes:
         computed, read: how many images went through the tower, and how many were found, since the start.
         damaged: entries that failed their checksum and were computed again.
     """
 
-    def __init__(self, backbone: Backbone, folder: Path | None, *, write: bool = True):
+    def __init__(
+        self,
+        backbone: Backbone,
+        folder: Path | None,
+        *,
+        write: bool = True,
+        limit_gb: float = DEFAULT_CACHE_GB,
+        writers: int = 1,
+        warn: Callable[[str], None] = lambda text: None,
+    ):
         self.backbone = backbone
+        folder = None if backbone.tower_adapted else folder  # what an adapter changes is not kept
         self.folder = folder / "features" if folder else None
-        self._room = CACHE_LIMIT_BYTES - cache_use(folder).num_bytes if folder and write else 0
+        self.write = write
+        self.limit = int(limit_gb * 1e9)
+        self.writers = writers
+        self.warn = warn
         self.computed = self.read = self.damaged = 0
+        self._room: int | None = None  # bytes that may still be written; None: nobody has looked
         self._memory: OrderedDict[str, ImageFeatures] = OrderedDict()
         self._memory_bytes = 0
-        self._names: dict[ImageRef, str] = {}
+        self._known: dict[ImageRef, tuple[str, tuple[int, int, int]]] = {}
+        self._lock = threading.Lock()
 
     def get(self, images: Sequence[ImageRef | Image.Image]) -> list[ImageFeatures]:
         """Features of each image, in order; those not found are computed, one image at a time, and kept.
 
         One at a time, so that an entry depends on its image alone and not on which others stood beside it.
         """
-        return [self._one(image) for image in images]
+        return self.compute(self.fetch(images))
+
+    def fetch(self, images: Sequence[ImageRef | Image.Image]) -> list[ImageFeatures | Pixels]:
+        """The part of `get` that needs no model, for a thread beside the training: files read, images decoded."""
+        return [self._fetch(image) for image in images]
+
+    def compute(self, fetched: Sequence[ImageFeatures | Pixels]) -> list[ImageFeatures]:
+        """The rest of `get`: whatever is still pixels goes through the tower."""
+        return [self._compute(item) if isinstance(item, Pixels) else item for item in fetched]
+
+    def survey(self, images: Iterable[ImageRef]) -> Survey:
+        """Find out from file names and image headers what is there and what is missing; make room for the latter.
+
+        Images that cannot be opened are left out: `prepare` says what is wrong with them.
+        """
+        sizes: dict[str, int] = {}
+        for image in images:
+            try:
+                name, grid = self._identify(image)
+            except DataError:
+                continue
+            sizes[name] = self.backbone.feature_bytes(grid)
+        missing = [name for name in sizes if not self._is_there(name)]
+        missing_bytes = sum(sizes[name] for name in missing)
+        self._make_room(missing_bytes)
+        return Survey(len(sizes), sum(sizes.values()), len(missing), missing_bytes, self._room * self.writers)
+
+    def prepare(self, image: ImageRef) -> torch.Tensor:
+        """Its ``grid_thw`` ``(3,)``, once it is sure that it can be trained on.
+
+        Features that are to be kept are on disk behind this. An image whose features are not is decoded to see that
+        it is whole; it goes through the tower when its turn comes.
+
+        Raises:
+            DataError: the image cannot be used.
+        """
+        name, grid = self._identify(image)
+        if not self._is_there(name):
+            if self._fits(self.backbone.feature_bytes(grid)):
+                self.get([image])
+            else:
+                load_image(image)
+        return torch.tensor(grid)
+
+    def patches(self, image: ImageRef) -> int:
+        """How many the image has, before the 2x2 merge, from its header alone."""
+        return math.prod(self._identify(image)[1])
+
+    def complete(self, images: Iterable[ImageRef]) -> bool:
+        """Whether all of these images can do without the tower."""
+        return all(self._is_there(self._identify(image)[0]) for image in images)
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _one(self, image: ImageRef | Image.Image) -> ImageFeatures:
-        if isinstance(image, Image.Image):
-            return self._compute(image)
-        if image not in self._names:
+    def _identify(self, image: ImageRef) -> tuple[str, tuple[int, int, int]]:
+        """The name of its entry, and its grid."""
+        if image not in self._known:
             data = image.read_bytes()
             key = f"{content_hash(data)}:{self.backbone.tower_fingerprint}"
-            self._names[image] = hashlib.sha256(key.encode()).hexdigest()
-        name = self._names[image]
-        if name in self._memory:
-            self._memory.move_to_end(name)
-            self.read += 1
-            return self._memory[name]
-        entry = self._load(name)
-        if entry is None:
-            entry = self._compute(load_image(image))
-            self._store(name, entry)
-        else:
-            self.read += 1
-        self._remember(name, entry)
+            grid = self.backbone.grid(*image_size(data, image.name))
+            self._known[image] = hashlib.sha256(key.encode()).hexdigest(), grid
+        return self._known[image]
+
+    def _fetch(self, image: ImageRef | Image.Image) -> ImageFeatures | Pixels:
+        name = None
+        if isinstance(image, ImageRef):
+            name, _ = self._identify(image)
+            with self._lock:
+                if name in self._memory:
+                    self._memory.move_to_end(name)
+                    self.read += 1
+                    return self._memory[name]
+            if entry := self._load(name):
+                self.read += 1
+                self._remember(name, entry)
+                return entry
+            image = load_image(image)
+        pixel_values, grid = self.backbone.preprocess([image])
+        return Pixels(pixel_values, grid[0], name)
+
+    def _compute(self, item: Pixels) -> ImageFeatures:
+        if entry := self._memory.get(item.name):  # it was fetched twice before it was computed
+            return entry
+        self.computed += 1
+        features = self.backbone.tower(item.pixel_values, item.grid_thw[None]).cpu()
+        entry = ImageFeatures(features, item.grid_thw)
+        if item.name:
+            self._store(item.name, entry)
+            self._remember(item.name, entry)
         return entry
 
-    def _compute(self, image: Image.Image) -> ImageFeatures:
-        self.computed += 1
-        pixel_values, grid = self.backbone.preprocess([image])
-        return ImageFeatures(self.backbone.tower(pixel_values, grid).cpu(), grid[0])
-
     def _remember(self, name: str, entry: ImageFeatures) -> None:
-        self._memory[name] = entry
-        self._memory_bytes += entry.features.nbytes
-        while self._memory_bytes > IN_MEMORY_BYTES and len(self._memory) > 1:
-            _, dropped = self._memory.popitem(last=False)
-            self._memory_bytes -= dropped.features.nbytes
+        with self._lock:
+            if name in self._memory:  # the other thread was faster
+                return
+            self._memory[name] = entry
+            self._memory_bytes += entry.features.nbytes
+            while self._memory_bytes > IN_MEMORY_BYTES and len(self._memory) > 1:
+                _, dropped = self._memory.popitem(last=False)
+                self._memory_bytes -= dropped.features.nbytes
 
     def _path(self, name: str) -> Path | None:
         return self.folder / name[:2] / f"{name}.safetensors" if self.folder else None
 
+    def _is_there(self, name: str) -> bool:
+        path = self._path(name)
+        return path is not None and path.exists()
+
     def _load(self, name: str) -> ImageFeatures | None:
         path = self._path(name)
-        if path is None or not path.exists():
+        if path is None:
             return None
         try:
             with safe_open(path, framework="pt") as entry:
                 features, grid = entry.get_tensor("features"), entry.get_tensor("grid_thw")
                 checksum = (entry.metadata() or {}).get("crc32")
+        except FileNotFoundError:
+            return None
         except (SafetensorError, OSError):
             checksum = None
-        if checksum is None or checksum != _checksum(features):
+        with suppress(OSError):  # a folder of somebody else's may be read only
+            if checksum is not None and checksum == _checksum(features):
+                os.utime(path)  # used now, so the last to be evicted
+            else:
+                checksum = None
+                path.unlink(missing_ok=True)
+        if checksum is None:
             self.damaged += 1
-            path.unlink(missing_ok=True)
+            self.warn(f"{path} is damaged; these features are computed again.")
             return None
         return ImageFeatures(features, grid)
 
+    def _fits(self, num_bytes: int) -> bool:
+        if self._room is None:
+            self._make_room(0)
+        return self.write and num_bytes <= self._room
+
+    def _make_room(self, wanted: int) -> None:
+        """Evict until ``wanted`` bytes fit, or nothing is left that is not of this run; find out how many do."""
+        self._room = 0
+        if self.folder and self.write:
+            own = {name for name, _ in self._known.values()}
+            used = evict(self.folder.parent, self.limit - wanted, keep=own)
+            existing = next(parent for parent in (self.folder, *self.folder.parents) if parent.exists())
+            room = max(0, min(self.limit - used, int(DISK_SHARE * shutil.disk_usage(existing).free)))
+            self._room = room // self.writers
+
     def _store(self, name: str, entry: ImageFeatures) -> None:
-        path = self._path(name)
-        if path is None or entry.features.nbytes > self._room:
+        if not self._fits(entry.features.nbytes):
             return
-        self._room -= entry.features.nbytes
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        os.close(handle)
+        path, temporary = self._path(name), None
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+            os.close(handle)
             tensors = {"features": entry.features.contiguous(), "grid_thw": entry.grid_thw}
             save_file(tensors, temporary, metadata={"crc32": _checksum(entry.features)})
             os.replace(temporary, path)
+            self._room -= entry.features.nbytes
+        except (OSError, SafetensorError) as error:  # the disk is full, or read only
+            self._room = 0
+            self.warn(f"no more features are kept in {self.folder}, the tower computes them anew: {error}")
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            if temporary:
+                Path(temporary).unlink(missing_ok=True)
 
 
 def _checksum(features: torch.Tensor) -> str:
     return str(zlib.crc32(features.contiguous().view(torch.uint8).numpy().data))
 
 
+def _entries(folder: Path) -> list[tuple[float, int, Path]]:
+    """Time of last use, bytes and path of each entry; one that another process deletes meanwhile is left out."""
+    found = []
+    for path in (folder / "features").glob("*/*.safetensors"):
+        with suppress(FileNotFoundError):
+            stat = path.stat()
+            found.append((stat.st_mtime, stat.st_size, path))
+    return found
+
+
 def cache_use(folder: Path) -> CacheUse:
     """How many entries the cache folder holds, and how large."""
-    stats = [path.stat() for path in (folder / "features").glob("*/*.safetensors")]
-    times = [stat.st_mtime for stat in stats]
-    return CacheUse(len(stats), sum(stat.st_size for stat in stats), min(times, default=None), max(times, default=None))
+    entries = _entries(folder)
+    times = [used for used, _, _ in entries]
+    return CacheUse(
+        len(entries), sum(size for _, size, _ in entries), min(times, default=None), max(times, default=None)
+    )
+
+
+def evict(folder: Path, limit: int, keep: Collection[str] = ()) -> int:
+    """Delete the entries used longest ago, but none named in ``keep``, until ``limit`` bytes are left; the bytes left.
+
+    Any number of processes may do so at a time: a reader that finds its entry gone computes it again.
+    """
+    for path in (folder / "features").glob("*/*.tmp"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                path.unlink()
+    entries = sorted(_entries(folder))
+    used = sum(size for _, size, _ in entries)
+    for _, size, path in entries:
+        if used <= limit:
+            break
+        if path.stem not in keep:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+                used -= size
+    return used
 
 
 def clear_cache(folder: Path) -> None:

@@ -10,6 +10,9 @@ from vlm_lora.data.example import Example, ImageRef
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded
 
+AT_ONCE = 256
+"""Examples whose texts are tokenised together."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenCount:
@@ -70,14 +73,16 @@ def count_tokens(
     packed = separate = learnt = 0
     sample: tuple[tuple[str, bool], ...] = ()
     for done, example in enumerate(examples, start=1):
+        if done % AT_ONCE == 1:
+            encoder.tokenize_ahead(examples[done - 1 : done - 1 + AT_ONCE])
         grids = torch.tensor([grid(*sizes[ref]) for ref in example.images], dtype=torch.long).reshape(-1, 3)
         encoded = encoder.encode(example.dialogues, grids)
         images += (grids.prod(-1) // encoder.merge_size**2).tolist()
         branches = [len(branch.input_ids) for branch in encoded.branches]
         longest.append(longest_sequence(encoded))
-        packed += len(encoded.prefix_ids) + sum(branches)
-        separate += len(encoded.prefix_ids) * len(branches) + sum(branches)
-        learnt += sum(int((branch.labels != IGNORE_INDEX).sum()) for branch in encoded.branches)
+        packed += example.weight * (len(encoded.prefix_ids) + sum(branches))
+        separate += example.weight * (len(encoded.prefix_ids) * len(branches) + sum(branches))
+        learnt += example.weight * sum(int((branch.labels != IGNORE_INDEX).sum()) for branch in encoded.branches)
         if reason := over_budget(encoded, max_tokens):
             too_long.append((example, reason))
         sample = sample or tuple(_rendered(encoder, encoded))

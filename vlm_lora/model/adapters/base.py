@@ -44,6 +44,18 @@ class Contract:
     dtype: str
 
 
+PARTS = ("vision tower", "merger (projector)", "language layers", "embeddings and head")
+
+
+def part_of(name: str) -> str:
+    """The one of `PARTS` that a parameter is in."""
+    if name.startswith(TOWER_PREFIXES):
+        return PARTS[0]
+    if name.startswith("model.visual."):
+        return PARTS[1]
+    return PARTS[2 if name.startswith(("model.language_model.layers.", "model.language_model.prefix.")) else 3]
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A part of the model, its adapted modules, and its numbers of trained and frozen parameters."""
@@ -79,28 +91,15 @@ class Adapter:
 
     def parts(self) -> list[Part]:
         """What trains and what is frozen, for the table a run starts with."""
-        groups = {
-            "vision tower": [],
-            "merger (projector)": [],
-            "language layers": [],
-            "embeddings and head": [],
-        }
+        groups: dict[str, list] = {part: [] for part in PARTS}
         for name, parameter in self.backbone.model.named_parameters():
-            if name.startswith(TOWER_PREFIXES):
-                group = "vision tower"
-            elif name.startswith("model.visual."):
-                group = "merger (projector)"
-            elif name.startswith(("model.language_model.layers.", "model.language_model.prefix.")):
-                group = "language layers"
-            else:
-                group = "embeddings and head"
-            groups[group].append((name, parameter))
+            groups[part_of(name)].append((name, parameter))
         return [
             Part(
                 group,
                 len({ADAPTED.split(name)[0] for name, _ in members if ADAPTED.search(name)}),
-                sum(p.numel() for _, p in members if p.requires_grad),
-                sum(_numel(p) for _, p in members if not p.requires_grad),
+                sum(_trained(p) for _, p in members),
+                sum(_numel(p) - _trained(p) for _, p in members),
             )
             for group, members in groups.items()
         ]
@@ -112,6 +111,11 @@ class Adapter:
         if self.contract is not None:
             text = json.dumps(asdict(self.contract), indent=2, ensure_ascii=False)
             (folder / CONTRACT).write_text(text + "\n", encoding="utf-8")
+
+
+def _trained(parameter: torch.nn.Parameter) -> int:
+    """How many of its numbers train: of PiSSA's tensors a half stays as it starts, and says so by ``num_trained``."""
+    return getattr(parameter, "num_trained", parameter.numel()) if parameter.requires_grad else 0
 
 
 def _numel(parameter: torch.nn.Parameter) -> int:
@@ -135,12 +139,14 @@ def new_contract(backbone: Backbone, method: str, prompt: str) -> Contract:
 
 
 def find_adapter(path: str | Path) -> Path:
-    """The adapter folder in ``path``: itself, or the ``adapter`` folder of a run.
+    """The adapter folder in ``path``: itself, the ``adapter`` folder of a run, or a hub name's (downloaded if need be).
 
     Raises:
         AdapterError: there is none, or its weights are not safetensors.
     """
     given = Path(path).expanduser()
+    if not given.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)):
+        given = _from_hub(str(path))
     for folder in (given, given / "adapter"):
         if (folder / CONFIG).is_file():
             if not (folder / WEIGHTS).is_file():
@@ -149,6 +155,19 @@ def find_adapter(path: str | Path) -> Path:
             return folder
     what = "there is no such folder" if not given.exists() else f"it holds no {CONFIG} and no adapter/{CONFIG}"
     raise AdapterError(f"--adapter {path}: {what}. Give a run folder or an adapter folder.")
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, CONTRACT]))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise AdapterError(
+            f"--adapter {name}: there is no such folder, and the model hub gave no adapter of that name "
+            f"({type(error).__name__}). Give a run folder or an adapter folder."
+        ) from error
 
 
 def read_contract(folder: Path) -> Contract | None:

@@ -11,12 +11,13 @@ half frozen, which is what PEFT itself converts such an adapter to.
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError, safe_open
 
 from vlm_lora.errors import AdapterError
@@ -29,9 +30,9 @@ from vlm_lora.model.adapters.base import (
     new_contract,
     read_settings,
 )
-from vlm_lora.model.backbone import LANGUAGE_LINEARS, MERGER_LINEARS, TOWER_PREFIXES, Backbone
+from vlm_lora.model.backbone import LANGUAGE_LINEARS, MERGER_LINEARS, TOWER_PREFIXES, VISION_LINEARS, Backbone
 
-TARGETS = {"language": LANGUAGE_LINEARS, "projector": MERGER_LINEARS}
+TARGETS = {"language": LANGUAGE_LINEARS, "projector": MERGER_LINEARS, "vision": VISION_LINEARS}
 
 
 def attach_lora(
@@ -44,14 +45,19 @@ def attach_lora(
     prompt: str,
     variant: str = "plain",
     targets: Sequence[str] = ("language", "projector"),
+    projector: tuple[int, float] | None = None,
     method: str = "lora",
 ) -> Adapter:
     """Freeze the base and add LoRA; the tensors' first values come from ``seed``.
+
+    ``projector`` is rank and alpha there, if not those of the others.
 
     Raises:
         AdapterError: a part of the vision tower would train, or one of ``targets`` was not found.
     """
     halves = 2 if variant == "pissa" else 1
+    own = projector is not None and projector != (rank, alpha) and "projector" in targets
+    contract = new_contract(backbone, method, prompt)  # of the base alone, before anything sits in it
     config = LoraConfig(
         r=halves * rank,
         lora_alpha=halves * alpha,
@@ -59,29 +65,32 @@ def attach_lora(
         use_rslora=variant == "rslora",
         use_dora=variant == "dora",
         target_modules="|".join(f"(?:{TARGETS[target]})" for target in targets),
+        rank_pattern={MERGER_LINEARS: halves * projector[0]} if own else {},
+        alpha_pattern={MERGER_LINEARS: halves * projector[1]} if own else {},
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for an attribute by its old name
         torch.manual_seed(seed)
         peft_model = get_peft_model(backbone.model, config)
     if variant == "pissa":
-        _start_from_principal_parts(peft_model, rank, alpha / rank)
+        _start_from_principal_parts(peft_model)
     # The name the user knows it by, which may be the hub's, and not the folder it happened to be loaded from.
     peft_model.peft_config["default"].base_model_name_or_path = backbone.name
-    adapter = _adapter(backbone, peft_model, new_contract(backbone, method, prompt))
+    adapter = _adapter(backbone, peft_model, contract)
     check_trained(adapter, targets)
     return adapter
 
 
 @torch.no_grad()
-def _start_from_principal_parts(peft_model: PeftModel, rank: int, scaling: float) -> None:
-    """LoRA's first ``rank`` rows and columns are the base's largest singular parts, the rest minus the same,
+def _start_from_principal_parts(peft_model: PeftModel) -> None:
+    """The first half of LoRA's rows and columns are the base's largest singular parts, the rest minus the same,
     frozen.
     """
     for module in peft_model.modules():
         if not isinstance(module, LoraLayer):
             continue
         down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
+        rank, scaling = len(down) // 2, module.scaling["default"]
         weight = module.get_base_layer().weight
         left, parts, right = torch.linalg.svd(weight.to(down.dtype), full_matrices=False)
         root = (parts[:rank] / scaling).sqrt()
@@ -91,8 +100,9 @@ def _start_from_principal_parts(peft_model: PeftModel, rank: int, scaling: float
         down[:first] = down[rank : rank + first] = root[:, None] * right[:rank]
         up[:, :first] = left[:, :rank] * root
         up[:, rank : rank + first] = -up[:, :first]
-        down.register_hook(lambda grad: torch.cat([grad[:rank], torch.zeros_like(grad[rank:])]))
-        up.register_hook(lambda grad: torch.cat([grad[:, :rank], torch.zeros_like(grad[:, rank:])], dim=1))
+        down.num_trained, up.num_trained = down.numel() // 2, up.numel() // 2
+        down.register_hook(lambda grad: torch.cat([grad[: len(grad) // 2], torch.zeros_like(grad[len(grad) // 2 :])]))
+        up.register_hook(lambda grad: torch.cat([(half := grad.chunk(2, 1))[0], torch.zeros_like(half[1])], 1))
 
 
 def _adapter(backbone: Backbone, peft_model: PeftModel, contract: Contract | None) -> Adapter:
@@ -100,13 +110,16 @@ def _adapter(backbone: Backbone, peft_model: PeftModel, contract: Contract | Non
         # "auto" would ask the hub whether the vocabulary has changed; embeddings are never trained here.
         peft_model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
 
+    names = [name for name, _ in backbone.model.named_parameters()]
+    backbone.tower_adapted = any(name.startswith(TOWER_PREFIXES) and ".lora_" in name for name in names)
     return Adapter(backbone, contract, peft_model.disable_adapter, write)
 
 
 def check_trained(adapter: Adapter, targets: Sequence[str]) -> None:
     """Raises `AdapterError` unless LoRA sits in each of ``targets``, and nothing else trains."""
     trained = [name for name, _ in adapter.named_parameters()]
-    strays = [name for name in trained if name.startswith(TOWER_PREFIXES) or ".lora_" not in name]
+    frozen = () if "vision" in targets else TOWER_PREFIXES
+    strays = [name for name in trained if name.startswith(frozen) or ".lora_" not in name]
     if strays:
         raise AdapterError(f"{len(strays)} tensors would train that must not, first {strays[0]}.")
     for target in targets:
@@ -149,3 +162,32 @@ def load_lora(backbone: Backbone, folder: Path) -> Adapter:
         )
     peft_model.eval()
     return _adapter(backbone, peft_model, contract)
+
+
+@torch.no_grad()
+def merged_weights(adapter: Adapter) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name, as in the base model, and float32 weight ``(out, in)`` of each linear that is not the base's once the
+    adapter is part of it.
+
+    Over a base in four bits that is every linear kept in them, adapted or not, with the values the four bits stand for:
+    the adapter was trained on those.
+
+    Raises:
+        AdapterError: something else than a linear is adapted; another tool's adapter may.
+    """
+    modules = dict(adapter.backbone.model.named_modules())
+    for name, module in modules.items():
+        adapted = isinstance(module, LoraLayer)
+        base = module.get_base_layer() if adapted else module
+        quantised = getattr(getattr(base, "weight", None), "quant_state", None) is not None
+        if name.endswith(".base_layer") or not (adapted or quantised):
+            continue
+        if not isinstance(base, torch.nn.Linear):
+            raise AdapterError(f"{name} is adapted, a {type(base).__name__}; only linear layers can be merged.")
+        weight = dequantize_module_weight(base).float()
+        if adapted:
+            weight = weight + module.get_delta_weight("default").float()
+            if "default" in module.lora_magnitude_vector:  # DoRA: each output's weights brought to a learnt length
+                length = torch.linalg.vector_norm(weight, dim=1)
+                weight = weight * (module.lora_magnitude_vector["default"].weight.float() / length)[:, None]
+        yield f"{name}.weight", weight

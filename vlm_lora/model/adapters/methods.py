@@ -33,6 +33,7 @@ def attach_adapter(backbone: Backbone, config: TrainConfig) -> Adapter:
                 dropout=config.dropout,
                 variant=config.variant or "plain",
                 targets=config.lora_targets,
+                projector=config.lora_of_projector,
                 method=config.method,
                 **common,
             )

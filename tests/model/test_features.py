@@ -1,0 +1,223 @@
+"""The cache of features: sized before it is filled, kept below its limit, sound whatever happens to its files.
+
+Run: pytest tests/model/test_features.py
+"""
+
+import os
+import resource
+import threading
+
+import pytest
+import torch
+
+from tests.conftest import picture
+from vlm_lora.cli import main
+from vlm_lora.data.example import ImageRef
+from vlm_lora.errors import DataError
+from vlm_lora.model.backbone import load_backbone
+from vlm_lora.model.features import FeatureCache, cache_use
+
+SIZES = [(64, 64), (96, 48), (48, 80), (80, 80), (33, 70), (64, 64)]
+
+
+@pytest.fixture(scope="module")
+def backbone(checkpoints):
+    return load_backbone(str(checkpoints["qwen2_vl"]))
+
+
+@pytest.fixture
+def images(tmp_path) -> list[ImageRef]:
+    (tmp_path / "images").mkdir()
+    found = []
+    for i, size in enumerate(SIZES):
+        path = tmp_path / "images" / f"{i}.png"
+        picture(i, size).save(path)
+        found.append(ImageRef(path=path, name=path.name))
+    return found
+
+
+def entries(folder) -> list:
+    return sorted((folder / "features").glob("*/*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def fill(backbone, folder, images, **settings) -> FeatureCache:
+    cache = FeatureCache(backbone, folder, **settings)
+    cache.survey(images)
+    for image in images:
+        cache.prepare(image)
+    return cache
+
+
+def equal(one, other) -> bool:
+    return all(
+        torch.equal(a.features, b.features) and torch.equal(a.grid_thw, b.grid_thw)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_the_size_is_told_before_the_tower_runs(checkpoints, images, tmp_path, monkeypatch, family):
+    backbone = load_backbone(str(checkpoints[family]))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(backbone), "tower", lambda *_: pytest.fail("the tower ran"))
+        survey = FeatureCache(backbone, tmp_path).survey([*images, images[0]])  # a copy is counted once
+    assert (survey.images, survey.missing) == (len(SIZES), len(SIZES))
+    cache = fill(backbone, tmp_path, images)
+    assert survey.num_bytes == sum(entry.features.nbytes for entry in cache.get(images))
+    assert survey.num_bytes <= cache_use(tmp_path).num_bytes < survey.num_bytes + 400 * len(SIZES)
+    again = FeatureCache(backbone, tmp_path).survey(images)
+    assert (again.images, again.missing, again.num_bytes) == (len(SIZES), 0, survey.num_bytes)
+
+
+def test_a_grid_is_the_one_of_the_features(backbone, images, tmp_path):
+    cache = FeatureCache(backbone, tmp_path, write=False)
+    for image, entry in zip(images, FeatureCache(backbone, None).get(images), strict=True):
+        assert torch.equal(cache.prepare(image), entry.grid_thw)
+    assert cache.computed == 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "empty", "text"])
+def test_a_damaged_entry_is_computed_again(backbone, images, tmp_path, damage):
+    wanted = fill(backbone, tmp_path, images).get(images)
+    for path in entries(tmp_path):
+        data = path.read_bytes()
+        flipped = data[:-100] + bytes([data[-100] ^ 1]) + data[-99:]
+        path.write_bytes({"cut": data[:-100], "bit": flipped, "empty": b"", "text": b"{}" * 400}[damage])
+    told = []
+    cache = FeatureCache(backbone, tmp_path, warn=told.append)
+    assert equal(cache.get(images), wanted)
+    assert (cache.damaged, cache.computed, cache.read) == (len(SIZES), len(SIZES), 0)
+    assert "is damaged" in told[0]
+    after = FeatureCache(backbone, tmp_path)
+    assert equal(after.get(images), wanted)
+    assert (after.damaged, after.computed) == (0, 0)
+
+
+def test_what_was_used_longest_ago_goes_first(backbone, images, tmp_path):
+    fill(backbone, tmp_path, images[:4])
+    for age, image in enumerate(images[:4]):  # the first is the one used longest ago ...
+        name, _ = FeatureCache(backbone, tmp_path)._identify(image)
+        os.utime(tmp_path / "features" / name[:2] / f"{name}.safetensors", (1000 + age, 1000 + age))
+    FeatureCache(backbone, tmp_path).get(images[:1])  # ... until it is read
+    sizes = [entry.features.nbytes for entry in FeatureCache(backbone, None).get(images)]
+    limit = cache_use(tmp_path).num_bytes + 100
+    fill(backbone, tmp_path, images[4:5], limit_gb=limit / 1e9)
+    there = [bool(FeatureCache(backbone, tmp_path).survey([image]).missing == 0) for image in images[:5]]
+    assert there == [True, False, True, True, True]
+    assert cache_use(tmp_path).num_bytes <= limit + 400
+    assert sizes[4] < sizes[1]
+
+
+def test_a_running_run_keeps_its_own(backbone, images, tmp_path):
+    """With no room for a second half, the first half stays, and the second goes through the tower each time."""
+    half = sum(entry.features.nbytes + 400 for entry in FeatureCache(backbone, None).get(images[:3]))
+    cache = fill(backbone, tmp_path, images, limit_gb=half / 1e9)
+    assert cache_use(tmp_path).entries == cache.computed == 3
+    assert not cache.complete(images)
+    assert cache.complete(images[:3])
+    assert equal(cache.get(images), FeatureCache(backbone, None).get(images))
+    cache.survey(images)  # as a second process of the same run does
+    assert cache_use(tmp_path).entries == 3
+
+
+def test_an_entry_that_another_process_evicts_is_computed_again(backbone, images, tmp_path):
+    cache = fill(backbone, tmp_path, images)
+    wanted = cache.get(images)
+    cache._memory.clear()
+    assert main_cache(tmp_path, "--limit", "0") == 0
+    assert equal(cache.get(images), wanted)
+    assert (cache.damaged, cache_use(tmp_path).entries) == (0, len(SIZES))
+
+
+def main_cache(folder, *options) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLM_LORA_CACHE", str(folder))
+        return main(["cache", *options])
+
+
+def test_the_command_shows_trims_and_clears(backbone, images, tmp_path, capsys):
+    fill(backbone, tmp_path, images)
+    assert main_cache(tmp_path) == 0
+    assert ": 6 images, 0.000 GB" in capsys.readouterr().out
+    assert main_cache(tmp_path, "--limit", str(10_000 / 1e9)) == 0
+    assert 0 < cache_use(tmp_path).num_bytes <= 10_000
+    assert main_cache(tmp_path, "--limit", "-1") == 2
+    assert main_cache(tmp_path, "--clear") == 0
+    assert cache_use(tmp_path).entries == 0
+
+
+def test_a_full_disk_ends_the_caching_and_nothing_else(backbone, images, tmp_path):
+    told = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))  # a write beyond fails, as on a full disk
+    try:
+        cache = fill(backbone, tmp_path, images, warn=told.append)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert equal(cache.get(images), FeatureCache(backbone, None).get(images))
+    assert len(told) == 1
+    assert "no more features are kept" in told[0]
+    assert not [path for path in (tmp_path / "features").rglob("*") if path.is_file()]
+
+
+def test_a_folder_that_cannot_be_made_is_told_once(backbone, images, tmp_path):
+    (tmp_path / "features").write_text("a file")
+    told = []
+    cache = fill(backbone, tmp_path, images, warn=told.append)
+    assert len(cache.get(images)) == len(SIZES)
+    assert len(told) == 1
+
+
+def test_temporary_files_of_the_dead_are_removed(backbone, images, tmp_path):
+    fill(backbone, tmp_path, images)
+    old, new = (entries(tmp_path)[0].with_name(name) for name in ("old.tmp", "new.tmp"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (1000, 1000))
+    FeatureCache(backbone, tmp_path).survey(images)
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_without_room_an_image_is_still_tested(backbone, images, tmp_path):
+    images[1].path.write_bytes(images[1].path.read_bytes()[:-300])
+    cache = FeatureCache(backbone, tmp_path, write=False)
+    assert cache.survey(images).images == len(SIZES)
+    with pytest.raises(DataError, match=r"1\.png.*damaged or cut off"):
+        cache.prepare(images[1])
+
+
+def test_a_thread_may_fetch_while_another_computes(backbone, images, tmp_path, monkeypatch):
+    """Nothing is lost or mixed up when memory holds less than what is fetched."""
+    monkeypatch.setattr("vlm_lora.model.features.IN_MEMORY_BYTES", 20_000)
+    wanted = FeatureCache(backbone, None).get(images)
+    cache = fill(backbone, tmp_path, images[:3], limit_gb=1)
+    wrong = []
+
+    def fetch():
+        for _ in range(30):
+            if not equal(cache.get(images[:3]), wanted[:3]):
+                wrong.append("fetched")
+
+    thread = threading.Thread(target=fetch)
+    thread.start()
+    for _ in range(10):
+        if not equal(cache.get(images), wanted):
+            wrong.append("computed")
+    thread.join()
+    assert not wrong
+
+
+def test_a_parked_tower_is_not_missed_and_comes_back(checkpoints, images, tmp_path):
+    backbone = load_backbone(str(checkpoints["qwen2_vl"]))
+    wanted = fill(backbone, tmp_path, images).get(images)
+    fingerprint = backbone.tower_fingerprint
+    backbone.park_tower("cpu")
+    assert equal(FeatureCache(backbone, None).get(images), wanted)
+    backbone.park_tower("meta")
+    tower = [p for n, p in backbone.model.named_parameters() if ".blocks." in n or ".patch_embed." in n]
+    assert all(p.device.type == "meta" for p in tower)
+    assert backbone.device.type == "cpu"
+    cache = FeatureCache(backbone, tmp_path)
+    assert cache.complete(images)
+    assert equal(cache.get(images), wanted)
+    assert backbone.tower_fingerprint == fingerprint

@@ -1,0 +1,101 @@
+"""What we rely on in transformers, by name. If one of these has gone in a new release, this says which.
+
+Run: pytest tests/model/test_upstream.py
+Passed with transformers 5.23.0 (torch 2.14).
+"""
+
+import importlib
+import inspect
+
+import pytest
+import transformers
+
+from vlm_lora.model.backbone import _without_weights
+
+MODEL = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}
+ARGUMENTS = {
+    "model.forward": "input_ids attention_mask position_ids past_key_values use_cache mm_encoder_outputs",
+    "model.get_rope_index": "input_ids mm_token_type_ids image_grid_thw",
+    "model.visual.forward": "grid_thw",
+    "_from_config": "config",
+}
+PLACES = """
+    lm_head.weight model.visual.patch_embed.proj.weight model.visual.blocks model.visual.merger.ln_q.weight
+    model.visual.merger.mlp.0.weight model.visual.merger.mlp.2.weight model.language_model.embed_tokens.weight
+    model.language_model.norm.weight model.language_model.layers.0.input_layernorm.weight
+    model.language_model.layers.0.self_attn.q_proj.weight model.language_model.layers.0.self_attn.k_proj.weight
+    model.language_model.layers.0.self_attn.v_proj.weight model.language_model.layers.0.self_attn.o_proj.weight
+    model.language_model.layers.0.self_attn.head_dim model.language_model.layers.0.mlp.gate_proj.weight
+    model.language_model.layers.0.mlp.up_proj.weight model.language_model.layers.0.mlp.down_proj.weight
+    config.vision_config.depth config.vision_config.patch_size config.text_config.layer_types
+    config.text_config.num_key_value_heads config.text_config.vocab_size config.image_token_id
+    generation_config.eos_token_id
+"""
+WINDOWS = "model.visual.window_size model.visual.patch_size model.visual.spatial_merge_size"
+WINDOWS += " config.vision_config.fullatt_block_indexes config.vision_config.window_size"
+FUNCTIONS = {
+    "transformers.models.qwen2_vl.image_processing_qwen2_vl.smart_resize": "factor min_pixels max_pixels",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.get_vision_window_index": (
+        "grid_thw spatial_merge_size window_size patch_size"
+    ),
+    "transformers.modeling_outputs.BaseModelOutputWithPooling": "pooler_output",
+    "transformers.DynamicCache": "config",
+    "transformers.DynamicCache.update": "key_states value_states layer_idx",
+    "transformers.DynamicCache.get_seq_length": "",
+    "transformers.DynamicCache.batch_select_indices": "indices",
+    "transformers.BitsAndBytesConfig": (
+        "load_in_4bit bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_4bit_compute_dtype llm_int8_skip_modules"
+    ),
+}
+
+
+def missing(owner, path: str, arguments: str = "") -> list[str]:
+    """What of ``owner.path(arguments)`` is not there, in words."""
+    found = owner
+    for name in path.split("."):
+        if name.isdigit():
+            found = found[int(name)]
+        elif hasattr(found, name):
+            found = getattr(found, name)
+        else:
+            return [f"{path} (there is no {name})"]
+    if not arguments:
+        return []
+    taken = inspect.signature(found).parameters
+    return [f"argument {name} of {path}" for name in arguments.split() if name not in taken]
+
+
+def require_none(gone: list[str]) -> None:
+    told = f"transformers {transformers.__version__} has no longer what vlm_lora.model.backbone relies on"
+    assert not gone, f"{told}: {'; '.join(gone)}. Mend backbone.py, or bound the version in pyproject.toml."
+
+
+@pytest.mark.parametrize("family", MODEL)
+def test_modules_and_arguments_have_their_names(checkpoints, family):
+    assert hasattr(transformers, f"{MODEL[family]}ForConditionalGeneration")
+    model = _without_weights(str(checkpoints[family]))
+    gone = [text for path, arguments in ARGUMENTS.items() for text in missing(model, path, arguments)]
+    gone += [text for path in PLACES.split() for text in missing(model, path)]
+    if family == "qwen2_5_vl":
+        gone += [text for path in WINDOWS.split() for text in missing(model, path)]
+    require_none(gone)
+
+
+def test_functions_take_their_arguments():
+    gone = []
+    for path, arguments in FUNCTIONS.items():
+        module, names = path.rsplit(".", 1)
+        if module.endswith("DynamicCache"):
+            module, names = "transformers", f"DynamicCache.{names}"
+        gone += missing(importlib.import_module(module), names, arguments)
+    require_none(gone)
+
+
+def test_a_change_would_be_named(checkpoints):
+    """Negative control."""
+    model = _without_weights(str(checkpoints["qwen2_vl"]))
+    assert missing(model, "model.visual.projector.weight") == ["model.visual.projector.weight (there is no projector)"]
+    with pytest.raises(
+        AssertionError, match=r"transformers [\d.]+ has no longer .*: argument features of model\.forward"
+    ):
+        require_none(missing(model, "model.forward", "input_ids features"))
