@@ -5,6 +5,7 @@ vision tower frozen, then compares base and tuned on the held-out images. All of
 
   vlm-lora train ./photos
   vlm-lora train ./photos --model tiny --lr 3e-3          a small model without a network, to try things out
+  vlm-lora train ./photos ./rare:3                        two sources; the answers of the second three times an epoch
   vlm-lora train --config run.yaml --lr 1e-4              settings from a file, flags go first
   vlm-lora train ./photos --output runs/a --resume        go on after a stop
 """
@@ -17,12 +18,14 @@ from pathlib import Path
 
 from vlm_lora.cli.console import Progress, StopSignals, TrainReport, say
 from vlm_lora.config import TrainConfig, config_from, knob_type, read_yaml
+from vlm_lora.errors import ConfigError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_knobs(parser: argparse.ArgumentParser) -> None:
+    """A flag for each knob of `TrainConfig`, and --config."""
     for knob in fields(TrainConfig):
         if knob.default is MISSING:
-            parser.add_argument("data", nargs="?", metavar="DATA", help=knob.metadata["help"])
+            parser.add_argument("data", nargs="*", metavar="DATA", help=knob.metadata["help"])
             continue
         kind = knob_type(knob.name)
         shown = "" if knob.default is None else f" (default: {knob.default})"
@@ -34,7 +37,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         text = (knob.metadata["help"] + shown).replace("%", "%%")
         parser.add_argument("--" + knob.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **extra)
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings, named as the flags")
+
+
+def config_of(options: argparse.Namespace) -> TrainConfig:
+    """What --config and the flags say, the flags first."""
+    values = read_yaml(options.config) if options.config else {}
+    given = vars(options)
+    values |= {f.name: given[f.name] for f in fields(TrainConfig) if given.get(f.name) not in (None, [])}
+    return config_from(values, str(options.config or f"vlm-lora {options.verb}"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_knobs(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    parser.add_argument(
+        "--allow-change",
+        default="",
+        metavar="KEYS",
+        help="with --resume: settings (or data, val, base), with commas, that may differ from the checkpoint's",
+    )
     parser.add_argument("--no-eval", action="store_true", help="leave out the comparison of base and tuned at the end")
     parser.add_argument(
         "--eval-images", type=int, default=200, metavar="N", help="held-out images compared at the end (default: 200)"
@@ -42,20 +63,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    values = read_yaml(options.config) if options.config else {}
-    given = vars(options)
-    values |= {f.name: given[f.name] for f in fields(TrainConfig) if given.get(f.name) is not None}
-    config = config_from(values, str(options.config or "vlm-lora train"))
+    config = config_of(options)
+    allowed = [key.strip().lstrip("-").replace("-", "_") for key in options.allow_change.split(",") if key.strip()]
+    if allowed and not options.resume:
+        raise ConfigError("--allow-change goes with --resume: it says what may differ from the checkpoint.")
 
     from vlm_lora.training.run import train
 
     signals = StopSignals()
+    report = TrainReport(signals)
     try:
-        result = train(config, resume=options.resume, report=TrainReport(signals), stop=signals)
+        result = train(config, resume=options.resume, allow_change=allowed, report=report, stop=signals)
     finally:
         signals.release()
+    together = result.processes.sharded  # then the main process cannot answer alone
+    if not together:
+        result.processes.leave()
     folder = shlex.quote(str(result.folder))
-    if result.held_out and not options.no_eval:
+    command, scores = shlex.join(["vlm-lora", *sys.argv[1:]]), None
+    if result.held_out and not options.no_eval and (together or result.processes.is_main):
         from vlm_lora.inference.captioner import Captioner
         from vlm_lora.inference.evaluate import evaluate, table
         from vlm_lora.inference.report import summary, write_report
@@ -67,17 +93,35 @@ def run(options: argparse.Namespace) -> int:
             result.held_out[: options.eval_images],
             progress=lambda done, total: progress.count("Comparing base and tuned:", done, total),
         )
+        if together:
+            result.processes.leave()
+        if not result.processes.is_main:
+            return 0
         evaluation.write(result.folder)
-        command = shlex.join(["vlm-lora", *sys.argv[1:]])
         report = write_report(result.folder, evaluation, title=result.folder.name, command=command)
         scores = evaluation.scores
         print(f"Base against tuned on {scores['examples']:,} held-out images, {scores['answers']:,} questions:\n")
         print(table(scores))
         print("\n" + "\n".join(summary(scores)))
         print(f"\nReport with pictures: {report}")
+    if not result.processes.is_main:
+        return 0
+    from vlm_lora.inference.card import write_card
+
+    write_card(
+        result.folder / "adapter",
+        name=result.folder.name,
+        data=", ".join(name if name.startswith("hf") else Path(name).name for name in config.sources),
+        counts=f"{len(result.train_examples):,} images learnt with "
+        f"{sum(len(example.dialogues) for example in result.train_examples):,} answers, "
+        f"{len(result.held_out):,} held out, {len(result.bad):,} rows left out",
+        fingerprint=result.fingerprint,
+        command=command,
+        scores=scores,
+    )
     if result.bad:
         say(f"{len(result.bad):,} rows were left out: {result.folder / 'quarantined.jsonl'}")
-    print(f"Adapter: {result.folder / 'adapter'}")
+    print(f"Adapter: {result.folder / 'adapter'} (its model card: README.md in there)")
     say("Next:")
     say(f"  vlm-lora caption PATH... --adapter {folder}")
     say(f"  vlm-lora demo --adapter {folder}")

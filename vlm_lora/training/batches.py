@@ -75,6 +75,18 @@ def micro_batches(items: Sequence[Encoded], max_tokens: int) -> list[list[int]]:
     return groups
 
 
+def deal(items: Sequence[Encoded], num_processes: int) -> list[list[int]]:
+    """A step's items dealt out to processes, as indices of items: the longest first, each to the one that has the
+    fewest tokens so far. A pure function, so every process knows what the others do."""
+    shares: list[list[int]] = [[] for _ in range(num_processes)]
+    loads = [0] * num_processes
+    for i in sorted(range(len(items)), key=lambda i: items[i].num_tokens, reverse=True):
+        least = loads.index(min(loads))
+        shares[least].append(i)
+        loads[least] += items[i].num_tokens
+    return shares
+
+
 def split_long(encoded: Encoded, max_tokens: int) -> list[Encoded]:
     """The example in as many rows as it needs for each to fit in ``max_tokens``: branches are dealt out, never cut."""
     rows: list[list] = [[]]

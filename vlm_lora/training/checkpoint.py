@@ -1,75 +1,137 @@
-"""Checkpoints of a run: all that a step needs beyond the config and the data, which is weights, optimizer, step.
+"""The run folder on disk: its lock, and checkpoints of all that a step needs beyond the config and the data.
 
 A checkpoint is a folder ``step-000200`` with ``adapter.safetensors``, ``optimizer.safetensors`` and, written last,
-``manifest.json`` with the size and hash of both. It is written under a temporary name and renamed, so a folder with
-its right name is whole; one that was damaged later is found by its hashes, set aside, and the one before it used.
+``manifest.json`` with the hashes of both and of itself. It is written under a temporary name and renamed, and loses its
+name before it is deleted, so a folder with its right name is whole; one that was damaged later is found by its hashes,
+set aside, and the one before it used.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
-from vlm_lora.errors import CheckpointError
+from vlm_lora.errors import CheckpointError, ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows has none; a run folder is not locked there
+    fcntl = None
 
 MANIFEST = "manifest.json"
 ADAPTER, OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
+LOCK = ".lock"
 
 NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
 
 
+@dataclass
+class Progress:
+    """What a run has come to beside its tensors; kept in every checkpoint's manifest."""
+
+    micro_batch_tokens: int
+    """What of ``--micro-batch-tokens`` is left after running out of memory."""
+    step: int = 0
+    skipped: int = 0
+    """Steps whose numbers were not finite."""
+    best_step: int | None = None
+    best_loss: float | None = None
+    since_best: int = 0
+    """Evaluations on held-out data since the best one."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, no other process can enter; the lock of a process that was killed is gone with it."""
+    with (folder / LOCK).open("a") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CheckpointError(
+                    f"--output {folder}: another process is training into it. Wait for it, or give another folder."
+                ) from error
+        yield
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full, read-only or vanished disk inside is a `CheckpointError` that says so."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"{path}: could not be written ({reason}). The checkpoints before are intact. Make room, or see that the "
+            "folder is there and writable; then go on with --resume."
+        ) from error
+
+
 def save_checkpoint(
-    folder: Path, step: int, parameters: NamedParameters, optimizer: torch.optim.Optimizer, identity: dict, keep: int
+    folder: Path,
+    progress: Progress,
+    parameters: NamedParameters,
+    optimizer: torch.optim.Optimizer,
+    identity: dict,
+    keep: int,
 ) -> Path:
-    """Write the state after ``step`` optimizer steps and delete all but the newest ``keep``.
+    """Write the state after ``progress.step`` steps, and delete all but the newest ``keep`` and the best.
 
     ``identity`` says which run this is (config and data); `load_checkpoint` compares it.
     """
-    target = folder / f"step-{step:06d}"
+    target = _named(folder, progress.step)
     temporary = folder / f".{target.name}-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        save_file({name: p.detach().contiguous().cpu() for name, p in parameters}, temporary / ADAPTER)
-        save_file(_optimizer_tensors(parameters, optimizer), temporary / OPTIMIZER)
-        files = {file.name: _describe(file) for file in (temporary / ADAPTER, temporary / OPTIMIZER)}
-        manifest = {"step": step, "identity": identity, "files": files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        for file in temporary.iterdir():
-            _sync(file)
-        if target.exists():
-            shutil.rmtree(target)
-        os.rename(temporary, target)
-        _sync(folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"{target}: the checkpoint could not be written ({error.strerror or error}); those before it are intact. "
-            "Make room or give another --output, then go on with --resume."
-        ) from error
-    for old in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    with writing(target):
+        try:
+            folder.mkdir(exist_ok=True)  # not its parents: a run folder that has vanished is not made anew
+            temporary.mkdir()
+            save_file({name: p.detach().contiguous().cpu() for name, p in parameters}, temporary / ADAPTER)
+            save_file(_optimizer_tensors(parameters, optimizer), temporary / OPTIMIZER)
+            files = {file.name: _describe(file) for file in (temporary / ADAPTER, temporary / OPTIMIZER)}
+            manifest = {"step": progress.step, "progress": asdict(progress), "identity": identity, "files": files}
+            manifest["sha256"] = _digest(manifest)
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+            for path in (*temporary.iterdir(), temporary):
+                _sync(path)
+            os.rename(temporary, target)
+            _sync(folder)
+        except (OSError, SafetensorError):
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        for old in _checkpoints(folder)[:-keep]:
+            if _step_of(old) != progress.best_step:
+                doomed = old.with_name(f".{old.name}-old")
+                os.rename(old, doomed)
+                shutil.rmtree(doomed)
     return target
 
 
 def load_checkpoint(
     folder: Path,
+    start: Progress,
     parameters: NamedParameters,
     optimizer: torch.optim.Optimizer,
     identity: dict,
     warn: Callable[[str], None],
-) -> int:
-    """Restore the newest valid checkpoint and return its step; 0 if there is none.
+    allow_change: Collection[str] = (),
+) -> Progress:
+    """Restore the newest valid checkpoint and return its progress; ``start`` if there is none.
+
+    ``allow_change`` names what may have changed in the config, or ``data``, ``val``, ``base``.
 
     Raises:
         CheckpointError: the checkpoint is of another run: config or data have changed; the difference is shown.
     """
+    for leftover in folder.glob(".step-*"):  # of a process that was killed while it saved or deleted
+        shutil.rmtree(leftover, ignore_errors=True)
     for path in reversed(_checkpoints(folder)):
         try:
             manifest, contents = _read(path)
@@ -79,30 +141,72 @@ def load_checkpoint(
             path.rename(aside)
             warn(f"{path.name} is damaged ({error}); it is set aside as {aside.name}, the one before it is used.")
             continue
-        changed = [key for key in identity if manifest["identity"].get(key) != identity[key]]
-        if changed:
-            told = "; ".join(f"{key}: {manifest['identity'].get(key)!r}, now {identity[key]!r}" for key in changed)
-            raise CheckpointError(
-                f"{path}: belongs to a run with other settings or data ({told}). Start a new --output."
-            )
+        changed = _check_identity(path, manifest["identity"], identity, allow_change)
         weights, state = load(contents[ADAPTER]), load(contents[OPTIMIZER])
-        if set(weights) != {name for name, _ in parameters}:
-            raise CheckpointError(f"{path}: holds other tensors than this run trains.")
-        with torch.no_grad():
-            for name, parameter in parameters:
-                parameter.copy_(weights[name])
+        _restore_weights(path, parameters, weights)
         _restore_optimizer(parameters, optimizer, state)
-        return manifest["step"]
-    return 0
+        progress = Progress(**manifest["progress"])
+        if "micro_batch_tokens" in changed:
+            progress.micro_batch_tokens = start.micro_batch_tokens
+        return progress
+    return start
+
+
+def load_weights(folder: Path, step: int, parameters: NamedParameters) -> None:
+    """The adapter's tensors as they were behind ``step``.
+
+    Raises:
+        CheckpointError: that checkpoint is damaged or gone.
+    """
+    path = _named(folder, step)
+    try:
+        _, contents = _read(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: the best checkpoint is damaged or gone ({error}). Go on with --resume, without --patience and "
+            "--load-best-at-end, to end with the last adapter instead."
+        ) from error
+    _restore_weights(path, parameters, load(contents[ADAPTER]))
+
+
+def _check_identity(path: Path, before: dict, now: dict, allow_change: Collection[str]) -> set[str]:
+    """What has changed, by the names that ``allow_change`` knows; an error if that holds not all of them."""
+    changed = {key.removesuffix("_fingerprint"): key for key in now if before.get(key) != now[key]}
+    known = {key.removesuffix("_fingerprint") for key in now}
+    if unknown := sorted(set(allow_change) - known):
+        raise ConfigError(f"--allow-change {unknown[0]}: expected one of {', '.join(sorted(known))}.")
+    refused = [name for name in changed if name not in allow_change]
+    if refused:
+        told = "; ".join(f"{n}: {_short(before.get(changed[n]))}, now {_short(now[changed[n]])}" for n in refused)
+        raise CheckpointError(
+            f"{path}: belongs to a run with other settings or data ({told}). Start a new --output, or go on all the "
+            f"same with --allow-change {','.join(refused)}: the run is then no longer one that can be repeated."
+        )
+    return set(changed)
+
+
+def _short(value: object) -> str:
+    """As it is shown; of a fingerprint the beginning."""
+    return repr(value[:8]) if isinstance(value, str) and len(value) == 64 else repr(value)
+
+
+def _named(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders by step; never by time, which clocks and copies change."""
-    return sorted(path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+    return sorted((path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()), key=_step_of)
 
 
 def _read(path: Path) -> tuple[dict, dict[str, bytes]]:
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    if manifest.pop("sha256") != _digest(manifest):
+        raise ValueError(f"{MANIFEST} is not what was written")
     contents = {}
     for name, described in manifest["files"].items():
         contents[name] = (path / name).read_bytes()
@@ -117,6 +221,10 @@ def _describe(file: Path) -> dict:
     return {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
+def _digest(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -127,17 +235,26 @@ def _sync(path: Path) -> None:
 
 def _optimizer_tensors(parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {
-        f"{name}/{key}": value.detach().contiguous().cpu()
+        f"{name}/{key}": torch.as_tensor(value).detach().contiguous().cpu()  # bitsandbytes counts steps in an int
         for name, parameter in parameters
         for key, value in optimizer.state[parameter].items()
     }
 
 
+def _restore_weights(path: Path, parameters: NamedParameters, weights: dict[str, torch.Tensor]) -> None:
+    if {name: tensor.shape for name, tensor in weights.items()} != {name: p.shape for name, p in parameters}:
+        raise CheckpointError(f"{path}: holds other tensors than this run trains.")
+    with torch.no_grad():
+        for name, parameter in parameters:
+            parameter.copy_(weights[name])
+
+
 def _restore_optimizer(parameters: NamedParameters, optimizer: torch.optim.Optimizer, tensors: dict) -> None:
+    """The manifest vouches that nothing is missing, so a parameter without state is one that had no gradient yet."""
     state = {}
     for index, (name, _) in enumerate(parameters):
         prefix = name + "/"
         state[index] = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        if not state[index]:
-            raise CheckpointError(f"The checkpoint holds no optimizer state for {name}.")
+        if "state1" in state[index]:
+            state[index]["step"] = state[index]["step"].item()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

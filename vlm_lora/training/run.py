@@ -1,28 +1,34 @@
 """A training run from data to adapter: read, split, load, attach, see every image once, train, save."""
 
 import hashlib
+import importlib.util
 import json
 import re
+import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from vlm_lora.config import TrainConfig, parse_columns, write_yaml
+from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Example
-from vlm_lora.data.readers import BadRow, Dataset, bad_row, read_dataset
+from vlm_lora.data.readers import BadRow, Dataset, bad_rows
 from vlm_lora.data.split import split_examples
-from vlm_lora.errors import CheckpointError, DataError
+from vlm_lora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from vlm_lora.model.adapters.base import Adapter
 from vlm_lora.model.adapters.methods import attach_adapter
-from vlm_lora.model.backbone import Backbone, load_backbone, require_bitsandbytes
+from vlm_lora.model.backbone import Backbone, load_backbone, load_shapes, require_bitsandbytes, resolve_dtype
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, cache_folder
 from vlm_lora.model.tokens import over_budget
-from vlm_lora.training.loop import Lesson, Report, run_steps
+from vlm_lora.training.checkpoint import LOCK, locked, writing
+from vlm_lora.training.loop import OUT_OF_MEMORY, Lesson, Report, run_steps
+from vlm_lora.training.plan import Prediction, predict, read_data, sees_each_image_once
+from vlm_lora.training.processes import Processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +42,16 @@ class RunResult:
     train_examples: tuple[Example, ...]
     held_out: tuple[Example, ...]
     bad: tuple[BadRow, ...]
+    fingerprint: str
+    """Of the data it was trained on."""
+    processes: Processes
 
 
 def train(
     config: TrainConfig,
     *,
     resume: bool = False,
+    allow_change: Collection[str] = (),
     report: Report = lambda kind, **values: None,
     stop: Callable[[], int | None] = lambda: None,
 ) -> RunResult:
@@ -49,8 +59,9 @@ def train(
 
     Args:
         resume: go on from the newest valid checkpoint of ``config.output``.
-        report: called with what happens: ``data``, ``parts``, ``cache``, ``features``, ``start``, ``step``,
-            ``held_out``, ``warning``, each with its values.
+        allow_change: settings, or ``data``, ``val``, ``base``, that may differ from the checkpoint's.
+        report: called in every process with what happens: ``data``, ``parts``, ``survey``, ``cache``, ``start``,
+            ``step``, ``held_out``, ``best``, ``cost``, ``warning``, each with its values.
         stop: asked behind each step; where it gives a signal's number, the run saves and ends with `Stopped`.
 
     Raises:
@@ -58,12 +69,17 @@ def train(
     """
     if config.method == "qlora":
         require_bitsandbytes()
-    accelerator = Accelerator()
-    dataset = _read(config, config.data)
-    held_dataset = _read(config, config.val) if config.val else None
+    if config.report_to and importlib.util.find_spec(config.report_to) is None:
+        raise ConfigError(f"--report-to {config.report_to}: is not installed: pip install {config.report_to}.")
+    folder = Path(config.output or _new_run_name(config))
+    processes = Processes(config.method, log_with=config.report_to, project_dir=str(folder))
+    dataset = read_data(config, config.sources)
+    held_dataset = read_data(config, (config.val,)) if config.val else None
+    same = {"data": dataset.fingerprint(), "val": held_dataset and held_dataset.fingerprint()}
+    processes.require_same(same)  # or they would wait for each other for ever, from here on
     bad = dataset.bad + (held_dataset.bad if held_dataset else ())
     if not dataset.examples:
-        raise DataError(f"{config.data}: no usable example in it. {_listed(bad)}")
+        raise DataError(f"{', '.join(config.sources)}: no usable example in it. {_listed(bad)}")
     _settle_bad_rows(config, bad)
     if held_dataset:
         train_examples, held_out = list(dataset.examples), list(held_dataset.examples)
@@ -71,85 +87,157 @@ def train(
         train_examples, held_out = split_examples(dataset.examples, config.val_split, config.seed)
     else:
         train_examples, held_out = list(dataset.examples), []
-    shown = f"{dataset.format} ({dataset.note})" if dataset.note else dataset.format
-    report("data", format=shown, train=train_examples, held_out=held_out, bad=bad)
-
-    folder = Path(config.output or _new_run_name(config))
-    _prepare_folder(folder, resume)
-
-    backbone = load_backbone(
-        config.model,
-        dtype=config.dtype,
-        device=accelerator.device,
-        min_pixels=config.min_pixels,
-        max_pixels=config.max_pixels,
-        quantise=config.method == "qlora",
+    report(
+        "data", format=". ".join(dataset.parts) or dataset.taken_for, train=train_examples, held_out=held_out, bad=bad
     )
-    adapter = attach_adapter(backbone, config)
-    report("parts", parts=adapter.parts(), model=config.model, device=str(backbone.device), dtype=str(backbone.dtype))
 
-    features = FeatureCache(backbone, cache_folder() if config.cache else None)
-    lessons, bad_lessons = _lessons(config, backbone, features, train_examples, report)
-    held_lessons, bad_held = _lessons(config, backbone, features, held_out, report)
-    unusable = bad_lessons + bad_held
-    if unusable:
-        bad += unusable
-        _settle_bad_rows(config, bad)
-        train_examples = [lesson.example for lesson in lessons]
-        held_out = [lesson.example for lesson in held_lessons]
-        if not train_examples:
-            raise DataError(f"{config.data}: no usable example in it. {_listed(bad)}")
-    report("features", computed=features.computed, read=features.read, damaged=features.damaged)
+    with ExitStack() as held, _memory_advice():
 
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_yaml(config.replace(output=str(folder)), folder / "config.yaml")
-        _write_quarantine(folder, bad)
-    identity = _identity(config, dataset, held_dataset, adapter)
-    steps = run_steps(config, adapter, features, lessons, held_lessons, folder, identity, accelerator, report, stop)
-    if accelerator.is_main_process:
-        adapter.save(folder / "adapter")
-    return RunResult(folder, steps, adapter, features, tuple(train_examples), tuple(held_out), tuple(bad))
+        def take() -> Path:
+            _prepare_folder(folder, resume)
+            held.enter_context(locked(folder))
+            return folder
 
+        folder = processes.on_main(take)
+        backbone = load_backbone(
+            config.model,
+            dtype=str(resolve_dtype(config.dtype, processes.device)).removeprefix("torch."),
+            device=torch.device("cpu") if processes.sharded else processes.device,
+            min_pixels=config.min_pixels,
+            max_pixels=config.max_pixels,
+            quantise=config.method == "qlora",
+        )
+        adapter = attach_adapter(backbone, config)
+        if config.gradient_checkpointing:
+            backbone.checkpoint_layers()
+        if processes.sharded:
+            backbone.shard(processes.group, processes.device)
+        report(
+            "parts", parts=adapter.parts(), model=config.model, device=str(backbone.device), dtype=str(backbone.dtype)
+        )
 
-def _read(config: TrainConfig, path: str) -> Dataset:
-    return read_dataset(
-        path,
-        format=config.format,
-        prompt=config.prompt,
-        columns=parse_columns(config.columns),
-        allow_outside=config.allow_outside,
-    )
+        if backbone.tower_adapted:
+            text = "LoRA sits in the vision tower, so it runs in each step for each image, and no features are kept."
+            report("warning", text=text)
+        features = FeatureCache(
+            backbone,
+            cache_folder() if config.cache else None,
+            limit_gb=config.cache_gb,
+            writers=processes.count,
+            warn=lambda text: report("warning", text=text),
+        )
+        # Held-out images are seen again and again, at every save; training images once an epoch.
+        seen_once = sees_each_image_once(config, train_examples)
+        lessons, bad_lessons = _lessons(config, backbone, features, train_examples, processes, seen_once, report)
+        held_lessons, bad_held = _lessons(config, backbone, features, held_out, processes, False, report)
+        features.write = not seen_once
+        unusable = bad_lessons + bad_held
+        if unusable:
+            bad += unusable
+            _settle_bad_rows(config, bad)
+            train_examples = [lesson.example for lesson in lessons]
+            held_out = [lesson.example for lesson in held_lessons]
+            if not train_examples:
+                raise DataError(f"{', '.join(config.sources)}: no usable example in it. {_listed(bad)}")
+        processes.on_main(lambda: _require_room(folder, adapter, config))
+        if features.complete(image for example in (*train_examples, *held_out) for image in example.images):
+            backbone.park_tower()  # its memory is the training's
+
+        def describe() -> None:
+            with writing(folder):
+                _write_quarantine(folder, bad)
+
+        processes.on_main(describe)
+        _start_tracker(config, processes.accelerator, folder)
+        identity = _identity(config, dataset, held_dataset, adapter)
+        processes.require_same(identity)
+        lessons = [lesson for lesson in lessons for _ in range(lesson.example.weight)]
+        predicted, started = _prediction(config, features, lessons), time.perf_counter()
+        steps = run_steps(
+            config, adapter, features, lessons, held_lessons, folder, identity, processes, report, stop, allow_change
+        )
+
+        def save() -> None:
+            with writing(folder / "adapter"):
+                adapter.save(folder / "adapter")
+            if steps == predicted.steps and not resume:  # else the work that was timed is not what was planned
+                measured = {"seconds": time.perf_counter() - started, "devices": processes.count}
+                if backbone.device.type == "cuda":
+                    measured["memory_bytes"] = torch.cuda.max_memory_allocated(backbone.device)
+                report("cost", predicted=predicted, measured=measured)
+                line = {"predicted": asdict(predicted) | {"memory": predicted.memory}, "measured": measured}
+                with writing(folder / "metrics.jsonl"), (folder / "metrics.jsonl").open("a", encoding="utf-8") as log:
+                    log.write(json.dumps({"step": steps} | line) + "\n")
+
+        processes.on_main(save)
+        examples = tuple(train_examples), tuple(held_out)
+        fingerprint = identity["data_fingerprint"]
+        return RunResult(folder, steps, adapter, features, *examples, tuple(bad), fingerprint, processes)
 
 
 def _lessons(
-    config: TrainConfig, backbone: Backbone, features: FeatureCache, examples: Sequence[Example], report: Report
+    config: TrainConfig,
+    backbone: Backbone,
+    features: FeatureCache,
+    examples: Sequence[Example],
+    processes: Processes,
+    seen_once: bool,
+    report: Report,
 ) -> tuple[list[Lesson], tuple[BadRow, ...]]:
-    """Every image through the tower, or out of the cache, and every dialogue in tokens; and what could not be used."""
+    """Every dialogue in tokens, and what could not be used; every image's features in the cache, if they are to be."""
+    features.write = not seen_once
+    if images := [image for example in examples for image in example.images]:
+        report("survey", survey=features.survey(images), folder=features.folder, seen_once=seen_once)
     encoder = Encoder(backbone)
     lessons: list[Lesson] = []
     bad: list[BadRow] = []
-    for done, example in enumerate(examples, start=1):
-        try:
-            entries = features.get(example.images)
-        except DataError as error:
-            bad += [bad_row(example, str(error)) for _ in example.dialogues]
-            continue
-        finally:
-            report("cache", done=done, total=len(examples))
-        grids = torch.stack([entry.grid_thw for entry in entries]) if entries else torch.zeros(0, 3, dtype=torch.long)
-        encoded = encoder.encode(example.dialogues, grids)
-        if reason := over_budget(encoded, config.max_tokens):
-            bad += [bad_row(example, reason) for _ in example.dialogues]
-            continue
-        lessons.append(Lesson(example, encoded))
+    at_once = 32 * processes.count if processes.count > 1 else 1
+    for start in range(0, len(examples), at_once):
+        some = examples[start : start + at_once]
+        # The tower's work is shared out; the sizes of all images, or what is wrong with them, go to every process.
+        parts = processes.gather([_grids(features, example) for example in some[processes.index :: processes.count]])
+        for i, example in enumerate(some):
+            grids = parts[i % processes.count][i // processes.count]
+            if isinstance(grids, str):
+                bad += bad_rows(example, grids)
+                continue
+            encoded = encoder.encode(example.dialogues, grids)
+            if reason := over_budget(encoded, config.max_tokens):
+                bad += bad_rows(example, reason)
+                continue
+            lessons.append(Lesson(example, encoded))
+        report("cache", done=start + len(some), total=len(examples))
     return lessons, tuple(bad)
+
+
+def _grids(features: FeatureCache, example: Example) -> torch.Tensor | str:
+    """``image_grid_thw`` (n, 3) of its images, which are made ready for it; or what is wrong with one."""
+    try:
+        grids = [features.prepare(image) for image in example.images]
+    except DataError as error:
+        return str(error)
+    return torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
+
+
+def _prediction(config: TrainConfig, features: FeatureCache, lessons: Sequence[Lesson]) -> Prediction:
+    """The cost of the steps alone: what the cache holds by now costs nothing more."""
+    patches = {image: features.patches(image) for lesson in lessons for image in lesson.example.images}
+    survey = features.survey(patches)
+    return predict(
+        config,
+        load_shapes(config.model),
+        [(lesson.example, lesson.encoded) for lesson in lessons],
+        patches,
+        device=features.backbone.device,
+        kept=1 - survey.missing_bytes / max(1, survey.num_bytes),
+        missing=0.0,
+    )
 
 
 def _settle_bad_rows(config: TrainConfig, bad: Sequence[BadRow]) -> None:
     if bad and config.on_bad_row == "stop":
         raise DataError(
-            f"{config.data}: {len(bad)} rows cannot be used, and nothing was trained. {_listed(bad)} "
+            f"{', '.join(config.sources)}: {len(bad)} rows cannot be used, and nothing was trained. {_listed(bad)} "
             "Mend them, or leave them out with --on-bad-row quarantine (they are listed in the run folder)."
         )
 
@@ -163,11 +251,12 @@ def _write_quarantine(folder: Path, bad: Sequence[BadRow]) -> None:
     if bad:
         rows = [{"source": row.source, "line": row.line, "reason": row.reason} for row in bad]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / "quarantined.jsonl").write_text(text, encoding="utf-8")
+        # Names that are no UTF-8 as JSON writes them
+        (folder / "quarantined.jsonl").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _new_run_name(config: TrainConfig) -> str:
-    stem = re.sub(r"[^\w-]+", "-", Path(config.data).resolve().name.split(".")[0]).strip("-") or "data"
+    stem = re.sub(r"[^\w-]+", "-", Path(config.sources[0]).resolve().name.split(".")[0]).strip("-") or "data"
     return f"runs/{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -175,12 +264,12 @@ def _prepare_folder(folder: Path, resume: bool) -> None:
     """Refuse what would overwrite a run, or could not be written, before the model is loaded."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"--output {folder}: is a file; a run needs a folder.")
-    used = folder.is_dir() and any(folder.iterdir())
+    used = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
     if used and not resume:
         raise CheckpointError(
             f"--output {folder}: holds a run already. Go on with it by --resume, or give another folder."
         )
-    if resume and not used:
+    if resume and not used and not (folder / LOCK).exists():  # with its lock alone: killed before anything was written
         raise CheckpointError(f"--resume: {folder} holds no run to go on with. Give the run's folder with --output.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -191,10 +280,43 @@ def _prepare_folder(folder: Path, resume: bool) -> None:
         raise CheckpointError(f"--output {folder}: cannot be written ({error.strerror}).") from error
 
 
+@contextmanager
+def _memory_advice() -> Iterator[None]:
+    """Out of memory where nothing can be halved, as in the tower or the held-out loss, ends in advice too."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(OUT_OF_MEMORY) from error
+
+
+def _require_room(folder: Path, adapter: Adapter, config: TrainConfig) -> None:
+    """Refuse a disk that the checkpoints would fill: each holds the adapter's tensors and twice that of AdamW's."""
+    adapter_bytes = sum(parameter.nbytes for _, parameter in adapter.named_parameters())
+    needed = adapter_bytes * (3 * (config.keep_checkpoints + 2) + 1)  # with the best, one being written, the adapter
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"--output {folder}: {free / 2**20:,.0f} MiB are free on this disk, the run's checkpoints need "
+            f"{needed / 2**20:,.0f} MiB. Make room, keep fewer with --keep-checkpoints, or give another --output."
+        )
+
+
+def _start_tracker(config: TrainConfig, accelerator: Accelerator, folder: Path) -> None:
+    if config.report_to is None:
+        return
+    own = {"wandb": {"name": folder.name, "dir": str(folder)}, "trackio": {"name": folder.name}}
+    settings = {name: value for name, value in config.to_dict().items() if value is not None}
+    # TensorBoard is given a folder and takes the name as one in it; the others know projects that hold runs.
+    project = "tensorboard" if config.report_to == "tensorboard" else "vlm-lora"
+    accelerator.init_trackers(project, settings, {config.report_to: own.get(config.report_to, {})})
+
+
 def _identity(config: TrainConfig, dataset: Dataset, held: Dataset | None, adapter: Adapter) -> dict:
     """What must be the same for a checkpoint to be gone on with: the data, the base, and every knob of the numbers."""
-    free = {"data", "output", "val", "cache", "save_every", "keep_checkpoints", "model"}
-    free |= {"columns", "allow_outside"}  # what they change is in the fingerprint of the data
+    free = {"data", "output", "val", "cache", "cache_gb", "save_every", "keep_checkpoints", "model"}
+    free |= {"patience", "load_best_at_end", "on_nonfinite", "max_skipped", "report_to"}
+    free |= {"gradient_checkpointing"}  # changes no number
+    free |= {"columns", "allow_outside", "allow_urls"}  # what they change is in the fingerprint of the data
     knobs = {name: value for name, value in config.to_dict().items() if name not in free}
     contract = adapter.contract
     base = hashlib.sha256((contract.base_fingerprint + contract.tower_fingerprint).encode()).hexdigest()[:16]

@@ -1,0 +1,180 @@
+"""What `vlm-lora plan` predicts, against what the code does: operations, bytes, tensors, steps.
+
+Run: pytest tests/training/test_plan.py
+"""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+
+from tests.conftest import copy_checkpoint
+from tests.model.test_methods import METHODS
+from tests.training.test_train import config
+from vlm_lora.cli import main
+from vlm_lora.errors import DataError
+from vlm_lora.model.adapters.methods import attach_adapter
+from vlm_lora.model.backbone import load_backbone, load_shapes
+from vlm_lora.model.encode import Encoder
+from vlm_lora.model.features import FeatureCache
+from vlm_lora.training.batches import Plan
+from vlm_lora.training.loop import Lesson, fetch_batches, loss_sum, place
+from vlm_lora.training.plan import CostModel, MicroShape, make_plan, micro_shapes, predict, read_data
+
+CPU = torch.device("cpu")
+aten = torch.ops.aten
+COUNTED = {  # torch's own counts, which it does not know to apply to its CPU kernel
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop(
+        g, q, k, v
+    ),
+}
+FAMILIES = ["qwen2_vl", "qwen2_5_vl"]
+
+
+def prepared(checkpoints, photo_folder, tmp_path, family="qwen2_vl", **changes):
+    settings = config(checkpoints, photo_folder, tmp_path / "run", **{"model": str(checkpoints[family])} | changes)
+    backbone = load_backbone(settings.model, dtype=settings.dtype)
+    adapter = attach_adapter(backbone, settings)
+    if settings.gradient_checkpointing:
+        backbone.checkpoint_layers()
+    backbone.model.train()
+    features = FeatureCache(backbone, None)
+    examples = read_data(settings, settings.data).examples
+    encoder = Encoder(backbone)
+    lessons = [
+        Lesson(e, encoder.encode(e.dialogues, torch.stack([features.prepare(i) for i in e.images]))) for e in examples
+    ]
+    patches = {image: features.patches(image) for lesson in lessons for image in lesson.example.images}
+    return settings, backbone, adapter, features, lessons, patches
+
+
+def shape_of(fetched) -> MicroShape:
+    rows, width = fetched.packed.input_ids.shape
+    return MicroShape(rows, width, fetched.num_labels, tuple(int(item.grid_thw.prod()) for item in fetched.images))
+
+
+def off(predicted: float, real: float) -> float:
+    return abs(predicted / real - 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("changes", [
+    {}, {"variant": "rslora", "rank": 8}, {"targets": "projector"}, {"projector_rank": 9},
+    {"gradient_checkpointing": True}, {"targets": "language,vision"},
+], ids=str)  # fmt: skip
+def test_operations_are_those_that_torch_counts(checkpoints, photo_folder, tmp_path, family, changes):
+    settings, backbone, _, features, lessons, _ = prepared(checkpoints, photo_folder, tmp_path, family, **changes)
+    (fetched,) = fetch_batches(backbone, features, lessons[:6], 4096)
+    cost = CostModel(load_shapes(settings.model), settings, torch.float32)
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as tower:
+        batch = place(backbone, features, fetched)
+    through_tower = sum(map(cost.tower_operations, shape_of(fetched).patches))
+    if "vision" in settings.lora_targets:
+        assert tower.get_total_flops() == 0  # it runs in the step
+    else:
+        assert off(through_tower, tower.get_total_flops()) < 0.03
+        through_tower = 0
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as steps:
+        loss_sum(backbone, batch).backward()
+    assert off(through_tower + cost.step_operations(shape_of(fetched)), steps.get_total_flops()) < 0.03
+    more = replace(shape_of(fetched), width=shape_of(fetched).width + 30)  # negative control
+    assert off(cost.step_operations(more), steps.get_total_flops()) > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_activations_are_what_autograd_keeps(checkpoints, photo_folder, tmp_path, family, dtype, dropout):
+    settings, backbone, _, features, lessons, _ = prepared(
+        checkpoints, photo_folder, tmp_path, family, dtype=dtype, dropout=dropout
+    )
+    (fetched,) = fetch_batches(backbone, features, lessons, 4096)
+    batch = place(backbone, features, fetched)
+    kept: dict[int, int] = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss_sum(backbone, batch)
+    weights = {p.untyped_storage().data_ptr() for p in backbone.model.parameters()}
+    real = sum(size for pointer, size in kept.items() if pointer not in weights)
+    cost = CostModel(load_shapes(settings.model), settings, backbone.dtype)
+    shape = shape_of(fetched)
+    # Logits: only the softmax is kept; the rest stands beside it for a moment. Mask: only the float one is.
+    layers = replace(shape, labels=0)
+    passing = shape.rows * shape.width * 3 * cost.shapes.intermediate * cost.bytes
+    passing += shape.rows * shape.width**2
+    predicted = cost.activation_bytes(layers) - passing + 4 * shape.labels * cost.shapes.vocabulary
+    assert off(predicted, real) < 0.06
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].get("method") != "qlora"])
+def test_numbers_are_those_of_the_model(checkpoints, photo_folder, tmp_path, method):
+    changes = {"dropout": 0.0} | ({} if "rank" in METHODS[method] else {"rank": 16}) | METHODS[method]
+    settings, backbone, adapter, *_ = prepared(checkpoints, photo_folder, tmp_path, **changes)
+    cost = CostModel(load_shapes(settings.model), settings, torch.float32)
+    trained = sum(p.numel() for _, p in adapter.named_parameters())
+    assert cost.trained_numbers() == trained
+    frozen = {p.data_ptr(): p.nbytes for p in backbone.model.parameters() if not p.requires_grad}
+    assert off(cost.weight_bytes(), sum(frozen.values())) < 0.02
+
+
+def test_steps_are_the_ones_that_are_trained(checkpoints, photo_folder, tmp_path):
+    settings, backbone, _, features, lessons, patches = prepared(
+        checkpoints, photo_folder, tmp_path, micro_batch_tokens=300, batch_size=5
+    )
+    pairs = [(lesson.example, lesson.encoded) for lesson in lessons]
+    plan = Plan([1] * len(lessons), batch_size=5, epochs=3, seed=0)
+    for step in range(plan.num_steps):
+        chosen = [lessons[example] for example, _ in plan.step(step)]
+        real = [shape_of(fetched) for fetched in fetch_batches(backbone, features, chosen, 300)]
+        assert micro_shapes(settings, plan, pairs, patches, step) == real
+    shapes = load_shapes(settings.model)
+    whole = predict(settings, shapes, pairs, patches, device=CPU)
+    live = predict(settings, shapes, pairs, patches, device=CPU, kept=0.0)
+    assert live.tower_operations == pytest.approx(3 * whole.tower_operations)
+    assert whole.features == sum(entry.features.nbytes for entry in features.get(list(patches)))
+
+
+def test_a_long_run_is_looked_at_in_parts(checkpoints, photo_folder, tmp_path, monkeypatch):
+    settings, *_, lessons, patches = prepared(checkpoints, photo_folder, tmp_path, epochs=20)
+    pairs, shapes = [(lesson.example, lesson.encoded) for lesson in lessons], load_shapes(settings.model)
+    whole = predict(settings, shapes, pairs, patches, device=CPU)
+    monkeypatch.setattr("vlm_lora.training.plan.STEPS_LOOKED_AT", 20)
+    part = predict(settings, shapes, pairs, patches, device=CPU)
+    assert off(part.operations, whole.operations) < 0.03
+
+
+def test_the_command_needs_no_weights(checkpoints, photo_folder, tmp_path, capsys):
+    model = copy_checkpoint(checkpoints["qwen2_vl"], tmp_path / "bare")
+    (model / "model.safetensors").unlink()
+    (photo_folder / "05.png").write_bytes(b"not a picture")
+    command = ["plan", str(photo_folder), "--model", str(model), "--rank", "4"]
+    assert main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["images"], told["unusable"], told["kept"]) == (10, 1, 1.0)
+    assert told["rate"] > 0
+    assert told["memory"] == told["cost"]["weights"] + told["cost"]["trained"] + told["cost"]["activations"]
+
+    assert main([*command, "--tflops", "2", "--gpus", "4", "--json"]) == 0
+    four = json.loads(capsys.readouterr().out)
+    assert four["step_seconds"] == pytest.approx(four["cost"]["operations"] / 2e12 / 4)
+
+    assert main([*command, "--tflops", "2", "--epochs", "1"]) == 0
+    assert "each image is seen once" in capsys.readouterr().out
+    needed = told["memory"] / 1e9
+    assert main([*command, "--tflops", "2", "--device-memory", str(needed * 0.9)]) == 0
+    out = capsys.readouterr().out
+    assert "It does not fit" in out
+    assert "--micro-batch-tokens" in out
+    assert main([*command, "--gpus", "0"]) == 2
+
+
+def test_an_impossible_plan_is_refused(checkpoints, photo_folder, tmp_path):
+    with pytest.raises(DataError, match="no usable example"):
+        make_plan(config(checkpoints, photo_folder, tmp_path / "run", max_tokens=16), tflops=1.0)

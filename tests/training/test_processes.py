@@ -1,0 +1,311 @@
+"""A run on several processes is the run on one: same order, same losses, same adapter; and none is left hanging."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, picture
+from tests.forks import Forks
+from vlm_lora.errors import ConfigError
+from vlm_lora.model.packing import IGNORE_INDEX, Branch, Encoded
+from vlm_lora.training.batches import deal
+from vlm_lora.training.processes import require_possible
+
+# No reader gives examples without a picture; Python may. Here a quarter of them lose theirs as they are read.
+TEXT_ONLY = """
+import dataclasses, sys, vlm_lora.training.run as run
+read = run.read_data
+def some_without_pictures(*given, **options):
+    dataset = read(*given, **options)
+    examples = [dataclasses.replace(e, images=e.images if i % 4 else ()) for i, e in enumerate(dataset.examples)]
+    return dataclasses.replace(dataset, examples=tuple(examples))
+run.read_data = some_without_pictures
+run_steps = run.run_steps
+def telling(config, adapter, features, *given):
+    print(f"{features.computed} images computed", file=sys.stderr)
+    return run_steps(config, adapter, features, *given)
+run.run_steps = telling
+"""
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.fixture(scope="module")
+def forks():
+    forks = Forks()
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Pictures of unlike size with one to four answers each."""
+    folder = tmp_path_factory.mktemp("mixed")
+    rows = []
+    for i in range(12):
+        picture(i, (64 + 16 * (i % 3), 64)).save(folder / f"{i}.png")
+        rows += [{"image": f"{i}.png", "caption": f"Number {i}, said {'again ' * n}"} for n in range(1 + i % 4)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "train.jsonl"
+
+
+@pytest.fixture(scope="module")
+def command(checkpoints, data) -> list[str]:
+    """Five answers a step: fewer images than processes in some steps, and a last step that is short."""
+    flags = "--rank 4 --epochs 2 --batch-size 5 --lr 1e-2 --val-split 0.2 --save-every 3 --no-eval"
+    return ["train", str(data), "--model", str(checkpoints["qwen2_vl"]), *flags.split()]
+
+
+@pytest.fixture(scope="module")
+def alone(forks, command, tmp_path_factory) -> Path:
+    """The run on one process that the others are held against."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLM_LORA_CACHE", str(folder / "cache"))
+        (ended,) = forks.run(1, *command, "--output", folder / "run", sabotage=TEXT_ONLY)
+    assert ended.code == 0, ended.err
+    return folder / "run"
+
+
+def lines(run: Path) -> list[dict]:
+    """Without the last of a run in one go, of its cost."""
+    read = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in read if "predicted" not in line]
+
+
+def difference(run: Path, other: Path) -> float:
+    """The largest difference of two runs' adapters, over the size of their tensors."""
+    one, two = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (run, other))
+    assert one.keys() == two.keys()
+    return max(float((one[name] - two[name]).abs().max() / two[name].abs().max()) for name in one)
+
+
+def assert_same_run(run: Path, alone: Path) -> None:
+    """To the order in which numbers of 32 bits are added up; what was learnt when, exactly."""
+    here, there = lines(run), lines(alone)
+    assert [(x["step"], x.get("answers"), x.get("tokens")) for x in here] == [
+        (x["step"], x.get("answers"), x.get("tokens")) for x in there
+    ]
+    for name in ("loss", "held_out_loss", "grad_norm"):
+        ours, theirs = ([x[name] for x in several if name in x] for several in (here, there))
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-5)
+    assert difference(run, alone) < 2e-3
+
+
+@pytest.mark.parametrize(("count", "env"), [(2, {}), (4, {}), (2, FSDP2), (4, FSDP2)], ids=str)
+def test_several_processes_are_one(forks, command, alone, tmp_path, count, env):
+    ended = forks.run(count, *command, "--output", tmp_path / "run", env=env, sabotage=TEXT_ONLY)
+    assert [e.code for e in ended] == [0] * count, ended
+    assert_same_run(tmp_path / "run", alone)
+    assert ended[0].err.count("Data:") == 1
+    computed = [int(re.search(r"(\d+) images computed", e.err)[1]) for e in ended]
+    assert sum(computed) == 9, computed  # shared out, not each all of them
+    for other in ended[1:]:
+        assert (other.out, "vlm-lora" in other.err, "step" in other.err) == ("", False, False)
+    balance = [x["imbalance"] for x in lines(tmp_path / "run") if "loss" in x]
+    assert 1 <= min(balance) <= max(balance) <= count
+
+
+def test_gradients_that_are_not_added_up_give_another_adapter(forks, command, alone, tmp_path):
+    """Negative control."""
+    sabotage = TEXT_ONLY + "import vlm_lora.training.processes as p; p.Processes.add_up = lambda self, each: list(each)"
+    ended = forks.run(2, *command, "--output", tmp_path / "run", sabotage=sabotage)
+    assert ended[0].code == 0
+    assert difference(tmp_path / "run", alone) > 0.05
+
+
+def test_sharded_layers_are_held_in_pieces_and_the_comparison_at_the_end_works(forks, command, tmp_path):
+    sabotage = """
+import vlm_lora.training.run as run
+real = run.run_steps
+def counting(config, adapter, *rest):
+    frozen = [p for p in adapter.backbone.language_model.layers.parameters() if not p.requires_grad]
+    print("HELD", sum(p.to_local().numel() for p in frozen), sum(p.numel() for p in frozen))
+    return real(config, adapter, *rest)
+run.run_steps = counting
+"""
+    arguments = [a for a in command if a != "--no-eval"] + ["--max-steps", "1", "--output", tmp_path / "run"]
+    ended = forks.run(2, *arguments, env=FSDP2, sabotage=sabotage)
+    assert [e.code for e in ended] == [0, 0], ended
+    for end in ended:
+        held, whole = map(int, end.out.partition("HELD")[2].split()[:2])
+        assert held == whole // 2 > 0
+    assert "Base against tuned on 2 held-out images" in ended[0].out
+    assert ended[1].out.count("\n") == 1
+    assert (tmp_path / "run/report.html").exists()
+
+
+def test_stopped_and_gone_on_with_by_another_number_of_processes(forks, command, alone, tmp_path):
+    """1 -> 2 -> 2 sharded -> 1, each stopped by a signal to one process only."""
+    run = ["--output", tmp_path / "run"]
+    (first,) = forks.run(1, *command, *run, at=(0, 2, signal.SIGTERM), sabotage=TEXT_ONLY)
+    assert first.code == 143
+    second = forks.run(2, *command, *run, "--resume", at=(1, 4, signal.SIGINT), sabotage=TEXT_ONLY)
+    assert [e.code for e in second] == [130, 130], second
+    assert second[0].err.count("stopped behind step 4 and saved") == 1
+    assert "stopped behind" not in second[1].err
+    third = forks.run(2, *command, *run, "--resume", at=(0, 5, signal.SIGTERM), sabotage=TEXT_ONLY, env=FSDP2)
+    assert [e.code for e in third] == [143, 143], third
+    (last,) = forks.run(1, *command, *run, "--resume", sabotage=TEXT_ONLY)
+    assert last.code == 0
+    assert "Going on from step 5" in last.err
+    assert_same_run(tmp_path / "run", alone)
+
+
+def test_out_of_memory_in_one_process_has_all_try_the_step_again(forks, command, alone, tmp_path):
+    sabotage = (
+        TEXT_ONLY
+        + """
+import os, torch, vlm_lora.training.loop as loop
+real, calls = loop.loss_sum, []
+def short_of_memory(*given):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 3:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return real(*given)
+loop.loss_sum = short_of_memory
+"""
+    )
+    ended = forks.run(2, *command, "--output", tmp_path / "run", sabotage=sabotage)
+    assert [e.code for e in ended] == [0, 0], ended
+    assert ended[0].err.count("Out of memory: from here on") == 1
+    assert_same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("env", [{}, FSDP2], ids=["whole", "sharded"])
+def test_one_process_killed_ends_the_others_with_one_clear_line(forks, command, tmp_path, env):
+    ended = forks.run(2, *command, "--output", tmp_path / "run", at=(1, 4, signal.SIGKILL), env=env)
+    assert ended[1].code == -signal.SIGKILL
+    assert ended[0].code == 1
+    assert ended[0].late < 60
+    assert "lost the others" in ended[0].err
+    assert "--resume" in ended[0].err
+    assert "Traceback" not in ended[0].err
+    assert (tmp_path / "run/checkpoints/step-000003/manifest.json").exists()
+
+
+def test_what_is_wrong_for_all_is_said_once(forks, command, alone, tmp_path):
+    refused = forks.run(2, *command, "--method", "qlora", "--output", tmp_path / "run", env=FSDP2)
+    assert [e.code for e in refused] == [2, 2]
+    assert "four-bit weights cannot be sharded" in refused[0].err
+    again = forks.run(2, *command, "--output", alone)
+    assert [e.code for e in again] == [1, 1]
+    assert "holds a run already" in again[0].err
+    sabotage = """
+import dataclasses, os, vlm_lora.training.run as run
+real = run.read_data
+def read(*given, **options):
+    dataset = real(*given, **options)
+    return dataclasses.replace(dataset, examples=dataset.examples[int(os.environ["RANK"]):])
+run.read_data = read
+"""
+    unlike = forks.run(2, *command, "--output", tmp_path / "run", sabotage=sabotage)
+    assert [e.code for e in unlike] == [1, 1]
+    assert "All machines of a run need the same data" in unlike[0].err
+    other = forks.run(2, "eval", "x")
+    assert [e.code for e in other] == [2, 2]
+    assert "runs in one process" in other[0].err
+
+
+@pytest.mark.parametrize(
+    ("settings", "method", "message"),
+    [
+        (FSDP2, "qlora", "cannot be sharded"),
+        (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, "lora", "offload"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "lora", "--fsdp_version 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "lora", "FSDP2"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "lora", "--dtype"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "lora", "--batch-size"),
+    ],
+)
+def test_settings_of_accelerate_that_cannot_be_followed_are_refused(settings, method, message):
+    with pytest.raises(ConfigError, match=message):
+        require_possible(method, settings)
+    assert require_possible("lora", FSDP2)
+    assert not require_possible("qlora", {"ACCELERATE_MIXED_PRECISION": "no"})
+
+
+def test_rows_are_dealt_out_evenly_and_each_once():
+    sizes = torch.randint(20, 400, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    items = [
+        Encoded(torch.zeros(n - 4), torch.zeros(3, n - 4), (Branch(torch.zeros(4), torch.full((4,), IGNORE_INDEX)),))
+        for n in sizes
+    ]
+    shares = deal(items, 5)
+    assert sorted(i for share in shares for i in share) == list(range(64))
+    loads = [sum(sizes[i] for i in share) for share in shares]
+    assert max(loads) * 5 / sum(loads) < 1.02
+    assert deal(items, 5) == shares
+    assert deal(items[:2], 4).count([]) == 2
+
+
+RECIPES = (ROOT / "docs/distributed.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", RECIPES, re.MULTILINE | re.DOTALL)
+
+
+def test_the_recipes_are_right_in_form():
+    scripts = blocks("sh") + [yaml.safe_load(text)["run"] for text in blocks("yaml")]
+    assert len(scripts) == 5
+    for script in scripts:
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+        assert "-m vlm_lora train" in script
+    for text in blocks("python"):
+        compile(text, "docs/distributed.md", "exec")
+
+
+def recipe(program: str, module: str, data: str, *flags: str) -> list[str]:
+    """The first recipe that ``program`` starts, for two processes on a CPU."""
+    line = next(text for text in blocks("sh") if text.startswith(program)).replace(program, "", 1)
+    words = ["2" if word == "8" else word for word in shlex.split(line)]
+    words[words.index("photos")] = data
+    words = words[: words.index("train") + 2]
+    return [sys.executable, "-m", module, *words, *flags]
+
+
+@pytest.mark.slow
+def test_the_recipes_lines_run_and_one_killed_process_ends_the_run(command, tmp_path):
+    """Killed under torchrun; gone on with to the end under accelerate, sharded."""
+    flags = [
+        *command[2:],
+        "--save-every",
+        "10",
+        "--max-steps",
+        "30",
+        "--epochs",
+        "100",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    settings = {"cwd": ROOT, "text": True, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    line = recipe("torchrun", "torch.distributed.run", command[1], *flags)
+    run = subprocess.Popen(line, stderr=subprocess.PIPE, **settings)
+    log = tmp_path / "run/metrics.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) > 4):
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.02)
+    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(workers[1]), signal.SIGKILL)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert said.count("2 processes share each step") == 1
+
+    line = recipe("accelerate launch", "accelerate.commands.launch", command[1], *flags, "--resume")
+    ended = subprocess.run(line, capture_output=True, timeout=900, **settings)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("2 processes share each step, the base's layers in pieces (FSDP2);") == 1
+    assert ended.stdout.count("Adapter:") == 1
+    assert [x["step"] for x in lines(tmp_path / "run") if "loss" in x] == list(range(1, 31))

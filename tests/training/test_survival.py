@@ -1,0 +1,468 @@
+"""What a run survives, each as exactly as if nothing had happened: little memory, bad numbers, full disks, signals."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, picture
+from tests.training.test_train import adapter_of, assert_same, config
+from vlm_lora.cli import main
+from vlm_lora.errors import CheckpointError, ConfigError, Stopped, TrainingError
+from vlm_lora.training import loop, run
+from vlm_lora.training.run import train
+
+
+def log_of(folder) -> list[dict]:
+    """Without the last line of a run in one go, of its cost."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    read = [json.loads(line, parse_constant=refuse) for line in lines]
+    return [line for line in read if "predicted" not in line]
+
+
+class Told:
+    """A report that remembers, and at a step does something."""
+
+    def __init__(self, at: int = 0, do=lambda: None):
+        self.events, self.at, self.do = [], at, do
+
+    def __call__(self, kind, **values):
+        self.events.append((kind, values))
+        if kind == "step" and values["step"] == self.at:
+            self.do()
+
+    def of(self, kind: str) -> list[dict]:
+        return [values for told, values in self.events if told == kind]
+
+    @property
+    def warnings(self) -> list[str]:
+        return [values["text"] for values in self.of("warning")]
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def differ(one: dict, other: dict) -> bool:
+    return any(not torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def straight(checkpoints, tmp_path_factory):
+    """The run that nothing happened to; dropout on, saves behind steps 3, 6 and 8."""
+    base = tmp_path_factory.mktemp("straight")
+    (base / "photos").mkdir()
+    for i in range(12):
+        picture(i, (64 + 16 * (i % 3), 64)).save(base / f"photos/{i:02}.png")
+        (base / f"photos/{i:02}.txt").write_text(f"A picture of number {i}.\n", encoding="utf-8")
+    return train(config(checkpoints, base / "photos", base / "run")).folder
+
+
+# -- one at a time ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_in_use_is_refused_and_a_killed_users_is_not(checkpoints, photo_folder, tmp_path):
+    settings = config(checkpoints, photo_folder, tmp_path / "run", max_steps=2, save_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, report=Told(2, interrupt))
+    hold = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True)\n"
+    hold += "time.sleep(99)"
+    with subprocess.Popen([sys.executable, "-c", hold, tmp_path / "run/.lock"], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(CheckpointError, match=r"run: another process is training into it\.") as refused:
+            train(settings, resume=True)
+        assert "\n" not in str(refused.value)
+        other.kill()
+    train(settings, resume=True)
+
+
+def test_killed_before_anything_was_written_it_can_be_gone_on_with(checkpoints, photo_folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    settings = config(checkpoints, photo_folder, tmp_path / "run", max_steps=1)
+    with pytest.raises(CheckpointError, match="holds no run"):
+        train(settings, resume=True)
+    (tmp_path / "run/.lock").touch()
+    assert train(settings, resume=True).steps == 1
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+def out_of_memory(monkeypatch, fails):
+    """``fails(tokens)`` says whether a micro-batch of so many tokens, padding included, finds no room."""
+    real, sizes = loop.loss_sum, []
+
+    def loss_sum(backbone, batch):
+        sizes.append(batch.input_ids.numel())
+        loss = real(backbone, batch)
+        if backbone.model.training and fails(sizes[-1]):
+            raise torch.OutOfMemoryError("CUDA out of memory. (not really)")
+        return loss
+
+    monkeypatch.setattr(loop, "loss_sum", loss_sum)
+    return sizes
+
+
+def test_out_of_memory_is_found_before_the_first_step_and_settled(checkpoints, straight, tmp_path, monkeypatch):
+    """P10: equal to the bit to a run that was started with the micro-batch that is arrived at."""
+    photos = straight.parent / "photos"
+    told = Told()
+    with monkeypatch.context() as patch:
+        sizes = out_of_memory(patch, lambda tokens: tokens > 100)
+        halved = train(config(checkpoints, photos, tmp_path / "halved"), report=told).folder
+    assert told.events.index(("warning", told.of("warning")[0])) < [k for k, _ in told.events].index("step")
+    assert sizes[0] == max(sizes), "the largest micro-batch does not come first"
+    manifest = json.loads((halved / "checkpoints/step-000008/manifest.json").read_text())
+    arrived = manifest["progress"]["micro_batch_tokens"]
+    assert f"micro-batches are of {arrived:,} tokens at most" in told.warnings[-1]
+    small = train(config(checkpoints, photos, tmp_path / "small", micro_batch_tokens=arrived)).folder
+    assert_same(adapter_of(halved), adapter_of(small))
+    assert differ(adapter_of(halved), adapter_of(straight))  # other rows stand together: other dropout, other rounding
+    for name in ("step", "lr", "answers", "tokens"):
+        assert [line.get(name) for line in log_of(halved)] == [line.get(name) for line in log_of(straight)]
+
+
+def test_out_of_memory_in_the_middle_tries_the_same_step_again(checkpoints, straight, tmp_path, monkeypatch):
+    """P10: from there on equal to the bit to a run that is stopped before that step and goes on with less."""
+    photos = straight.parent / "photos"
+    told = Told(7, interrupt)
+    with monkeypatch.context() as patch:
+        out_of_memory(patch, lambda tokens: len(told.of("step")) == 4 and tokens > 200)
+        settings = config(checkpoints, photos, tmp_path / "once", save_every=1)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, report=told)
+    assert len(told.warnings) == 1
+    once = train(settings, resume=True).folder  # out of memory no more: what was learnt about it is kept
+    arrived = json.loads((once / "checkpoints/step-000008/manifest.json").read_text())["progress"]["micro_batch_tokens"]
+    assert arrived < 4096
+
+    by_hand = config(checkpoints, photos, tmp_path / "by-hand", save_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(by_hand, report=Told(5, interrupt))  # behind the checkpoint of step 4
+    less = by_hand.replace(micro_batch_tokens=arrived)
+    assert_same(adapter_of(train(less, resume=True, allow_change=["micro_batch_tokens"]).folder), adapter_of(once))
+    assert differ(adapter_of(once), adapter_of(straight))
+
+
+def test_out_of_memory_with_nothing_to_halve_names_the_knobs(checkpoints, photo_folder, tmp_path, monkeypatch):
+    told = Told()
+    sizes = out_of_memory(monkeypatch, lambda tokens: True)
+    with pytest.raises(TrainingError, match=r"Out of memory.*--max-pixels.*--micro-batch-tokens"):
+        train(config(checkpoints, photo_folder, tmp_path / "run"), report=told)
+    assert not told.of("step")
+    assert len(sizes) < 8
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_lessons", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("the tower")))
+        with pytest.raises(TrainingError, match=r"Out of memory.*--max-pixels"):
+            train(config(checkpoints, photo_folder, tmp_path / "tower"))
+
+
+def test_trying_the_largest_step_first_changes_nothing(checkpoints, straight, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_largest_step", lambda plan, lessons_of, first, *_: first)
+    untried = train(config(checkpoints, straight.parent / "photos", tmp_path / "run")).folder
+    assert_same(adapter_of(untried), adapter_of(straight))
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def poison(monkeypatch, bad: str, source: str = "05.png:1"):
+    """Steps that hold this example get a loss, or else a gradient, that is not finite."""
+    real = loop.learn
+
+    def learn(backbone, features, lessons, *rest):
+        loss = real(backbone, features, lessons, *rest)
+        if source in [lesson.example.source for lesson in lessons]:
+            if bad == "loss":
+                return loss * float("nan")
+            next(p for p in backbone.model.parameters() if p.grad is not None).grad[0, 0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(loop, "learn", learn)
+
+
+@pytest.mark.parametrize(("bad", "told"), [("loss", "loss nan"), ("gradient", "gradient norm (inf|nan)")])
+def test_numbers_that_are_not_finite_are_never_applied(checkpoints, straight, tmp_path, monkeypatch, bad, told):
+    poison(monkeypatch, bad)
+    photos = straight.parent / "photos"
+    settings = config(checkpoints, photos, tmp_path / "run", save_every=1)
+    with pytest.raises(TrainingError, match=rf"{told}.*not finite, and not applied.*05\.png.*--on-nonfinite skip"):
+        train(settings)
+    assert not (tmp_path / "run/adapter").exists()
+
+    skip = settings.replace(on_nonfinite="skip")
+    told = Told()
+    result = train(skip, resume=True, report=told)
+    skipped = [line["step"] for line in log_of(result.folder) if line.get("skipped")]
+    assert len(skipped) == len(told.warnings) == 3  # once an epoch
+    assert all("05.png" in text for text in told.warnings)
+    assert all(torch.isfinite(tensor).all() for tensor in adapter_of(result.folder).values())
+
+    again = skip.replace(output=str(tmp_path / "again"))  # stopped right behind a step that was left out
+    with pytest.raises(KeyboardInterrupt):
+        train(again, report=Told(skipped[1] + 1, interrupt))
+    assert_same(adapter_of(train(again, resume=True).folder), adapter_of(result.folder))
+    assert differ(adapter_of(result.folder), adapter_of(straight))
+    with pytest.raises(TrainingError, match="More than --max-skipped 2 steps"):
+        train(skip.replace(output=str(tmp_path / "many"), max_skipped=2))
+
+
+def test_a_loss_spike_is_flagged_and_changes_nothing(checkpoints, straight, tmp_path, monkeypatch):
+    photos = straight.parent / "photos"
+    calm = train(config(checkpoints, photos, tmp_path / "calm", epochs=6), report=(quiet := Told())).folder
+    assert quiet.warnings == []
+    real, calls = loop.learn, []
+
+    def learn(*args):
+        calls.append(args)
+        return real(*args) * (50 if len(calls) == 14 else 1)  # the first is the trial of the largest step
+
+    monkeypatch.setattr(loop, "learn", learn)
+    monkeypatch.setattr(loop, "_largest_step", lambda plan, lessons_of, first, *_: first + 1)
+    told = Told()
+    spiked = train(config(checkpoints, photos, tmp_path / "spiked", epochs=6), report=told).folder
+    (text,) = told.warnings
+    assert text.startswith("Step 13: loss")
+    assert "highest of the last 12 steps" in text
+    assert ".png:1" in text
+    assert_same(adapter_of(spiked), adapter_of(calm))
+
+
+@pytest.mark.parametrize("how", ["frozen", "detached"])
+def test_a_dead_adapter_tensor_is_named(checkpoints, photo_folder, tmp_path, monkeypatch, how):
+    real = run.attach_adapter
+
+    def attach(*args):
+        adapter = real(*args)
+        name, parameter = next((n, p) for n, p in adapter.named_parameters() if "layers.1" in n and "lora_A" in n)
+        if how == "frozen":
+            parameter.requires_grad_(False)
+        else:
+            parameter.register_hook(torch.zeros_like)
+        dead.append(name)
+        return adapter
+
+    dead = []
+    monkeypatch.setattr(run, "attach_adapter", attach)
+    told = Told()
+    train(config(checkpoints, photo_folder, tmp_path / "run", max_steps=3), report=told)
+    assert told.warnings
+    assert all(dead[0] in text and text.startswith("1 of ") for text in told.warnings)
+
+
+# -- the best adapter, and evaluation --------------------------------------------------------------------------------
+
+
+def tensors_of(checkpoint) -> dict:
+    return load_file(checkpoint / "adapter.safetensors")
+
+
+def scripted(monkeypatch, losses):
+    """Held-out losses as given, one an evaluation."""
+    rest = iter(losses)
+    monkeypatch.setattr(loop, "mean_loss", lambda *args: next(rest))
+
+
+def test_early_stopping_ends_with_the_best_adapter(checkpoints, straight, tmp_path, monkeypatch):
+    photos = straight.parent / "photos"
+    settings = config(checkpoints, photos, tmp_path / "run", save_every=1, keep_checkpoints=1, patience=2)
+    scripted(monkeypatch, [3.0, 1.0, float("nan")])
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, report=Told(4, interrupt))  # what was best, and for how long, is in the checkpoint
+    scripted(monkeypatch, [2.0])
+    told = Told()
+    result = train(settings, resume=True, report=told)
+    assert result.steps == 4
+    inside = {name: parameter.detach() for name, parameter in result.adapter.named_parameters()}
+    assert_same(inside, tensors_of(tmp_path / "run/checkpoints/step-000002"))
+    assert told.of("best") == [{"step": 2, "loss": 1.0, "last": 4, "num_steps": 8}]
+    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == ["step-000002", "step-000004"]
+    again = train(settings, resume=True)
+    assert again.steps == 4, "a run that has stopped early is not gone on with"
+
+
+def test_the_best_adapter_without_stopping_early(checkpoints, straight, tmp_path, monkeypatch):
+    settings = config(checkpoints, straight.parent / "photos", tmp_path / "run", load_best_at_end=True)
+    scripted(monkeypatch, [3.0, 1.0, 2.0])
+    result = train(settings)
+    assert result.steps == 8
+    inside = {name: parameter.detach() for name, parameter in result.adapter.named_parameters()}
+    assert_same(inside, tensors_of(tmp_path / "run/checkpoints/step-000006"))
+    assert differ(adapter_of(result.folder), adapter_of(straight))
+    (tmp_path / "run/checkpoints/step-000006/adapter.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"best checkpoint is damaged or gone.*without --patience"):
+        train(settings, resume=True)
+    assert_same(adapter_of(train(settings.replace(load_best_at_end=False), resume=True).folder), adapter_of(straight))
+
+
+def test_evaluation_disturbs_nothing(checkpoints, straight, photo_folder, tmp_path):
+    photos = straight.parent / "photos"
+    without = config(checkpoints, photos, tmp_path / "without", val_split=0.0, save_every=100)
+    every = config(checkpoints, photos, tmp_path / "every", val=str(photo_folder), save_every=1)
+    one, other = train(without), train(every)
+    assert not [line for line in log_of(one.folder) if "held_out_loss" in line]
+    assert len([line for line in log_of(other.folder) if "held_out_loss" in line]) == other.steps == 9
+    assert_same(adapter_of(one.folder), adapter_of(other.folder))
+
+
+def test_early_stopping_needs_held_out_data():
+    with pytest.raises(ConfigError, match="--patience is 2; expected none with --val-split 0"):
+        config({"qwen2_vl": "x"}, "x", "y", val_split=0.0, patience=2)
+
+
+# -- signals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_on_a_step_that_is_saved_logs_its_held_out_loss_too(checkpoints, straight, tmp_path):
+    settings = config(checkpoints, straight.parent / "photos", tmp_path / "run")
+    told = Told()
+    with pytest.raises(Stopped) as stopped:
+        train(settings, report=told, stop=lambda: signal.SIGTERM if len(told.of("step")) == 3 else None)
+    assert stopped.value.exit_code == 143
+    assert log_of(tmp_path / "run")[-1]["held_out_loss"] == told.of("held_out")[0]["loss"]
+    with (tmp_path / "run/metrics.jsonl").open("a") as log:
+        log.write('{"step": 4, "lo')  # a line that was cut off
+    result = train(settings, resume=True)
+    assert_same(adapter_of(result.folder), adapter_of(straight))
+    kept = ("step", "loss", "lr", "grad_norm", "held_out_loss")
+    short = [[{k: line[k] for k in kept if k in line} for line in log_of(f)] for f in (result.folder, straight)]
+    assert short[0] == short[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(number):
+    code = (
+        "from vlm_lora.cli.console import StopSignals; import time; s = StopSignals(); s.catch(); print(flush=True)\n"
+    )
+    code += "while not s(): time.sleep(0.01)\nprint(s(), flush=True)\ntime.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.send_signal(number)
+        assert int(process.stdout.readline()) == number
+        process.send_signal(number)
+        assert process.wait(timeout=10) == -number  # a shell shows 128 + number
+        assert b"Once more ends it at once" in process.stderr.read()
+
+
+# -- disks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(checkpoints, straight, tmp_path):
+    """P8: RLIMIT_FSIZE makes each write beyond it fail, as a full disk does."""
+    settings = config(checkpoints, straight.parent / "photos", tmp_path / "run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(CheckpointError, match=r"step-000006: could not be written \(.*\)\. The checkpoints before"):
+            train(settings, report=Told(4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000003"]
+    assert_same(adapter_of(train(settings, resume=True).folder), adapter_of(straight))
+
+
+def test_a_log_that_cannot_be_written_is_said_too(checkpoints, photo_folder, tmp_path):
+    settings = config(checkpoints, photo_folder, tmp_path / "run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl: could not be written \(File too large\)"):
+            train(settings, report=Told(1, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_run_folder_that_vanishes_is_not_made_anew(checkpoints, photo_folder, tmp_path):
+    told = Told(2, lambda: shutil.rmtree(tmp_path / "run"))
+    with pytest.raises(CheckpointError, match=r"step-000003: could not be written \(No such file"):
+        train(config(checkpoints, photo_folder, tmp_path / "run"), report=told)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("why", ["a file in its path", "read-only", "too little room"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_learnt(
+    checkpoints, photo_folder, tmp_path, monkeypatch, why
+):
+    told, output = Told(), tmp_path / "run"
+    if why == "a file in its path":
+        (tmp_path / "file").touch()
+        output, message = tmp_path / "file/run", r"cannot be written \(Not a directory\)"
+    elif why == "read-only":  # not by chmod: root may write all the same
+        message = r"cannot be written \(Read-only file system\)"
+        monkeypatch.setattr(run.Path, "touch", lambda self: (_ for _ in ()).throw(OSError(30, os.strerror(30))))
+    else:
+        message = r"0 MiB are free on this disk, the run's checkpoints need \d+ MiB"
+        monkeypatch.setattr(run.shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(1000))
+    with pytest.raises(CheckpointError, match=message):
+        train(config(checkpoints, photo_folder, output), report=told)
+    assert not told.of("start")
+
+
+# -- changes, trackers, the network ----------------------------------------------------------------------------------
+
+
+def test_a_change_is_gone_on_with_if_told_so(checkpoints, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000008")
+    settings = config(checkpoints, straight.parent / "photos", tmp_path / "run", lr=1e-3, seed=1)
+    with pytest.raises(CheckpointError, match=r"\(seed: 0, now 1\).*--allow-change seed"):
+        train(settings, resume=True, allow_change=["lr"])
+    with pytest.raises(ConfigError, match=r"--allow-change learning_rate: expected one of .*data.*lr"):
+        train(settings, resume=True, allow_change=["learning_rate"])
+    with pytest.raises(CheckpointError, match="holds other tensors"):
+        train(settings.replace(seed=0, rank=2), resume=True, allow_change=["lr", "rank"])
+    assert "\nlr: 0.01\n" in (tmp_path / "run/config.yaml").read_text(), "what was refused stands in config.yaml"
+    changed = train(settings, resume=True, allow_change=["lr", "seed"]).folder
+    assert differ(adapter_of(changed), adapter_of(straight))
+    train(settings, resume=True)  # from here on it is the run's own
+
+
+def test_allow_change_needs_resume(capsys):
+    assert main(["train", "x", "--allow-change", "lr"]) == 2
+    assert "--allow-change goes with --resume" in capsys.readouterr().err
+
+
+def test_tensorboard_gets_what_the_log_gets(checkpoints, straight, tmp_path, monkeypatch):
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    settings = config(checkpoints, straight.parent / "photos", tmp_path / "run", report_to="tensorboard")
+    folder = train(settings).folder
+    assert_same(adapter_of(folder), adapter_of(straight))
+    events = reading.EventAccumulator(str(folder / "tensorboard")).Reload()
+    for name in ("loss", "lr", "held_out_loss"):
+        wanted = [(line["step"], pytest.approx(line[name])) for line in log_of(folder) if name in line]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == wanted
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="--report-to wandb: is not installed: pip install wandb"):
+        train(settings.replace(report_to="wandb", output=str(tmp_path / "other")))
+
+
+def test_training_and_captioning_open_no_connection(checkpoints, photo_folder, tmp_path):
+    """P12, with the hub online as it is for a user."""
+    code = """
+import sys
+def watch(event, args):
+    if event in ("socket.getaddrinfo", "socket.gethostbyname") or event == "socket.connect":
+        print("NETWORK", event, args, file=sys.stderr)
+        raise OSError("no network in this test")
+sys.addaudithook(watch)
+from vlm_lora.cli import main
+data, model, output = sys.argv[1:]
+code = main(["train", data, "--model", model, "--output", output, "--max-steps", "2", "--rank", "4"])
+sys.exit(code or main(["caption", data + "/00.png", "--adapter", output]))
+"""
+    online = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+    command = [sys.executable, "-c", code, str(photo_folder), str(checkpoints["qwen2_vl"]), str(tmp_path / "run")]
+    done = subprocess.run(command, env=online | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "NETWORK" not in done.stderr

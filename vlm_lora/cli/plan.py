@@ -1,0 +1,75 @@
+"""Say what a training run will cost: operations, memory, disk, time. It takes the same flags as `train`.
+
+  vlm-lora plan ./photos
+  vlm-lora plan ./photos --gpus 4 --tflops 200 --device-memory 24 --dtype bfloat16      for another machine than this
+
+No weights are read. The time is at the rate that one random layer reaches here, or at --tflops.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+
+from vlm_lora.cli.console import Progress, duration
+from vlm_lora.cli.train import add_knobs, config_of
+from vlm_lora.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_knobs(parser)
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="devices that share each step (default: 1)")
+    parser.add_argument(
+        "--tflops", type=float, metavar="X", help="10^12 operations a second of a device (default: measured here)"
+    )
+    parser.add_argument("--device-memory", type=float, metavar="GB", help="memory of a device (default: of this one)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(options: argparse.Namespace) -> int:
+    for name in ("gpus", "tflops", "device_memory"):
+        if getattr(options, name) is not None and getattr(options, name) <= 0:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} {getattr(options, name)}: expected a number above 0")
+    config = config_of(options)
+
+    from vlm_lora.training.plan import make_plan
+
+    progress = Progress()
+    plan = make_plan(
+        config,
+        gpus=options.gpus,
+        tflops=options.tflops,
+        device_memory=options.device_memory and options.device_memory * 1e9,
+        progress=lambda done, total: progress.count("Examples in tokens:", done, total),
+    )
+    facts = asdict(plan)
+    if options.json:
+        print(json.dumps(facts | {"memory": plan.cost.memory}))
+        return 0
+    cost, gb = plan.cost, 1e9
+    print(f"{cost.steps:,} steps over {plan.images:,} images, {cost.answers:,} answers in all", end="")
+    print(f"; {plan.unusable:,} examples cannot be used (vlm-lora check says why)" if plan.unusable else "")
+    steps, tower = cost.operations / 1e12, cost.tower_operations / 1e12
+    print(f"operations: {steps:,.3g} TFLOP in the steps, {tower:,.3g} in the vision tower")
+    whose = "given" if options.tflops else "measured with one layer here"
+    shared = f", shared by {options.gpus}" if options.gpus > 1 else ""
+    tower = duration(plan.tower_seconds)
+    print(f"time:       {duration(plan.step_seconds + plan.tower_seconds)}, {tower} of it in the tower")
+    print(f"            at {plan.rate / 1e12:,.3g} TFLOP/s, {whose} ({plan.device}, {plan.dtype}){shared}")
+    print(
+        f"memory:     {cost.memory / gb:,.2f} GB of {plan.device_memory / gb:,.1f} GB, besides what torch itself takes:"
+    )
+    print(f"            weights {cost.weights / gb:,.2f}, adapter and optimizer {cost.trained / gb:,.2f}, ", end="")
+    print(
+        f"activations {cost.activations / gb:,.2f} (at most {cost.largest.rows} rows of {cost.largest.width:,} tokens)"
+    )
+    print(f"disk:       {cost.features / gb:,.3f} GB of features, ", end="")
+    if plan.kept == 1:
+        print("computed once and kept")
+    elif plan.kept:
+        print(f"{plan.kept:.0%} of which --cache-gb {config.cache_gb:g} allows; the rest is computed in each step")
+    else:
+        print("not kept: each image is seen once" if config.cache else "not kept (--no-cache)")
+    for line in plan.advice:
+        print(line)
+    return 0

@@ -1,0 +1,421 @@
+"""What a run will cost, before any weight is read: operations, memory, disk, and time at a rate measured here.
+
+Operations are counted as everywhere in the field, a multiply-add as two, from the shapes of the very micro-batches
+that the run will compute, padding included. The base is frozen, so a linear costs its forward pass and, in the
+backward pass, the gradient of its input but none of its weights. What stands beside the large matrix products
+(norms, rotary positions, the optimizer) is not counted in operations; a measured rate has it in it.
+"""
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import torch
+
+from vlm_lora.config import TrainConfig, parse_columns
+from vlm_lora.data.example import Example, ImageRef
+from vlm_lora.data.images import image_size
+from vlm_lora.data.readers import Dataset, read_dataset
+from vlm_lora.data.split import split_examples
+from vlm_lora.errors import DataError
+from vlm_lora.model.adapters.methods import attach_adapter
+from vlm_lora.model.backbone import (
+    Shapes,
+    best_device,
+    load_preprocessor,
+    load_sample,
+    load_shapes,
+    resolve_dtype,
+)
+from vlm_lora.model.encode import Encoder
+from vlm_lora.model.packing import IGNORE_INDEX, Encoded
+from vlm_lora.model.tokens import over_budget
+from vlm_lora.training.batches import Plan, micro_batches, split_long
+from vlm_lora.training.loop import LOGITS_AT_ONCE
+
+STEPS_LOOKED_AT = 2000
+"""Of a longer run, so many steps spread over its length stand for all."""
+
+FOUR_BITS = 4.127 / 8
+"""Bytes of a number in NF4 with double quantisation (arXiv:2305.14314, section 3)."""
+
+FILLED = 0.9
+"""The share of a device's memory that may be planned for; allocators waste some."""
+
+TRAINED = 4 * 4
+"""Bytes of a trained number, in float32: itself, its gradient and AdamW's two moments."""
+
+
+def read_data(config: TrainConfig, sources: Sequence[str]) -> Dataset:
+    return read_dataset(
+        sources,
+        format=config.format,
+        prompt=config.prompt,
+        columns=parse_columns(config.columns),
+        allow_outside=config.allow_outside,
+        allow_urls=config.allow_urls,
+    )
+
+
+def sees_each_image_once(config: TrainConfig, examples: Sequence[Example]) -> bool:
+    """Whether the run ends before any image comes again, so that keeping features would be in vain."""
+    answers = sum(len(example.dialogues) for example in examples)
+    once = config.epochs <= 1 or (config.max_steps is not None and config.max_steps * config.batch_size <= answers)
+    return once and all(example.weight == 1 for example in examples)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroShape:
+    """``rows`` of ``width`` tokens, ``labels`` of which carry loss; patches of each image in them."""
+
+    rows: int
+    width: int
+    labels: int
+    patches: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """What a run costs. Sizes in bytes, on each device; operations of all devices together."""
+
+    steps: int
+    answers: int
+    operations: float
+    tower_operations: float
+    weights: int
+    trained: int
+    activations: int
+    features: int
+    largest: MicroShape
+
+    @property
+    def memory(self) -> int:
+        """At its highest, without what torch itself takes."""
+        return self.weights + self.trained + self.activations
+
+
+class CostModel:
+    """Formulae for one base model, method and number format."""
+
+    def __init__(self, shapes: Shapes, config: TrainConfig, dtype: torch.dtype):
+        self.shapes = shapes
+        self.config = config
+        self.bytes = dtype.itemsize
+        targets = config.lora_targets if config.method in ("lora", "qlora") else ()
+        halves = 2 if config.variant == "pissa" else 1
+        self.rank, self.merger_rank = halves * config.rank, halves * config.lora_of_projector[0]
+        self.language_lora = shapes.language_linears if "language" in targets else ()
+        self.merger_lora = shapes.merger_linears if "projector" in targets else ()
+        self.tower_lora = shapes.tower_linears[:-1] if "vision" in targets else ()  # the last embeds the patches
+
+    def step_operations(self, shape: MicroShape) -> float:
+        """Of a forward and backward pass behind the tower."""
+        s, tokens = self.shapes, shape.rows * shape.width
+        merged = sum(shape.patches) / 4
+        linears = _multiply_adds(s.language_linears) * tokens
+        again = self.config.gradient_checkpointing  # the layers' forward pass
+        # Forward 2 products; backward 5, as the scores are computed again (arXiv:2205.14135, section 3.1).
+        keys = shape.width + (self.config.num_virtual_tokens if self.config.method == "prefix" else 0)
+        attention = (3.5 + again) * 2 * s.layers * s.heads * s.head_dim * shape.rows * shape.width * keys
+        head = (3 if shape.labels > LOGITS_AT_ONCE else 2) * s.hidden * s.vocabulary * shape.labels
+        first, last = (i * o for i, o in s.merger_linears)
+        merger = merged * (first + 2 * last)  # the gradient of features is nobody's
+        total = 2 * ((2 + again) * linears + attention + head + merger)
+        total += (6 + 2 * again) * self.rank * tokens * sum(map(sum, self.language_lora))
+        total += 6 * self.merger_rank * merged * sum(map(sum, self.merger_lora))
+        if self.config.method == "adapter":
+            total += (6 + 2 * again) * tokens * 2 * s.layers * 2 * s.hidden * self.config.bottleneck
+        return total
+
+    def tower_operations(self, patches: int) -> float:
+        """Of one image's forward pass, and of the backward pass where LoRA sits in the tower.
+
+        The merger is included, which transformers' tower always runs.
+        """
+        s = self.shapes
+        linears = _multiply_adds(s.tower_linears) * patches + _multiply_adds(s.merger_linears) * patches / 4
+        attention = sum(2 * s.tower_width * patches * min(patches, window or patches) for window in s.tower_windows)
+        if not self.tower_lora:
+            return 2 * (linears + attention)
+        backward = _multiply_adds(self.tower_lora) * patches
+        lora = 6 * self.rank * patches * sum(map(sum, self.tower_lora))
+        return 2 * (linears + backward + 3.5 * attention) + lora
+
+    def weight_bytes(self) -> int:
+        if self.config.method != "qlora":
+            return self.shapes.parameters * self.bytes
+        quantised = _multiply_adds(self.shapes.language_linears)
+        return int((self.shapes.parameters - quantised) * self.bytes + quantised * FOUR_BITS)
+
+    def trained_numbers(self) -> int:
+        s, config = self.shapes, self.config
+        match config.method:
+            case "adapter":
+                return 2 * s.layers * (2 * s.hidden * config.bottleneck + config.bottleneck + s.hidden)
+            case "prefix":
+                return 2 * s.layers * s.kv_heads * s.head_dim * config.num_virtual_tokens
+            case "prompt":
+                return s.hidden * config.num_virtual_tokens
+            case _:
+                wide, narrow = (*self.language_lora, *self.tower_lora), self.merger_lora
+                magnitudes = sum(o for _, o in (*wide, *narrow)) if config.variant == "dora" else 0
+                return self.rank * sum(map(sum, wide)) + self.merger_rank * sum(map(sum, narrow)) + magnitudes
+
+    def activation_bytes(self, shape: MicroShape) -> int:
+        """What the forward pass keeps for the backward pass.
+
+        In each layer: the input of both norms and their scale in float32; queries, keys, values (repeated for all
+        heads), the attention's output and its sums; three or four tensors of the MLP; and each LoRA's input, in
+        float32, which in float32 three of them share and two of them share.
+        """
+        s, wide = self.shapes, self.shapes.heads * self.shapes.head_dim
+        token = 4 * (2 * s.hidden + 2 + s.heads) + self.bytes * (4 * wide + 3 * s.intermediate)
+        if self.language_lora:
+            inputs = 5 * s.hidden + wide + s.intermediate
+            dropout = self.config.dropout > 0  # an input and a mask each; the CPU's masks are float32
+            shared = self.bytes == 4 and not dropout  # and o_proj's is the attention's output
+            token += (
+                4 * (2 * s.hidden + s.intermediate if shared else inputs) + 4 * dropout * inputs + 4 * 7 * self.rank
+            )
+        if self.config.method == "adapter":
+            token += 2 * 4 * (s.hidden + 3 * self.config.bottleneck)
+        mask = shape.rows * shape.width**2 * (1 + self.bytes)
+        head = (
+            min(shape.labels, LOGITS_AT_ONCE) * s.vocabulary * (self.bytes + 4 + 4 + 4)
+        )  # logits, in float32, their gradient, softmax
+        # While a layer's gradients are computed, its MLP's stand beside what was kept.
+        behind = shape.rows * shape.width * 3 * s.intermediate * self.bytes
+        outside = 4 * s.hidden + 2 * self.bytes * s.head_dim  # the last norm; rotary angles
+        merger = 3 * 4 * sum(shape.patches) * s.tower_width
+        layers = s.layers * token
+        if self.config.gradient_checkpointing:  # each layer's input, and all of the one that is computed again
+            layers = s.layers * self.bytes * s.hidden + token
+        return int((layers + outside) * shape.rows * shape.width + merger + mask + max(head, behind))
+
+
+def _multiply_adds(linears: Sequence[tuple[int, int]]) -> int:
+    return sum(i * o for i, o in linears)
+
+
+def predict(
+    config: TrainConfig,
+    shapes: Shapes,
+    lessons: Sequence[tuple[Example, Encoded]],
+    patches: Mapping[ImageRef, int],
+    *,
+    device: torch.device,
+    kept: float = 1.0,
+    missing: float = 1.0,
+) -> Prediction:
+    """The cost of a whole run over these lessons.
+
+    Args:
+        patches: of every image, before the 2x2 merge.
+        kept: the share of the images whose features are kept; the others go through the tower in each step.
+        missing: the share of the kept that is not in the cache yet.
+    """
+    cost = CostModel(shapes, config, resolve_dtype(config.dtype, device))
+    plan = Plan(
+        [len(encoded.branches) for _, encoded in lessons],
+        batch_size=config.batch_size,
+        epochs=config.epochs,
+        seed=config.seed,
+        max_steps=config.max_steps,
+    )
+    looked_at = range(0, plan.num_steps, math.ceil(plan.num_steps / STEPS_LOOKED_AT))
+    found = [shape for step in looked_at for shape in micro_shapes(config, plan, lessons, patches, step)]
+    scale = plan.num_steps / len(looked_at)
+    once = sum(cost.tower_operations(n) for n in patches.values())
+    each = scale * sum(cost.tower_operations(n) for shape in found for n in shape.patches)
+    largest = max(found, key=cost.activation_bytes)
+    return Prediction(
+        steps=plan.num_steps,
+        answers=min(plan.total_answers, plan.num_steps * plan.batch_size),
+        operations=scale * sum(cost.step_operations(shape) for shape in found),
+        tower_operations=kept * missing * once + (1 - kept) * each,
+        weights=cost.weight_bytes(),
+        trained=TRAINED * cost.trained_numbers(),
+        activations=cost.activation_bytes(largest),
+        features=sum(patches.values()) * shapes.tower_width * cost.bytes,
+        largest=largest,
+    )
+
+
+def micro_shapes(config, plan: Plan, lessons, patches: Mapping[ImageRef, int], step: int) -> list[MicroShape]:
+    """The micro-batches of a step, as `loop.fetch_batches` makes them."""
+    rows = []
+    for example, dialogues in plan.step(step):
+        images, encoded = lessons[example][0].images, lessons[example][1]
+        chosen = replace(encoded, branches=tuple(encoded.branches[i] for i in dialogues))
+        rows += [(images, part) for part in split_long(chosen, config.micro_batch_tokens)]
+    shapes = []
+    for group in micro_batches([part for _, part in rows], config.micro_batch_tokens):
+        labels = sum(int((b.labels[1:] != IGNORE_INDEX).sum()) for i in group for b in rows[i][1].branches)
+        seen = tuple(patches[image] for i in group for image in rows[i][0])
+        shapes.append(MicroShape(len(group), max(rows[i][1].num_tokens for i in group), labels, seen))
+    return shapes
+
+
+def measure_rates(
+    config: TrainConfig, shapes: Shapes, typical: MicroShape, device: torch.device
+) -> tuple[float, float]:
+    """Operations a second of the steps and of the tower on this device: one layer of each, random, timed.
+
+    At most 1,024 tokens or patches at a time, so that it takes seconds also where the whole would take hours.
+    """
+    backbone = load_sample(config.model, dtype=config.dtype, device=device)
+    one = replace(
+        shapes,
+        layers=1,
+        language_linears=shapes.language_linears[: len(shapes.language_linears) // shapes.layers],
+        tower_windows=shapes.tower_windows[:1],
+        tower_linears=shapes.tower_linears[: (len(shapes.tower_linears) - 1) // len(shapes.tower_windows)]
+        + shapes.tower_linears[-1:],  # the last is that of the patches
+    )
+    config = config.replace(method="lora" if config.method == "qlora" else config.method)
+    cost = CostModel(one, config, backbone.dtype)
+    patches = max(4, min(1024, int(statistics.median(typical.patches or (1024,)))) // 4 * 4)
+    side = 2 * max(1, round(math.sqrt(patches / 4)))
+    grid = torch.tensor([[1, side, side]])
+    inputs = torch.randn(side * side, shapes.tower_linears[-1][0])
+    tower = cost.tower_operations(side * side) / _seconds(lambda: backbone.tower(inputs, grid), device)
+
+    with torch.random.fork_rng(devices=[]):
+        attach_adapter(backbone, config)
+    width = min(typical.width, 1024)
+    rows = max(1, min(typical.rows, 1024 // width))
+    ids = torch.ones(rows, width, dtype=torch.long, device=device)
+    positions = torch.arange(width, device=device).expand(3, rows, -1)
+    mask = torch.ones(rows, 1, width, width, dtype=torch.bool, device=device).tril()
+    shape = MicroShape(rows, width, 0, ())
+    seconds = _seconds(lambda: backbone.forward(ids, mask, positions, None).float().sum().backward(), device)
+    return cost.step_operations(shape) / seconds, tower
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The fastest of a few, behind one that warms up."""
+    taken: list[float] = []
+    while len(taken) < 2 or (len(taken) < 6 and sum(taken) < 4):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - started)
+    return min(taken[1:])
+
+
+def device_memory_of(device: torch.device) -> int:
+    """Bytes of the device, or of the machine where the device is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunPlan:
+    """What `vlm-lora plan` tells. Sizes in bytes, rates in operations a second of one device."""
+
+    cost: Prediction
+    images: int
+    unusable: int
+    kept: float
+    device: str
+    dtype: str
+    device_memory: float
+    rate: float
+    step_seconds: float
+    tower_seconds: float
+    advice: tuple[str, ...]
+
+
+def make_plan(
+    config: TrainConfig,
+    *,
+    gpus: int = 1,
+    tflops: float | None = None,
+    device_memory: float | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> RunPlan:
+    """Predict a run from its data's texts and image headers and the base's config.
+
+    Raises:
+        VlmLoraError: data or model cannot be used.
+    """
+    device = best_device()
+    dtype = resolve_dtype(config.dtype, device)
+    shapes = load_shapes(config.model)
+    base = load_preprocessor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    base.num_prompt_tokens = config.num_virtual_tokens if config.method == "prompt" else 0
+    dataset = read_data(config, config.sources)
+    examples = list(dataset.examples)
+    if config.val_split and not config.val:
+        examples, _ = split_examples(examples, config.val_split, config.seed)
+    encoder, lessons, grids = Encoder(base), [], {}
+    for done, example in enumerate(examples, start=1):
+        with suppress(DataError):  # counted; `check` says what is wrong with it
+            grids |= {ref: base.grid(*image_size(ref.read_bytes(), ref.name)) for ref in example.images}
+            grid = torch.tensor([grids[ref] for ref in example.images], dtype=torch.long).reshape(-1, 3)
+            encoded = encoder.encode(example.dialogues, grid)
+            if not over_budget(encoded, config.max_tokens):
+                lessons += [(example, encoded)] * example.weight
+        progress(done, len(examples))
+    if not lessons:
+        raise DataError(f"{', '.join(config.sources)}: no usable example in it; vlm-lora check says why.")
+    patches = {ref: math.prod(grids[ref]) for example, _ in lessons for ref in example.images}
+
+    size = sum(patches.values()) * shapes.tower_width * dtype.itemsize
+    can_be_kept = config.cache and "vision" not in config.lora_targets
+    several_times = can_be_kept and not sees_each_image_once(config, [example for example, _ in lessons])
+    kept = min(1.0, config.cache_gb * 1e9 / max(1, size)) if several_times else 0.0
+
+    def cost_of(config: TrainConfig) -> Prediction:
+        return predict(config, shapes, lessons, patches, device=device, kept=kept)
+
+    cost = cost_of(config)
+    rates = (tflops * 1e12,) * 2 if tflops else measure_rates(config, shapes, cost.largest, device)
+    memory = device_memory or device_memory_of(device)
+    return RunPlan(
+        cost=cost,
+        images=len(patches),
+        unusable=len(dataset.bad) + len(examples) - len({id(example) for example, _ in lessons}),
+        kept=kept,
+        device=device.type,
+        dtype=str(dtype).removeprefix("torch."),
+        device_memory=memory,
+        rate=rates[0],
+        step_seconds=cost.operations / rates[0] / gpus,
+        tower_seconds=cost.tower_operations / rates[1] / gpus,
+        advice=tuple(_advice(config, cost, memory, cost_of)),
+    )
+
+
+def _advice(config: TrainConfig, cost: Prediction, memory: float, cost_of) -> Iterator[str]:
+    """Whether it fits, and if it does not, which knobs would make it fit."""
+    if cost.memory < FILLED * memory:
+        yield "It fits."
+        return
+    yield f"It does not fit: {cost.memory / 1e9:,.1f} GB against {memory / 1e9:,.1f} GB. What would:"
+    tokens = config.micro_batch_tokens
+    smaller = [{"micro_batch_tokens": tokens // part} for part in (2, 4, 8, 16) if tokens >= part]
+    tried = [
+        *smaller,
+        {"gradient_checkpointing": True},
+        {"dtype": "bfloat16"},
+        *({"dtype": "bfloat16"} | change for change in smaller),
+        *({"method": "qlora", "variant": None} | change for change in smaller if config.method == "lora"),
+    ]
+    told = 0
+    for change in tried:
+        needed = cost_of(config.replace(**change)).memory
+        if needed < FILLED * memory and told < 3:
+            told += 1
+            flags = [
+                f"--{k.replace('_', '-')}{'' if v is True else f' {v}'}" for k, v in change.items() if v is not None
+            ]
+            yield f"  {' '.join(flags)}: {needed / 1e9:,.1f} GB"
+    if not told:
+        yield "  nothing that is known here; take a smaller base model, or lower --max-pixels and --max-tokens"
