@@ -17,6 +17,8 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vlm_lora.inference import metrics
 from vlm_lora.inference.metrics import (
@@ -334,6 +336,26 @@ def test_anls():
     assert anls("saturday", ["sunday"]) == anls("sunday", ["saturday"]) == pytest.approx(1 - 3 / 8)
 
 
+@given(st.text("abc", max_size=80), st.text("abcd", max_size=80))
+def test_edit_distance_and_common_subsequence_equal_the_tables(left, right):
+    edits = [list(range(len(right) + 1))]
+    common = [[0] * (len(right) + 1)]
+    for i, char in enumerate(left):
+        edits.append([i + 1])
+        common.append([0])
+        for j, other in enumerate(right):
+            edits[-1].append(min(edits[i][j + 1] + 1, edits[-1][j] + 1, edits[i][j] + (char != other)))
+            common[-1].append(common[i][j] + 1 if char == other else max(common[i][j + 1], common[-1][j]))
+    assert metrics._edits(left, right) == edits[-1][-1]
+    assert metrics._common_subsequence(left, right) == common[-1][-1]
+
+
+def test_the_level_is_found_out():
+    assert metrics.level_for(["A red circle.", "红色的圆"]) == "word"
+    assert metrics.level_for(["图中有一个红色的圆 OK", "赤い丸があります。"]) == "char"
+    assert metrics.level_for(["123"]) == "word"
+
+
 @pytest.mark.parametrize("metric", [vqa_accuracy, exact_match, anls])
 @pytest.mark.parametrize("accepted", [[], "yes"])
 def test_accepted_answers_must_be_a_list(metric, accepted):
@@ -376,19 +398,6 @@ def test_unequal_groups_keep_the_mean_over_samples():
     assert (low, high) == (0.0, 1.0)
     gain = paired_bootstrap([0.0] * 4, [1.0, 1.0, 1.0, 0.0], groups=["x", "x", "x", "y"]).gain
     assert gain == 0.75
-
-
-def test_bootstrap_of_bleu():
-    def bleu_4(sums):
-        return bleu_from_stats([sums])[3]
-
-    stats = [bleu_stats(candidate, texts) for candidate, texts in zip(CANDIDATES, REFERENCES, strict=True)]
-    low, high = bootstrap_interval(stats, statistic=bleu_4, resamples=300)
-    assert 0 < low < bleu(CANDIDATES, REFERENCES)[3] < high <= 1
-    perfect = [bleu_stats(texts[0], texts) for texts in REFERENCES]
-    paired = paired_bootstrap(stats, perfect, statistic=bleu_4, resamples=300)
-    assert paired.gain == pytest.approx(1 - ORACLE_BLEU[3], abs=1e-8)
-    assert 0 < paired.low < paired.gain < paired.high
 
 
 def test_paired_bootstrap_of_equal_models_finds_nothing():

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
-from vlm_lora.inference.evaluate import Answered, Evaluation, evaluate
+from vlm_lora.errors import DataError
+from vlm_lora.inference.evaluate import Answered, Evaluation, evaluate, table
 from vlm_lora.inference.report import PICTURES, write_report
 
 NASTY = "<img src=x onerror=alert(1)> </dd><script>alert('x')</script> & \"quoted\""
@@ -64,15 +65,15 @@ class Parrot:
         return [[self.rows[int(images[0].name[:-4])][tuned] for _ in turns] for images, turns in asked]
 
 
-def evaluated(folder: Path, rows: list[tuple[str, str, list[str]]], adapter=True, **extra) -> Evaluation:
-    """An Evaluation of (base, tuned, references), one image each."""
+def evaluated(folder: Path, rows: list[tuple[str, str, list[str]]], adapter=True, also: int = 0, **extra) -> Evaluation:
+    """An Evaluation of (base, tuned, references), one image each; the first ``also`` are the other data too."""
     examples = []
     for i, (_, _, references) in enumerate(rows):
         path = folder / f"{i}.png"
         Image.new("RGB", (40, 30), (i % 256, 90, 200)).save(path)
         dialogues = tuple(Dialogue((Turn("What is it?", text),), **extra) for text in references)
         examples.append(Example(str(i), (ImageRef(path=path, name=path.name),), dialogues, f"data:{i}"))
-    return evaluate(Parrot([row[:2] for row in rows], adapter), examples)
+    return evaluate(Parrot([row[:2] for row in rows], adapter), examples, also=examples[:also])
 
 
 def test_gain_is_said_in_one_sentence_and_pictures_are_inside(tmp_path):
@@ -155,6 +156,73 @@ def test_captions_are_ranked_by_cider_and_compared_by_word(tmp_path):
     assert "Something else that" in page.marked
     assert "蓝" in page.marked  # Han characters one by one
     assert page.text.index("Gained most") < page.text.index("红") < page.text.index("Lost most")
+
+
+def test_what_was_forgotten_is_told_apart(tmp_path):
+    rows = [("cat", "dog", ["cat"])] * 25 + [("dog", "cat", ["cat"])] * 60
+    evaluation = evaluated(tmp_path, rows, also=25)
+    page = Page(write_report(tmp_path, evaluation, title="photos"))
+    assert "Tuning helped: on 85 held-out images" in page.text
+    assert page.text.index("what was forgotten") < page.text.index("Tuning did harm: on 25 held-out images")
+    assert evaluation.scores["also"]["gain"]["exact_match"]["gain"] == -1.0
+    assert "p 0.001" in page.text
+    told = table(evaluation.scores)
+    assert "+41.2 points (+" in told
+    assert ", p 0." in told
+    assert "repeats itself" in told
+
+
+def test_an_image_that_cannot_be_used_is_named_and_left_out(tmp_path, monkeypatch):
+    rows = [("dog", "cat", ["cat"])] * 4
+    parrot = Parrot([row[:2] for row in rows])
+    broken = {"2.png"}
+
+    def get(images):
+        if broken & {image.name for image in images}:
+            raise DataError("'2.png' is damaged or cut off")
+        return images
+
+    monkeypatch.setattr(parrot.features, "get", get)
+    whole = evaluated(tmp_path, rows)
+    examples = [
+        Example(row.example, row.images, (Dialogue((Turn(row.question, "cat"),)),), f"data:{row.example}")
+        for row in whole.answered
+    ]
+    evaluation = evaluate(parrot, examples)
+    assert evaluation.scores["failed"] == [{"source": "data:2", "reason": "'2.png' is damaged or cut off"}]
+    assert [row.example for row in evaluation.answered] == ["0", "1", "3"]
+    assert (evaluation.scores["examples"], evaluation.scores["answers"]) == (3, 3)
+    broken |= {"0.png", "1.png", "3.png"}
+    with pytest.raises(DataError, match=r"None of the 4 held-out images can be used; the first: .2\.png"):
+        evaluate(parrot, examples)
+
+
+def test_chinese_is_compared_by_character(tmp_path):
+    rows = [("图中有一个蓝色的圆", "图中有一个红色的圆", ["图中有一个红色的大圆"])] * 2
+    scores = evaluated(tmp_path, rows).scores
+    assert scores["tokens"] == "vlm-lora-char-1"
+    assert scores["tuned"]["mean_words"] == 9
+    assert 0.8 < scores["tuned"]["rouge_l"] < 1  # 0 or 1 if words were compared
+
+
+def test_the_report_opens_in_a_browser_without_a_complaint(tmp_path, browser):
+    rows = [("dog", "cat " + NASTY, ["cat"])] * 25
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": s, "loss": 3 / s}) + "\n" for s in range(1, 50))
+    )
+    path = write_report(tmp_path, evaluated(tmp_path, rows, also=20), title=NASTY, command="vlm-lora")
+    told, asked = [], []
+    page = browser.new_page()
+    page.on("console", lambda message: told.append(message.text))
+    page.on("pageerror", lambda error: told.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(path.as_uri())
+    shown = page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    wide = page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    page.close()
+    assert told == []
+    assert {url.partition(":")[0] for url in asked} <= {"file", "data"}
+    assert (shown, wide) == (True, True)
 
 
 def test_a_picture_that_is_gone_and_text_that_is_no_unicode(tmp_path):

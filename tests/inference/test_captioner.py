@@ -1,5 +1,10 @@
 """In a batch, alone, behind shared prefixes, and by transformers' own generate, the words are the same."""
 
+import json
+import os
+import pickle
+import shutil
+
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +21,7 @@ from vlm_lora.model.features import FeatureCache, cache_folder
 
 QUESTIONS = ["What is it?", "Describe this image, please, in very many words.", "Why?"]
 SHORT = Decoding(max_new_tokens=12)
+ONE_FAMILY = pytest.mark.parametrize("captioner", ["qwen2_vl"], indirect=True)
 
 
 @pytest.fixture(params=["qwen2_vl", "qwen2_5_vl"])
@@ -39,14 +45,15 @@ def files(tmp_path) -> list[str]:
     return paths
 
 
-def stock(captioner, file: str, question: str, tokens: int = 12) -> str:
+def stock(captioner, file: str, question: str, tokens: int = 12, **how) -> str:
     """The loop people write: the processor, then `generate`."""
     processor = captioner.backbone.processor
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(text=[text], images=[Image.open(file).convert("RGB")], return_tensors="pt")
-    said = captioner.backbone.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-    (told,) = processor.batch_decode(said[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    said = captioner.backbone.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, **how)
+    tokens = said[0, inputs["input_ids"].shape[1] :].tolist()
+    told = processor.decode([t for t in tokens if t not in captioner.backbone.eos_token_ids], skip_special_tokens=True)
     return told.strip()
 
 
@@ -84,7 +91,7 @@ def test_answers_end_where_the_model_ends_them(captioner, files, monkeypatch):
     asked = [(captioner.features.get([_ref(file)]), [(Turn(q, ""),) for q in QUESTIONS]) for file in files]
     with torch.inference_mode():
         flat = [captioner.encoder.encode_requests(requests, entries[0].grid_thw[None]) for entries, requests in asked]
-        entries = [entry for images, _ in asked for entry in images]
+        entries = [images for images, _ in asked]
         whole = _rows(captioner._decode(flat, entries, SHORT), 12)
         end = whole[0][4]
         monkeypatch.setattr(type(captioner.backbone), "eos_token_ids", frozenset({end}))
@@ -119,13 +126,86 @@ def test_sampling_is_seeded_and_narrow_nucleus_is_greedy(captioner, files):
     assert say(temperature=1.0, top_p=1e-6) == say()
 
 
+@ONE_FAMILY
+def test_what_is_drawn_does_not_depend_on_the_batch(captioner, files):
+    how = Decoding(max_new_tokens=12, temperature=1.5, top_p=0.9, seed=3)
+    alone = [next(captioner.caption([file], batch_size=1, decoding=how)).text for file in files]
+    assert [c.text for c in captioner.caption(files, batch_size=4, decoding=how)] == alone
+    assert alone != [c.text for c in captioner.caption(files, decoding=SHORT)]
+
+
+@ONE_FAMILY
+def test_beam_search_equals_generate(captioner, files, monkeypatch):
+    """At beams that end early too: a token that random answers hold is made an end of theirs."""
+    wanted, files, how = [], files[:2], Decoding(max_new_tokens=8, num_beams=3)
+    for early in (False, True):
+        if early:
+            token = captioner.backbone.tokenizer(wanted[0][0])["input_ids"][3]
+            ends = sorted({*captioner.backbone.eos_token_ids, token})
+            monkeypatch.setattr(captioner.backbone.model.generation_config, "eos_token_id", ends)
+            assert captioner.backbone.eos_token_ids == set(ends)
+        wanted = [[stock(captioner, file, q, 8, num_beams=3) for q in QUESTIONS[:2]] for file in files]
+        asked = [(captioner.features.get([_ref(file)]), [(Turn(q, ""),) for q in QUESTIONS[:2]]) for file in files]
+        assert captioner.generate(asked, decoding=how) == wanted
+        assert wanted != captioner.generate(asked, decoding=Decoding(max_new_tokens=8))  # greedy would pass otherwise
+
+
+@ONE_FAMILY
+def test_images_of_all_sizes_are_batched_by_length_and_come_in_order(captioner, tmp_path, monkeypatch):
+    paths = []
+    for i in range(6):
+        picture(i, [(32, 32), (96, 96), (64, 32)][i % 3]).save(tmp_path / f"{i:02}.png")
+        paths.append(str(tmp_path / f"{i:02}.png"))
+    wanted = [captioner.answer(path, DEFAULT_PROMPT, decoding=SHORT) for path in paths]
+    batches = []
+    generate = captioner.generate
+
+    def watched(asked, **how):
+        if len(asked) > 2:
+            raise torch.OutOfMemoryError("as a GPU does")
+        batches.append([len(entries[0].features) for entries, _ in asked])
+        return generate(asked, **how)
+
+    monkeypatch.setattr(captioner, "generate", watched)
+    for batch_size in (2, None):
+        told = list(captioner.caption(iter(paths), batch_size=batch_size, decoding=SHORT))
+        assert [c.image for c in told] == paths
+        assert [c.text for c in told] == wanted
+    assert batches[:3] == [[144, 144], [32, 32], [16, 16]]
+    assert len(batches) > 5  # halved where the memory did not do
+
+
+def test_several_adapters_share_the_base_and_its_features(checkpoints, files, tmp_path):
+    base = Captioner.load(str(checkpoints["qwen2_vl"]))
+    folders = []
+    for seed in (1, 2):
+        backbone = load_backbone(str(checkpoints["qwen2_vl"]))
+        adapter = attach_lora(backbone, rank=4, alpha=8, dropout=0.0, seed=seed, prompt=f"Prompt {seed}.")
+        for i, (_, parameter) in enumerate(adapter.named_parameters()):
+            torch.manual_seed(10 * seed + i)
+            parameter.data = torch.randn_like(parameter.data) * 0.3
+        folders.append(tmp_path / f"adapter-{seed}")
+        adapter.save(folders[-1])
+    alone = [Captioner.load(adapter=folder) for folder in folders]
+    beside = [base.with_adapter(folder) for folder in folders]
+    assert [c.prompt for c in beside] == ["Prompt 1.", "Prompt 2."]
+    wanted = [[c.text for c in one.caption(files, decoding=SHORT)] for one in (base, *alone)]
+    assert len({tuple(texts) for texts in wanted}) == 3
+    lockstep = zip(*[one.caption(files, decoding=SHORT) for one in (base, *beside)], strict=True)
+    assert [[c.text for c in column] for column in zip(*lockstep, strict=True)] == wanted
+    assert base.features.computed == len(files)
+    ours, theirs = base.backbone.model.get_parameter("lm_head.weight"), beside[0].backbone.model
+    assert theirs.get_parameter("lm_head.weight").data_ptr() == ours.data_ptr()
+    assert beside[0].with_adapter(folders[1]).prompt == "Prompt 2."
+
+
 def test_a_bad_image_gives_its_error_and_stops_nothing(captioner, files, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    given = [files[0], str(tmp_path / "broken.png"), str(tmp_path / "gone.png"), files[1], picture(9)]
+    given = [files[0], str(tmp_path / "broken.png"), str(tmp_path / "gone.png"), files[1], picture(9), b"no picture"]
     results = list(captioner.caption(iter(given), batch_size=2, decoding=SHORT))
     assert [r.image for r in results[:4]] == given[:4]
-    assert [r.error is None for r in results] == [True, False, False, True, True]
-    assert [r.text is None for r in results] == [False, True, True, False, False]
+    assert [r.error is None for r in results] == [True, False, False, True, True, False]
+    assert [r.text is None for r in results] == [False, True, True, False, False, True]
     assert results[3].text == captioner.answer(files[1], DEFAULT_PROMPT, decoding=SHORT)
 
 
@@ -163,7 +243,13 @@ def test_evaluation_gathers_references_and_scores_both(captioner, files):
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [({"max_new_tokens": 0}, "max-new-tokens"), ({"temperature": -1}, "temp"), ({"top_p": 0}, "top-p")],
+    [
+        ({"max_new_tokens": 0}, "max-new-tokens"),
+        ({"temperature": -1}, "temp"),
+        ({"top_p": 0}, "top-p"),
+        ({"num_beams": 0}, "num-beams"),
+        ({"num_beams": 2, "temperature": 1}, "one of the two"),
+    ],
 )
 def test_decoding_is_checked(how, message):
     with pytest.raises(ConfigError, match=message):
@@ -183,10 +269,18 @@ def test_a_model_that_is_not_there_is_said_in_one_line(model, message):
     assert "\n" not in str(caught.value)
 
 
-def test_folders_that_could_run_code_are_refused(checkpoints, tmp_path):
-    import json
-    import shutil
+class Bomb:
+    """Unpickled, it makes a folder."""
 
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_folders_that_could_run_code_are_refused(checkpoints, tmp_path):
+    """F28, F29."""
     folder = tmp_path / "model"
     shutil.copytree(checkpoints["qwen2_vl"], folder)
     settings = json.loads((folder / "config.json").read_text())
@@ -194,11 +288,27 @@ def test_folders_that_could_run_code_are_refused(checkpoints, tmp_path):
     with pytest.raises(ModelError, match="code of its own"):
         Captioner.load(str(folder))
     (folder / "config.json").write_text(json.dumps(settings))
+    for name in ("tokenizer_config.json", "processor_config.json"):
+        kept = (folder / name).read_text()
+        (folder / name).write_text(
+            json.dumps(json.loads(kept) | {"inner": [{"auto_map": {"AutoProcessor": "evil.P"}}]})
+        )
+        with pytest.raises(ModelError, match=f"{name} asks for code of its own"):
+            Captioner.load(str(folder))
+        (folder / name).write_text(kept)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "evil.bin"}}))
+    with pytest.raises(ModelError, match=r"names evil\.bin; only"):
+        Captioner.load(str(folder))
+    index.unlink()
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"no \*.safetensors weights"):
         Captioner.load(str(folder))
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
-    (tmp_path / "adapter/adapter_model.bin").write_bytes(b"\x80\x04.")
+    (tmp_path / "adapter/adapter_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
     with pytest.raises(AdapterError, match="other formats are not read"):
         Captioner.load(str(checkpoints["qwen2_vl"]), tmp_path / "adapter")
+    assert not (tmp_path / "exploded").exists()
+    pickle.loads((tmp_path / "adapter/adapter_model.bin").read_bytes())
+    assert (tmp_path / "exploded").exists(), "the bomb is a dud, and shows nothing"

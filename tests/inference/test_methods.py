@@ -9,7 +9,11 @@ from tests.conftest import picture
 from tests.model.test_methods import LOGITS, METHODS, attach
 from vlm_lora.config import DEFAULT_PROMPT
 from vlm_lora.data.example import Turn
+from vlm_lora.errors import AdapterError
 from vlm_lora.inference.captioner import Captioner, Decoding
+from vlm_lora.model.adapters.base import ADAPTED
+from vlm_lora.model.adapters.lora import attach_lora
+from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.features import FeatureCache
 
 QUESTIONS = ["What is it?", "Describe this image, please, in very many words."]
@@ -43,9 +47,12 @@ def said_by_hand(captioner, method: str, image, question: str) -> str:
     return captioner.encoder.decode(said)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_batched_shared_and_single_equal_decoding_by_hand(checkpoints, monkeypatch, method):
-    backbone, adapter = attach(checkpoints, method, dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [*[(m, "qwen2_vl") for m in METHODS], *[(m, "qwen2_5_vl") for m in ("vision too", "adapter", "prompt", "prefix")]],
+)
+def test_batched_shared_and_single_equal_decoding_by_hand(checkpoints, monkeypatch, method, family):
+    backbone, adapter = attach(checkpoints, method, family, dtype=torch.float32)
     backbone.model.eval()
     # A random model may say "here is an image"; what is written out by hand would look for it.
     ends = backbone.eos_token_ids | {backbone.image_token_id}
@@ -61,10 +68,58 @@ def test_batched_shared_and_single_equal_decoding_by_hand(checkpoints, monkeypat
     assert wanted == batched == shared == single
     assert len({text for row in wanted for text in row}) > 3  # a model that always says the same would pass too
     off = [captioner.answer(image, QUESTIONS, tuned=False, decoding=SHORT) for image in PICTURES]
-    bare = Captioner.load(str(checkpoints["qwen2_vl"]))
+    bare = Captioner.load(str(checkpoints[family]))
     assert off == [bare.answer(image, QUESTIONS, decoding=SHORT) for image in PICTURES]
     assert off != batched[:3]
 
 
 def asking(*questions: str) -> list[tuple[Turn]]:
     return [(Turn(question, ""),) for question in questions]
+
+
+def test_adapters_of_all_methods_share_one_base(checkpoints, tmp_path):
+    """Each says what it says on a base of its own, whatever else is attached beside it; the weights are there once."""
+    for method in METHODS:
+        attach(checkpoints, method, dtype=torch.float32)[1].save(tmp_path / method)
+
+    def say(captioner: Captioner, **how) -> list[str]:
+        return [captioner.answer(picture, QUESTIONS[0], decoding=SHORT, **how) for picture in PICTURES]
+
+    model = str(checkpoints["qwen2_vl"])
+    base = Captioner.load(model, dtype="float32")
+    alone = {method: say(Captioner.load(model, tmp_path / method, dtype="float32")) for method in METHODS}
+    unchanged = say(base)
+    first = Captioner.load(model, tmp_path / next(iter(METHODS)), dtype="float32")
+    together = {method: first.with_adapter(tmp_path / method) for method in METHODS}
+    for method, captioner in together.items():
+        assert say(captioner) == alone[method], method
+        assert say(captioner, tuned=False) == unchanged, method
+    assert say(first) == alone[next(iter(METHODS))]
+    assert len({str(texts) for texts in alone.values()}) > 3  # else nothing is shown by being equal
+    tensors = {weight.data_ptr() for weight in first.base.backbone.model.parameters()}
+    for method, captioner in together.items():
+        frozen = [p for n, p in captioner.backbone.model.named_parameters() if not ADAPTED.search(n)]
+        assert {weight.data_ptr() for weight in frozen} == tensors, method
+
+
+def test_an_adapter_of_another_base_leaves_the_base_as_it_was(checkpoints, tmp_path):
+    attach(checkpoints, "lora", dtype=torch.float32)[1].save(tmp_path / "adapter")
+    other = Captioner.load("tiny")
+    before = other.answer(PICTURES[0], QUESTIONS[0], decoding=SHORT)
+    with pytest.raises(AdapterError, match="another base model"):
+        other.with_adapter(tmp_path / "adapter")
+    assert other.answer(PICTURES[0], QUESTIONS[0], decoding=SHORT) == before
+
+
+def test_another_adapter_brings_its_own_prompt_and_pixel_limits(checkpoints, tmp_path):
+    model = str(checkpoints["qwen2_vl"])
+    for name, limit in (("small", 48 * 48), ("large", 96 * 96)):
+        backbone = load_backbone(model, max_pixels=limit)
+        attach_lora(backbone, rank=4, alpha=8, dropout=0.0, seed=1, prompt=f"Prompt {name}.").save(tmp_path / name)
+    small = Captioner.load(model, tmp_path / "small")
+    large = small.with_adapter(tmp_path / "large")
+    assert (small.prompt, large.prompt) == ("Prompt small.", "Prompt large.")
+    assert (small.backbone.pixel_limits[1], large.backbone.pixel_limits[1]) == (48 * 48, 96 * 96)
+    picture_96 = picture(7, (96, 96))
+    assert len(small.features.get([picture_96])[0].features) < len(large.features.get([picture_96])[0].features)
+    assert small.with_adapter(tmp_path / "small").features is small.features  # seen once for both

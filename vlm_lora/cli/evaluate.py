@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from vlm_lora.cli.console import Progress, say
-from vlm_lora.config import ALLOW_OUTSIDE_HELP, COLUMNS_HELP, DEFAULT_MAX_NEW_TOKENS, parse_columns
+from vlm_lora.config import ALLOW_OUTSIDE_HELP, ALLOW_URLS_HELP, COLUMNS_HELP, DEFAULT_MAX_NEW_TOKENS, parse_columns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", metavar="TEXT", help="format of the data (default: found out by looking)")
     parser.add_argument("--columns", metavar="TEXT", help=COLUMNS_HELP)
     parser.add_argument("--allow-outside", action="store_true", help=ALLOW_OUTSIDE_HELP)
+    parser.add_argument("--allow-urls", action="store_true", help=ALLOW_URLS_HELP)
+    parser.add_argument("--also", metavar="DATA", help="other data that tuning should not have made the model forget")
+    parser.add_argument(
+        "--level",
+        choices=("auto", "word", "char"),
+        default="auto",
+        help="what the metrics compare; auto: characters for Chinese and Japanese, else words (default: auto)",
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="instruction for captions (default: the adapter's)")
     parser.add_argument("--max-new-tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, metavar="N")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
@@ -38,38 +46,58 @@ def run(options: argparse.Namespace) -> int:
 
     decoding = Decoding(max_new_tokens=options.max_new_tokens)
     captioner = Captioner.load(options.model, options.adapter, prompt=options.prompt, dtype=options.dtype)
+    trusted = {"allow_outside": options.allow_outside, "allow_urls": options.allow_urls}
     dataset = read_dataset(
         options.data,
         format=options.format,
         prompt=captioner.prompt,
         columns=parse_columns(options.columns),
-        allow_outside=options.allow_outside,
+        **trusted,
     )
-    for row in dataset.bad[:5]:
-        say(f"Left out: {row.source}{f':{row.line}' if row.line else ''}: {row.reason}.")
-    if not dataset.examples:
-        raise DataError(f"{options.data}: no usable example in it ({len(dataset.bad)} rows cannot be used).")
+    also = [read_dataset(options.also, prompt=captioner.prompt, **trusted)] if options.also else []
+    for path, read in zip((options.data, options.also), (dataset, *also), strict=False):
+        for row in read.bad[:5]:
+            say(f"Left out: {row.source}{f':{row.line}' if row.line else ''}: {row.reason}.")
+        if not read.examples:
+            raise DataError(f"{path}: no usable example in it ({len(read.bad)} rows cannot be used).")
     progress = Progress()
     evaluation = evaluate(
         captioner,
         dataset.examples,
         blanked=options.blank,
+        level=options.level,
+        also=also[0].examples if also else (),
         decoding=decoding,
         progress=lambda done, total: progress.count("Answers:", done, total),
     )
     scores = evaluation.scores
+    failed = [row for part in (scores, scores.get("also", {})) for row in part.get("failed", [])]
+    for row in failed:
+        say(f"Left out: {row['source']}: {row['reason']}.")
     if options.output:
         evaluation.write(options.output)
         title = Path(options.data).name
         command = shlex.join(["vlm-lora", *sys.argv[1:]])
         say(f"Report with pictures: {write_report(options.output, evaluation, title=title, command=command)}")
+    if options.adapter:
+        from vlm_lora.inference.card import update_card
+        from vlm_lora.model.adapters.base import find_adapter
+
+        name = options.data if options.data.startswith("hf:") else Path(options.data).name
+        if card := update_card(find_adapter(options.adapter), scores, name):
+            say(f"Model card: {card}")
     if options.json:
         print(json.dumps(scores))
     else:
         print(f"{scores['examples']:,} images, {scores['answers']:,} questions, {dataset.format}\n")
         print(table(scores))
         print("\n" + "\n".join(summary(scores)))
-    if dataset.bad:
-        say(f"{len(dataset.bad):,} rows were left out of this.")
+        if also:
+            print(f"\nOn {options.also}, to see what was forgotten:\n")
+            print(table(scores["also"]))
+            print("\n" + "\n".join(summary(scores["also"])))
+    left_out = sum(len(read.bad) for read in (dataset, *also)) + len(failed)
+    if left_out:
+        say(f"{left_out:,} rows were left out of this.")
         return 3
     return 0

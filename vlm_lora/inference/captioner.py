@@ -4,11 +4,14 @@ Each image's prefix goes through the language model once, whatever is asked abou
 by all questions' branches, which are then decoded together.
 """
 
+import random
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from PIL import Image
 
@@ -25,6 +28,15 @@ from vlm_lora.model.packing import Encoded
 
 ImageSource = ImageRef | Image.Image | bytes | str | Path
 
+MOST_ROWS = 32
+"""Captions decoded together at most; beyond it little is gained."""
+MEMORY_SHARE = 0.4
+"""Of the free memory, for keys, values and activations of a batch whose size is found out."""
+WINDOW = 4
+"""Images whose sizes differ are gathered for so many batches, and batched by length."""
+EVEN = 1.25
+"""Sizes that cost less padding than this factor do not differ."""
+
 
 @dataclass(frozen=True, slots=True)
 class Caption:
@@ -37,9 +49,15 @@ class Caption:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoding:
-    """How answers are decoded. ``temperature`` 0 is greedy: the likeliest token each time."""
+    """How answers are decoded.
+
+    ``temperature`` 0 is greedy: the likeliest token each time; with ``num_beams`` above 1, beam search. Above 0 tokens
+    are drawn from the likeliest that make up ``top_p``; what is drawn depends on ``seed``, image and question, not on
+    what stands beside them in a batch.
+    """
 
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    num_beams: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
@@ -47,6 +65,10 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens is {self.max_new_tokens}; expected 1 or more.")
+        if self.num_beams < 1:
+            raise ConfigError(f"--num-beams is {self.num_beams}; expected 1 or more.")
+        if self.num_beams > 1 and self.temperature > 0:
+            raise ConfigError("--num-beams searches and --temperature draws; give one of the two.")
         if self.temperature < 0:
             raise ConfigError(f"--temperature is {self.temperature}; expected 0 (greedy) or more.")
         if not 0 < self.top_p <= 1:
@@ -67,6 +89,7 @@ class Captioner:
         self.features = features
         self.prompt = prompt
         self.encoder = Encoder(backbone)
+        self._base: Captioner | None = None  # of one that `with_adapter` made
 
     @classmethod
     def load(
@@ -83,7 +106,7 @@ class Captioner:
 
         Args:
             model: hub name, folder or ``tiny``; by default the base that the adapter names.
-            adapter: run folder or adapter folder; None for the base alone.
+            adapter: run folder, adapter folder or hub name; None for the base alone.
             prompt: the instruction for captions; by default the one the adapter was trained with. So with the pixel
                 limits.
         """
@@ -97,10 +120,49 @@ class Captioner:
             max_pixels = max_pixels or contract.max_pixels
         quantise = contract is not None and contract.method == "qlora"
         backbone = load_backbone(model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels, quantise=quantise)
-        loaded = load_adapter(backbone, folder) if folder else None
         # Read from the disk cache, but do not fill it: most folders are captioned once.
         features = FeatureCache(backbone, cache_folder(), write=False)
-        return cls(backbone, loaded, features, prompt or DEFAULT_PROMPT)
+        base = cls(backbone, None, features, prompt or DEFAULT_PROMPT)
+        return base._tuned(folder, backbone.pixel_limits, base.prompt) if folder else base
+
+    @property
+    def base(self) -> "Captioner | None":
+        """The captioner of the base alone; None where only the tuned model was given."""
+        return self if self.adapter is None else self._base
+
+    def with_adapter(self, adapter: str | Path, *, prompt: str | None = None) -> "Captioner":
+        """The same base with another adapter, its prompt and pixel limits: the base's weights are shared, not copied.
+
+        Raises:
+            AdapterError: the adapter was made for another base, or cannot be read.
+        """
+        if self.base is None:
+            raise ConfigError("This captioner has no base of its own to share; use one that Captioner.load gave.")
+        folder = find_adapter(adapter)
+        contract = read_contract(folder)
+        if contract is None:
+            return self.base._tuned(folder, self.base.backbone.pixel_limits, prompt or DEFAULT_PROMPT)
+        return self.base._tuned(folder, (contract.min_pixels, contract.max_pixels), prompt or contract.prompt)
+
+    @classmethod
+    def load_several(
+        cls,
+        model: str | None,
+        adapters: Sequence[str | Path | None],
+        *,
+        prompt: str | None = None,
+        dtype: str = "auto",
+    ) -> list["Captioner"]:
+        """A captioner of each adapter, None for the base alone, over one copy of the base's weights.
+
+        Each sees images within its own pixel limits, the base within the first adapter's. Arguments as for `load`.
+        """
+        folders = [find_adapter(adapter) for adapter in adapters if adapter is not None]
+        first = next(filter(None, map(read_contract, folders)), None)
+        limits = {"min_pixels": first.min_pixels, "max_pixels": first.max_pixels} if first else {}
+        asked = prompt or (first.prompt if first else None)
+        base = cls.load(model or base_of(folders[0]), prompt=asked, dtype=dtype, **limits)
+        return [base if adapter is None else base.with_adapter(adapter, prompt=prompt) for adapter in adapters]
 
     def caption(
         self,
@@ -108,25 +170,30 @@ class Captioner:
         prompt: str | None = None,
         *,
         tuned: bool = True,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         decoding: Decoding | None = None,
     ) -> Iterator[Caption]:
         """Caption images one after the other, in order; a bad one gives its error and stops nothing.
 
-        ``images`` may be a generator: at most ``batch_size`` images are held at a time.
+        Args:
+            images: may be a generator: the features of one batch are held, of `WINDOW` where sizes differ.
+            batch_size: images decoded together; by default as many as fit into memory, up to `MOST_ROWS`.
         """
         decoding = decoding or Decoding()
-        batch: list[tuple[str, list[ImageFeatures] | str]] = []
+        requests = [_ask(prompt or self.prompt)]
+        window: list[tuple[str, ImageFeatures | str]] = []
         for image in images:
             try:
-                name, source = _named(image)
-                batch.append((name, self.features.get([source])))
+                window.append((name_of(image), self.features.get([source_of(image)])[0]))
             except DataError as error:
-                batch.append((str(getattr(image, "name", image)), str(error)))
-            if len(batch) == batch_size:
-                yield from self._captions(batch, prompt, tuned, decoding)
-                batch = []
-        yield from self._captions(batch, prompt, tuned, decoding)
+                window.append((name_of(image), str(error)))
+            sizes = [len(seen.features) for _, seen in window if not isinstance(seen, str)]
+            wanted = batch_size or (self._rows_that_fit(max(sizes), decoding) if sizes else MOST_ROWS)
+            even = len(sizes) * max(sizes, default=0) <= EVEN * sum(sizes)
+            if len(window) >= (wanted if even else WINDOW * wanted):
+                yield from self._captions(window, requests, tuned, batch_size, decoding)
+                window = []
+        yield from self._captions(window, requests, tuned, batch_size, decoding)
 
     def answer(
         self,
@@ -142,7 +209,7 @@ class Captioner:
             DataError: the image cannot be used.
         """
         questions = [question] if isinstance(question, str) else list(question)
-        entries = self.features.get([_named(image)[1]])
+        entries = self.features.get([source_of(image)])
         (answers,) = self.generate([(entries, [_ask(q) for q in questions])], tuned=tuned, decoding=decoding)
         return answers[0] if isinstance(question, str) else answers
 
@@ -150,7 +217,7 @@ class Captioner:
         self, image: ImageSource, request: str | None = None, *, tuned: bool = True, decoding: Decoding | None = None
     ) -> Iterator[str]:
         """The answer so far, again after each token."""
-        entries = self.features.get([_named(image)[1]])
+        entries = self.features.get([source_of(image)])
         said: list[int] = []
         for _, token in self._tokens([(entries, [_ask(request or self.prompt)])], tuned, decoding or Decoding()):
             said.append(token)
@@ -175,11 +242,51 @@ class Captioner:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _captions(self, batch, prompt: str | None, tuned: bool, decoding: Decoding) -> Iterator[Caption]:
-        good = [(entries, [_ask(prompt or self.prompt)]) for _, entries in batch if not isinstance(entries, str)]
-        texts = iter(self.generate(good, tuned=tuned, decoding=decoding) if good else [])
-        for name, entries in batch:
-            yield Caption(name, error=entries) if isinstance(entries, str) else Caption(name, text=next(texts)[0])
+    def _tuned(self, folder: Path, pixel_limits: tuple[int, int], prompt: str) -> "Captioner":
+        backbone = self.backbone.twin(*pixel_limits)
+        adapter = load_adapter(backbone, folder)
+        same = pixel_limits == self.backbone.pixel_limits and not backbone.tower_adapted
+        features = self.features if same else FeatureCache(backbone, cache_folder(), write=False)
+        captioner = Captioner(backbone, adapter, features, prompt)
+        captioner._base = self
+        return captioner
+
+    def _captions(self, window, requests, tuned: bool, batch_size: int | None, decoding: Decoding) -> Iterator[Caption]:
+        """Captions of the window's images, in order, from batches of images of like size."""
+        order = [i for i, (_, seen) in enumerate(window) if not isinstance(seen, str)]
+        order.sort(key=lambda i: -len(window[i][1].features))
+        told: dict[int, str] = {}
+        while order:
+            rows = batch_size or self._rows_that_fit(len(window[order[0]][1].features), decoding)
+            batch, order = order[:rows], order[rows:]
+            answers = self._within_memory([([window[i][1]], requests) for i in batch], tuned, decoding)
+            told |= {i: text for i, (text,) in zip(batch, answers, strict=True)}
+        for i, (name, seen) in enumerate(window):
+            yield Caption(name, error=seen) if isinstance(seen, str) else Caption(name, text=told[i])
+
+    def _within_memory(self, asked, tuned: bool, decoding: Decoding) -> list[list[str]]:
+        """`generate`, in halves where the device's memory is not enough for all at once."""
+        try:
+            return self.generate(asked, tuned=tuned, decoding=decoding)
+        except torch.OutOfMemoryError:
+            if len(asked) == 1:
+                raise
+        torch.cuda.empty_cache()
+        half = len(asked) // 2
+        return [
+            answers for part in (asked[:half], asked[half:]) for answers in self._within_memory(part, tuned, decoding)
+        ]
+
+    def _rows_that_fit(self, patches: int, decoding: Decoding) -> int:
+        """How many images of so many patches can be decoded together in the memory that is free now."""
+        text = self.backbone.model.config.text_config
+        kept = 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
+        passing = 3 * text.intermediate_size + 8 * text.hidden_size  # one layer's activations
+        tokens = patches // self.backbone.merge_size**2 + decoding.max_new_tokens + 64  # 64: template and prompt
+        on_gpu = self.backbone.device.type == "cuda"
+        free = torch.cuda.mem_get_info(self.backbone.device)[0] if on_gpu else psutil.virtual_memory().available
+        row = tokens * (kept * decoding.num_beams + passing) * self.backbone.dtype.itemsize
+        return max(1, min(MOST_ROWS, int(MEMORY_SHARE * free / row)))
 
     def _tokens(self, asked, tuned: bool, decoding: Decoding) -> Iterator[tuple[int, int]]:
         """(row, token) as they are decoded, a row for each request in order, without the tokens that end an answer."""
@@ -193,7 +300,7 @@ class Captioner:
                 grids = [entry.grid_thw for entry in entries]
                 grid = torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
                 encoded.append(self.encoder.encode_requests(requests, grid))
-        steps = self._decode(encoded, [entry for entries, _ in asked for entry in entries], decoding)
+        steps = self._decode(encoded, [entries for entries, _ in asked], decoding)
         while True:
             # Entered for each step anew: whoever takes the tokens finds gradients and adapter as they were.
             with torch.inference_mode(), switch():
@@ -203,13 +310,16 @@ class Captioner:
             yield from step
 
     def _decode(
-        self, encoded: Sequence[Encoded], images: Sequence[ImageFeatures], decoding: Decoding
+        self, encoded: Sequence[Encoded], images: Sequence[Sequence[ImageFeatures]], decoding: Decoding
     ) -> Iterator[list[tuple[int, int]]]:
-        """The (row, token) pairs of each step."""
+        """The (row, token) pairs of each step. Each of ``encoded`` has its own ``images``."""
         backbone, device = self.backbone, self.backbone.device
-        random = torch.Generator(device).manual_seed(decoding.seed)
         cache = backbone.new_cache()
         owner = torch.tensor([i for i, e in enumerate(encoded) for _ in e.branches], device=device)
+
+        alone = all(len(e.branches) == 1 for e in encoded)
+        if alone:  # nothing to share: the branch goes with its prefix
+            encoded = [_in_one(e) for e in encoded]
 
         # 1. Every image's prefix, once. Without any (text only), branches start from nothing.
         mask = torch.zeros(len(owner), 0, dtype=torch.long, device=device)
@@ -218,27 +328,37 @@ class Captioner:
             positions = torch.zeros(3, *ids.shape, dtype=torch.long)
             for i, e in enumerate(encoded):
                 positions[:, i, ids.shape[1] - len(e.prefix_ids) :] = e.prefix_positions
-            features = torch.cat([entry.features for entry in images]).to(device) if images else None
+            positions = positions.to(device)
+            seen = [entry.features for entries in images for entry in entries]
+            features = torch.cat(seen).to(device) if seen else None
             prefix_mask = prefix_mask.to(device)
-            backbone.forward(ids.to(device), prefix_mask, positions.to(device), features, cache)
-            cache.batch_select_indices(owner)
-            mask = prefix_mask[owner]
+            hidden = backbone.forward(ids.to(device), prefix_mask, positions, features, cache)[:, -1]
+            mask, position = prefix_mask, positions[0, :, -1:]
 
         # 2. Every branch behind its image's keys and values.
-        ids, branch_mask = _left_pad([b.input_ids for e in encoded for b in e.branches], backbone.pad_token_id)
-        starts = [int(e.prefix_positions.max()) + 1 if len(e.prefix_ids) else 0 for e in encoded]
-        start = torch.tensor(starts, device=device)[owner]
-        branch_mask = branch_mask.to(device)
-        mask = torch.cat([mask, branch_mask], dim=1)
-        position = start[:, None] + (branch_mask.cumsum(1) - 1).clamp(min=0)
-        hidden = backbone.forward(ids.to(device), mask, position.expand(3, -1, -1), None, cache)[:, -1]
-        position = position[:, -1:]
+        if not alone:
+            if mask.shape[1]:
+                cache.batch_select_indices(owner)
+                mask = mask[owner]
+            ids, branch_mask = _left_pad([b.input_ids for e in encoded for b in e.branches], backbone.pad_token_id)
+            starts = [int(e.prefix_positions.max()) + 1 if len(e.prefix_ids) else 0 for e in encoded]
+            start = torch.tensor(starts, device=device)[owner]
+            branch_mask = branch_mask.to(device)
+            mask = torch.cat([mask, branch_mask], dim=1)
+            position = start[:, None] + (branch_mask.cumsum(1) - 1).clamp(min=0)
+            hidden = backbone.forward(ids.to(device), mask, position.expand(3, -1, -1), None, cache)[:, -1]
+            position = position[:, -1:]
 
         # 3. A token at a time, for the rows that go on.
+        if decoding.num_beams > 1:
+            yield self._beam_search(hidden, cache, mask, position, decoding)
+            return
         rows = torch.arange(len(owner), device=device)
         ends = torch.tensor(sorted(backbone.eos_token_ids), device=device)
+        luck = _luck(encoded, images, decoding.seed) if decoding.temperature > 0 else []
         for step in range(decoding.max_new_tokens):
-            token = _pick(backbone.logits(hidden).float(), decoding, random)
+            drawn = torch.tensor([luck[row].random() for row in rows.tolist()], device=device) if luck else None
+            token = _pick(backbone.logits(hidden).float(), decoding, drawn)
             going = ~torch.isin(token, ends)
             yield list(zip(rows[going].tolist(), token[going].tolist(), strict=True))
             if not going.any() or step + 1 == decoding.max_new_tokens:
@@ -251,17 +371,82 @@ class Captioner:
             position = position + 1
             hidden = backbone.forward(token[:, None], mask, position.expand(3, -1, -1), None, cache)[:, -1]
 
+    def _beam_search(
+        self, hidden: torch.Tensor, cache, mask: torch.Tensor, position: torch.Tensor, decoding: Decoding
+    ) -> list[tuple[int, int]]:
+        """All (row, token) pairs of the likeliest answers found, by mean log-probability of their tokens.
+
+        The same search as transformers' ``generate(num_beams=...)`` at its defaults (length penalty 1).
+        """
+        backbone, width = self.backbone, decoding.num_beams
+        rows = list(range(len(hidden)))  # that are still searched
+        beams = {row: [(0.0, [])] for row in rows}  # (sum of log-probabilities, tokens) that can go on, best first
+        ended: dict[int, list[tuple[float, list[int]]]] = {row: [] for row in rows}  # (mean, tokens), best first
+        tried = width * (1 + len(backbone.eos_token_ids))  # so that enough of them do not end
+        for step in range(1, decoding.max_new_tokens + 1):
+            shares = backbone.logits(hidden).float().log_softmax(-1)
+            sums = torch.tensor([[total for total, _ in beams[row]] for row in rows], device=shares.device)
+            totals = (shares.view(len(rows), -1, shares.shape[-1]) + sums[:, :, None]).flatten(1)
+            best, index = (found.tolist() for found in totals.topk(min(tried, totals.shape[1])))
+            parents, left = [], []  # of the beams that go on: where they stood in the batch
+            for at, row in enumerate(rows):
+                before, beams[row], origin = beams[row], [], []
+                for rank, (total, place) in enumerate(zip(best[at], index[at], strict=True)):
+                    parent, token = divmod(place, shares.shape[-1])
+                    said = [*before[parent][1], token]
+                    if token in backbone.eos_token_ids or step == decoding.max_new_tokens:
+                        if rank < width:
+                            ended[row].append((total / step, said))
+                    elif len(beams[row]) < width:
+                        beams[row].append((total, said))
+                        origin.append(at * len(before) + parent)
+                ended[row] = sorted(ended[row], key=lambda answer: -answer[0])[:width]
+                full = len(ended[row]) == width
+                if beams[row] and not (full and beams[row][0][0] / step <= ended[row][-1][0]):
+                    left.append(row)
+                    parents += origin
+            rows = left
+            if not rows:
+                break
+            chosen = torch.tensor(parents, device=mask.device)
+            cache.batch_select_indices(chosen)
+            mask = torch.cat([mask[chosen], mask.new_ones(len(chosen), 1)], dim=1)
+            position = position[chosen] + 1
+            token = torch.tensor([said[-1] for row in rows for _, said in beams[row]], device=mask.device)
+            hidden = backbone.forward(token[:, None], mask, position.expand(3, -1, -1), None, cache)[:, -1]
+        answers = ((row, found[0][1]) for row, found in ended.items())
+        return [(row, token) for row, said in answers for token in said if token not in backbone.eos_token_ids]
+
 
 def _ask(question: str) -> tuple[Turn]:
     return (Turn(question, ""),)
 
 
-def _named(image: ImageSource) -> tuple[str, ImageRef | Image.Image]:
+def name_of(image: ImageSource) -> str:
     if isinstance(image, ImageRef):
-        return image.name, image
+        return image.name
+    return str(image) if isinstance(image, str | Path) else "image"
+
+
+def source_of(image: ImageSource) -> ImageRef | Image.Image:
+    """Raises DataError for bytes that are no image; files are not opened yet."""
+    if isinstance(image, ImageRef):
+        return image
     if isinstance(image, str | Path):
-        return str(image), ImageRef(path=Path(image).expanduser().absolute(), name=str(image))
-    return "image", load_image(image)
+        return ImageRef(path=Path(image).expanduser().absolute(), name=str(image))
+    return load_image(image)
+
+
+def _in_one(encoded: Encoded) -> Encoded:
+    """With the only branch as the end of the prefix too."""
+    (branch,) = encoded.branches
+    start = int(encoded.prefix_positions.max()) + 1 if len(encoded.prefix_ids) else 0
+    positions = torch.arange(start, start + len(branch.input_ids)).expand(3, -1)
+    return Encoded(
+        torch.cat([encoded.prefix_ids, branch.input_ids]),
+        torch.cat([encoded.prefix_positions, positions], dim=1),
+        encoded.branches,
+    )
 
 
 def _left_pad(sequences: Sequence[torch.Tensor], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -275,11 +460,22 @@ def _left_pad(sequences: Sequence[torch.Tensor], pad_token_id: int) -> tuple[tor
     return ids, mask
 
 
-def _pick(logits: torch.Tensor, decoding: Decoding, random: torch.Generator) -> torch.Tensor:
-    """The next token of each row, ``(B,)`` from ``(B, vocabulary)``."""
-    if decoding.temperature == 0:
+def _luck(encoded: Sequence[Encoded], images: Sequence[Sequence[ImageFeatures]], seed: int) -> list[random.Random]:
+    """Random numbers for each row, from its own images and question: the same ones in any batch."""
+    luck = []
+    for e, entries in zip(encoded, images, strict=True):
+        seen = [zlib.crc32(entry.features.contiguous().view(torch.uint8).numpy().data) for entry in entries]
+        luck += [random.Random(f"{seed} {seen} {branch.input_ids.tolist()}") for branch in e.branches]
+    return luck
+
+
+def _pick(logits: torch.Tensor, decoding: Decoding, drawn: torch.Tensor | None) -> torch.Tensor:
+    """The next token of each row, ``(B,)`` from ``(B, vocabulary)`` and, if sampled, a number of 0 to 1 for each."""
+    if drawn is None:
         return logits.argmax(-1)
     shares, tokens = (logits / decoding.temperature).softmax(-1).sort(-1, descending=True)
     before = shares.cumsum(-1) - shares
     shares = shares.masked_fill(before >= decoding.top_p, 0.0)  # nucleus sampling, arXiv:1904.09751
-    return tokens.gather(-1, torch.multinomial(shares, 1, generator=random))[:, 0]
+    upto = shares.cumsum(-1)
+    place = (upto <= drawn[:, None] * upto[:, -1:]).sum(-1, keepdim=True)
+    return tokens.gather(-1, place.clamp(max=shares.shape[-1] - 1))[:, 0]

@@ -8,12 +8,13 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 
 from vlm_lora.data.example import Example, ImageRef, Turn
 from vlm_lora.data.images import load_image
-from vlm_lora.errors import ConfigError
+from vlm_lora.errors import ConfigError, DataError
 from vlm_lora.inference import metrics
 from vlm_lora.inference.captioner import Captioner, Decoding
 
@@ -22,6 +23,13 @@ ROWS_AT_ONCE = 96
 
 WHOLE_SCALE = {"cider_d": 10.0}
 """Metrics whose best value is not 1."""
+
+STATISTICS = (
+    ("mean_words", "words per answer", "{:.1f}"),
+    ("distinct", "answers that differ", "{:.0%}"),
+    ("repetition", "repeats itself", "{:.1%}"),
+)
+"""What is told of answers beside their scores: key, name, form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +58,8 @@ class Evaluation:
 
     ``scores`` is what ``eval --json`` prints: numbers of ``examples`` and ``answers``; for each of ``base``,
     ``tuned``, ``blanked`` its metrics; ``intervals`` of each; ``gain`` of tuned over base with interval and p-value;
-    ``by_kind``, the exact match of each kind of question.
+    ``by_kind``, the exact match of each kind of question; ``tokens``, what the metrics took for a word; ``failed``,
+    the examples left out because an image cannot be used; ``also``, the scores on the other data.
     """
 
     answered: tuple[Answered, ...]
@@ -69,22 +78,62 @@ class Evaluation:
         (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
         (folder / "scores.json").write_text(json.dumps(self.scores, indent=2) + "\n", encoding="utf-8")
 
+    @classmethod
+    def read(cls, folder: Path, examples: Sequence[Example] = ()) -> "Evaluation":
+        """What `write` wrote. Pictures are those of ``examples``; answers about any other example have none.
+
+        Raises:
+            DataError: a file is missing, or is not what `write` writes.
+        """
+        pictures = {example.id: example.images for example in examples}
+        try:
+            # Not splitlines: an answer may hold a line separator, which JSON does not escape.
+            lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
+            answered = []
+            for row in map(json.loads, filter(None, lines)):
+                images, references = pictures.get(row["example"], ()), tuple(row["references"])
+                said = [row.get(name) for name in ("base", "tuned", "blanked")]
+                answered.append(Answered(row["example"], images, row["question"], row.get("kind"), references, *said))
+            scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+            passes = [name for name in ("base", "tuned", "blanked") if name in scores]
+            references = [row.references for row in answered]
+            values = {name: per_answer([row.said(name) for row in answered], references) for name in passes}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise DataError(f"{folder}: holds no evaluation that can be read ({what}); run vlm-lora eval") from error
+        return cls(tuple(answered), scores, values)
+
+    def ranks(self, who: str) -> list[tuple[float, ...]]:
+        """What each answer is ranked by: CIDEr-D of captions; of short answers exact match, then the spelling."""
+        names = ["cider_d"] if headline(self.scores)[0] == "cider_d" else ["exact_match", "anls"]
+        return list(zip(*[self.values[who][name] for name in names], strict=True))
+
+    def gains(self) -> list[tuple[float, ...]]:
+        """How far each tuned answer ranks above the base's: zeros where they are equal."""
+        both = zip(self.ranks("base"), self.ranks("tuned"), strict=True)
+        return [tuple(t - b for b, t in zip(*pair, strict=True)) for pair in both]
+
 
 def evaluate(
     captioner: Captioner,
     examples: Sequence[Example],
     *,
     blanked: bool = False,
+    level: Literal["auto"] | metrics.Level = "auto",
+    also: Sequence[Example] = (),
     decoding: Decoding | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Answer every question of every example with base and tuned model, and score both.
 
     Dialogues of one example that ask the same are one question with several references (a COCO image's five captions).
+    An example with an image that cannot be used is left out, and named in the scores.
 
     Args:
         blanked: also answer with the tuned model and a plain grey image in each image's place: what the answer owes to
             the picture is the difference.
+        level: what the metrics compare, words or characters; ``auto`` is characters for Chinese and Japanese.
+        also: examples of something else, a check of what tuning made the model forget: their scores are apart.
         progress: called with the number of passes over a question done and their total.
     """
     if not examples:
@@ -97,19 +146,25 @@ def evaluate(
     questions = [_questions(example) for example in examples]
     total = len(passes) * sum(map(len, questions))
     said: dict[str, list[list[str]]] = {name: [[] for _ in examples] for name in passes}
+    failed: dict[int, str] = {}
     done = 0
     for name in passes:
         for group in _groups(questions, ROWS_AT_ONCE):
-            asked = []
+            asked = {}
             for i in group:
-                images = [_blank(image) for image in examples[i].images] if name == "blanked" else examples[i].images
-                asked.append((captioner.features.get(images), [turns for turns, _, _ in questions[i]]))
-            for i, answers in zip(
-                group, captioner.generate(asked, tuned=name != "base", decoding=decoding), strict=True
-            ):
-                said[name][i] = answers
-                done += len(answers)
+                try:
+                    images = map(_blank, examples[i].images) if name == "blanked" else examples[i].images
+                    asked[i] = (captioner.features.get(list(images)), [turns for turns, _, _ in questions[i]])
+                except DataError as error:
+                    failed[i] = str(error)
+                done += len(questions[i])
+            if asked:
+                answers = captioner.generate(list(asked.values()), tuned=name != "base", decoding=decoding)
+                for i, answer in zip(asked, answers, strict=True):
+                    said[name][i] = answer
             progress(done, total)
+    if len(failed) == len(examples):
+        raise DataError(f"None of the {len(examples):,} held-out images can be used; the first: {failed[0]}.")
     answered = [
         Answered(
             example.id,
@@ -120,11 +175,18 @@ def evaluate(
             **{name: said[name][i][q] if name in said else None for name in ("base", "tuned", "blanked")},
         )
         for i, example in enumerate(examples)
+        if i not in failed
         for q, (turns, kind, references) in enumerate(questions[i])
     ]
     references = [row.references for row in answered]
-    values = {name: per_answer([row.said(name) for row in answered], references) for name in passes}
-    return Evaluation(tuple(answered), summarize(answered, values), values)
+    if level == "auto":
+        level = metrics.level_for(text for texts in references for text in texts)
+    values = {name: per_answer([row.said(name) for row in answered], references, level) for name in passes}
+    scores = summarize(answered, values, level)
+    scores["failed"] = [{"source": examples[i].source, "reason": failed[i]} for i in sorted(failed)]
+    if also:
+        scores["also"] = evaluate(captioner, also, level=level, decoding=decoding, progress=progress).scores
+    return Evaluation(tuple(answered), scores, values)
 
 
 def _questions(example: Example) -> list[tuple[tuple[Turn, ...], str | None, tuple[str, ...]]]:
@@ -155,30 +217,37 @@ def _blank(image: ImageRef) -> Image.Image:
     return Image.new("RGB", load_image(image).size, (128, 128, 128))
 
 
-def per_answer(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, list[float]]:
+def per_answer(
+    candidates: Sequence[str], references: Sequence[Sequence[str]], level: metrics.Level = "word"
+) -> dict[str, list[float]]:
     """Every metric that has a value for each answer."""
     return {
         "exact_match": [metrics.exact_match(c, r) for c, r in zip(candidates, references, strict=True)],
         "vqa_accuracy": [metrics.vqa_accuracy(c, r) for c, r in zip(candidates, references, strict=True)],
         "anls": [metrics.anls(c, r) for c, r in zip(candidates, references, strict=True)],
-        "cider_d": metrics.cider_d(candidates, references),
-        "rouge_l": metrics.rouge_l(candidates, references),
+        "cider_d": metrics.cider_d(candidates, references, level=level),
+        "rouge_l": metrics.rouge_l(candidates, references, level=level),
     }
 
 
-def summarize(answered: Sequence[Answered], values: dict[str, dict[str, list[float]]]) -> dict:
+def summarize(
+    answered: Sequence[Answered], values: dict[str, dict[str, list[float]]], level: metrics.Level = "word"
+) -> dict:
     """The ``scores`` of an `Evaluation` from each answer's values."""
     passes = list(values)
     references = [row.references for row in answered]
     groups = [row.example for row in answered]
-    scores: dict = {"examples": len(set(groups)), "answers": len(answered), "intervals": {}}
+    scores: dict = {"examples": len(set(groups)), "answers": len(answered), "tokens": metrics.TOKENIZER_ID[level]}
+    scores["intervals"] = {}
     for name in passes:
         candidates = [row.said(name) for row in answered]
         scores[name] = {metric: sum(v) / len(v) for metric, v in values[name].items()}
-        for order, value in enumerate(metrics.bleu(candidates, references), start=1):
+        for order, value in enumerate(metrics.bleu(candidates, references, level=level), start=1):
             scores[name][f"bleu_{order}"] = value
-        scores[name]["mean_words"] = metrics.mean_length(candidates)
-        scores[name]["distinct"] = metrics.distinct_share(candidates)
+        scores[name]["mean_words"] = metrics.mean_length(candidates, level=level)
+        scores[name]["distinct"] = metrics.distinct_share(candidates, level=level)
+        repeated = [metrics.repetition(candidate, level=level) for candidate in candidates]
+        scores[name]["repetition"] = sum(repeated) / len(repeated)
         scores["intervals"][name] = {
             metric: list(metrics.bootstrap_interval(v, groups=groups)) for metric, v in values[name].items()
         }
@@ -207,33 +276,40 @@ def table(scores: dict) -> str:
     """The scores as plain text: a line a metric, base and tuned with intervals, and the gain."""
     passes = [name for name in ("base", "tuned", "blanked") if name in scores]
     titles = {"base": "base", "tuned": "tuned", "blanked": "tuned, image blanked"}
-    lines = [["", *[titles[name] for name in passes], *(["gain (95 % interval)"] if "gain" in scores else [])]]
+    lines = [
+        ["", *[titles[name] for name in passes], *(["gain (95 % interval), paired test"] if "gain" in scores else [])]
+    ]
     for metric in headline(scores):
         line = [metric.replace("_", " ")]
         for name in passes:
             interval = scores["intervals"][name].get(metric)
-            line.append(_number(metric, scores[name][metric]) + (_interval(metric, interval) if interval else ""))
+            line.append(
+                metric_text(metric, scores[name][metric]) + (f" ({span(metric, *interval)})" if interval else "")
+            )
         if gain := scores.get("gain", {}).get(metric):
-            line.append(f"{_number(metric, gain['gain'], sign=True)}{_interval(metric, (gain['low'], gain['high']))}")
+            told = metric_text(metric, gain["gain"], points=True, sign=True)
+            line.append(f"{told} ({span(metric, gain['low'], gain['high'], sign=True)}), p {gain['p_value']:.3f}")
         lines.append(line)
+    for key, name, form in STATISTICS:
+        lines.append([name, *[form.format(scores[who][key]) for who in passes]])
     for kind, row in scores["by_kind"].items():
         lines.append(
-            [f"exact match, {kind} ({row['answers']})", *[_number("exact_match", row[name]) for name in passes]]
+            [f"exact match, {kind} ({row['answers']})", *[metric_text("exact_match", row[name]) for name in passes]]
         )
     widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(max(map(len, lines)))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=False)).rstrip() for line in lines)
+    rows = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=False)).rstrip() for line in lines)
+    return "\n".join(rows).replace("\u00a0", " ")
 
 
-def _number(metric: str, value: float, sign: bool = False) -> str:
-    """Fractions as percent, CIDEr-D as it is."""
-    text = f"{value:+.2f}" if sign else f"{value:.2f}"
+def metric_text(metric: str, value: float, points: bool = False, sign: bool = False) -> str:
+    """CIDEr-D as it is, the rest in percent; a difference of percents is in points."""
     if metric in WHOLE_SCALE:
-        return text
-    return (f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}") + " %"
+        return f"{value:+.2f}" if sign else f"{value:.2f}"
+    number = f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
+    return number + ("\u00a0points" if points else "\u00a0%")
 
 
-def _interval(metric: str, interval: Sequence[float]) -> str:
-    low, high = interval
-    if metric in WHOLE_SCALE:
-        return f" ({low:.2f} to {high:.2f})"
-    return f" ({100 * low:.1f} to {100 * high:.1f})"
+def span(metric: str, low: float, high: float, sign: bool = False) -> str:
+    scale, digits = (1, 2) if metric in WHOLE_SCALE else (100, 1)
+    form = f"{'+' if sign else ''}.{digits}f"
+    return f"{scale * low:{form}} to {scale * high:{form}}"

@@ -10,16 +10,17 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 Level = Literal["word", "char"]
 References = Sequence[Sequence[str]]  # per sample, at least one
 BleuStats = tuple[int, ...]  # candidate length, reference length, 4 match counts, 4 n-gram counts
-Statistic = Callable[[Sequence[float]], float]
 
 MAX_ORDER = 4  # n-grams of 1 to 4 tokens, in CIDEr-D and BLEU alike
 TOKENIZER_ID = {"word": "vlm-lora-ptb-1", "char": "vlm-lora-char-1"}  # for reports: scores depend on it
+
+LONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # kana and Han, as a range of a pattern
 
 # --- tokens
 
@@ -60,6 +61,13 @@ def tokenize(text: str, level: Level = "word") -> list[str]:
     if not text.isascii():
         text = "".join(char if char.isascii() or _category(char) not in "PS" else " " for char in text)
     return [_BRACKETS.get(token, token) for token in _TOKEN.findall(_SPLIT.sub(" ", text))]
+
+
+def level_for(texts: Iterable[str]) -> Level:
+    """``char`` where most letters are Chinese or Japanese, which are written without spaces, else ``word``."""
+    letters = [char for text in texts for char in text if char.isalpha()]
+    lone = sum(re.match(f"[{LONE}]", char) is not None for char in letters)
+    return "char" if 2 * lone > len(letters) else "word"
 
 
 def _category(char: str) -> str:
@@ -195,12 +203,15 @@ def rouge_l(candidates: Sequence[str], references: References, *, level: Level =
 
 
 def _common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
-    row = [0] * (len(right) + 1)
-    for token in left:
-        diagonal = 0
-        for j, other in enumerate(right, start=1):
-            diagonal, row[j] = row[j], diagonal + 1 if token == other else max(row[j], row[j - 1])
-    return row[-1]
+    """Length of the longest one, a row of the table in one integer: Hyyrö 2004."""
+    places: dict[str, int] = {}
+    for i, token in enumerate(left):
+        places[token] = places.get(token, 0) | 1 << i
+    everything = free = (1 << len(left)) - 1
+    for token in right:
+        met = free & places.get(token, 0)
+        free = (free + met | free - met) & everything
+    return len(left) - free.bit_count()
 
 
 def mean_length(captions: Sequence[str], *, level: Level = "word") -> float:
@@ -306,12 +317,23 @@ def anls(answer: str, accepted: Sequence[str], threshold: float = 0.5) -> float:
 
 
 def _edits(left: str, right: str) -> int:
-    row = list(range(len(right) + 1))
-    for i, char in enumerate(left, start=1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(right, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (char != other))
-    return row[-1]
+    """Levenshtein distance, a whole column of its table in one integer: Myers 1999, as Hyyrö 2003 writes it."""
+    if not left:
+        return len(right)
+    places: dict[str, int] = {}
+    for i, char in enumerate(left):
+        places[char] = places.get(char, 0) | 1 << i
+    everything, last = (1 << len(left)) - 1, 1 << (len(left) - 1)
+    rises, falls, edits = everything, 0, len(left)  # bits where the column goes up or down by one
+    for char in right:
+        equal = places.get(char, 0)
+        diagonal = (((equal & rises) + rises) ^ rises) | equal | falls
+        across_up, across_down = falls | ~(diagonal | rises) & everything, rises & diagonal
+        edits += bool(across_up & last) - bool(across_down & last)
+        across_up = across_up << 1 | 1
+        rises = (across_down << 1 | ~(diagonal | across_up)) & everything
+        falls = across_up & diagonal & everything
+    return edits
 
 
 # --- intervals
@@ -327,40 +349,35 @@ class Paired(NamedTuple):
 
 
 def bootstrap_interval(
-    values: Sequence[float] | Sequence[Sequence[float]],
+    values: Sequence[float],
     *,
     seed: int = 0,
     resamples: int = 2000,
     level: float = 0.95,
     groups: Sequence[Hashable] | None = None,
-    statistic: Statistic | None = None,
 ) -> tuple[float, float]:
     """The percentile bootstrap interval of a mean, in the unit of the values.
 
     Efron, Tibshirani 1993, "An Introduction to the Bootstrap".
 
     Args:
-        values: one score per sample, or one row per sample if ``statistic`` is given.
+        values: one score per sample.
         level: the interval's coverage, between 0 and 1.
         groups: the image (or any key) of each sample. Answers about one image are not independent: whole
             groups are drawn, a mean stays a mean over samples. A single group gives an interval of no width.
-        statistic: from the column sums of a resample's rows to the figure, for what is no mean, e.g.
-            ``lambda sums: bleu_from_stats([sums])[3]`` on rows of `bleu_stats`.
     """
-    rows = [(float(value), 1) for value in values] if statistic is None else values
-    figures = _resample(rows, statistic or _mean, groups, seed, resamples, level)
+    figures = _resample(values, groups, seed, resamples, level)
     return _percentile(figures, (1 - level) / 2), _percentile(figures, (1 + level) / 2)
 
 
 def paired_bootstrap(
-    base: Sequence[float] | Sequence[Sequence[float]],
-    tuned: Sequence[float] | Sequence[Sequence[float]],
+    base: Sequence[float],
+    tuned: Sequence[float],
     *,
     seed: int = 0,
     resamples: int = 2000,
     level: float = 0.95,
     groups: Sequence[Hashable] | None = None,
-    statistic: Statistic | None = None,
 ) -> Paired:
     """Two models on the same samples in the same order; arguments as for `bootstrap_interval`.
 
@@ -370,56 +387,38 @@ def paired_bootstrap(
     """
     if len(base) != len(tuned):
         raise ValueError(f"paired samples: {len(base)} of base, {len(tuned)} of tuned")
-    if statistic is None:
-        rows = [(float(after) - float(before), 1) for before, after in zip(base, tuned, strict=True)]
-        figure = _mean
-    else:
-        rows = [(*before, *after) for before, after in zip(base, tuned, strict=True)]
-
-        def figure(sums: Sequence[float]) -> float:
-            half = len(sums) // 2
-            return statistic(sums[half:]) - statistic(sums[:half])
-
-    gains = _resample(rows, figure, groups, seed, resamples, level)
+    gained = [float(after) - float(before) for before, after in zip(base, tuned, strict=True)]
+    gains = _resample(gained, groups, seed, resamples, level)
     rounding = 1e-12  # sums that should be 0 and are not quite
     tail = min(sum(gain <= rounding for gain in gains), sum(gain >= -rounding for gain in gains))
     return Paired(
-        gain=figure([sum(column) for column in zip(*rows, strict=True)]),
+        gain=sum(gained) / len(gained),
         low=_percentile(gains, (1 - level) / 2),
         high=_percentile(gains, (1 + level) / 2),
         p_value=min(1.0, 2 * (tail + 1) / (resamples + 1)),
     )
 
 
-def _mean(sums: Sequence[float]) -> float:
-    return sums[0] / sums[1]
-
-
 def _resample(
-    rows: Sequence[Sequence[float]],
-    figure: Statistic,
-    groups: Sequence[Hashable] | None,
-    seed: int,
-    resamples: int,
-    level: float,
+    values: Sequence[float], groups: Sequence[Hashable] | None, seed: int, resamples: int, level: float
 ) -> list[float]:
-    """The figure of each resample, sorted. Rows are summed by group first: groups are then cheap to draw."""
-    if not rows or resamples < 1 or not 0 < level < 1:
-        raise ValueError(f"cannot bootstrap {len(rows)} samples, {resamples} resamples, level {level}")
-    if not all(math.isfinite(value) for row in rows for value in row):
+    """The mean of each resample, sorted. Values are summed by group first: groups are then cheap to draw."""
+    if not values or resamples < 1 or not 0 < level < 1:
+        raise ValueError(f"cannot bootstrap {len(values)} samples, {resamples} resamples, level {level}")
+    if not all(math.isfinite(value) for value in values):
         raise ValueError("cannot bootstrap values that are not finite")
-    if groups is not None:
-        if len(groups) != len(rows):
-            raise ValueError(f"{len(groups)} groups for {len(rows)} samples")
-        members: dict[Hashable, list[Sequence[float]]] = {}
-        for group, row in zip(groups, rows, strict=True):
-            members.setdefault(group, []).append(row)
-        rows = [[sum(column) for column in zip(*group, strict=True)] for group in members.values()]
+    if groups is not None and len(groups) != len(values):
+        raise ValueError(f"{len(groups)} groups for {len(values)} samples")
+    sums: dict[Hashable, list[float]] = {}
+    for group, value in zip(range(len(values)) if groups is None else groups, values, strict=True):
+        of_group = sums.setdefault(group, [0.0, 0])
+        of_group[0] += value
+        of_group[1] += 1
     import numpy as np  # here, so that scores alone need the standard library alone
 
-    table, random = np.array(rows, dtype=float), np.random.default_rng(seed)
-    figures = [figure(table[random.integers(len(table), size=len(table))].sum(0).tolist()) for _ in range(resamples)]
-    return sorted(figures)
+    table, random = np.array(list(sums.values())), np.random.default_rng(seed)
+    drawn = (table[random.integers(len(table), size=len(table))].sum(0) for _ in range(resamples))
+    return sorted(float(total / count) for total, count in drawn)
 
 
 def _percentile(ordered: Sequence[float], share: float) -> float:

@@ -16,9 +16,10 @@ from pathlib import Path
 from vlm_lora import __version__
 from vlm_lora.data.example import ImageRef
 from vlm_lora.data.images import load_image
+from vlm_lora.data.sheet import HEAD
 from vlm_lora.errors import DataError
 from vlm_lora.inference import metrics
-from vlm_lora.inference.evaluate import WHOLE_SCALE, Answered, Evaluation, headline
+from vlm_lora.inference.evaluate import STATISTICS, WHOLE_SCALE, Answered, Evaluation, headline, metric_text, span
 
 PICTURES = 24
 """Cards in the gallery."""
@@ -62,6 +63,7 @@ def write_report(folder: Path, evaluation: Evaluation, *, title: str, command: s
         "".join(f"<p class=lead>{escape(sentence)}</p>" for sentence in summary(scores)),
         "<h2>Scores</h2>" + _score_table(scores) + _kind_table(scores),
         _loss_section(folder / "metrics.jsonl"),
+        _forgetting(scores),
         _gallery(evaluation),
         f"<h2>Command</h2><pre>{escape(command)}</pre>" if command else "",
     ]
@@ -83,12 +85,12 @@ def summary(scores: dict) -> list[str]:
     name = "exact match" if metric == "exact_match" else NAMES[metric]
     images = scores["examples"]
     where = f"on {images:,} held-out {'image' if images == 1 else 'images'}"
-    base = _number(metric, scores["base"][metric])
+    base = metric_text(metric, scores["base"][metric])
     if "tuned" not in scores:
         low, high = scores["intervals"]["base"][metric]
         return [f"The base model alone, {where}: {name} {base} ({_range(metric, low, high)})."]
-    tuned, gain = _number(metric, scores["tuned"][metric]), scores["gain"][metric]
-    size = _number(metric, abs(gain["gain"]), points=True)
+    tuned, gain = metric_text(metric, scores["tuned"][metric]), scores["gain"][metric]
+    size = metric_text(metric, abs(gain["gain"]), points=True)
     interval = _range(metric, gain["low"], gain["high"], points=True)
     if images < FEW_IMAGES:
         told = (
@@ -100,7 +102,7 @@ def summary(scores: dict) -> list[str]:
     elif gain["high"] < 0:
         told = f"Tuning did harm: {where}, {name} fell from {base} to {tuned}, a loss of {size} ({interval})."
     else:
-        difference = _number(metric, gain["gain"], points=True, sign=True)
+        difference = metric_text(metric, gain["gain"], points=True, sign=True)
         told = (
             f"No gain that chance could not explain: {where}, {name} went from {base} to {tuned} "
             f"(difference {difference}; {interval}, which includes zero)."
@@ -113,7 +115,7 @@ def summary(scores: dict) -> list[str]:
             f"one in {words['tuned']:.1f}, and a right answer in a sentence is no exact match."
         )
     if "blanked" in scores:
-        without = _number(metric, scores["blanked"][metric])
+        without = metric_text(metric, scores["blanked"][metric])
         sentences.append(f"With every picture greyed out, the tuned model's {name} is {without}.")
     return sentences
 
@@ -128,20 +130,18 @@ def _score_table(scores: dict) -> str:
                 cells.append(_gain_cell(metric, scores))
             else:
                 interval = scores["intervals"][column].get(metric)
-                span = _span(metric, *interval) if interval else ""
-                cells.append(_cell(_number(metric, scores[column][metric]), span))
+                around = span(metric, *interval) if interval else ""
+                cells.append(_cell(metric_text(metric, scores[column][metric]), around))
         rows.append(f"<tr><th scope=row>{NAMES[metric]}</th>{''.join(cells)}</tr>")
-    for key, name, show in (
-        ("mean_words", "Words per answer", lambda value: f"{value:.1f}"),
-        ("distinct", "Answers that differ", lambda value: f"{100 * value:.0f} %"),
-    ):
-        cells = [_cell("" if column == "gain" else show(scores[column][key])) for column in columns]
-        rows.append(f"<tr class=minor><th scope=row>{name}</th>{''.join(cells)}</tr>")
+    for key, name, form in STATISTICS:
+        cells = [_cell("" if column == "gain" else form.format(scores[column][key])) for column in columns]
+        rows.append(f"<tr class=minor><th scope=row>{name.capitalize()}</th>{''.join(cells)}</tr>")
     meanings = "".join(f"<li><b>{NAMES[key]}</b>: {MEANINGS[key]}.</li>" for key in headline(scores))
     return (
         f"<div class=wide><table>{_heads(columns)}<tbody>{''.join(rows)}</tbody></table></div>"
         f"<p class=note>{scores['examples']:,} images, {scores['answers']:,} questions. "
-        "Small figures: the 95 % interval, by resampling the images.</p>"
+        "Small figures: the 95 % interval, by resampling the images; p: how likely chance alone would make as much "
+        f"of a difference. Compared as {escape(scores['tokens'])} tokens.</p>"
         f"<details><summary>What the numbers mean</summary><ul>{meanings}</ul></details>"
     )
 
@@ -150,10 +150,17 @@ def _gain_cell(metric: str, scores: dict) -> str:
     gain = scores["gain"].get(metric)
     if gain is None:  # a score of the whole set, such as BLEU, has no interval
         difference = scores["tuned"][metric] - scores["base"][metric]
-        return _cell(_number(metric, difference, points=True, sign=True))
-    shown = _number(metric, gain["gain"], points=True, sign=True)
+        return _cell(metric_text(metric, difference, points=True, sign=True))
+    shown = metric_text(metric, gain["gain"], points=True, sign=True)
     kind = "good" if gain["low"] > 0 else "bad" if gain["high"] < 0 else ""
-    return _cell(shown, _span(metric, gain["low"], gain["high"], sign=True), kind)
+    return _cell(shown, f"{span(metric, gain['low'], gain['high'], sign=True)}, p {gain['p_value']:.3f}", kind)
+
+
+def _forgetting(scores: dict) -> str:
+    if "also" not in scores:
+        return ""
+    told = "".join(f"<p>{escape(sentence)}</p>" for sentence in summary(scores["also"]))
+    return f"<h2>On other data, to see what was forgotten</h2>{told}{_score_table(scores['also'])}"
 
 
 def _kind_table(scores: dict) -> str:
@@ -162,7 +169,7 @@ def _kind_table(scores: dict) -> str:
         return ""
     rows = "".join(
         f"<tr><th scope=row><bdi>{escape(kind)}</bdi> <small>{row['answers']:,}</small></th>"
-        + "".join(_cell(_number("exact_match", row[who])) for who in passes)
+        + "".join(_cell(metric_text("exact_match", row[who])) for who in passes)
         + "</tr>"
         for kind, row in scores["by_kind"].items()
     )
@@ -183,23 +190,9 @@ def _cell(value: str, interval: str = "", kind: str = "") -> str:
     return f"<td{f' class={kind}' if kind else ''}>{value}{small}</td>"
 
 
-def _number(metric: str, value: float, points: bool = False, sign: bool = False) -> str:
-    """CIDEr-D as it is, the rest in percent; a difference of percents is in points."""
-    if metric in WHOLE_SCALE:
-        return f"{value:+.2f}" if sign else f"{value:.2f}"
-    number = f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
-    return number + ("\u00a0points" if points else "\u00a0%")
-
-
-def _span(metric: str, low: float, high: float, sign: bool = False) -> str:
-    scale, digits = (1, 2) if metric in WHOLE_SCALE else (100, 1)
-    form = f"{'+' if sign else ''}.{digits}f"
-    return f"{scale * low:{form}} to {scale * high:{form}}"
-
-
 def _range(metric: str, low: float, high: float, points: bool = False) -> str:
     unit = "" if metric in WHOLE_SCALE else "\u00a0points" if points else "\u00a0%"
-    return f"95\u00a0% interval {_span(metric, low, high)}{unit}"
+    return f"95\u00a0% interval {span(metric, low, high)}{unit}"
 
 
 # -- the loss curve ------------------------------------------------------------------------------------------
@@ -301,16 +294,15 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _gallery(evaluation: Evaluation) -> str:
-    rows, captions = evaluation.answered, headline(evaluation.scores)[0] == "cider_d"
-    base = _ranking(evaluation.values["base"], captions)
+    rows = evaluation.answered
     if "tuned" not in evaluation.scores:
+        base = evaluation.ranks("base")
         order = sorted(range(len(rows)), key=base.__getitem__, reverse=True)
         chosen = _spread(rows, order, PICTURES // 2)
         worst = _spread(rows, order[::-1], PICTURES // 2, chosen)
         best = _cards("Best answers", rows, chosen)
         return "<h2>Pictures</h2>" + best + _cards("Worst answers", rows, worst)
-    tuned = _ranking(evaluation.values["tuned"], captions)
-    gain = [tuple(t - b for b, t in zip(*both, strict=True)) for both in zip(base, tuned, strict=True)]
+    gain = evaluation.gains()
     nothing = (0.0,) * len(gain[0])
     order = sorted(range(len(rows)), key=gain.__getitem__, reverse=True)
     better = [i for i in order if gain[i] > nothing]
@@ -329,12 +321,6 @@ def _gallery(evaluation: Evaluation) -> str:
         + _cards("Lost most", rows, losses)
         + _cards("Unchanged", rows, same)
     )
-
-
-def _ranking(values: dict[str, list[float]], captions: bool) -> list[tuple[float, ...]]:
-    """What answers are ranked by: CIDEr-D of captions; of short answers exact match, then the spelling."""
-    names = ["cider_d"] if captions else ["exact_match", "anls"]
-    return list(zip(*[values[name] for name in names], strict=True))
 
 
 def _spread(rows: Sequence[Answered], order: list[int], most: int, taken: Sequence[int] = ()) -> list[int]:
@@ -386,8 +372,7 @@ def _picture(image: ImageRef) -> str:
     )
 
 
-_LONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # kana and Han: written without spaces, compared one by one
-_PIECE = re.compile(rf"\s+|[{_LONE}]|[^\s{_LONE}]+")
+_PIECE = re.compile(rf"\s+|[{metrics.LONE}]|[^\s{metrics.LONE}]+")  # kana and Han are compared one by one
 
 
 def _tokens(text: str) -> set[str]:
@@ -405,19 +390,9 @@ def _marked(text: str, known: set[str]) -> str:
 
 # -- the page ------------------------------------------------------------------------------------------------
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-<body>
+PAGE = (
+    HEAD
+    + """<body>
 <main>
 {body}
 </main>
@@ -425,3 +400,4 @@ PAGE = """<!DOCTYPE html>
 </body>
 </html>
 """
+)

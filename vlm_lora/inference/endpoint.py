@@ -1,0 +1,184 @@
+"""Captions from a server that speaks OpenAI's chat protocol: vLLM, SGLang and others."""
+
+import base64
+import io
+import os
+import random
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+
+import httpx
+from PIL import Image
+
+from vlm_lora.data.images import load_image
+from vlm_lora.errors import ConfigError, DataError, ModelError
+from vlm_lora.inference.captioner import Caption, Decoding, ImageSource, name_of, source_of
+
+ATTEMPTS = 6
+"""How often a request is sent before its image gets an error."""
+PAUSE = 0.5
+"""Seconds before the second attempt; each further pause is twice as long, and up to half of it is chance."""
+LONGEST_PAUSE = 30.0
+TIMEOUT = 120.0
+"""Seconds in which the server must have answered."""
+HOPELESS = 16
+"""So many images in a row without any answer: the server has gone."""
+AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
+"""Statuses that another attempt may mend."""
+KEY_VARIABLE = "OPENAI_API_KEY"
+
+
+class Endpoint:
+    """A model behind ``url``, such as ``http://127.0.0.1:8000/v1``; the key, if it wants one, is in OPENAI_API_KEY.
+
+    Args:
+        model: the server's name for it; by default the only one that it serves.
+        concurrency: requests under way at a time.
+
+    Raises:
+        ModelError: no ``model`` is given, and there is no such server, or it serves several.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        concurrency: int = 16,
+        timeout: float = TIMEOUT,
+        pause: float = PAUSE,
+    ):
+        try:
+            valid = httpx.URL(url).scheme in ("http", "https") and httpx.URL(url).host
+        except httpx.InvalidURL:
+            valid = False
+        if not valid:
+            raise ConfigError(f"--endpoint {url}: expected a URL such as http://127.0.0.1:8000/v1")
+        key = os.environ.get(KEY_VARIABLE)
+        self.url, self.concurrency, self.pause = url.rstrip("/"), concurrency, pause
+        self.client = httpx.Client(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=timeout,
+            limits=httpx.Limits(max_connections=concurrency),
+        )
+        self.model = model or self._only_model()
+
+    def caption(
+        self, images: Iterable[ImageSource], prompt: str, *, decoding: Decoding | None = None
+    ) -> Iterator[Caption]:
+        """As `Captioner.caption`: in order, and an image that cannot be captioned gives its error.
+
+        Raises:
+            ModelError: the server refuses every request, or has gone.
+        """
+        decoding = decoding or Decoding()
+        unanswered = 0
+        pool = ThreadPoolExecutor(self.concurrency)
+        # Twice as many as can be under way: one slow answer does not make the others wait.
+        waiting: deque[Future[tuple[Caption, bool]]] = deque()
+        ask = (pool.submit(self._one, image, prompt, decoding) for image in images)
+        try:
+            waiting.extend(islice(ask, 2 * self.concurrency))
+            while waiting:
+                caption, answered = waiting.popleft().result()
+                unanswered = 0 if answered else unanswered + 1
+                if unanswered == HOPELESS:
+                    raise ModelError(f"--endpoint {self.url}: {caption.error}. Say the same again once it is back.")
+                yield caption
+                waiting.extend(islice(ask, 1))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _only_model(self) -> str:
+        try:
+            reply = self._send("GET", "/models", None, attempts=3)
+            served = [str(model["id"]) for model in reply.json()["data"]]
+        except httpx.HTTPError as error:
+            raise ModelError(
+                f"--endpoint {self.url}: {_told(error)}. Is the server up, is the URL's /v1 right?"
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"--endpoint {self.url}: /models is not answered as OpenAI's protocol wants it."
+            ) from error
+        if len(served) != 1:
+            raise ModelError(f"--endpoint {self.url} serves {', '.join(served) or 'no model'}; name one with --model.")
+        return served[0]
+
+    def _one(self, image: ImageSource, prompt: str, decoding: Decoding) -> tuple[Caption, bool]:
+        """The caption, and whether the server answered at all."""
+        name = name_of(image)
+        try:
+            content = [
+                {"type": "image_url", "image_url": {"url": _data_url(source_of(image))}},
+                {"type": "text", "text": prompt},
+            ]
+            body = {
+                "model": self.model,
+                "messages": [{"role": "user", "content": content}],
+                "max_tokens": decoding.max_new_tokens,
+                "temperature": decoding.temperature,
+                "top_p": decoding.top_p,
+                "seed": decoding.seed,
+            }
+            reply = self._send("POST", "/chat/completions", body).json()
+            text = reply["choices"][0]["message"]["content"]
+            if not isinstance(text, str):
+                raise TypeError("no text")
+            return Caption(name, text=text.strip()), True
+        except DataError as error:
+            return Caption(name, error=str(error)), True
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code in (401, 403, 404):
+                raise ModelError(
+                    f"--endpoint {self.url}: {_told(error)} (--model {self.model}; the key is read from {KEY_VARIABLE})"
+                ) from error
+            return Caption(name, error=_told(error)), error.response.status_code not in AGAIN
+        except httpx.HTTPError as error:
+            return Caption(name, error=_told(error)), False
+        except (ValueError, KeyError, IndexError, TypeError):
+            return Caption(name, error="the server's answer holds no text"), True
+
+    def _send(self, method: str, path: str, body: dict | None, attempts: int = ATTEMPTS) -> httpx.Response:
+        """The server's answer, from one of several attempts. Raises httpx.HTTPError for the last one's failure."""
+        for attempt in range(1, attempts + 1):
+            wait = min(LONGEST_PAUSE, self.pause * 2 ** (attempt - 1)) * random.uniform(1, 1.5)
+            try:
+                reply = self.client.request(method, self.url + path, json=body)
+                if reply.status_code not in AGAIN or attempt == attempts:
+                    return reply.raise_for_status()
+                told = reply.headers.get("Retry-After", "")
+                wait = max(wait, min(LONGEST_PAUSE, float(told))) if told.isdecimal() else wait
+            except httpx.TransportError:  # no connection, cut off, too slow
+                if attempt == attempts:
+                    raise
+            time.sleep(wait)
+        raise AssertionError("the last attempt returns or raises")
+
+
+def _told(error: httpx.HTTPError) -> str:
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"the server answered {error.response.status_code}: {' '.join(error.response.text.split())[:200]}"
+    return f"the server gave no answer ({type(error).__name__}: {error})"
+
+
+def _data_url(source) -> str:
+    """The image in the request: its own bytes where every loader sees the same pixels in them, else a PNG of ours.
+
+    Other loaders leave photos lying on their side, or drop transparency: the model would see what it was not tuned on.
+    """
+    picture = load_image(source)
+    if not isinstance(source, Image.Image):
+        data = source.read_bytes()
+        with Image.open(io.BytesIO(data)) as plain:
+            kind = plain.format
+            if kind in ("JPEG", "PNG", "WEBP") and plain.convert("RGB").tobytes() == picture.tobytes():
+                return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

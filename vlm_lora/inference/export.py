@@ -1,0 +1,198 @@
+"""An adapter made part of its base: a plain checkpoint that any tool loads as it loads the base, and the proof that it
+says the same.
+
+The proof is part of it, because merging goes wrong in silence: an adapter that was never applied, one whose small
+changes the number format rounds away, a file that is read back as something else.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from vlm_lora.data.example import Dialogue, ImageRef, Turn
+from vlm_lora.data.images import load_image
+from vlm_lora.errors import AdapterError, CheckpointError, ConfigError, ModelError
+from vlm_lora.inference.captioner import Captioner, Decoding
+from vlm_lora.model.adapters.base import base_of, find_adapter, read_contract, read_settings
+from vlm_lora.model.adapters.lora import merged_weights
+from vlm_lora.model.backbone import load_backbone, saved_dtype
+from vlm_lora.model.features import FeatureCache
+from vlm_lora.model.packing import IGNORE_INDEX, pack
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""How far the merged model's logits may be from the adapter's, as a share of their own length; by number format."""
+
+LEAST_EFFECT = 1e-6
+"""How far they must at least be from the base's; less is no effect."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What `merge` wrote, and how base, adapter, merged and reloaded model compare on the same images.
+
+    ``effect`` is the distance of the tuned logits from the base's, ``error`` that of the reloaded model's from the
+    tuned, both as a share of the tuned logits' length. ``captions`` are the tuned and the reloaded model's, by image.
+    """
+
+    folder: Path
+    dtype: str
+    dequantised: bool
+    effect: float
+    error: float
+    captions: tuple[tuple[str, str], ...]
+
+
+def merge(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    images: Sequence[str | Path] = (),
+    report: Callable[[str], None] = lambda text: None,
+) -> Merged:
+    """Write base and LoRA adapter as one plain checkpoint: weights, configs, processor with the adapter's pixel limits,
+    chat template.
+
+    An adapter of ``--method qlora`` is merged into the values that the base's four bits stand for, as it was trained on
+    them, and the result is in four bits no more.
+
+    Args:
+        adapter: run folder or adapter folder.
+        output: folder to make; it appears whole or not at all.
+        model: the base, by default the one the adapter names.
+        dtype: ``float32`` or ``bfloat16``; by default the number format of the base's files.
+        images: files that the models are compared on; by default pictures of coloured noise.
+        report: called with a line for each stage.
+
+    Raises:
+        VlmLoraError: the method cannot be merged, ``output`` is in use, the adapter changes nothing, or the merged
+            model differs from it by more than rounding.
+    """
+    found, target = find_adapter(adapter), Path(output).expanduser()
+    method = read_settings(found).get("method")
+    if method is not None:
+        raise AdapterError(
+            f"--adapter {adapter}: --method {method} adds to the model and changes no weights of it, so it cannot be "
+            "merged. Use it as an adapter, or train with --method lora."
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target}: is there already and not empty. Give a folder that is to be made.")
+    model = model or base_of(found)
+    contract = read_contract(found)
+    pictures = [load_image(ImageRef(path=Path(image), name=str(image))) for image in images]
+    kept_in = getattr(torch, dtype) if dtype else saved_dtype(model)
+    # Where the base is computed in bfloat16, a float32 one must not be rounded to it on the way.
+    precision = "auto" if kept_in == torch.bfloat16 else "float32"
+
+    report("Asking base and adapter.")
+    captioner = Captioner.load(model, found, dtype=precision)
+    pictures = pictures or _pictures(captioner.backbone.pixel_limits)
+    said = _captions(captioner, pictures)
+    tuned = _logits(captioner, pictures, said)
+    with captioner.adapter.switched_off():
+        effect = _distance(tuned, _logits(captioner, pictures, said))
+    if not effect > LEAST_EFFECT:
+        raise AdapterError(
+            f"--adapter {adapter}: has no effect on {model}: with and without it the logits are the same for "
+            f"{len(pictures)} images. Nothing was written."
+        )
+    weights = {name: weight.to("cpu", kept_in) for name, weight in merged_weights(captioner.adapter)}
+    prompt, limits = captioner.prompt, captioner.backbone.pixel_limits
+    del captioner  # two big models at a time may be one too many
+
+    report(f"Merging {len(weights)} linear layers.")
+    backbone = load_backbone(model, dtype=precision, min_pixels=limits[0], max_pixels=limits[1])
+    with torch.no_grad():
+        for name, weight in weights.items():
+            backbone.model.get_parameter(name).copy_(weight)
+    merged = Captioner(backbone, None, FeatureCache(backbone, None), prompt)
+    in_memory = _logits(merged, pictures, said)
+
+    temporary = target.parent / f".{target.name}-{os.getpid()}"
+    try:
+        report(f"Writing {target}, and reading it back.")
+        temporary.mkdir(parents=True)
+        backbone.model.to(kept_in).save_pretrained(temporary, max_shard_size="5GB")
+        backbone.processor.save_pretrained(temporary)
+        del merged, backbone
+        reloaded = Captioner.load(
+            str(temporary), prompt=prompt, dtype=precision, min_pixels=limits[0], max_pixels=limits[1]
+        )
+        read_back = _logits(reloaded, pictures, said)
+        for what, distance in (("in memory", _distance(tuned, in_memory)), ("read back", _distance(tuned, read_back))):
+            if not distance < min(TOLERANCE[kept_in], effect / 2):
+                hint = " Try --dtype float32." if kept_in != torch.float32 else ""
+                raise ModelError(
+                    f"The merged model, {what}, does not do what the adapter does: its logits are "
+                    f"{100 * distance:.3g} % away, and the adapter moves them by {100 * effect:.3g} %.{hint} Nothing "
+                    "was written."
+                )
+        again = _captions(reloaded, pictures)
+        os.rename(temporary, target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror or error}).") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Merged(
+        target,
+        str(kept_in).removeprefix("torch."),
+        contract is not None and contract.method == "qlora",
+        effect,
+        _distance(tuned, read_back),
+        tuple(zip(said, again, strict=True)),
+    )
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload a merged checkpoint to the model hub, to a private repository if it is new; its address.
+
+    Raises:
+        ConfigError: the hub refused, or there is no token for it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Merged by vlm-lora")
+    except (OSError, HFValidationError) as error:  # the hub's own errors, and a missing token, are OSErrors
+        raise ConfigError(f"--push {repository}: {' '.join(str(error).split())[:300]}") from error
+    return str(address)
+
+
+def _pictures(limits: tuple[int, int]) -> list[Image.Image]:
+    side = max(32, min(448, int(limits[1] ** 0.5)))
+    draw = torch.Generator().manual_seed(0)
+    coarse = torch.randint(0, 256, (4, 6, 6, 3), dtype=torch.uint8, generator=draw)
+    return [Image.fromarray(c.numpy()).resize((side, side), Image.Resampling.BICUBIC) for c in coarse]
+
+
+def _captions(captioner: Captioner, pictures: Sequence[Image.Image]) -> list[str]:
+    return [caption.text for caption in captioner.caption(pictures, decoding=Decoding(max_new_tokens=32))]
+
+
+@torch.no_grad()
+def _logits(captioner: Captioner, pictures: Sequence[Image.Image], texts: Sequence[str]) -> torch.Tensor:
+    """``(tokens, vocabulary)``: what is expected at each token of these captions, one image after the other."""
+    backbone = captioner.backbone
+    found = []
+    for picture, text in zip(pictures, texts, strict=True):
+        (entry,) = captioner.features.get([picture])
+        encoded = captioner.encoder.encode([Dialogue((Turn(captioner.prompt, text),))], entry.grid_thw[None])
+        row = pack([[encoded]], backbone.pad_token_id)
+        tensors = (row.input_ids, row.attention_mask, row.position_ids, entry.features)
+        hidden = backbone.forward(*(tensor.to(backbone.device) for tensor in tensors))
+        labelled = (row.labels[:, 1:] != IGNORE_INDEX).to(backbone.device)
+        found.append(backbone.logits(hidden[:, :-1][labelled]).float().cpu())
+    return torch.cat(found)
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one - other).norm() / one.norm()).item()
