@@ -5,6 +5,7 @@ import json
 import re
 import threading
 import time
+import zipfile
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -14,10 +15,14 @@ from PIL import Image
 
 gradio_client = pytest.importorskip("gradio_client")
 
-from vlm_lora import ImageRef, demo, load_image  # noqa: E402
+from tests.conftest import ROOT  # noqa: E402
+from vlm_lora import ImageRef, demo, load_image, read_dataset  # noqa: E402
+from vlm_lora.cli import main  # noqa: E402
 from vlm_lora.config import TrainConfig, write_yaml  # noqa: E402
-from vlm_lora.demo import LOOPBACK, DemoExample, build_app, find_examples, launch, safe_settings  # noqa: E402
-from vlm_lora.errors import ConfigError, DataError  # noqa: E402
+from vlm_lora.demo import LOOPBACK, build_app, launch, safe_settings  # noqa: E402
+from vlm_lora.demo.downloads import FORMATS, unlike, write_captions  # noqa: E402
+from vlm_lora.demo.runs import Evaluations, Pictures, find_runs, read_losses  # noqa: E402
+from vlm_lora.errors import AdapterError, ConfigError, DataError  # noqa: E402
 
 HTML = "<img src=x onerror=alert(1)>"
 
@@ -25,13 +30,16 @@ HTML = "<img src=x onerror=alert(1)>"
 class Parrot:
     """Repeats what it is asked, word by word, and remembers how it was asked."""
 
-    adapter = object()
-    prompt = "Describe this image."
-
-    def __init__(self):
+    def __init__(self, prompt="Describe this image."):
+        self.prompt = prompt
         self.asked = []
         self.ended = []
         self.threads = set()
+
+    def with_adapter(self, folder):
+        if folder.name == "foreign":
+            raise AdapterError(f"{folder}: was trained on another base model (/models/big) than /models/small.")
+        return Parrot(f"Prompt of {folder.name}.")
 
     def stream(self, image, request=None, *, tuned=True, decoding=None):
         self.asked.append((tuned, request, decoding))
@@ -48,6 +56,28 @@ class Parrot:
                 yield " ".join(words[: i + 1])
         finally:
             self.ended.append(request)
+
+
+def write_run(place: Path, name: str = "run", count: int = 3) -> Path:
+    """A run folder with an evaluation and losses, and ``count`` held-out pictures of the data beside it."""
+    data, run = place / "photos", place / name
+    data.mkdir(parents=True, exist_ok=True)
+    (run / "adapter").mkdir(parents=True)
+    (run / "adapter/adapter_config.json").write_text("{}")
+    rows = []
+    for i in range(count):
+        Image.new("RGB", (8, 6), (5 * i, 0, 0)).save(data / f"{i}.png")
+        (data / f"{i}.txt").write_text(f"picture {i}")
+        fields = {"example": f"{i}.png", "images": [f"{i}.png"], "references": [f"picture {i}", f"{HTML} ref"]}
+        base, tuned = (f"picture {i}", f"{HTML} lost") if i % 3 == 1 else ("no", f"picture {i}")
+        rows.append(fields | {"question": "What\u2028?", "base": base, "tuned": tuned})
+    (run / "predictions.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    scores = {who: {"mean_words": 2.0} for who in ("base", "tuned")}
+    (run / "scores.json").write_text(json.dumps(scores))
+    losses = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "held_out_loss": 2.5}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in losses) + '{"step": 3, "lo')
+    write_yaml(TrainConfig(data=str(data), prompt="What?"), run / "config.yaml")
+    return run
 
 
 def serve(app):
@@ -78,8 +108,9 @@ def app(captioner, picture, folder):
     patch.setenv("GRADIO_TEMP_DIR", str(folder))
     patch.setenv("GRADIO_MCP_SERVER", "true")
     patch.setenv("GRADIO_SHARE", "true")
-    example = DemoExample(ImageRef(path=picture, name="a.png"), "Is it red?", ("yes", "Yes"))
-    app = serve(build_app(captioner, examples=[example]))
+    place = folder / "runs"
+    runs = {name: write_run(place, name) for name in ("run", "other", "foreign")}
+    app = serve(build_app(captioner, runs=runs, chosen="run"))
     yield app
     app.close(verbose=False)
     patch.undo()
@@ -114,7 +145,7 @@ def given(path) -> dict:
     return {"path": str(path), "orig_name": "mine.png", "meta": {"_type": "gradio.FileData"}}
 
 
-NUMBERS = (32, 0.0, 1.0, 0)
+NUMBERS = (32, 0.0, 1.0, 0, "run")
 
 
 def test_page_opens_and_names_nothing_elsewhere(app):
@@ -123,14 +154,14 @@ def test_page_opens_and_names_nothing_elsewhere(app):
     config = httpx.get(f"{app.local_url}config").json()
     assert not config["analytics_enabled"]
     labels = {part["props"].get("label") for part in config["components"]}
-    assert {"Picture", "Base", "Tuned", "What the data says", "Held-out pictures of the run"} <= labels
+    assert {"Picture", "Base", "Tuned", "What the data says", "Held-out pictures of the run", "Loss"} <= labels
     assert app.share_url is None
-    assert not Path(demo.__file__).with_suffix(".pyi").exists()  # Gradio likes to write one
+    assert not list(Path(demo.__file__).parent.glob("*.pyi"))  # Gradio likes to write one
 
 
 def test_base_and_tuned_answer_and_stream(client, captioner, picture):
     job = client.submit(gradio_client.handle_file(picture), "", 32, 0.5, 0.9, 7, api_name="/caption")
-    assert job.result(20) == (f"base {HTML} Describe this image.", f"tuned {HTML} Describe this image.")
+    assert job.result(60) == (f"base {HTML} Describe this image.", f"tuned {HTML} Describe this image.")
     assert len(job.outputs()) > 3
     (tuned, request, decoding), (base_tuned, _, _) = captioner.asked[-2:]
     assert (tuned, base_tuned, request) == (True, False, None)
@@ -141,7 +172,7 @@ def test_base_and_tuned_answer_and_stream(client, captioner, picture):
 def test_parameters_are_those_of_the_command_line(client):
     (endpoint,) = client.view_api(return_format="dict")["named_endpoints"].values()
     names = [parameter["parameter_name"] for parameter in endpoint["parameters"]]
-    assert names == ["image", "prompt", "max_new_tokens", "temperature", "top_p", "seed"]
+    assert names == ["image", "prompt", "max_new_tokens", "temperature", "top_p", "seed", "adapter"]
     assert all(parameter["parameter_has_default"] for parameter in endpoint["parameters"][1:])
 
 
@@ -207,7 +238,7 @@ def test_other_failures_are_plain_too(app, picture, prompt, told):
 @pytest.mark.parametrize("numbers", [(100_000, 0, 1, 0), (32, -1, 1, 0), (32, 0, 5, 0), (32, 0, 1, -1)])
 def test_numbers_out_of_bounds_are_refused(app, captioner, picture, numbers):
     before = len(captioner.asked)
-    assert "event: error" in call(app, given(upload(app, picture.read_bytes())), "", *numbers)
+    assert "event: error" in call(app, given(upload(app, picture.read_bytes())), "", *numbers, "run")
     assert len(captioner.asked) == before
 
 
@@ -246,7 +277,7 @@ def test_a_large_upload_is_refused(app):
 def test_the_page_is_there_while_the_model_loads(picture, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     loading = Future()
-    app = serve(build_app(loading, compare=True, loading="a large model"))
+    app = serve(build_app(loading, runs={"run": tmp_path}, chosen="run", loading="a large model"))
     try:
         assert "Loading a large model" in httpx.get(f"{app.local_url}config").text
         client = gradio_client.Client(app.local_url, verbose=False)
@@ -262,7 +293,6 @@ def test_the_page_is_there_while_the_model_loads(picture, tmp_path, monkeypatch)
 def test_without_an_adapter_only_the_base_is_asked(picture, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     captioner = Parrot()
-    captioner.adapter = None
     app = serve(build_app(captioner))
     try:
         client = gradio_client.Client(app.local_url, verbose=False)
@@ -273,32 +303,206 @@ def test_without_an_adapter_only_the_base_is_asked(picture, tmp_path, monkeypatc
         app.close(verbose=False)
 
 
+def test_an_adapter_is_chosen_and_one_of_another_base_is_refused_in_a_sentence(client, captioner, app, picture):
+    before = len(captioner.asked)
+    said = client.predict(gradio_client.handle_file(picture), adapter="other", api_name="/caption")
+    assert said == (f"base {HTML} Prompt of other.", f"tuned {HTML} Prompt of other.")
+    assert len(captioner.asked) == before  # another captioner, of the same base, was asked
+    events = call(app, given(upload(app, picture.read_bytes())), "", *NUMBERS[:-1], "foreign")
+    assert "The adapter foreign does not go with the base model that is loaded" in events
+    assert "/models" not in events
+    assert "event: error" in call(app, given(upload(app, picture.read_bytes())), "", *NUMBERS[:-1], "../etc")
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "::", "example.org"])
-def test_another_host_needs_a_password(host):
+def test_another_host_needs_a_password(host, capsys):
     with pytest.raises(ConfigError, match=re.escape(host)):
         launch(host=host)
+    assert main(["demo", "--host", host]) == 2
+    assert "--auth" in capsys.readouterr().err
+
+
+def test_a_public_link_needs_a_password(capsys):
+    assert main(["demo", "--share"]) == 2
+    assert "--share opens the demo to the internet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--auth", "me"], "user:password"),
+        (["--auth", ":secret"], "user:password"),
+        (["--auth", "me:secret", "--no-auth"], "exclude each other"),
+    ],
+)
+def test_half_a_password_is_refused(flags, told, capsys):
+    assert main(["demo", *flags]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.fixture
+def asked_for(monkeypatch):
+    """What `launch` would have gradio and the captioner do, without either."""
+    found = {}
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setattr(demo.gr.Blocks, "launch", lambda app, **settings: found.update(settings))
+    monkeypatch.setattr(demo.gr.Blocks, "close", lambda app, **_: found.update(closed=True))
+    monkeypatch.setattr("vlm_lora.Captioner", type("Loads", (), {"load": lambda *_: Parrot()}), raising=False)
+    return found
+
+
+def test_user_and_password_come_from_the_environment_too(asked_for, monkeypatch):
+    monkeypatch.setenv("VLM_LORA_DEMO_AUTH", "me:se:cret")
+    monkeypatch.setattr(demo.gr.Blocks, "block_thread", lambda app: None)
+    assert main(["demo", "--host", "0.0.0.0"]) == 0
+    assert asked_for["auth"] == ("me", "se:cret")
+    assert (asked_for["server_name"], asked_for["share"]) == ("0.0.0.0", False)
+
+
+def test_where_no_public_link_is_to_be_had_the_demo_does_not_stay(asked_for):
+    with pytest.raises(ConfigError, match="no public link"):
+        launch(share=True, auth=("me", "secret"), block=False)
+    assert asked_for["share"] is True
+    assert asked_for["closed"]
+    (middleware,) = asked_for["app_kwargs"]["middleware"]
+    assert middleware.kwargs["allowed_hosts"] == [*LOOPBACK, "*.gradio.live"]
+
+
+def test_with_a_password_the_page_is_closed_to_others(captioner, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    app = build_app(captioner)
+    app.launch(server_name="127.0.0.1", server_port=None, auth=("me", "secret"), **safe_settings(LOOPBACK))
+    try:
+        assert httpx.get(f"{app.local_url}config").status_code == 401
+        assert httpx.post(f"{app.local_url}gradio_api/upload", files={"files": ("a.png", b"")}).status_code == 401
+        assert httpx.post(f"{app.local_url}login", data={"username": "me", "password": "no"}).status_code == 400
+        session = httpx.Client(base_url=app.local_url)
+        assert session.post("login", data={"username": "me", "password": "secret"}).status_code == 200
+    finally:
+        app.close(verbose=False)
+
+
+# -- runs ----------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_found_beside_the_one_that_is_given(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write_run(tmp_path / "runs", name)
+    (tmp_path / "runs/no-run").mkdir()
+    for given in (tmp_path / "runs/b", str(tmp_path / "runs/b"), tmp_path / "runs/b/adapter"):
+        assert list(find_runs(given)) == ["b", "a"]
+    monkeypatch.chdir(tmp_path)
+    assert set(find_runs(None)) == {"a", "b"}
+    assert find_runs(None, beside="nowhere") == {}
 
 
 def test_examples_are_held_out_pictures_with_references(tmp_path):
-    data, run = tmp_path / "photos", tmp_path / "run"
-    data.mkdir()
-    (run / "adapter").mkdir(parents=True)
-    rows = []
-    for i in range(40):
-        Image.new("RGB", (8, 6), (i, 0, 0)).save(data / f"{i}.png")
-        (data / f"{i}.txt").write_text(f"picture {i}")
-        fields = {"example": f"{i}.png", "images": [f"{i}.png"], "references": [f"picture {i}"]}
-        rows.append(fields | {"question": "What?", "base": "no", "tuned": "yes"})
-    (run / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[20:]))
-    write_yaml(TrainConfig(data=str(data), prompt="What?"), run / "config.yaml")
-    for adapter in (run, str(run), run / "adapter"):
-        found = find_examples(adapter)
-        assert len(found) == 8
-        assert all(int(example.image.name[:-4]) >= 20 for example in found)
-        assert found[0].references == (f"picture {found[0].image.name[:-4]}",)
-        assert found[0].prompt == "What?"
-    for image in data.iterdir():
+    evaluations = Evaluations({"run": write_run(tmp_path, count=40)})
+    found = evaluations.examples("run", 8)
+    assert len({row.example for row in found}) == 8
+    assert found[3].references[0] == f"picture {found[3].example[:-4]}"
+    assert found[3].question == "What\u2028?"  # a line separator, which JSON leaves as it is
+    assert load_image(found[3].images[0]).size == (8, 6)
+    assert evaluations.examples("", 8) == evaluations.examples("nowhere", 8) == []
+
+
+def test_the_gallery_is_sorted_by_gain_and_shows_what_got_worse(tmp_path):
+    evaluations = Evaluations({"run": write_run(tmp_path, count=9)})
+    verdicts = [verdict for _, verdict in evaluations.by_gain("run", only_worse=False)]
+    assert verdicts == ["Better"] * 6 + ["Worse"] * 3
+    worse = evaluations.by_gain("run", only_worse=True)
+    assert {row.example for row, _ in worse} == {"1.png", "4.png", "7.png"}
+    assert "6 better and 3 worse; 0 score the same" in evaluations.summary("run", 60)
+    assert "At most 4" in evaluations.summary("run", 4)
+
+
+def test_losses_are_read_up_to_the_line_that_was_cut(tmp_path):
+    assert read_losses(write_run(tmp_path)) == [(1, 3.0, "training"), (2, 2.0, "training"), (2, 2.5, "held out")]
+    assert read_losses(tmp_path) == read_losses(None) == []
+
+
+def test_a_run_whose_data_or_files_are_gone_is_told_plainly(tmp_path):
+    run = write_run(tmp_path)
+    for image in (tmp_path / "photos").iterdir():
         image.unlink()
-    assert find_examples(run) == []
-    assert find_examples(tmp_path / "nowhere") == []
-    assert find_examples(None) == []
+    evaluations = Evaluations({"run": run})
+    assert evaluations.by_gain("run", only_worse=False) == evaluations.examples("run", 8) == []
+    assert "no longer where they were" in evaluations.summary("run", 60)
+    (run / "scores.json").unlink()
+    assert "was not evaluated" in Evaluations({"run": run}).summary("run", 60)
+    assert "Choose an adapter" in evaluations.summary("", 60)
+
+
+def test_a_damaged_picture_is_left_out(tmp_path, caplog):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"nothing")
+    assert Pictures(tmp_path).whole(ImageRef(path=path, name="a.png")) is None
+    assert "a.png" in caplog.text
+
+
+# -- several pictures ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def captions(tmp_path):
+    """Name, caption and picture; two that would share a sidecar, and texts that a format could spoil."""
+    found = []
+    for i, (name, text) in enumerate(
+        [
+            ("a.png", 'He said "no", twice.'),
+            ("a.jpg", "two\nlines"),
+            ("été 狐.png", HTML),
+            ("c.webp", "=1+1 \u2028 end"),
+        ]
+    ):
+        path = tmp_path / "given" / name
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 6), (60 * i, 0, 0)).save(path)
+        found.append((name, text, ImageRef(path=path, name=name)))
+    return found
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_download_is_training_data(kind, captions, tmp_path):
+    file = write_captions(kind, captions, tmp_path)
+    place = tmp_path / "given"  # rows are taken beside their pictures
+    if file.suffix == ".zip":
+        place = tmp_path / "unpacked"
+        zipfile.ZipFile(file).extractall(place)
+    else:
+        file.rename(place / file.name)
+    data = read_dataset(place if file.suffix == ".zip" else place / file.name, prompt="Describe.")
+    assert data.bad == ()
+    said = {
+        load_image(example.images[0]).getpixel((0, 0))[0]: example.dialogues[0].turns[0].assistant
+        for example in data.examples
+    }
+    for i, (_, text, _) in enumerate(captions):
+        near = min(said, key=lambda red, i=i: abs(red - 60 * i))  # a JPEG and a WebP change colours a little
+        assert abs(near - 60 * i) < 8
+        assert said[near] == text
+    assert len(said) == 4
+    if file.suffix == ".csv":
+        assert (place / file.name).read_text().startswith("image,caption")
+
+
+def test_names_that_are_alike_get_numbers():
+    assert unlike(["a.png", "A.png", "a-2.png", "a.jpg"]) == ["a.png", "A-2.png", "a-2-2.png", "a.jpg"]
+    assert unlike(["a.png", "a.jpg"], stems=True) == ["a.png", "a-2.jpg"]
+
+
+# -- the documentation ---------------------------------------------------------------------------------------
+
+
+def test_the_documented_call_works(app, picture, tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs/demo.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cat.jpg").write_bytes(picture.read_bytes())
+    exec(code.replace("http://127.0.0.1:7860", app.local_url), {})
+    assert f"tuned {HTML}" in capsys.readouterr().out
+    (endpoint,) = (
+        gradio_client.Client(app.local_url, verbose=False).view_api(return_format="dict")["named_endpoints"].values()
+    )
+    for parameter in endpoint["parameters"]:
+        assert f"`{parameter['parameter_name']}`" in text

@@ -1,0 +1,306 @@
+"""The web demo in a real browser, with a model that was really tuned: what a person sees, hears, and cannot break."""
+
+import io
+import json
+import os
+import re
+import shutil
+import time
+import zipfile
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT
+
+playwright = pytest.importorskip("playwright.sync_api")
+expect = playwright.expect
+
+from vlm_lora import read_dataset  # noqa: E402
+from vlm_lora.cli import main  # noqa: E402
+from vlm_lora.demo import launch  # noqa: E402
+
+HTML = "<img src=x onerror=alert(1)>${alert(1)}"
+SLOW = 180_000  # milliseconds; two cores may be busy
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Path]:
+    return sorted((ROOT / "data/emoji_scenes/more").glob("*.png"))[:3]
+
+
+@pytest.fixture(scope="module")
+def run(browser, tmp_path_factory):
+    """The embedded model, tuned for a moment; and an evaluation whose texts a browser could misread."""
+    place = tmp_path_factory.mktemp("browser")
+    photos = place / "photos"
+    photos.mkdir()
+    for i, source in enumerate(sorted((ROOT / "data/emoji_scenes/more").glob("*.png"))[:8]):
+        shutil.copy(source, photos / f"{i}.png")
+        (photos / f"{i}.txt").write_text("Emoji.")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("VLM_LORA_CACHE", str(place / "cache"))
+    command = ["train", str(photos), "--model", "tiny", "--output", str(place / "runs/scenes"), "--val-split", "0.5"]
+    assert main([*command, "--epochs", "15", "--lr", "5e-3", "--batch-size", "4"]) == 0
+    file = place / "runs/scenes/predictions.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [row | {"references": [f"{HTML} Scene."], "tuned": f"{HTML} {row['tuned']}"} for row in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(place / "runs/scenes", place / "runs/other")
+    yield place / "runs/scenes"
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def app(run):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("GRADIO_TEMP_DIR", os.environ.get("GRADIO_TEMP_DIR", ""))  # launch sets it; put back at the end
+    app = launch("tiny", run, port=None, block=False)
+    yield app
+    app.close(verbose=False)
+    patch.undo()
+
+
+@pytest.fixture
+def open_page(app, browser):
+    """Opens the page; at the end, nobody else may have been contacted, and nothing have gone wrong in the page."""
+    contexts, hosts, wrong = [], set(), []
+
+    def open_one(**settings):
+        context = browser.new_context(**settings)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(SLOW)
+        page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
+        page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("dialog", lambda dialog: wrong.append(f"dialog: {dialog.message}"))
+        page.goto(app.local_url)
+        page.locator("#examples .thumbnail-item").first.wait_for()
+        page.wait_for_load_state("networkidle")
+        page.wrong = wrong
+        return page
+
+    yield open_one
+    for context in contexts:
+        context.close()
+    assert hosts <= {"127.0.0.1", "localhost", None, ""}  # None: data: and blob:
+    assert wrong == []
+
+
+def upload(page, path: Path) -> None:
+    with page.expect_response(lambda response: "/upload" in response.url):
+        page.locator("#picture input[type=file]").first.set_input_files(path)
+    page.locator("#picture img").wait_for(state="attached")
+
+
+@pytest.fixture
+def says_html(monkeypatch):
+    from vlm_lora import Captioner
+
+    stream = Captioner.stream
+    monkeypatch.setattr(Captioner, "stream", lambda *given, **more: (f"{HTML} {t}" for t in stream(*given, **more)))
+
+
+def said(page, label: str):
+    return page.get_by_role("tabpanel").get_by_label(label, exact=True).first
+
+
+def caption(page) -> None:
+    page.get_by_role("button", name="Caption or answer").click()
+
+
+@pytest.fixture
+def says_slowly(monkeypatch):
+    from vlm_lora import Captioner
+
+    def stream(*given, **more):
+        for text in whole(*given, **more):
+            yield text
+            time.sleep(0.2)
+
+    whole = Captioner.stream
+    monkeypatch.setattr(Captioner, "stream", stream)
+
+
+def test_upload_and_caption_by_base_and_tuned(open_page, pictures, says_slowly):
+    page = open_page()
+    grown = page.evaluate(
+        """() => { window.grown = new Set(); const box = document.querySelector('textarea[aria-label=Base]');
+        setInterval(() => window.grown.add(box.value), 2); return box !== null; }"""
+    )
+    assert grown
+    upload(page, pictures[0])
+    caption(page)
+    expect(said(page, "Base")).to_have_value(re.compile(r"\.$"), timeout=SLOW)
+    base, tuned = said(page, "Base").input_value(), said(page, "Tuned").input_value()
+    assert base != tuned
+    assert tuned == "Emoji."
+    assert len(page.evaluate("[...window.grown]")) > 2  # it came word by word
+    page.get_by_role("textbox", name="Question").fill("Is there a cat?")
+    caption(page)
+    expect(said(page, "Base")).not_to_have_value(base, timeout=SLOW)
+
+
+def test_what_a_model_says_is_text(open_page, pictures, says_html):
+    page = open_page()
+    upload(page, pictures[0])
+    caption(page)
+    expect(said(page, "Base")).to_have_value(re.compile(r"\.$"), timeout=SLOW)
+    assert said(page, "Tuned").input_value() == f"{HTML} Emoji."
+
+
+def test_an_example_comes_with_what_the_data_says(open_page):
+    page = open_page()
+    examples = page.locator("#examples .thumbnail-item")
+    assert re.match(r"Example: <img .* Scene\.", examples.first.get_attribute("aria-label"))
+    examples.first.click()
+    expect(said(page, "What the data says")).to_have_value(re.compile(r"^<img .*Scene"), timeout=SLOW)
+    expect(page.locator("#picture img")).to_be_visible()
+
+
+def test_stop_ends_an_answer(open_page, app, pictures, monkeypatch):
+    from vlm_lora import Captioner
+
+    stream, ended = Captioner.stream, []
+
+    def slow(self, *given, **more):
+        try:
+            for i in range(400):
+                for text in stream(self, *given, **more):
+                    time.sleep(0.05)
+                    yield f"{i} {text}"
+        finally:
+            ended.append(True)
+
+    monkeypatch.setattr(Captioner, "stream", slow)
+    page, other = open_page(), open_page()
+    for each in (page, other):  # two people at once
+        upload(each, pictures[1])
+    caption(page)
+    expect(said(page, "Tuned")).to_have_value(re.compile("."), timeout=SLOW)
+    caption(other)
+    expect(other.get_by_text(re.compile(r"queue: 1/1")).first).to_be_visible(timeout=SLOW)
+    page.get_by_role("button", name="Stop").first.click()
+    expect(said(other, "Tuned")).to_have_value(re.compile("."), timeout=SLOW)  # it is the other's turn
+    left = said(page, "Tuned").input_value()
+    other.get_by_role("button", name="Stop").first.click()
+    limit = time.monotonic() + 20
+    while len(ended) < 2 and time.monotonic() < limit:
+        page.wait_for_timeout(100)
+    assert len(ended) == 2
+    assert said(page, "Tuned").input_value() == left
+
+
+def test_bad_pictures_are_told_plainly_and_too_large_ones_refused(open_page, tmp_path, pictures):
+    page = open_page()
+    toast = page.get_by_test_id("toast-body")
+    cut = tmp_path / "cut.png"
+    noise = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(noise, "PNG")
+    cut.write_bytes(noise.getvalue()[:2000])
+    upload(page, cut)
+    page.get_by_role("textbox", name="Question").press("Enter")
+    expect(toast.first).to_contain_text("'cut.png' is damaged or cut off", timeout=SLOW)
+    assert "/" not in toast.first.inner_text()
+    page.reload()
+    page.locator("#examples .thumbnail-item").first.wait_for()
+    large = tmp_path / "large.png"
+    large.write_bytes(pictures[0].read_bytes() + bytes(21_000_000))
+    page.locator("#picture input[type=file]").first.set_input_files(large)
+    expect(toast.first).to_contain_text(re.compile("maximum", re.IGNORECASE), timeout=SLOW)
+    assert all("413" in told for told in page.wrong), page.wrong  # the browser itself notes a refused upload
+    page.wrong.clear()
+
+
+def test_several_pictures_become_training_data(open_page, pictures, tmp_path, says_html):
+    page = open_page()
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"nothing")
+    page.get_by_role("tab", name="Several").click()
+    page.locator("#files input[type=file]").set_input_files([*pictures, bad])
+    expect(page.locator("#files").get_by_text("bad")).to_be_visible(timeout=SLOW)
+    page.get_by_role("button", name="Caption all").click()
+    told = page.get_by_label("How far it is")
+    expect(told).to_have_value(re.compile("^3 of 4 captioned.\n'bad.png' is not an image"), timeout=SLOW)
+    cell = page.locator("#table [role=gridcell]").nth(1)
+    expect(cell).to_contain_text("<img src=x")
+    cell.dblclick()
+    page.keyboard.press("Control+a")
+    page.keyboard.type("Corrected by hand.")
+    page.keyboard.press("Enter")
+    page.get_by_role("listbox", name="As training data").or_(page.get_by_label("As training data")).first.click()
+    page.get_by_role("option", name=re.compile("Zip")).click()
+    page.get_by_role("button", name="Make the file").click()
+    with page.expect_download() as started:
+        page.locator("#download a").first.click()
+    zipfile.ZipFile(started.value.path()).extractall(tmp_path / "data")
+    data = read_dataset(tmp_path / "data", prompt="Describe.")
+    assert (data.format, len(data.examples), data.bad) == ("sidecar", 3, ())
+    texts = [example.dialogues[0].turns[0].assistant for example in data.examples]
+    assert "Corrected by hand." in texts
+    assert sum(text.startswith("<img") for text in texts) == 2
+
+
+def test_the_evaluation_by_keyboard_alone(open_page):
+    page = open_page()
+    tab = page.get_by_role("tab", name="Evaluation")
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if tab.evaluate("tab => tab === document.activeElement"):
+            break
+        if page.get_by_role("tab", name="Picture").evaluate("tab => tab === document.activeElement"):
+            page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    expect(page.locator("#gallery .thumbnail-item")).to_have_count(4, timeout=SLOW)
+    last = page.locator("#gallery .thumbnail-item").last
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        if last.evaluate("item => item === document.activeElement"):
+            break
+    page.keyboard.press("Enter")
+    name = last.get_attribute("aria-label")
+    assert re.match(r"(Better|Worse|Same): ", name)
+    expect(said(page, "Tuned")).to_have_value(name.partition(": ")[2], timeout=SLOW)
+    expect(page.get_by_role("tabpanel").locator("svg", has_text="held out").first).to_be_visible(timeout=SLOW)
+
+
+def test_a_caption_by_keyboard_alone(open_page):
+    page = open_page()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.classList.contains('thumbnail-item')"):
+            break
+    page.keyboard.press("Enter")
+    expect(said(page, "What the data says")).to_have_value(re.compile("Scene"), timeout=SLOW)
+    for _ in range(40):
+        page.keyboard.press("Shift+Tab")
+        if page.evaluate("document.activeElement.innerText") == "Caption or answer":
+            break
+    page.keyboard.press("Enter")
+    expect(said(page, "Base")).to_have_value(re.compile(r"\.$"), timeout=SLOW)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_scrolls_up_and_down_only(open_page, scheme):
+    page = open_page(viewport={"width": 320, "height": 640}, color_scheme=scheme)
+    assert page.locator("body").evaluate("body => body.classList.contains('dark')") == (scheme == "dark")
+    for name in ("Picture", "Several", "Evaluation"):
+        page.get_by_role("tab", name=name).click()
+        page.wait_for_timeout(200)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 320, name
+    page.get_by_role("button", name="Advanced").click()
+    page.wait_for_timeout(200)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+
+
+def test_another_run_is_chosen(open_page, pictures):
+    page = open_page()
+    upload(page, pictures[0])
+    page.get_by_label("Adapter").click()
+    page.get_by_role("option", name="other").click()
+    caption(page)
+    expect(said(page, "Base")).to_have_value(re.compile(r"\.$"), timeout=SLOW)
+    assert said(page, "Tuned").input_value() == "Emoji."

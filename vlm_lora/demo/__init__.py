@@ -1,0 +1,124 @@
+"""The web demo: a picture and a question in, what base and tuned model say side by side out; several pictures in,
+training data out; and what was gained on the held-out pictures of a run.
+
+Made to be shown to a colleague, and safe by default: on this machine only, no other host name accepted,
+nothing sent to anybody, uploads and answers bounded, and what a model says shown as plain text alone.
+"""
+
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+import gradio as gr
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from vlm_lora.demo.page import SCRIPT, STYLE, build_app
+from vlm_lora.demo.runs import find_runs
+from vlm_lora.errors import ConfigError
+
+LOOPBACK = ("127.0.0.1", "localhost")
+SHARED = "*.gradio.live"
+"""Where gradio's public links lead to."""
+MAX_UPLOAD = "20mb"
+
+
+def launch(
+    model: str | None = None,
+    adapter: str | Path | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = 7860,
+    *,
+    share: bool = False,
+    auth: tuple[str, str] | None = None,
+    without_auth: bool = False,
+    allowed_hosts: Sequence[str] = (),
+    block: bool = True,
+) -> gr.Blocks:
+    """Serve the demo; the page is up before the model is loaded.
+
+    Args:
+        model: base model; by default the one the adapter names.
+        adapter: run folder or adapter folder; a run's held-out pictures become examples, and the runs beside it
+            can be chosen on the page. None: base alone, until one of the runs in ``runs`` is chosen.
+        host: address to listen on. Whoever can reach it can use the demo.
+        port: None takes the first free one from 7860.
+        share: also serve it to the internet, by a public link through gradio's servers.
+        auth: user and password, asked for on the page.
+        without_auth: insist on sharing, or on another host than loopback, with no password.
+        allowed_hosts: further names under which the demo is reached, behind a proxy say. On loopback all
+            others are refused: a web page could point its own name at the demo, and read what it shows.
+        block: stay until Ctrl-C.
+
+    Raises:
+        ConfigError: the port is taken, there is no public link to be had, or the demo would be open to others
+            and there is no ``auth``.
+        VlmLoraError: the model or the adapter cannot be loaded.
+    """
+    if (share or host not in LOOPBACK) and not auth and not without_auth:
+        flag, whom = ("--share", "the internet") if share else (f"--host {host}", "whoever can reach this machine")
+        raise ConfigError(
+            f"{flag} opens the demo to {whom}. Give a user and a password with --auth, or say --no-auth if "
+            "that is what you want."
+        )
+    folder = tempfile.TemporaryDirectory(prefix="vlm-lora-demo-", ignore_cleanup_errors=True)
+    os.environ["GRADIO_TEMP_DIR"] = folder.name  # by default uploads lie in a folder that outlives the demo
+    loading: Future = Future()
+    runs = find_runs(adapter)
+    base = Path(model).name if model else "the base model"  # names alone: the page shows no path
+    chosen = next(iter(runs)) if adapter else ""
+    what = f"{base} with {chosen}" if adapter else base
+    app = build_app(loading, runs=runs, chosen=chosen, loading=what)
+    app.folder = folder  # deleted with the app
+    hosts = [*LOOPBACK, *allowed_hosts, *([SHARED] if share else [])]
+    if host not in LOOPBACK and not allowed_hosts:
+        hosts = ["*"]
+    try:
+        app.launch(server_name=host, server_port=port, auth=auth, **safe_settings(hosts) | {"share": share})
+    except OSError as error:
+        raise ConfigError(f"--port {port}: in use, or not allowed on {host}. Give another one.") from error
+    try:
+        if share and not app.share_url:
+            raise ConfigError("--share: gradio gave no public link; is there a way to the internet? Or leave it out.")
+        public = f" and, for anyone, on {app.share_url}" if share else ""
+        print(f"The demo is on {app.local_url}{public}, loading {what}. Ctrl-C ends it.", file=sys.stderr, flush=True)
+        from vlm_lora import Captioner  # now, as it brings torch
+
+        loading.set_result(Captioner.load(model, adapter))
+        print("Ready.", file=sys.stderr, flush=True)
+        if block:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # else uploads would stay behind
+            app.block_thread()
+    except BaseException:
+        app.close(verbose=False)
+        raise
+    return app
+
+
+def safe_settings(hosts: Sequence[str]) -> dict:
+    """What `gr.Blocks.launch` is to be called with; all said, as environment variables could turn them on."""
+    return {
+        "share": False,
+        "app_kwargs": {"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))]},
+        "max_file_size": MAX_UPLOAD,
+        "max_threads": 8,
+        "allowed_paths": [],
+        "show_error": False,
+        "enable_monitoring": False,
+        "run_history": False,
+        "mcp_server": False,
+        "ssr_mode": False,
+        "pwa": False,
+        "strict_cors": True,
+        "footer_links": ["api"],
+        "prevent_thread_lock": True,
+        "quiet": True,
+        "css": STYLE,
+        "js": SCRIPT,
+    }

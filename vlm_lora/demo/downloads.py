@@ -1,0 +1,49 @@
+"""Captions of several pictures as files that are training data as they are."""
+
+import csv
+import json
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm_lora import ImageRef
+
+FORMATS = {
+    "JSONL": "captions.jsonl",
+    "CSV": "captions.csv",
+    "Zip of pictures and captions": "captions.zip",
+}
+
+
+def unlike(names: Sequence[str], stems: bool = False) -> list[str]:
+    """The names, where two are alike the later one with a number: whole ones, or also ones that share a sidecar."""
+    taken: set[str] = set()
+    found = []
+    for name in names:
+        stem, suffix = Path(name).stem, Path(name).suffix
+        number, tried = 1, name
+        while (key := (Path(tried).stem if stems else tried).casefold()) in taken:
+            number += 1
+            tried = f"{stem}-{number}{suffix}"
+        taken.add(key)
+        found.append(tried)
+    return found
+
+
+def write_captions(kind: str, captions: Sequence[tuple[str, str, ImageRef]], folder: Path) -> Path:
+    """One of `FORMATS`, from name, caption and picture of each."""
+    file = folder / FORMATS[kind]
+    if kind == "JSONL":
+        rows = [json.dumps({"image": name, "caption": text}, ensure_ascii=False) for name, text, _ in captions]
+        file.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+    elif kind == "CSV":
+        with file.open("w", encoding="utf-8", newline="") as target:
+            csv.writer(target).writerows([("image", "caption"), *((name, text) for name, text, _ in captions)])
+    else:
+        names = unlike([name for name, _, _ in captions], stems=True)
+        with zipfile.ZipFile(file, "w") as target:  # stored: pictures are compressed already
+            for name, (_, text, picture) in zip(names, captions, strict=True):
+                target.writestr(name, picture.read_bytes())
+                target.writestr(re.sub(r"\.[^.]*$", "", name) + ".txt", text + "\n")
+    return file

@@ -1,0 +1,116 @@
+"""The page: an adapter to choose, and tabs over one model."""
+
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gradio as gr
+
+from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS
+from vlm_lora.demo.runs import Evaluations, Pictures
+from vlm_lora.demo.speaker import Speaker
+from vlm_lora.demo.tabs import QUIETLY, Desk, evaluation_tab, one_picture_tab, several_pictures_tab
+
+if TYPE_CHECKING:
+    from vlm_lora import Captioner
+
+MAX_WAITING = 16
+"""Requests in the queue; whoever comes then is told so."""
+MAX_NEW_TOKENS = 512
+KEPT_SECONDS = 3600
+"""Uploaded pictures are deleted after that long, and when the demo ends."""
+
+STYLE = """
+.gradio-container { width: 100%; max-width: 72rem !important; margin: auto !important; }
+#status textarea { font-weight: 600; }
+#picture img { width: 100%; height: 100%; object-fit: contain; }
+.answer .error { display: none; } /* the toast says what is wrong */
+.grid-wrap { min-height: 0 !important; }
+.grid-container { grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr)) !important; padding-top: 1.75rem; }
+#gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)) !important; }
+#examples .caption-label { display: none; } /* for screen readers, see SCRIPT */
+"""
+
+# Gradio's names for screen readers are thin: a thumbnail's is its number, a box with a copy button has none.
+SCRIPT = """() => { new MutationObserver(() => {
+  const name = (element, text) => { if (text && element.ariaLabel !== text) element.ariaLabel = text; };
+  for (const button of document.querySelectorAll('.thumbnail-item'))
+    name(button, button.querySelector('.caption-label')?.textContent);
+  for (const label of document.querySelectorAll('.answer label'))
+    name(label.querySelector('textarea'), label.querySelector('[data-testid=block-info]')?.textContent.trim());
+}).observe(document.body, {childList: true, subtree: true, characterData: true}); }"""
+
+
+def build_app(
+    captioner: "Captioner | Future[Captioner]",
+    *,
+    runs: Mapping[str, Path] | None = None,
+    chosen: str = "",
+    loading: str = "the model",
+) -> gr.Blocks:
+    """The page, to be launched with `safe_settings`.
+
+    Args:
+        captioner: or a future of it, so that the page is there while it loads.
+        runs: folders of the adapters that can be chosen, by name.
+        chosen: which of them the captioner has; empty where it is the base alone.
+        loading: what the page says is being loaded.
+    """
+    future = captioner if isinstance(captioner, Future) else Future()
+    if future is not captioner:
+        future.set_result(captioner)
+    runs = dict(runs or {})
+    started = time.monotonic()
+    files = tempfile.TemporaryDirectory(prefix="vlm-lora-pictures-", ignore_cleanup_errors=True)
+
+    with gr.Blocks(title="vlm-lora", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as app:
+        gr.Markdown("# What does the model say?")
+        status = gr.Textbox(
+            f"Loading {loading}. You can choose a picture already.",
+            visible=not future.done(),
+            interactive=False,
+            show_label=False,
+            container=False,
+            elem_id="status",
+        )
+        names = [(name, name) for name in runs]
+        adapter = gr.Dropdown(
+            names if chosen else [("none: the base alone", ""), *names],
+            value=chosen,
+            label="Adapter",
+            visible=[*runs] != [chosen] and bool(runs),
+        )
+        numbers = [  # of all tabs, and so below them
+            gr.Slider(1, MAX_NEW_TOKENS, DEFAULT_MAX_NEW_TOKENS, step=1, label="Most tokens", render=False),
+            gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: always the likeliest word)", render=False),
+            gr.Slider(0.05, 1, 1, step=0.05, label="Top p (only with a temperature)", render=False),
+            gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, render=False),
+        ]
+        desk = Desk(Speaker(future, runs, chosen), Evaluations(runs), Pictures(Path(files.name)), adapter, numbers)
+        with gr.Tab("Picture"):
+            one = one_picture_tab(desk)
+        with gr.Tab("Several"):
+            several_pictures_tab(desk)
+        with gr.Tab("Evaluation"):
+            evaluation = evaluation_tab(desk)
+        with gr.Accordion("Advanced: length and sampling", open=False):
+            for number in numbers:
+                number.render()
+
+        timer = gr.Timer(1, active=not future.done())
+        outputs = [status, timer, *one.outputs, *evaluation.outputs]
+
+        def look(adapter: str):
+            """How far the loading is: on opening the page, and once a second until it is done."""
+            if not future.done():
+                told = f"Loading {loading}: {time.monotonic() - started:.0f} s. You can choose a picture already."
+                return [told, gr.skip()] + [gr.skip()] * (len(outputs) - 2)
+            return [gr.Textbox(visible=False), gr.Timer(active=False), *one.show(adapter), *evaluation.show(adapter)]
+
+        gr.on([app.load, timer.tick, adapter.change], look, adapter, outputs, queue=False, **QUIETLY)
+    app.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+    app.files = files  # deleted with the app
+    return app

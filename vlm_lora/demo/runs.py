@@ -1,0 +1,177 @@
+"""What the run folders hold for the page: which there are, held-out pictures with their answers, the losses."""
+
+import io
+import json
+import logging
+import math
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from vlm_lora import ImageRef, VlmLoraError, load_image, read_dataset
+from vlm_lora.config import config_from, parse_columns, read_yaml
+from vlm_lora.errors import DataError
+
+if TYPE_CHECKING:
+    from vlm_lora import Evaluation
+    from vlm_lora.inference.evaluate import Answered
+
+log = logging.getLogger(__name__)
+
+BROWSER_FORMATS = ("GIF", "JPEG", "PNG", "WEBP")
+THUMBNAIL = 512
+"""Longest side of a picture in the gallery, in pixels."""
+POINTS = 500
+"""Of the loss curve."""
+
+
+def find_runs(adapter: str | Path | None, beside: str | Path = "runs") -> dict[str, Path]:
+    """Run folders by name: that of ``adapter`` first, then those beside it (without one: in ``beside``), newest first.
+
+    An adapter folder that is in no run stands for itself.
+    """
+    given = Path(adapter).expanduser().resolve() if adapter else None
+    if given and given.name == "adapter" and (given.parent / "config.yaml").is_file():
+        given = given.parent
+    place = given.parent if given else Path(beside).resolve()
+    found = [settings.parent.parent for settings in place.glob("*/adapter/adapter_config.json")]
+    found.sort(key=lambda run: run.stat().st_mtime, reverse=True)
+    return {run.name: run for run in ([given] if given else []) + found}
+
+
+def read_losses(run: Path | None) -> list[tuple[int, float, str]]:
+    """(step, loss, "training" or "held out") of ``metrics.jsonl``, thinned; a line that was cut off is passed over."""
+    found: dict[str, list[tuple[int, float, str]]] = {"training": [], "held out": []}
+    file = run / "metrics.jsonl" if run else None
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file and file.is_file() else ():
+        try:
+            row = json.loads(line)
+            for key, name in (("loss", "training"), ("held_out_loss", "held out")):
+                if math.isfinite(row.get(key, math.nan)):
+                    found[name].append((int(row["step"]), float(row[key]), name))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
+    return [point for points in found.values() for point in points[:: max(1, len(points) // POINTS)]]
+
+
+class Evaluations:
+    """Base against tuned as each run ended with it, read when first asked for."""
+
+    def __init__(self, runs: Mapping[str, Path]):
+        self.runs = runs
+        self.read: dict[str, Evaluation | None] = {}
+
+    def of(self, name: str) -> "Evaluation | None":
+        """None where the run has none. Without pictures where the data is gone."""
+        if name not in self.read:
+            self.read[name] = _read(self.runs[name]) if name in self.runs else None
+        return self.read[name]
+
+    def examples(self, name: str, most: int) -> list["Answered"]:
+        """The first answer about each held-out picture, evenly from all that can be shown."""
+        evaluation = self.of(name)
+        first: dict[str, Answered] = {}
+        for row in evaluation.answered if evaluation else ():
+            if len(row.images) == 1:
+                first.setdefault(row.example, row)
+        found = list(first.values())
+        return found[:: max(1, len(found) // most)][:most]
+
+    def by_gain(self, name: str, only_worse: bool) -> list[tuple["Answered", str]]:
+        """Answers, and if tuned is better or worse: gained most first; or the worse ones, lost most first."""
+        evaluation = self.of(name)
+        if evaluation is None or "tuned" not in evaluation.scores:
+            return []
+        rows = list(zip(evaluation.answered, evaluation.gains(), strict=True))
+        rows = sorted([pair for pair in rows if pair[0].images], key=lambda pair: pair[1], reverse=not only_worse)
+        told = [(row, _verdict(gain)) for row, gain in rows]
+        return [(row, verdict) for row, verdict in told if verdict == "Worse" or not only_worse]
+
+    def summary(self, name: str, most: int) -> str:
+        """What was gained in a sentence, and why there is less to see than there could be."""
+        if not name:
+            return "There is nothing to compare: the base is alone. Choose an adapter, or start the demo with one."
+        evaluation = self.of(name)
+        if evaluation is None or "tuned" not in evaluation.scores:
+            return f"{name} was not evaluated: train it with held-out pictures (--val-split or --val)."
+        verdicts = [_verdict(gain) for gain in evaluation.gains()]
+        better, worse = verdicts.count("Better"), verdicts.count("Worse")
+        told = f"Of {len(verdicts):,} answers, tuning made {better:,} better and {worse:,} worse; "
+        told += f"{len(verdicts) - better - worse:,} score the same. Intervals and all scores are in the run's report."
+        shown = sum(bool(row.images) for row in evaluation.answered)
+        if not shown:
+            return told + " The pictures are no longer where they were when it was trained."
+        return told + (f" At most {most} are shown." if shown > most else "")
+
+
+def _verdict(gain: tuple[float, ...]) -> str:
+    nothing = (0.0,) * len(gain)
+    return "Better" if gain > nothing else "Worse" if gain < nothing else "Same"
+
+
+def _read(run: Path) -> "Evaluation | None":
+    from vlm_lora import Evaluation  # here, as it brings torch
+
+    if not (run / "predictions.jsonl").is_file():
+        return None
+    examples = ()
+    try:
+        config = config_from(read_yaml(run / "config.yaml"), str(run / "config.yaml"))
+        examples = read_dataset(
+            config.val or config.sources,
+            format=config.format,
+            prompt=config.prompt,
+            columns=parse_columns(config.columns),
+            allow_outside=config.allow_outside,
+        ).examples
+    except VlmLoraError as error:
+        log.warning("No pictures: the data of %s cannot be read again (%s)", run, error)
+    try:
+        return Evaluation.read(run, examples)
+    except DataError as error:
+        log.warning("%s", error)
+        return None
+
+
+class Pictures:
+    """Files that a browser shows, made when first asked for, in a folder that is deleted with the app."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.made: dict[tuple[ImageRef, bool], Path | None] = {}
+
+    def whole(self, image: ImageRef) -> Path | None:
+        """The picture as it is; None, and a line in the log, where it cannot be read.
+
+        Its bytes stay what they are where possible, so that features kept from the training are found again.
+        """
+        return self._made(image, small=False)
+
+    def small(self, images: Iterable[ImageRef]) -> Path | None:
+        """The first of the images as a thumbnail."""
+        return self._made(next(iter(images)), small=True)
+
+    def _made(self, image: ImageRef, small: bool) -> Path | None:
+        if (image, small) not in self.made:
+            try:
+                self.made[image, small] = self._make(image, small)
+            except DataError as error:
+                log.warning("Picture left out: %s", error)
+                self.made[image, small] = None
+        return self.made[image, small]
+
+    def _make(self, image: ImageRef, small: bool) -> Path:
+        picture, data = load_image(image), image.read_bytes()
+        kind = Image.open(io.BytesIO(data)).format
+        if (small and max(picture.size) > THUMBNAIL) or kind not in BROWSER_FORMATS:
+            if small:
+                picture.thumbnail((THUMBNAIL, THUMBNAIL))
+            kind, buffer = "JPEG" if small else "PNG", io.BytesIO()
+            picture.save(buffer, kind)
+            data = buffer.getvalue()
+        with tempfile.NamedTemporaryFile(dir=self.folder, suffix=f".{kind.lower()}", delete=False) as file:
+            file.write(data)
+        return Path(file.name)

@@ -1,0 +1,281 @@
+"""The tabs. What a person types, what data holds and what a model says is shown as plain text alone."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import gradio as gr
+import pandas as pd
+
+from vlm_lora.config import DEFAULT_PROMPT
+from vlm_lora.demo.downloads import FORMATS, unlike, write_captions
+from vlm_lora.demo.inputs import MAX_FILES, SafeFiles, SafeImage, plain
+from vlm_lora.demo.runs import Evaluations, Pictures, read_losses
+from vlm_lora.demo.speaker import Speaker
+
+MAX_PROMPT = 2000
+"""Characters."""
+EXAMPLES = 8
+GALLERY = 60
+"""Held-out pictures shown at once."""
+GAINED, WORSE = "Gained most first", "Only where tuned is worse"
+
+QUIETLY = {"show_progress": "hidden", "api_visibility": "private"}
+"""For events that only tidy up the page."""
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What all tabs work with: the models, the runs, and the inputs that they share."""
+
+    speaker: Speaker
+    evaluations: Evaluations
+    pictures: Pictures
+    adapter: gr.Dropdown
+    numbers: list[gr.components.Component]
+
+
+@dataclass(frozen=True)
+class Tab:
+    """What a tab shows of the chosen adapter: ``show(name)`` gives a value for each of ``outputs``."""
+
+    outputs: list[gr.components.Component]
+    show: Callable[[str], list]
+
+
+def one_picture_tab(desk: Desk) -> Tab:
+    """A picture and a question; base and tuned side by side, as they grow."""
+    with gr.Row():
+        with gr.Column(min_width=300):
+            image = SafeImage(
+                label="Picture",
+                elem_id="picture",
+                sources=["upload", "clipboard", "webcam"],
+                buttons=["fullscreen"],
+                placeholder="Drop a picture here, or choose one",
+                height=320,
+            )
+            prompt = _prompt()
+            with gr.Row():
+                go = gr.Button("Caption or answer", variant="primary", min_width=120)
+                stop = gr.Button("Stop", min_width=80, scale=0)
+        with gr.Column(min_width=300):
+            reference = _said("What the data says", visible=False)
+            with gr.Row():
+                base, tuned = _said("Base", lines=4), _said("Tuned", lines=4)
+            examples = gr.Gallery(
+                label="Held-out pictures of the run",
+                elem_id="examples",
+                allow_preview=False,
+                height="auto",
+                object_fit="contain",
+                buttons=[],
+                interactive=False,
+                visible=False,
+            )
+
+    def caption(image, prompt, max_new_tokens, temperature, top_p, seed, adapter) -> Iterator[tuple[str, str]]:
+        if image is None:
+            raise plain("Choose a picture first.")
+        numbers = _decoding(max_new_tokens, temperature, top_p, seed)
+        who = ("tuned", "base") if adapter else ("base",)
+        yield from desk.speaker.say(image, _asked(prompt), numbers, adapter, who)
+
+    running = gr.on(
+        [go.click, prompt.submit],
+        caption,
+        [image, prompt, *desk.numbers, desk.adapter],
+        [base, tuned],
+        api_name="caption",
+        api_description="Caption a picture, or answer a question about it. The parameters are those of "
+        "`vlm-lora caption`; an empty prompt asks for a caption. Gives what the base model says and what "
+        "the tuned model says (empty without an adapter), as they grow.",
+        trigger_mode="once",
+        show_progress="minimal",
+    )
+    stop.click(None, cancels=[running])
+    # Answers never stand beside another picture, or below another adapter, than the one they are about.
+    answers = [base, tuned, reference]
+    clear = {"fn": lambda: ("", "", gr.Textbox("", visible=False)), "outputs": answers, "cancels": [running]}
+    image.input(**clear, queue=False, **QUIETLY)
+    desk.adapter.change(**clear, queue=False, **QUIETLY)
+
+    def examples_of(adapter: str) -> list:
+        rows = desk.evaluations.examples(adapter, EXAMPLES)
+        return [row for row in rows if desk.pictures.whole(row.images[0])]
+
+    def pick(adapter: str, event: gr.SelectData):
+        row = examples_of(adapter)[event.index]
+        told = gr.Textbox(_references(row), visible=True)
+        return str(desk.pictures.whole(row.images[0])), row.question, "", "", told
+
+    examples.select(pick, desk.adapter, [image, prompt, *answers], cancels=[running], queue=False, **QUIETLY)
+
+    def show(adapter: str) -> list:
+        rows = examples_of(adapter)
+        shown = [(str(desk.pictures.whole(row.images[0])), f"Example: {_references(row)}") for row in rows]
+        asked = gr.Textbox(placeholder=f"Leave empty for: {desk.speaker.prompt(adapter)}")
+        answer = gr.Textbox(label="Base" if adapter else "Answer")
+        return [asked, answer, gr.Textbox(visible=bool(adapter)), gr.Gallery(shown, visible=bool(shown))]
+
+    return Tab([prompt, base, tuned, examples], show)
+
+
+def several_pictures_tab(desk: Desk) -> None:
+    """Several pictures; their captions in a table, to be corrected and taken away as training data."""
+    files = SafeFiles(
+        label=f"Pictures, up to {MAX_FILES}", file_count="multiple", file_types=["image"], height=160, elem_id="files"
+    )
+    prompt = _prompt()
+    with gr.Row():
+        go = gr.Button("Caption all", variant="primary", min_width=120)
+        stop = gr.Button("Stop", min_width=80, scale=0)
+    told = _said("How far it is", lines=2)
+    table = gr.Dataframe(
+        headers=["File", "Caption"],
+        label="Captions (double-click or press Enter to correct one)",
+        type="array",
+        column_count=2,
+        column_widths=["30%", "70%"],
+        static_columns=[0],
+        interactive=True,
+        wrap=True,
+        elem_id="table",
+    )
+    with gr.Row():
+        kind = gr.Dropdown(list(FORMATS), label="As training data", scale=2)
+        make = gr.Button("Make the file", min_width=120)
+    file = gr.File(label="Download", interactive=False, visible=False, elem_id="download")
+
+    def caption_all(images, prompt, max_new_tokens, temperature, top_p, seed, adapter):
+        if not images:
+            raise plain("Choose some pictures first.")
+        asked, numbers = _asked(prompt), _decoding(max_new_tokens, temperature, top_p, seed)
+        desk.speaker.prompt(adapter)  # an adapter that does not fit is told once, not for each picture
+        rows, wrong = [], []
+        for name, image in zip(unlike([image.name for image in images]), images, strict=True):
+            try:
+                said = desk.speaker.say(image, asked, numbers, adapter, ("tuned",) if adapter else ("base",))
+                for texts in said:  # a caption that was stopped half-way never gets into the table
+                    yield rows, f"{len(rows)} of {len(images)} captioned. {name}: {''.join(texts)}"
+                rows = [*rows, [name, "".join(texts)]]
+            except gr.Error as error:
+                wrong.append(str(error.message))
+        yield rows, "\n".join([f"{len(rows)} of {len(images)} captioned.", *wrong])
+
+    running = go.click(
+        caption_all,
+        [files, prompt, *desk.numbers, desk.adapter],
+        [table, told],
+        api_visibility="private",
+        trigger_mode="once",
+        show_progress="minimal",
+    )
+    stop.click(None, cancels=[running])
+
+    def download(kind, images, table) -> Iterator[gr.File]:
+        by_name = dict(zip(unlike([image.name for image in images]), images, strict=True))
+        rows = [(str(name), str(text or "").strip()) for name, text in table]
+        captions = [(name, text, by_name[name]) for name, text in rows if text and name in by_name]
+        if not captions:
+            raise plain("There are no captions yet.")
+        with tempfile.TemporaryDirectory(dir=desk.pictures.folder) as folder:
+            yield gr.File(str(write_captions(kind, captions, Path(folder))), visible=True)  # gradio takes a copy
+
+    make.click(download, [kind, files, table], file, api_visibility="private")
+    # A file with other captions than the table's must not be taken for it.
+    gr.on([table.change, files.change, kind.change], lambda: gr.File(visible=False), None, file, queue=False, **QUIETLY)
+
+
+def evaluation_tab(desk: Desk) -> Tab:
+    """What the run was worth on held-out pictures, one by one, and its losses."""
+    told = _said("Base against tuned on held-out pictures", lines=2)
+    order = gr.Radio([GAINED, WORSE], value=GAINED, label="Show", visible=False)
+    with gr.Row():
+        with gr.Column(min_width=280) as details:
+            texts = [_said(label) for label in ("Question", "What the data says", "Base", "Tuned")]
+        with gr.Column(min_width=280, scale=2):
+            gallery = gr.Gallery(
+                label="Choose a picture",
+                allow_preview=False,
+                height=480,
+                object_fit="contain",
+                buttons=[],
+                interactive=False,
+                elem_id="gallery",
+            )
+    losses = gr.LinePlot(x="step", y="loss", color="data", label="Loss", height=320, buttons=[], visible=False)
+
+    def rows_of(adapter: str, shown: str) -> list[tuple]:
+        rows = desk.evaluations.by_gain(adapter, only_worse=shown == WORSE)[:GALLERY]
+        return [(row, verdict) for row, verdict in rows if desk.pictures.small(row.images)]
+
+    def tell(row) -> list[str]:
+        return [row.question, _references(row), row.base, row.tuned] if row else [""] * 4
+
+    def fill(adapter: str, shown: str) -> list:
+        rows = rows_of(adapter, shown)
+        shown = [(str(desk.pictures.small(row.images)), f"{verdict}: {row.tuned}") for row, verdict in rows]
+        found = gr.Gallery(shown, selected_index=0 if rows else None)
+        return [found, gr.Column(visible=bool(rows)), *tell(rows[0][0] if rows else None)]
+
+    filled = [gallery, details, *texts]
+    order.input(fill, [desk.adapter, order], filled, queue=False, **QUIETLY)
+
+    def choose(adapter: str, shown: str, event: gr.SelectData) -> list[str]:
+        return tell(rows_of(adapter, shown)[event.index][0])
+
+    gallery.select(choose, [desk.adapter, order], texts, queue=False, **QUIETLY)
+
+    def show(adapter: str) -> list:
+        points = pd.DataFrame(read_losses(desk.evaluations.runs.get(adapter)), columns=["step", "loss", "data"])
+        plot = gr.LinePlot(points, visible=len(points) > 1)
+        summary, any_rows = desk.evaluations.summary(adapter, GALLERY), bool(rows_of(adapter, GAINED))
+        return [summary, gr.Radio(value=GAINED, visible=any_rows), plot, *fill(adapter, GAINED)]
+
+    return Tab([told, order, losses, *filled], show)
+
+
+# -- small parts ---------------------------------------------------------------------------------------------
+
+
+def _prompt() -> gr.Textbox:
+    return gr.Textbox(
+        "",
+        label="Question or instruction",
+        placeholder=f"Leave empty for: {DEFAULT_PROMPT}",
+        max_length=MAX_PROMPT,
+        max_lines=6,
+    )
+
+
+def _said(label: str, lines: int = 1, visible: bool = True) -> gr.Textbox:
+    return gr.Textbox(
+        label=label,
+        lines=lines,
+        interactive=False,
+        buttons=["copy"],
+        min_width=200,
+        elem_classes="answer",
+        visible=visible,
+    )
+
+
+def _asked(prompt: str | None) -> str | None:
+    if len(prompt or "") > MAX_PROMPT:
+        raise plain(f"The question is longer than {MAX_PROMPT:,} characters.")
+    return (prompt or "").strip() or None
+
+
+def _decoding(max_new_tokens: float, temperature: float, top_p: float, seed: float | None) -> dict:
+    return {
+        "max_new_tokens": int(max_new_tokens),
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": int(seed or 0),
+    }
+
+
+def _references(row) -> str:
+    return "\n".join(dict.fromkeys(row.references))
