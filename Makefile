@@ -10,6 +10,7 @@ help:
 	@echo "make install      make .venv with vlm-lora in it"
 	@echo "make test         install, run the tests"
 	@echo "make easy-vqa     install, train and score on the whole of easy-VQA (20 minutes)"
+	@echo "make bench        install, training speed and memory beside a plain loop and TRL (40 minutes, 6 GB)"
 	@echo "make lint         install, check style"
 
 install: $(VENV)/.installed
@@ -32,11 +33,19 @@ quickstart: install
 	@echo "Your own pictures, for real:  $(BIN)/vlm-lora train ./photos"
 	@echo "Then:                         $(BIN)/vlm-lora caption ./more --adapter runs/photos-..."
 
+# The tests of the web demo drive a Chromium: the system's, or one that playwright can fetch. Without either they are skipped.
+CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+
 test: install
-	$(BIN)/python -m pytest
+	@$(if $(CHROMIUM),true,PLAYWRIGHT_DOWNLOAD_CONNECTION_TIMEOUT=10000 $(BIN)/playwright install chromium) \
+	  || echo "No Chromium here, and none to be fetched: the tests of the web demo in a browser are skipped."
+	$(BIN)/python -m pytest -rs
 
 easy-vqa: install
 	$(BIN)/python -m bench.easy_vqa
+
+bench: install
+	$(BIN)/python -m bench.speed
 
 lint: install
 	$(BIN)/ruff check .

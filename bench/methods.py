@@ -1,44 +1,52 @@
-"""Every fine-tuning method on the same data, base and steps: size, time, memory, and score on held-out
-images.
+"""Every fine-tuning method on the same data, base and steps: size, time, memory, and score on held-out images.
 
-    python -m bench.methods
+    python -m bench.methods --search      # learning rates; nothing is timed, so it may share the machine
+    python -m bench.methods               # the table; about half an hour on one core
 
-Each method trains the embedded model on data/easy_vqa once for each of its learning rates, every run in a
-process of its own; the learning rate with the lowest loss on a held-out tenth of the training images is kept,
-and that run is scored on the test images. So no method wins by a learning rate that suits it better. "full"
-trains all weights of the language layers and the projector and is the line to compare with; it is no method
-of the command line. Seconds are those of the steps alone, on cached image features. Memory is the process's
-peak (of the device, on a GPU), libraries included. The record goes to bench/results/methods.json; the last
-line of output is the same JSON.
+Each method is trained on data/easy_vqa with the embedded model. The search tries its learning rates for fewer steps and
+keeps the one with the lowest loss on a tenth of the training images, held out; so no method wins by a learning rate
+that suits it better. The main run then trains each once with that rate and scores it on all test images, which neither
+has seen. "full" trains all weights of the language layers and the projector: a line to compare with, no method of the
+command line. Nothing is repeated: the interval is of the test images, not of other seeds.
+
+Seconds are the processor's, all threads together, in the steps alone, on cached image features. Memory is counted and
+not read from the process, where libraries hide it: "weights" are base and adapter as they are kept, "a step" is the
+most that is alive at one time within a step, weights, gradients, AdamW's state and activations together. One record,
+bench/results/methods.json, for both commands.
 """
 
 import argparse
 import copy
-import importlib.util
 import json
 import platform
-import resource
-import subprocess
 import sys
 import time
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from bench.easy_vqa import asking_for_one_word
 from vlm_lora import Captioner, TrainConfig, __version__, evaluate, read_dataset, train
-from vlm_lora.cli.console import say
+from vlm_lora.cli.console import Progress, say
 from vlm_lora.config import DEFAULT_PROMPT
 from vlm_lora.model.adapters.base import Adapter, new_contract
+from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import Backbone
+from vlm_lora.model.encode import Encoder
 from vlm_lora.training import run
+from vlm_lora.training.loop import Lesson, loss_sum, make_batches
 
 ROOT = Path(__file__).resolve().parents[1]
+RECORD = ROOT / "bench" / "results" / "methods.json"
 SETTINGS = {
     "model": "tiny",
     "epochs": 1000.0,
-    "batch_size": 128,
+    "batch_size": 32,
     "val_split": 0.1,
     "seed": 0,
     "save_every": 10**6,
@@ -46,13 +54,13 @@ SETTINGS = {
 METHODS = {
     "full": ({}, (3e-4, 1e-3, 3e-3)),
     "lora": ({}, (1e-3, 3e-3, 1e-2)),
-    "lora, rslora": ({"variant": "rslora"}, (1e-3, 3e-3, 1e-2)),
+    "lora, rslora": ({"variant": "rslora"}, (3e-4, 1e-3, 3e-3)),
     "lora, dora": ({"variant": "dora"}, (1e-3, 3e-3, 1e-2)),
     "lora, pissa": ({"variant": "pissa"}, (3e-4, 1e-3, 3e-3)),
     "qlora": ({"method": "qlora"}, (1e-3, 3e-3, 1e-2)),
-    "adapter": ({"method": "adapter"}, (1e-3, 3e-3, 1e-2)),
-    "prefix": ({"method": "prefix"}, (3e-2, 1e-1, 3e-1)),
-    "prompt": ({"method": "prompt"}, (3e-2, 1e-1, 3e-1)),
+    "adapter": ({"method": "adapter"}, (1e-2, 3e-2, 1e-1)),
+    "prefix": ({"method": "prefix"}, (3e-2, 1e-1, 3e-1, 1.0)),
+    "prompt": ({"method": "prompt"}, (3e-2, 1e-1, 3e-1, 1.0)),
 }
 """Settings beside the common ones, and the learning rates tried."""
 
@@ -84,95 +92,221 @@ def attach_full(backbone: Backbone, config: TrainConfig) -> Adapter:
     return Adapter(backbone, new_contract(backbone, "full", config.prompt), disable, write)
 
 
-def one(name: str, lr: float, data: Path, steps: int, output: Path) -> dict:
-    """Train and score one method at one learning rate."""
-    settings, _ = METHODS[name]
-    if name == "full":
-        run.attach_adapter = attach_full
-    config = TrainConfig(
-        data=str(data / "train.jsonl"), output=str(output), lr=lr, max_steps=steps, **SETTINGS | settings
-    )
-    result = train(config)
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    captioner = Captioner(result.adapter.backbone, result.adapter, result.features, DEFAULT_PROMPT)
-    scores = evaluate(captioner, read_dataset(data / "test.jsonl", prompt=DEFAULT_PROMPT).examples).scores
+class Alive(TorchDispatchMode):
+    """Counts the bytes of tensors met inside, ``but`` these, while they are alive; ``peak`` is the most at one time."""
+
+    def __init__(self, but: list[torch.Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in but}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def kept(model: torch.nn.Module) -> list[torch.Tensor]:
+    """All tensors of a model, with what says how its four-bit weights are read."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for parameter in model.parameters():
+        if state := getattr(parameter, "quant_state", None):
+            tensors += [value for value in state.as_dict(packed=True).values() if isinstance(value, torch.Tensor)]
+    return tensors
+
+
+def bytes_of(tensors) -> int:
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def memory(result: run.RunResult, config: TrainConfig) -> dict:
+    """Bytes of the weights, of the language layers' alone, and of a step at its peak, on the same answers always."""
+    adapter, backbone = result.adapter, result.adapter.backbone
+    encoder = Encoder(backbone)
+    lessons = []
+    for example in result.train_examples[: config.batch_size // 8]:
+        grids = torch.stack([entry.grid_thw for entry in result.features.get(example.images)])
+        lessons.append(Lesson(example, encoder.encode(example.dialogues[:8], grids)))
+    weights = kept(backbone.model)
+    optimizer = torch.optim.AdamW([p for _, p in adapter.named_parameters()], lr=0.0, fused=True)
+    backbone.model.train()
+    with Alive(but=weights) as alive:
+        for _ in range(2):  # AdamW's state is there from the end of the first step on
+            for batch in make_batches(backbone, result.features, lessons, config.micro_batch_tokens):
+                loss_sum(backbone, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    backbone.model.eval()
     return {
-        "lr": lr,
-        # One half of PiSSA's tensors stays as it starts.
-        "trainable": sum(p.numel() for _, p in result.adapter.named_parameters()) // (2 if "pissa" in name else 1),
-        "adapter_bytes": sum(file.stat().st_size for file in (output / "adapter").iterdir()),
-        "seconds": max(line["seconds"] for line in lines if "lr" in line),
-        "peak_bytes": peak,
-        "held_out_loss": [line["held_out_loss"] for line in lines if "held_out_loss" in line][-1],
-        "exact_match": scores["tuned"]["exact_match"],
-        "interval": scores["intervals"]["tuned"]["exact_match"],
-        "base": scores["base"]["exact_match"],
+        "weight_bytes": bytes_of(weights),
+        "language_bytes": bytes_of(kept(backbone.language_model.layers)),
+        "step_bytes": bytes_of(weights) + alive.peak,
     }
+
+
+def train_one(
+    name: str, lr: float, data: Path, steps: int, output: Path
+) -> tuple[run.RunResult, TrainConfig, float, float]:
+    """One method trained at one learning rate, its held-out loss, and the processor's seconds in its steps."""
+    run.attach_adapter = attach_full if name == "full" else attach_adapter
+    config = TrainConfig(
+        data=str(data / "train.jsonl"), output=str(output), lr=lr, max_steps=steps, **SETTINGS | METHODS[name][0]
+    )
+    told, clock = [], []
+    progress = Progress()
+
+    def report(kind: str, **values) -> None:
+        if kind == "held_out":
+            told.append(values["loss"])
+        elif kind in ("start", "step"):
+            clock.append(time.process_time())
+        if kind == "step":
+            progress.count(f"{name}, lr {lr:g}: step", values["step"], steps)
+
+    return train(config, report=report), config, told[-1], clock[-1] - clock[0]
+
+
+def score(result: run.RunResult, examples) -> tuple[float, list[float]]:
+    """Exact match of the model as it now stands, and its interval."""
+    # Told of no adapter, the captioner answers once, with what is attached and switched on.
+    captioner = Captioner(result.adapter.backbone, None, result.features, DEFAULT_PROMPT)
+    scores = evaluate(captioner, examples).scores
+    return scores["base"]["exact_match"], scores["intervals"]["base"]["exact_match"]
+
+
+def measure(name: str, lr: float, data: Path, steps: int, output: Path) -> dict:
+    result, config, loss, seconds = train_one(name, lr, data, steps, output)
+    test = read_dataset(data / "test.jsonl", prompt=DEFAULT_PROMPT).examples
+    exact_match, interval = score(result, test)
+    row = {
+        "lr": lr,
+        "trained": sum(part.trained for part in result.adapter.parts()),
+        "adapter_bytes": sum(file.stat().st_size for file in (result.folder / "adapter").iterdir()),
+        "seconds": seconds,
+        "held_out_loss": loss,
+        "exact_match": exact_match,
+        "interval": interval,
+    } | memory(result, config)
+    if name == "full":
+        with result.adapter.switched_off():
+            row["base"] = score(result, test)
+            row["base_one_word"] = score(result, [asking_for_one_word(example) for example in test])
+    return row
+
+
+def read_record() -> dict:
+    return json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {"search": {}, "methods": {}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=ROOT / "data/easy_vqa", help="folder of train and test.jsonl")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--search", action="store_true", help="look for the learning rates, and write them down")
+    parser.add_argument("--steps", type=int, help="default: 500, in the search 100")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "methods", help="folder of the run folders")
-    parser.add_argument("--lr", type=float, help="this learning rate alone, in this process")
     args = parser.parse_args()
-    if args.lr is not None:
-        print(json.dumps(one(args.methods[0], args.lr, args.data, args.steps, args.output)))
-        return
+    steps = args.steps or (100 if args.search else 500)
+    searched = read_record()["search"]
+    if lacking := [name for name in args.methods if not args.search and name not in searched]:
+        parser.error(f"no learning rate is known for {', '.join(lacking)}; run --search first")
 
-    rows: dict[str, dict] = {}
+    started = time.strftime("%Y%m%d-%H%M%S")
     for name in args.methods:
-        if name == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
-            say("qlora is left out: bitsandbytes is not installed.")
-            continue
-        tried = []
-        for lr in METHODS[name][1]:
-            folder = args.output / f"{name.replace(', ', '-')}-{lr:g}-{time.strftime('%Y%m%d-%H%M%S')}"
-            command = [sys.executable, "-m", "bench.methods", "--methods", name, "--lr", str(lr)]
-            command += ["--steps", str(args.steps), "--data", str(args.data), "--output", str(folder)]
-            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-            tried.append(json.loads(done.stdout.splitlines()[-1]))
-            say(f"{name}, lr {lr:g}: held-out loss {tried[-1]['held_out_loss']:.4f}")
-        rows[name] = min(tried, key=lambda row: row["held_out_loss"])
-
-    record = {
-        "command": "python -m bench.methods" + "".join(f" {a}" for a in sys.argv[1:]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {
-            "vlm-lora": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "settings": SETTINGS | {"steps": args.steps},
-        "methods": rows,
-    }
-    results = ROOT / "bench" / "results"
-    results.mkdir(exist_ok=True)
-    (results / "methods.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(table(rows))
+        folder = args.output / f"{name.replace(', ', '-')}-{started}"
+        if args.search:
+            losses = {}
+            for lr in METHODS[name][1]:
+                losses[f"{lr:g}"] = train_one(name, lr, args.data, steps, folder / f"{lr:g}")[2]
+                say(f"{name}, lr {lr:g}: held-out loss {losses[f'{lr:g}']:.4f}")
+            record = read_record()
+            record["search"][name] = {"steps": steps, "held_out_loss": losses}
+        else:
+            losses = searched[name]["held_out_loss"]
+            row = measure(name, float(min(losses, key=losses.get)), args.data, steps, folder)
+            say(f"{name}: exact match {100 * row['exact_match']:.1f} %, {row['seconds']:.0f} s")
+            record = read_record()
+            record["methods"][name] = {"steps": steps} | row
+            record |= {
+                "command": "python -m bench.methods" + "".join(f" {a}" for a in sys.argv[1:]),
+                "date": time.strftime("%Y-%m-%d"),
+                "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+                "versions": {
+                    "vlm-lora": __version__,
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                },
+                "settings": SETTINGS,
+            }
+        # After each method: a stop loses nothing, and a search of other methods may run beside.
+        RECORD.parent.mkdir(exist_ok=True)
+        RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if not args.search:
+        rows = {name: record["methods"][name] for name in METHODS if name in record["methods"]}
+        print(table(rows))
+        print("\n" + "\n".join(advice(rows)) + "\n")
     print(json.dumps(record))
+
+
+def _percent(value: float, interval: list[float]) -> str:
+    low, high = interval
+    return f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def table(rows: dict[str, dict]) -> str:
     """As Markdown, for the README."""
-    lines = ["| method | trained | adapter | steps | peak memory | lr | exact match (95 % interval) |"]
-    lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    lines = [
+        "| | trained | adapter | training | weights | a step | exact match, % (95 % interval) |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    full = rows.get("full", {})
+    for name, key in (("base, as it answers", "base"), ("base, asked for one word", "base_one_word")):
+        if key in full:
+            lines.append(f"| {name} | | | | | | {_percent(*full[key])} |")
     for name, row in rows.items():
-        low, high = row["interval"]
         lines.append(
-            f"| {name} | {row['trainable']:,} | {row['adapter_bytes'] / 1e3:,.0f} kB | {row['seconds']:.0f} "
-            f"s | {row['peak_bytes'] / 1e6:,.0f} MB | {row['lr']:g} "
-            f"| {100 * row['exact_match']:.1f} % ({100 * low:.1f} to {100 * high:.1f}) |"
+            f"| {name} | {row['trained']:,} | {row['adapter_bytes'] / 1e3:,.0f} kB | {row['seconds']:.0f} s "
+            f"| {row['weight_bytes'] / 1e6:.1f} MB | {row['step_bytes'] / 1e6:.0f} MB "
+            f"| {_percent(row['exact_match'], row['interval'])} |"
         )
-    base = next(iter(rows.values()))["base"]
-    return "\n".join([*lines, f"| base | 0 | | | | | {100 * base:.1f} % |"])
+    return "\n".join(lines)
+
+
+def advice(rows: dict[str, dict]) -> list[str]:
+    """Which to pick when, as far as the figures of the table say it."""
+    methods = {name: row for name, row in rows.items() if name != "full"}
+    base = rows.get("full", {}).get("base_one_word", (0.0, (0.0, 0.0)))[1][1]
+    better = {name: row for name, row in methods.items() if row["interval"][0] > base}
+    lines = [f"Not clearly above the base: {', '.join(methods.keys() - better.keys()) or 'none'}."]
+    if not better:
+        return lines
+    best = max(better, key=lambda name: better[name]["exact_match"])
+    level = {name: row for name, row in better.items() if row["interval"][1] >= better[best]["interval"][0]}
+    lines.append(f"Highest score: {best}; intervals overlap with: {', '.join(level.keys() - {best}) or 'none'}.")
+    for what, key in (
+        ("smallest adapter", "adapter_bytes"),
+        ("shortest training", "seconds"),
+        ("smallest weights in memory", "weight_bytes"),
+        ("smallest peak of a step", "step_bytes"),
+    ):
+        among_level, among_better = (min(some, key=lambda n: some[n][key]) for some in (level, better))
+        lines.append(f"Of these the {what}: {among_level}; of all that beat the base: {among_better}.")
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,0 +1,162 @@
+"""What sharing an image within a step costs in learning: held-out accuracy over steps and seconds, both ways.
+
+    python -m bench.quality
+
+Trains the embedded model on data/easy_vqa twice from the same start, with the same answers a step: once as vlm-lora
+does, all questions of an image side by side in one step ("shared"), and once with the answers of all images shuffled
+("shuffled"), as other trainers do, where a step sees about as many images as answers. A step that shares is cheaper
+but its gradient is noisier; what counts is when a run first answers --goal of the held-out questions right, and keeps
+to it. Images are held out, questions about them too; seconds are those of training alone, from a full cache, and CPU
+seconds tell more where other programs run. The record goes to bench/results/quality.json; the last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from vlm_lora import Captioner, TrainConfig, __version__, read_dataset, train
+from vlm_lora.cli.console import say
+from vlm_lora.config import DEFAULT_PROMPT
+from vlm_lora.inference.captioner import Decoding
+from vlm_lora.inference.metrics import exact_match
+from vlm_lora.model.features import FeatureCache, cache_folder
+from vlm_lora.training import run
+from vlm_lora.training.batches import Plan
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = {"model": "tiny", "batch_size": 128, "lr": 3e-3, "val_split": 0.0, "save_every": 10**6}
+HELD_OUT = 50  # images, with some nine questions each
+ORDERS = ("shared", "shuffled")
+
+
+def one(order: str, seed: int, steps: int, every: int, output: Path) -> dict:
+    """Train once; accuracy on the test images behind every ``every`` steps."""
+    attach, line_of = run.attach_adapter, Plan._line
+    test = read_dataset(ROOT / "data/easy_vqa/test.jsonl", prompt=DEFAULT_PROMPT).examples[:HELD_OUT]
+    captioner: list[Captioner] = []
+
+    def attach_and_keep(backbone, config):
+        adapter = attach(backbone, config)
+        captioner.append(Captioner(backbone, adapter, FeatureCache(backbone, cache_folder()), DEFAULT_PROMPT))
+        return adapter
+
+    @cache
+    def shuffled(plan: Plan, epoch: int) -> list[tuple[int, int]]:
+        line = list(line_of(plan, epoch))
+        random.Random(f"{seed}/{epoch}/shuffled").shuffle(line)
+        return line
+
+    def accuracy() -> float:
+        right = []
+        for start in range(0, len(test), 25):
+            part = test[start : start + 25]
+            asked = [
+                (captioner[0].features.get(example.images), [dialogue.turns for dialogue in example.dialogues])
+                for example in part
+            ]
+            said = captioner[0].generate(asked, decoding=Decoding(max_new_tokens=8))
+            for example, answers in zip(part, said, strict=True):
+                wanted = [dialogue.turns[-1].assistant for dialogue in example.dialogues]
+                right += [exact_match(answer, [truth]) for answer, truth in zip(answers, wanted, strict=True)]
+        return sum(right) / len(right)
+
+    run.attach_adapter = attach_and_keep
+    if order == "shuffled":
+        Plan._line = shuffled
+    curve: list[dict] = []
+    spent = {"seconds": 0.0, "cpu": 0.0}
+    since = [0.0, 0.0]
+
+    def report(kind: str, **values) -> None:
+        if kind == "step":
+            spent["seconds"] += time.perf_counter() - since[0]
+            spent["cpu"] += time.process_time() - since[1]
+            if values["step"] % every == 0 or values["step"] == values["num_steps"]:
+                point = {"step": values["step"], **{name: round(value, 2) for name, value in spent.items()}}
+                curve.append(point | {"accuracy": round(accuracy(), 4), "loss": round(values["loss"], 4)})
+                say(f"{order}, seed {seed}: {json.dumps(curve[-1])}")
+        if kind in ("start", "step"):
+            since[:] = time.perf_counter(), time.process_time()
+
+    shutil.rmtree(output, ignore_errors=True)
+    config = TrainConfig(
+        data=str(ROOT / "data/easy_vqa/train.jsonl"),
+        output=str(output), seed=seed, epochs=1000.0, max_steps=steps, **SETTINGS,
+    )  # fmt: skip
+    train(config, report=report)
+    return {"order": order, "seed": seed, "curve": curve}
+
+
+def reached(curve: list[dict], goal: float) -> dict | None:
+    """The first point from which on no later one is below ``goal``; None if the last one is."""
+    found = None
+    for point in curve:
+        found = None if point["accuracy"] < goal else found or point
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--goal", type=float, default=0.95, help="share of held-out questions answered right")
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--every", type=int, default=20, help="steps between two looks at the held-out questions")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "quality", help="folder of the run folders")
+    parser.add_argument("--record", type=Path, default=ROOT / "bench/results/quality.json")
+    parser.add_argument("--order", choices=ORDERS, help="this order alone, with the first seed, in this process")
+    args = parser.parse_args()
+    if args.order:
+        print(json.dumps(one(args.order, args.seeds[0], args.steps, args.every, args.output)))
+        return
+    with_cache = os.environ | {"VLM_LORA_CACHE": str(args.output / "cache")}
+    runs = []
+    for seed in args.seeds:
+        for order in ORDERS:
+            command = [sys.executable, "-m", "bench.quality", "--order", order, "--seeds", str(seed)]
+            command += ["--steps", str(args.steps), "--every", str(args.every), "--output", args.output / order]
+            done = subprocess.run(command, cwd=ROOT, env=with_cache, stdout=subprocess.PIPE, text=True, check=True)
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
+    record = {
+        "command": "python -m bench.quality" + "".join(f" {a}" for a in sys.argv[1:]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"vlm-lora": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "settings": SETTINGS | {"steps": args.steps, "held_out_images": HELD_OUT, "goal": args.goal},
+        "reached": {f"{run['order']}, seed {run['seed']}": reached(run["curve"], args.goal) for run in runs},
+        "runs": runs,
+    }
+    args.record.parent.mkdir(parents=True, exist_ok=True)
+    args.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(table(record))
+    print(json.dumps({"goal": args.goal, "reached": record["reached"]}))
+
+
+def table(record: dict) -> str:
+    """As Markdown."""
+    goal = f"{100 * record['settings']['goal']:g} %"
+    lines = [
+        f"| order | {goal} reached at step | training, s | CPU, s | accuracy at the end |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for run_ in record["runs"]:
+        name, last = f"{run_['order']}, seed {run_['seed']}", run_["curve"][-1]
+        at = record["reached"][name]
+        cells = f"{at['step']} | {at['seconds']:.0f} | {at['cpu']:.0f}" if at else f"not in {last['step']} | |"
+        lines.append(f"| {name} | {cells} | {100 * last['accuracy']:.1f} % |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

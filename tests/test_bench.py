@@ -1,0 +1,113 @@
+"""What the speed bench compares is the same work, and what it leaves out is really left out."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import speed
+from bench.quality import reached
+from bench.speed import COLD, EPOCHS, OURS
+from bench.speed_report import plots, summary, table
+from vlm_lora.model.backbone import Backbone
+from vlm_lora.model.features import FeatureCache
+from vlm_lora.training import loop, run
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory):
+    """Twice five captions of 16-token pictures, two epochs of one step."""
+    work = tmp_path_factory.mktemp("work")
+    return speed.prepare(work, "smoke", "float32", "5 captions", 16, 10, epochs=2)
+
+
+def train_as(techniques: str, common: dict, folder: Path, monkeypatch) -> tuple[dict, dict]:
+    """The result of vlm-lora with these techniques, and how much it computed in its steps."""
+    done = {"rows": 0, "logits": 0, "towers": 0}
+    forward, logits, tower = Backbone.forward, Backbone.logits, Backbone.tower
+
+    def count(name, call, size):
+        def counted(self, *args, **kwargs):
+            done[name] += size(*args)
+            return call(self, *args, **kwargs)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        for owner, name in (
+            (loop, "split_long"),
+            (loop, "loss_sum"),
+            (FeatureCache, "_remember"),
+            (run, "attach_adapter"),
+        ):
+            patch.setattr(owner, name, getattr(owner, name))  # put back at the end
+        patch.setattr(Backbone, "forward", count("rows", forward, lambda ids, *_: len(ids)))
+        patch.setattr(Backbone, "logits", count("logits", logits, lambda hidden: hidden[..., 0].numel()))
+        patch.setattr(Backbone, "tower", count("towers", tower, lambda *_: 1))
+        patch.setattr(sys, "path", [str(speed.PEERS), *sys.path])
+        patch.setenv("VLM_LORA_CACHE", str(folder / "cache"))
+        job = {"output": str(folder / "run"), "result": str(folder / "result.json"), "spawned": time.time()}
+        speed.train_here(common | job | {"techniques": techniques})
+    return json.loads((folder / "result.json").read_text()), done
+
+
+def test_every_tool_and_technique_has_the_same_losses(common, tmp_path, monkeypatch):
+    runs, counts = {}, {}
+    for techniques in speed.TECHNIQUES.values():
+        folder = tmp_path / f"with {techniques}"
+        folder.mkdir()
+        runs[techniques], counts[techniques] = train_as(techniques, common, folder, monkeypatch)
+    assert speed.parity(runs, 1e-5) <= 1e-5
+
+    everything, nothing = counts["labels cache share"], counts[""]
+    assert everything["rows"] == counts["share"]["rows"] == 2 * 2  # images
+    assert nothing["rows"] == counts["labels"]["rows"] == counts["cache"]["rows"] == 2 * 10  # answers
+    assert everything["towers"] == counts["cache"]["towers"] == 2
+    assert counts["share"]["towers"] >= 2 * 2
+    assert min(nothing["towers"], counts["labels"]["towers"]) >= 2 * 10
+    assert everything["logits"] == counts["labels"]["logits"] < counts["share"]["logits"] < nothing["logits"]
+
+    # The plain loop imports nothing of ours.
+    monkeypatch.syspath_prepend(str(speed.PEERS))
+    import plain
+
+    job = common | {"result": str(tmp_path / "plain.json"), "spawned": time.time()}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    monkeypatch.setattr(sys, "argv", ["plain.py", str(tmp_path / "job.json")])
+    plain.main()
+    runs["plain"] = json.loads((tmp_path / "plain.json").read_text())
+    assert speed.parity(runs, 1e-5) <= 1e-5
+    runs["plain"]["losses"][0] += 1e-3
+    with pytest.raises(SystemExit, match="differ"):
+        speed.parity(runs, 1e-5)
+
+
+def run_of(method: str, steps: float, prepare: float, peak: int, **more) -> dict:
+    return {
+        "suite": "main", "workload": "5 captions, 256 tokens", "answers": 20, "method": method, "startup": 9.0,
+        "steps": [steps / 2, steps], "prepare": prepare, "cpu": steps, "process_cpu": 20.0, "losses": [8.0, 7.0],
+        "base_bytes": 1000, "peak_bytes": 1000 + peak, "process_peak_bytes": 5000,
+    } | more  # fmt: skip
+
+
+def test_ratios_are_of_medians_to_the_best_of_the_others(tmp_path):
+    runs = [run_of("plain", steps, 0.0, 100) for steps in (40.0, 90.0, 38.0)]
+    runs += [run_of("trl", 50.0, 0.0, 80), run_of(OURS, 4.0, 0.0, 20), run_of(COLD, EPOCHS * 5.0, 1.0, 30)]
+    record = {"machine": "a core", "settings": {"dtype": "float32"}, "runs": runs}
+    (row,) = summary(record).values()
+    assert (row["epoch"], row["whole"], row["memory"]) == (10.0, 7.5, 0.375)
+    assert row["met"] == {"epoch": True, "whole": True, "memory": True}
+    runs[-1]["steps"][-1] = 20.0
+    (row,) = summary(record).values()
+    assert row["met"] == {"epoch": True, "whole": False, "memory": True}
+    assert "5.71x (at least 7x: **not met**)" in table(record)
+    (path,) = plots(record, tmp_path)
+    assert path.read_text().count("<polyline") == 2  # the epochs' panel; one workload gives no other line
+
+
+def test_quality_is_reached_where_it_stays():
+    curve = [{"step": step, "accuracy": accuracy} for step, accuracy in enumerate((0.5, 0.96, 0.94, 0.95, 0.97))]
+    assert reached(curve, 0.95)["step"] == 3
+    assert reached(curve, 0.98) is None
