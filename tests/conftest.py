@@ -105,3 +105,21 @@ def photo_folder(tmp_path) -> Path:
 def copy_checkpoint(source: Path, target: Path) -> Path:
     shutil.copytree(source, target)
     return target
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium: the system's, or Playwright's own. Without one these tests are skipped, and `make test` says which."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    named = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+    with playwright.sync_playwright() as started:
+        found = next(filter(None, named), None) or started.chromium.executable_path
+        if not Path(found).exists():
+            pytest.skip("No Chromium on this machine: playwright install chromium")
+        # Without the sandbox, which a container has no rights for; the only pages opened are our own.
+        try:
+            opened = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        except playwright.Error as error:
+            pytest.skip(f"Chromium does not start here: {str(error).splitlines()[0]}")
+        yield opened
+        opened.close()

@@ -1,12 +1,16 @@
 """The command line as a user meets it: what goes to stdout, what to stderr, the exit code."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
+from huggingface_hub import ModelCard
 
 from tests.conftest import picture
 from vlm_lora.cli import main
@@ -41,6 +45,10 @@ def test_train_tells_what_trains_what_was_gained_and_what_to_do_next(run_folder)
     for name in ("adapter", "config.yaml", "metrics.jsonl", "report.html", "checkpoints", "scores.json"):
         assert (run_folder / "run" / name).exists(), name
     assert "data:image/" in (run_folder / "run/report.html").read_text(encoding="utf-8")
+    card = ModelCard.load(run_folder / "run/adapter/README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "image-text-to-text")
+    assert {r.metric_type for r in card.data.eval_results} >= {"cider_d", "exact_match"}
+    assert "10 images learnt with 10 answers, 2 held out, 0 rows left out" in card.text
 
 
 def test_one_image_gives_its_caption_alone(run_folder, capsys):
@@ -85,10 +93,26 @@ def test_eval_as_json(run_folder, capsys):
     out, _ = capsys.readouterr()
     scores = json.loads(out)
     assert (scores["examples"], scores["answers"]) == (12, 12)
+    card = (run_folder / "run/adapter/README.md").read_text(encoding="utf-8")
+    assert card.count("## On photos, held out\n") == card.count("## On photos\n") == 1
     for who in ("base", "tuned"):
         assert {"exact_match", "vqa_accuracy", "cider_d", "bleu_4", "rouge_l", "anls"} <= scores[who].keys()
     assert (run_folder / "eval/report.html").exists()
     assert len((run_folder / "eval/predictions.jsonl").read_text().splitlines()) == 12
+
+
+def test_eval_goes_on_without_a_broken_image_and_tells_what_was_forgotten(run_folder, tmp_path, capsys):
+    shutil.copytree(run_folder / "photos", tmp_path / "photos")
+    whole = (tmp_path / "photos/03.png").read_bytes()
+    (tmp_path / "photos/03.png").write_bytes(whole[: len(whole) // 2])
+    command = ["eval", str(tmp_path / "photos"), "--adapter", str(run_folder / "run"), "--max-new-tokens", "4"]
+    assert main([*command, "--also", str(run_folder / "photos"), "--json"]) == 3
+    out, err = capsys.readouterr()
+    scores = json.loads(out)
+    assert (scores["examples"], scores["also"]["examples"]) == (11, 12)
+    assert [row["source"] for row in scores["failed"]] == ["03.png:1"]
+    assert "Left out: 03.png:1: '03.png' is damaged or cut off" in err
+    assert "1 rows were left out of this." in err
 
 
 def test_check_names_every_bad_row(run_folder, tmp_path, capsys):
@@ -176,7 +200,9 @@ def test_a_signal_finishes_the_step_saves_and_says_so(run_folder, checkpoints, t
     if not (run_folder / "straight").exists():
         assert main([*command, "--output", str(run_folder / "straight")]) == 0
     stopped = [*command, "--output", str(tmp_path / "run")]
-    process = subprocess.Popen([sys.executable, "-m", "vlm_lora", *stopped], stderr=subprocess.PIPE, text=True)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # equal bits want an equal number
+    line = [sys.executable, "-m", "vlm_lora", *stopped]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=os.environ | threads)
     log = tmp_path / "run/metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 5):
         time.sleep(0.01)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vlm_lora.errors import VlmLoraError
     from vlm_lora.inference.captioner import Caption, Captioner, Decoding
     from vlm_lora.inference.evaluate import Evaluation, evaluate
+    from vlm_lora.inference.export import Merged, merge
     from vlm_lora.training.run import RunResult, train
 
 _HOMES = {
@@ -31,13 +32,15 @@ _HOMES = {
     "Decoding": "inference.captioner",
     "Evaluation": "inference.evaluate",
     "evaluate": "inference.evaluate",
+    "Merged": "inference.export",
+    "merge": "inference.export",
     "RunResult": "training.run",
     "train": "training.run",
 }
 
 __all__ = [
-    "Caption", "Captioner", "Dataset", "Decoding", "Dialogue", "Evaluation", "Example", "ImageRef", "RunResult",
-    "TrainConfig", "Turn", "VlmLoraError", "evaluate", "load_image", "read_dataset", "train",
+    "Caption", "Captioner", "Dataset", "Decoding", "Dialogue", "Evaluation", "Example", "ImageRef", "Merged",
+    "RunResult", "TrainConfig", "Turn", "VlmLoraError", "evaluate", "load_image", "merge", "read_dataset", "train",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

@@ -6,13 +6,15 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done in part, 128 and the signal'
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from vlm_lora import __version__
-from vlm_lora.cli import cache, caption, check, demo, evaluate, train
+from vlm_lora.cli import cache, caption, check, demo, evaluate, merge, plan, train
+from vlm_lora.cli.console import launched, process_index
 from vlm_lora.errors import ConfigError, Stopped, VlmLoraError
 
-VERBS = (train, caption, evaluate, check, demo, cache)
+VERBS = (train, caption, evaluate, check, plan, merge, demo, cache)
 
 DESCRIPTION = """\
 Teach a Qwen2-VL vision-language model your own pictures.
@@ -44,11 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sub.set_defaults(run=verb.run)
     options = parser.parse_args(arguments)
     try:
+        if launched() and options.verb != "train":
+            raise ConfigError(f"{options.verb} runs in one process, only train in several. Leave the launcher out.")
         return options.run(options)
     except VlmLoraError as error:
         if os.environ.get("VLM_LORA_TRACEBACK"):
             raise
-        print(f"vlm-lora: {error}", file=sys.stderr)
+        if process_index() > 0:
+            time.sleep(3)  # the main process most often says the same, and the launcher then ends this one
+        if process_index() == 0 or not isinstance(error, Stopped):
+            print(f"vlm-lora: {error}", file=sys.stderr, flush=True)
         if isinstance(error, Stopped):
             return error.exit_code
         return 2 if isinstance(error, ConfigError) else 1

@@ -1,25 +1,34 @@
-"""Show the image features kept on disk, or clear them.
+"""Show the image features kept on disk, or delete them.
 
 vlm-lora cache
+vlm-lora cache --limit 10     what was used longest ago goes, until 10 GB are left
 vlm-lora cache --clear
 """
 
 import argparse
 import time
 
+from vlm_lora.config import DEFAULT_CACHE_GB
+from vlm_lora.errors import ConfigError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clear", action="store_true", help="delete them; they are computed again when needed")
+    parser.add_argument("--limit", type=float, metavar="GB", help="delete what was used longest ago, down to this size")
 
 
 def run(options: argparse.Namespace) -> int:
-    from vlm_lora.model.features import cache_folder, cache_use, clear_cache
+    from vlm_lora.model.features import cache_folder, cache_use, clear_cache, evict
 
+    if options.limit is not None and options.limit < 0:
+        raise ConfigError(f"--limit {options.limit}: expected a size in GB, 0 or more")
     folder = cache_folder()
+    if options.limit is not None:
+        evict(folder, int(options.limit * 1e9))
     use = cache_use(folder)
-    print(f"{folder / 'features'}: {use.entries:,} images, {use.num_bytes / 2**20:,.1f} MiB", end="")
-    since = f", since {time.strftime('%Y-%m-%d %H:%M', time.localtime(use.oldest))}" if use.oldest else ""
-    print(since)
+    print(f"{folder / 'features'}: {use.entries:,} images, {use.num_bytes / 1e9:,.3f} GB", end="")
+    since = f", last used since {time.strftime('%Y-%m-%d %H:%M', time.localtime(use.oldest))}" if use.oldest else ""
+    print(f"{since}. A run lets it grow to {DEFAULT_CACHE_GB:,.0f} GB, or to its --cache-gb.")
     if options.clear:
         clear_cache(folder)
         print("Cleared.")

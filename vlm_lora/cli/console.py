@@ -1,5 +1,6 @@
 """What a run prints while it works: to stderr, one line rewritten on a terminal, now and then a new one elsewhere."""
 
+import os
 import signal
 import sys
 import time
@@ -13,15 +14,26 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
+def process_index() -> int:
+    """Which process of a run on several this is, as ``torchrun`` and ``accelerate launch`` tell it; only 0 speaks."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched() -> bool:
+    """Whether this is one of several processes of a run."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
     """A line that tells how far something is. Off a terminal a line is printed every ten seconds and at the end."""
 
     def __init__(self, every: float = 10.0):
-        self.terminal = sys.stderr.isatty()
+        self.terminal = sys.stderr.isatty() and process_index() == 0
         self.pause = 0.1 if self.terminal else every
         self.last = 0.0
         self.width = 0
@@ -42,7 +54,10 @@ class Progress:
 
 
 class StopSignals:
-    """Once caught, the first SIGTERM or SIGINT is remembered, and the second ends the program at once."""
+    """Once caught, the first SIGTERM or SIGINT is remembered, and the second ends the program at once.
+
+    Not so under a launcher: it sends its own to every process as soon as one has ended, and kills after 30 seconds.
+    """
 
     def __init__(self):
         self.number: int | None = None
@@ -60,6 +75,9 @@ class StopSignals:
 
     def _remember(self, number: int, frame) -> None:
         self.number = number
+        if launched():
+            say("\nStopping: all processes finish this step, and it is saved.")
+            return
         for caught in (signal.SIGTERM, signal.SIGINT):
             signal.signal(caught, signal.SIG_DFL)
         say("\nStopping: this step is finished and saved. Once more ends it at once.")
@@ -76,7 +94,7 @@ class TrainReport:
         getattr(self, kind)(**values)
 
     def data(self, format, train, held_out, bad) -> None:
-        answers = sum(len(example.dialogues) for example in train)
+        answers = sum(example.weight * len(example.dialogues) for example in train)
         say(f"Data: {format}. {len(train):,} images with {answers:,} answers to learn; {len(held_out):,} held out.")
         if bad:
             say(f"{len(bad):,} rows cannot be used; they are listed in the run folder's quarantined.jsonl.")
@@ -87,17 +105,32 @@ class TrainReport:
         for part in parts:
             say(f"  {part.name:<22}{part.modules:>14,}{part.trained:>14,}{part.frozen:>16,}")
 
+    def survey(self, survey, folder, seen_once) -> None:
+        size = f"{survey.images:,} images, {survey.num_bytes / 1e9:,.2f} GB"
+        if folder is None:
+            say(f"Vision tower: {size} of features, kept in memory only.")
+        elif seen_once:
+            say(f"Vision tower: each image is seen once, so that its features ({size}) are not kept.")
+        else:
+            say(f"Feature cache: {size} on disk in {folder}; {survey.missing:,} images are still to be computed.")
+            if survey.missing_bytes > survey.room:
+                say(
+                    f"  There is room for {survey.room / 1e9:,.2f} of {survey.missing_bytes / 1e9:,.2f} GB; the other "
+                    "images go through the tower each time. --cache-gb or a larger disk ($VLM_LORA_CACHE) saves that."
+                )
+
     def cache(self, done, total) -> None:
-        self.progress.count("Images seen:", done, total)
+        self.progress.count("Images prepared:", done, total)
 
-    def features(self, computed, read, damaged) -> None:
-        say(f"Vision tower: {computed:,} images computed, {read:,} found in the cache.")
-        if damaged:
-            say(f"{damaged:,} damaged cache entries were computed again.")
-
-    def start(self, step, num_steps, answers, parameters) -> None:
+    def start(self, step, num_steps, answers, parameters, processes, sharded, imbalance) -> None:
         self.signals.catch()
         say(f"{num_steps:,} steps over {answers:,} answers." + (f" Going on from step {step:,}." if step else ""))
+        if processes > 1:
+            pieces = ", the base's layers in pieces (FSDP2)" if sharded else ""
+            share = f"the busiest has {imbalance:.2f} times the mean of tokens"
+            say(f"{processes} processes share each step{pieces}; {share}.")
+            if imbalance > 1.25:
+                say("The others wait for it. A larger --batch-size spreads more evenly.")
 
     def step(self, step, num_steps, loss, lr, answers_per_second, seconds_left, **_) -> None:
         text = f"step {step:,}/{num_steps:,}  loss {loss:.4f}  lr {lr:.1e}  {answers_per_second:,.0f} answers/s"
@@ -105,6 +138,18 @@ class TrainReport:
 
     def held_out(self, step, loss) -> None:
         self.progress.show(f"step {step:,}  held-out loss {loss:.4f}", last=True)
+
+    def best(self, step, loss, last, num_steps) -> None:
+        early = f"Stopped early behind step {last:,} of {num_steps:,}. " if last < num_steps else ""
+        say(f"{early}The held-out loss was lowest, {loss:.4f}, behind step {step:,}: the adapter is that step's.")
+
+    def cost(self, predicted, measured) -> None:
+        work, seconds = predicted.operations + predicted.tower_operations, measured["seconds"]
+        rate = work / seconds / measured["devices"] / 1e12
+        say(f"{work / 1e12:,.3g} TFLOP were planned, and took {duration(seconds)}: {rate:,.3g} TFLOP/s a device.")
+        if "memory_bytes" in measured:
+            peak, planned = measured["memory_bytes"] / 1e9, predicted.memory / 1e9
+            say(f"Memory at its highest: {peak:,.1f} GB; {planned:,.1f} GB were planned.")
 
     def warning(self, text) -> None:
         say(f"Warning: {text}")
