@@ -33,6 +33,12 @@ def spelled(backbone, branch) -> str:
     return text + ("]" if learning else "")
 
 
+def in_one_piece(encoded) -> list[int]:
+    """The tokens of prefix and only branch."""
+    (branch,) = encoded.branches
+    return [*encoded.prefix_ids.tolist(), *branch.input_ids.tolist()]
+
+
 def test_golden_text(backbone):
     talk = Dialogue((Turn("What is it?", "A red cat."), Turn(" And now? ", "\nA dog.\n")))
     encoded = Encoder(backbone).encode([talk, Dialogue((Turn("Colour?", "red"),))], GRID)
@@ -45,6 +51,23 @@ def test_golden_text(backbone):
         "<|im_start|>user\nAnd now?<|im_end|>\n<|im_start|>assistant\n[A dog.<|im_end|>]",
         "Colour?<|im_end|>\n<|im_start|>assistant\n[red<|im_end|>]",
     ]
+
+
+def test_the_instruction_is_shared_where_all_answers_have_the_same(backbone):
+    captions = [Dialogue((Turn("Describe this image.", said),)) for said in ("A cat.", "A cat sleeps.", "It sleeps.")]
+    encoded = Encoder(backbone).encode(captions, GRID)
+    assert backbone.tokenizer.decode(encoded.prefix_ids).endswith(
+        "<|vision_end|>Describe this image.<|im_end|>\n<|im_start|>assistant"
+    )
+    branches = ["\n[A cat.<|im_end|>]", "\n[A cat sleeps.<|im_end|>]", "\n[It sleeps.<|im_end|>]"]
+    assert [spelled(backbone, branch) for branch in encoded.branches] == branches
+
+
+def test_the_same_answer_twice_is_learnt_twice(backbone):
+    same = Dialogue((Turn("Colour?", "red"), Turn("Sure?", "yes")))
+    encoded = Encoder(backbone).encode([same, same], GRID)
+    learnt = "\n[red<|im_end|>]\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n[yes<|im_end|>]"
+    assert [spelled(backbone, branch) for branch in encoded.branches] == [learnt, learnt]
 
 
 def test_special_tokens_in_a_text_stay_text(backbone):
@@ -75,7 +98,7 @@ def test_tokens_are_the_processors(backbone, text, num_images):
     whole = backbone.processor.apply_chat_template(messages, tokenize=False)
     theirs = backbone.processor(text=[whole], images=pictures, return_tensors="pt")
     encoded = Encoder(backbone).encode([Dialogue((Turn(text, text),))], theirs["image_grid_thw"])
-    ours = [*encoded.prefix_ids.tolist(), *encoded.branches[0].input_ids.tolist()]
+    ours = in_one_piece(encoded)
     assert ours == theirs["input_ids"][0].tolist()[: len(ours)]
     assert len(theirs["input_ids"][0]) - len(ours) == 1  # the line break behind the last turn, which nothing predicts
 
@@ -83,12 +106,11 @@ def test_tokens_are_the_processors(backbone, text, num_images):
 def test_a_request_is_the_conversation_without_its_last_answer(backbone):
     encoder = Encoder(backbone)
     turns = (Turn("One?", "first"), Turn("Two?", "second"))
-    (whole,) = encoder.encode([Dialogue(turns)], GRID).branches
-    (asked,) = encoder.encode_requests([turns], GRID).branches
-    ids = asked.input_ids.tolist()
-    assert whole.input_ids.tolist()[: len(ids)] == ids
+    whole, asked = encoder.encode([Dialogue(turns)], GRID), encoder.encode_requests([turns], GRID)
+    ids = in_one_piece(asked)
+    assert in_one_piece(whole)[: len(ids)] == ids
     assert backbone.tokenizer.decode(ids).endswith("Two?<|im_end|>\n<|im_start|>assistant\n")
-    assert (asked.labels == IGNORE_INDEX).all()
+    assert (asked.branches[0].labels == IGNORE_INDEX).all()
 
 
 def test_a_template_that_drops_text_is_refused(checkpoints):
@@ -148,9 +170,9 @@ def test_the_real_tokenizer_and_its_ids(full_tokenizer, tmp_path, family):
     assert backbone.eos_token_ids == {151_645}
     encoded = Encoder(backbone).encode([Dialogue((Turn("What kind of dog is this?", "A pug."),))], GRID)
     expected = [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198, 151644, 872, 198, 151652]
-    assert encoded.prefix_ids.tolist() == expected + [151655] * 6 + [151653]
-    asked = [3838, 3093, 315, 5562, 374, 419, 30, 151645, 198, 151644, 77091, 198]
-    assert encoded.branches[0].input_ids.tolist()[: len(asked)] == asked
+    expected += [151655] * 6 + [151653]
+    expected += [3838, 3093, 315, 5562, 374, 419, 30, 151645, 198, 151644, 77091, 198]
+    assert in_one_piece(encoded)[: len(expected)] == expected
     assert spelled(backbone, encoded.branches[0]).endswith("[A pug.<|im_end|>]")
     said = backbone.model.generate(input_ids=encoded.branches[0].input_ids[None], max_new_tokens=2)
     assert said.shape[1] == len(encoded.branches[0].input_ids) + 2

@@ -1,7 +1,8 @@
 """An example and its image grids in tokens: the shared prefix, and a branch for each dialogue.
 
-The model's own chat template decides the text; this module finds out by rendering it where the images end, where
-answers stand, and which tokens may be learnt.
+The model's own chat template decides the text; this module finds out by rendering it where images and answers stand, and
+which tokens may be learnt. The prefix is whatever all dialogues begin with: the images, and the instruction too where,
+as with captions, it is the same for all.
 """
 
 import re
@@ -124,10 +125,10 @@ class Encoder:
         return ids, labels
 
     def _encode(self, conversations: list[tuple[list[int], list[int]]], image_grid_thw: torch.Tensor) -> Encoded:
-        """Cut each conversation right behind its last image and give every image as many tokens as it has."""
+        """Cut each conversation behind what all begin with, and give every image as many tokens as it has."""
         ids = conversations[0][0]
-        images = [at for at, token in enumerate(ids) if token == self.image_token_id]
-        cut = images[-1] + 2 if images else 0  # behind <|vision_end|>, a special token: no token spans the cut
+        cut = _shared_tokens(conversations)
+        assert self.image_token_id not in ids[cut:], "the template puts the images before everything that differs"
         counts = iter((image_grid_thw.prod(-1) // self.merge_size**2).tolist())
         prefix = [-1 - i for i in range(self.backbone.num_prompt_tokens)]
         for token in ids[:cut]:
@@ -136,3 +137,11 @@ class Encoder:
         positions = mrope_positions(prefix_ids, image_grid_thw, self.image_token_id, self.merge_size)
         branches = tuple(Branch(torch.tensor(ids[cut:]), torch.tensor(labels[cut:])) for ids, labels in conversations)
         return Encoded(prefix_ids, positions, branches)
+
+
+def _shared_tokens(conversations: Sequence[tuple[list[int], list[int]]]) -> int:
+    """How many tokens all begin with, short of the last one before an answer: each branch must begin unlabelled."""
+    first, last = min(ids for ids, _ in conversations), max(ids for ids, _ in conversations)  # in the dictionary's order
+    common = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    unlabelled = (next((n for n, x in enumerate(each) if x != IGNORE_INDEX), len(each)) for _, each in conversations)
+    return min(common, min(unlabelled) - 1)

@@ -101,7 +101,7 @@ def over_budget(encoded: Encoded, max_tokens: int) -> str | None:
     if longest <= max_tokens:
         return None
     return (
-        f"needs {longest} tokens, {len(encoded.prefix_ids)} of them before the question; --max-tokens is "
+        f"needs {longest} tokens, {len(encoded.prefix_ids)} of them for images and instruction; --max-tokens is "
         f"{max_tokens}. Lower --max-pixels or raise --max-tokens"
     )
 
