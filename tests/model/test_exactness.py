@@ -12,7 +12,7 @@ from vlm_lora.model.adapters.lora import attach_lora
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache
-from vlm_lora.model.packing import pack
+from vlm_lora.model.packing import pack, pack_apart, padded_tokens
 from vlm_lora.training import loop
 from vlm_lora.training.loop import Lesson, MicroBatch, loss_sum, make_batches
 
@@ -172,6 +172,7 @@ def test_a_fault_would_be_noticed(checkpoints, examples, fault):
 
 
 def _one_row(backbone, examples, fault: str | None = None) -> torch.Tensor:
+    """The loss with all examples in one row, under a mask of all tokens by all tokens."""
     features = FeatureCache(backbone, None)
     lessons = lessons_of(backbone, features, examples)
     packed = pack([[lesson.encoded for lesson in lessons]], backbone.pad_token_id)
@@ -182,10 +183,58 @@ def _one_row(backbone, examples, fault: str | None = None) -> torch.Tensor:
         packed = replace(packed, position_ids=torch.arange(length).expand(3, 1, -1))
     if fault == "label":
         packed = replace(packed, labels=torch.where(packed.labels >= 0, packed.labels, packed.input_ids))
+    batch = _as_batch(packed, features, lessons)
+    return loss_sum(backbone, batch) / (length if fault == "normaliser" else batch.num_labels)
+
+
+def _as_batch(packed, features, lessons) -> MicroBatch:
     stacked = torch.cat([e.features for lesson in lessons for e in features.get(lesson.example.images)])
     num_labels = int((packed.labels[:, 1:] >= 0).sum())
-    batch = MicroBatch(packed.input_ids, packed.labels, packed.position_ids, packed.attention_mask, stacked, num_labels)
-    return loss_sum(backbone, batch) / (length if fault == "normaliser" else num_labels)
+    return MicroBatch(packed.input_ids, packed.labels, packed.position_ids, packed.attention_mask, stacked, num_labels)
+
+
+def _rows_apart(backbone, examples, fault: str | None = None) -> torch.Tensor:
+    """The loss with a row for each example, prefixes and branches in regions of their own."""
+    features = FeatureCache(backbone, None)
+    lessons = lessons_of(backbone, features, examples)
+    packed = pack_apart([lesson.encoded for lesson in lessons], backbone.pad_token_id)
+    mask = packed.attention_mask.clone()
+    start = packed.input_ids.shape[1] - mask.shape[2]
+    if fault == "padding":  # branches see what fills up the shorter prefixes
+        mask[..., :start] = True
+    if fault == "siblings":  # branches see those before them
+        mask[..., start:] = torch.ones(mask.shape[2], mask.shape[2], dtype=torch.bool).tril()
+    if fault == "positions":  # branches begin behind the padding
+        positions = packed.position_ids.clone()
+        positions[:, :, start:] += start
+        packed = replace(packed, position_ids=positions)
+    batch = _as_batch(replace(packed, attention_mask=mask), features, lessons)
+    return loss_sum(backbone, batch) / batch.num_labels
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_with_branches_apart_equal_naive(checkpoints, examples, family):
+    backbone, adapter = load(checkpoints, family)
+    expected = gradients(adapter, naive(backbone, examples))
+    assert_equal(gradients(adapter, _rows_apart(backbone, examples)), expected, FP64)
+
+
+@pytest.mark.parametrize("fault", ["padding", "siblings", "positions"])
+def test_a_fault_of_rows_with_branches_apart_would_be_noticed(checkpoints, examples, fault):
+    backbone, adapter = load(checkpoints, "qwen2_vl")
+    expected = gradients(adapter, naive(backbone, examples))
+    with pytest.raises(AssertionError):
+        assert_equal(gradients(adapter, _rows_apart(backbone, examples, fault)), expected, 1e-3)
+
+
+def test_branches_apart_need_no_mask_of_all_tokens(checkpoints, examples):
+    backbone, _ = load(checkpoints, "qwen2_vl")
+    encoded = [lesson.encoded for lesson in lessons_of(backbone, FeatureCache(backbone, None), examples)]
+    packed = pack_apart(encoded, backbone.pad_token_id)
+    prefixes = [len(e.prefix_ids) for e in encoded]
+    widest = max(e.num_tokens - prefix for e, prefix in zip(encoded, prefixes, strict=True))
+    assert packed.attention_mask.shape == (len(encoded), 1, widest, max(prefixes) + widest)
+    assert padded_tokens(encoded) == packed.input_ids.numel()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vlm_lora.errors import ModelError
+from vlm_lora.model.attention import use_packed_attention
 
 FAMILIES = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
@@ -402,7 +403,8 @@ class Backbone(Preprocessor):
 
         Args:
             input_ids: ``(B, T)``, image placeholders included.
-            attention_mask: boolean ``(B, 1, T, T)``, or ``(B, T)`` of ones and zeros.
+            attention_mask: boolean ``(B, 1, W, T)``, that of the last ``W`` tokens, those before being causal; or
+                ``(B, T)`` of ones and zeros.
             position_ids: ``(3, B, T)``; always given, as the model would work out others for packed rows.
             features: what `tower` gave for all images of the batch in reading order, ``(patches, width)``; None if the
                 input holds no image.
@@ -504,7 +506,6 @@ def load_backbone(
             dtype=resolve_dtype(dtype, device),
             use_safetensors=True,
             trust_remote_code=False,
-            # Packing needs a mask per token pair; eager attention would misread it, flash attention takes none.
             attn_implementation="sdpa",
             output_loading_info=True,
             **(_four_bits(resolve_dtype(dtype, device), device) if quantise else {}),
@@ -515,6 +516,8 @@ def load_backbone(
     missing = sorted(set(report["missing_keys"]) | set(report["mismatched_keys"]))
     if missing:
         raise ModelError(f"--model {name}: {len(missing)} weights are missing or misshapen, first {missing[0]}.")
+    # Packing needs a mask per token pair; eager attention would misread it, flash attention takes none.
+    use_packed_attention(model)
     model.requires_grad_(False)
     model = model.to(device).eval()
     return Backbone(model=model, processor=preprocessor.processor, name=name, quantised=quantise)
@@ -594,7 +597,9 @@ def _without_weights(name: str, device: torch.device | str = "meta", dtype=torch
         text.num_hidden_layers, text.layer_types = layers, text.layer_types[:layers]
         text.vocab_size, text.pad_token_id, vision.depth = 1024, None, layers
     with torch.device(device):
-        return model_class._from_config(config, attn_implementation="sdpa", dtype=dtype)
+        model = model_class._from_config(config, attn_implementation="sdpa", dtype=dtype)
+    use_packed_attention(model)
+    return model
 
 
 def load_sample(name: str, *, dtype: str, device: torch.device) -> Backbone:

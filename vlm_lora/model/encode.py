@@ -1,8 +1,8 @@
 """An example and its image grids in tokens: the shared prefix, and a branch for each dialogue.
 
-The model's own chat template decides the text; this module finds out by rendering it where images and answers stand, and
-which tokens may be learnt. The prefix is whatever all dialogues begin with: the images, and the instruction too where,
-as with captions, it is the same for all.
+The model's own chat template decides the text; this module finds out by rendering it where images and answers stand,
+and which tokens may be learnt. The prefix is whatever all dialogues begin with: the images, and the instruction too
+where, as with captions, it is the same for all.
 """
 
 import re
@@ -141,7 +141,8 @@ class Encoder:
 
 def _shared_tokens(conversations: Sequence[tuple[list[int], list[int]]]) -> int:
     """How many tokens all begin with, short of the last one before an answer: each branch must begin unlabelled."""
-    first, last = min(ids for ids, _ in conversations), max(ids for ids, _ in conversations)  # in the dictionary's order
+    # In a dictionary's order: what the first and the last have in common, those between them have too.
+    first, last = min(ids for ids, _ in conversations), max(ids for ids, _ in conversations)
     common = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     unlabelled = (next((n for n, x in enumerate(each) if x != IGNORE_INDEX), len(each)) for _, each in conversations)
     return min(common, min(unlabelled) - 1)

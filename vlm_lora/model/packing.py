@@ -60,8 +60,9 @@ class Packed:
     """What the language model takes: ``B`` rows of ``T`` tokens.
 
     ``input_ids`` and ``labels`` ``(B, T)``, ``position_ids`` ``(3, B, T)``, ``attention_mask`` a boolean
-    ``(B, 1, T, T)``, true where the row's token may see the column's. It goes with SDPA attention only: eager attention
-    would add it as zeros and ones, in silence.
+    ``(B, 1, W, T)``, true where the token may see the column's: that of the row's last ``W`` tokens. Those before, if
+    there are any, see what stands before them. It goes with `packed_attention` only: eager attention would add it as
+    zeros and ones, in silence.
     """
 
     input_ids: torch.Tensor
@@ -103,8 +104,33 @@ def mrope_positions(
 
 
 def pack(rows: Sequence[Sequence[Encoded]], pad_token_id: int) -> Packed:
-    """Lay out each row's examples one behind the other and pad the rows to the longest."""
-    width = max(sum(encoded.num_tokens for encoded in row) for row in rows)
+    """Lay out each row's examples one behind the other and pad the rows to the longest, under a mask ``(T, T)`` each."""
+    return _pack(rows, pad_token_id, 0)
+
+
+def pack_apart(examples: Sequence[Encoded], pad_token_id: int) -> Packed:
+    """A row for each example, all branches from the same column on, under a mask of the branches alone::
+
+        [prefix A      ][branch A1][branch A2]
+        [prefix B][pad ][branch B1][pad      ]
+
+    Padding behind a prefix is seen by nobody but itself: the prefix is causal, and the mask leaves it out.
+    """
+    return _pack([[encoded] for encoded in examples], pad_token_id, max(len(e.prefix_ids) for e in examples))
+
+
+def padded_tokens(examples: Sequence[Encoded]) -> int:
+    """Tokens of these examples as `pack_apart` lays them out, padding included."""
+    prefixes = [len(encoded.prefix_ids) for encoded in examples]
+    return len(examples) * (
+        max(prefixes) + max(e.num_tokens - prefix for e, prefix in zip(examples, prefixes, strict=True))
+    )
+
+
+def _pack(rows: Sequence[Sequence[Encoded]], pad_token_id: int, start: int) -> Packed:
+    """Branches begin at column ``start`` or behind it, and the mask is that of the tokens from there on."""
+    lengths = [sum(max(start, len(e.prefix_ids)) + e.num_tokens - len(e.prefix_ids) for e in row) for row in rows]
+    width = max(lengths)
     input_ids = torch.full((len(rows), width), pad_token_id)
     labels = torch.full((len(rows), width), IGNORE_INDEX)
     position_ids = torch.zeros(3, len(rows), width, dtype=torch.long)
@@ -118,19 +144,20 @@ def pack(rows: Sequence[Sequence[Encoded]], pad_token_id: int) -> Packed:
             end = at + len(encoded.prefix_ids)
             input_ids[r, at:end] = encoded.prefix_ids
             position_ids[:, r, at:end] = encoded.prefix_positions
-            example_of[r, at : at + encoded.num_tokens] = e
+            example_of[r, at:end] = e
             restart = int(encoded.prefix_positions.max()) + 1 if len(encoded.prefix_ids) else 0
-            at = end
+            at = max(start, end)
             for b, branch in enumerate(encoded.branches, start=1):
                 end = at + len(branch.input_ids)
                 input_ids[r, at:end] = branch.input_ids
                 labels[r, at:end] = branch.labels
                 position_ids[:, r, at:end] = restart + torch.arange(end - at)
+                example_of[r, at:end] = e
                 branch_of[r, at:end] = b
                 at = end
 
-    same_example = example_of[:, :, None] == example_of[:, None, :]
-    visible = (branch_of[:, None, :] == 0) | (branch_of[:, :, None] == branch_of[:, None, :])
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
+    same_example = example_of[:, start:, None] == example_of[:, None, :]
+    visible = (branch_of[:, None, :] == 0) | (branch_of[:, start:, None] == branch_of[:, None, :])
+    causal = torch.ones(width - start, width, dtype=torch.bool).tril(start)
     attention_mask = (same_example & visible & causal)[:, None]
     return Packed(input_ids, labels, position_ids, attention_mask)

@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vlm_lora.model.packing import Encoded
+from vlm_lora.model.packing import Encoded, padded_tokens
 
 
 class Plan:
@@ -59,16 +59,16 @@ class Plan:
 
 
 def micro_batches(items: Sequence[Encoded], max_tokens: int) -> list[list[int]]:
-    """Group a step's items, one a row, so that rows times the longest stay within ``max_tokens``; indices of items.
+    """Group a step's items, one a row, so that with padding they stay within ``max_tokens``; indices of items.
 
-    Rows of like length go together, so that little is padded. One image a row and not several: with a dense mask the
-    empty part between images is computed too, which on a CPU costs more than the padding does. An item that is longer
+    Rows of like length go together, so that little is padded. One image a row and not several: under a mask of several
+    images the empty part between them is computed too, which costs more than the padding does. An item that is longer
     by itself is a group of its own; `split_long` keeps those rare.
     """
     order = sorted(range(len(items)), key=lambda i: items[i].num_tokens, reverse=True)
     groups: list[list[int]] = []
     for i in order:
-        if groups and items[groups[-1][0]].num_tokens * (len(groups[-1]) + 1) <= max_tokens:
+        if groups and padded_tokens([items[j] for j in (*groups[-1], i)]) <= max_tokens:
             groups[-1].append(i)
         else:
             groups.append([i])

@@ -29,7 +29,7 @@ from vlm_lora.errors import ModelError, Stopped, TrainingError
 from vlm_lora.model.adapters.base import ADAPTED, PARTS, Adapter, part_of
 from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.features import FeatureCache, ImageFeatures, Pixels
-from vlm_lora.model.packing import IGNORE_INDEX, Encoded, Packed, pack
+from vlm_lora.model.packing import IGNORE_INDEX, Encoded, Packed, pack_apart, padded_tokens
 from vlm_lora.training.batches import Plan, deal, micro_batches, split_long
 from vlm_lora.training.checkpoint import Progress, load_checkpoint, load_weights, save_checkpoint, writing
 from vlm_lora.training.processes import Processes
@@ -102,7 +102,7 @@ def fetch_batches(
     groups = micro_batches([encoded for _, encoded in rows], max_tokens)
     return [
         Fetched(
-            pack([[rows[i][1]] for i in group], backbone.pad_token_id),
+            pack_apart([rows[i][1] for i in group], backbone.pad_token_id),
             [entry for i in group for entry in features.fetch(rows[i][0].example.images)],
         )
         for group in groups
@@ -480,7 +480,7 @@ def _start_alike(
 def _largest(lessons: Sequence[Lesson], max_tokens: int, processes: Processes) -> int:
     """Tokens, padding included, of the largest micro-batch in any process."""
     shares = [[row.encoded for row in share] for share in share_out(lessons, max_tokens, processes.count)]
-    return max(rows[group[0]].num_tokens * len(group) for rows in shares for group in micro_batches(rows, max_tokens))
+    return max(padded_tokens([rows[i] for i in group]) for rows in shares for group in micro_batches(rows, max_tokens))
 
 
 def _largest_step(

@@ -12,11 +12,13 @@ half frozen, which is what PEFT itself converts such an adapter to.
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError, safe_open
 
@@ -110,9 +112,25 @@ def _adapter(backbone: Backbone, peft_model: PeftModel, contract: Contract | Non
         # "auto" would ask the hub whether the vocabulary has changed; embeddings are never trained here.
         peft_model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
 
+    for module in peft_model.modules():
+        if type(module) is Linear and not module.lora_variant and not module.lora_bias["default"]:
+            module.forward = partial(_plain_lora, module)  # not in four bits, no DoRA, no other tool's extras
     names = [name for name, _ in backbone.model.named_parameters()]
     backbone.tower_adapted = any(name.startswith(TOWER_PREFIXES) and ".lora_" in name for name in names)
     return Adapter(backbone, contract, peft_model.disable_adapter, write)
+
+
+def _plain_lora(layer: Linear, x: torch.Tensor) -> torch.Tensor:
+    """What PEFT's forward computes for one LoRA, scaled where it is narrow and added by the matrix product that makes
+    it: PEFT's scaling and its sum are two passes over an output as wide as the layer, forward and backward."""
+    out = layer.base_layer(x)
+    if layer.disable_adapters:
+        return out
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    narrow = F.linear(layer.lora_dropout["default"](x.to(down.dtype)), down) * layer.scaling["default"]
+    if out.dtype != up.dtype:  # a base in bfloat16: the sum is made in float32, as PEFT does
+        return (out + F.linear(narrow, up)).to(out.dtype)
+    return torch.addmm(out.flatten(0, -2), narrow.flatten(0, -2), up.T).view_as(out)
 
 
 def check_trained(adapter: Adapter, targets: Sequence[str]) -> None:

@@ -1,0 +1,59 @@
+"""The faster forward of plain LoRA is PEFT's own, in value and gradient.
+
+Run: pytest tests/model/test_lora.py
+"""
+
+import pytest
+import torch
+from peft.tuners.lora import Linear
+
+from vlm_lora.model.adapters.lora import attach_lora
+from vlm_lora.model.backbone import load_backbone
+
+
+@pytest.fixture(scope="module")
+def layer(checkpoints):
+    backbone = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32")
+    attach_lora(backbone, rank=4, alpha=7, dropout=0.3, seed=1, prompt="Describe this image.")
+    layer = backbone.language_model.layers[0].mlp.gate_proj
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    return layer.train()
+
+
+def outcome(layer, forward) -> list[torch.Tensor]:
+    """Output and gradients of input, A and B."""
+    layer.zero_grad()
+    torch.manual_seed(5)  # dropout
+    x = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    x = x.to(layer.base_layer.weight.dtype).requires_grad_()
+    out = forward(x)
+    out.square().sum().backward()
+    grads = x.grad, layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad
+    return [out.detach().double(), *(grad.double() for grad in grads)]
+
+
+@pytest.mark.parametrize(("base", "lora", "tolerance"), [
+    (torch.float64, torch.float64, 1e-14),
+    (torch.float32, torch.float32, 2e-6),
+    (torch.bfloat16, torch.float32, 4e-3),  # half a step of bfloat16: what lies between two is rounded either way
+])  # fmt: skip
+def test_plain_lora_is_pefts(layer, base, lora, tolerance):
+    layer.base_layer.to(base)
+    layer.lora_A.to(lora)
+    layer.lora_B.to(lora)
+    assert layer.forward.func.__name__ == "_plain_lora"  # else both are the same
+    ours, theirs = outcome(layer, layer), outcome(layer, lambda x: Linear.forward(layer, x))
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert (mine - expected).norm() / expected.norm() < tolerance
+    layer.scaling["default"] *= 1.1  # negative control
+    assert not torch.allclose(outcome(layer, layer)[0], theirs[0], rtol=1e-2)
+    layer.scaling["default"] /= 1.1
+
+
+def test_switched_off_it_is_the_base(layer):
+    layer.base_layer.to(torch.float32)
+    x = torch.randn(1, 2, layer.in_features)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), layer.base_layer(x))
+    layer.enable_adapters(True)
+    assert not torch.equal(layer(x), layer.base_layer(x))

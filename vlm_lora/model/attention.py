@@ -1,0 +1,46 @@
+"""Attention over packed rows, as a function for transformers' attention interface: no mask of all tokens by all tokens.
+
+A mask ``(B, 1, W, T)`` with fewer rows than there are tokens is that of the last ``W`` of them, the branches. The others
+are the prefix, which is causal by itself, so it goes through the kernel that needs no mask and computes no upper half.
+With a full mask, or none, this is transformers' own SDPA attention.
+"""
+
+import torch
+from torch import nn
+
+NAME = "vlm_lora_packed"
+
+
+def use_packed_attention(model: nn.Module) -> None:
+    """Have the language layers of a Qwen2-VL model attend by `packed_attention`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.model.language_model.set_attn_implementation(NAME)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """``(B, T, heads, head_dim)`` from queries ``(B, heads, T, head_dim)``, as many keys or more that stand before."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    count = 0 if attention_mask is None else query.shape[2] - attention_mask.shape[2]  # tokens of the prefix
+    if not count:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    seen = key.shape[2] - attention_mask.shape[2]  # keys of the prefix, and of what stands before it
+    causal = None  # that is, by the kernel; it aligns queries with the first keys
+    if seen > count:
+        causal = torch.ones(1, 1, count, seen, dtype=torch.bool, device=key.device).tril(seen - count)
+    prefix, _ = sdpa_attention_forward(
+        module, query[:, :, :count], key[:, :, :seen], value[:, :, :seen], causal, **kwargs
+    )
+    branches, _ = sdpa_attention_forward(module, query[:, :, count:], key, value, attention_mask, **kwargs)
+    return torch.cat([prefix, branches], dim=1), None
