@@ -1,8 +1,8 @@
-"""Attention over packed rows, as a function for transformers' attention interface: no mask of all tokens by all tokens.
+"""Attention over packed rows, for transformers' attention interface: no mask of all tokens by all tokens.
 
-A mask ``(B, 1, W, T)`` with fewer rows than there are tokens is that of the last ``W`` of them, the branches. The others
-are the prefix, which is causal by itself, so it goes through the kernel that needs no mask and computes no upper half.
-With a full mask, or none, this is transformers' own SDPA attention.
+A mask ``(B, 1, W, T)`` with fewer rows than there are tokens is that of the last ``W`` of them, the branches. Those
+before are the prefix, which is causal by itself and goes through the kernel that needs no mask and computes no upper
+half. With a full mask, or none, this is transformers' own SDPA attention.
 """
 
 import torch

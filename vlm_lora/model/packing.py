@@ -104,7 +104,7 @@ def mrope_positions(
 
 
 def pack(rows: Sequence[Sequence[Encoded]], pad_token_id: int) -> Packed:
-    """Lay out each row's examples one behind the other and pad the rows to the longest, under a mask ``(T, T)`` each."""
+    """Lay out each row's examples one behind the other and pad the rows to the longest; one mask for all."""
     return _pack(rows, pad_token_id, 0)
 
 

@@ -2,11 +2,11 @@
 
 The training answers of an epoch stand in one line, images in an order drawn from (seed, epoch), each image's answers
 side by side in an order of their own; step ``t`` takes places ``t * batch_size`` to ``(t + 1) * batch_size`` of all
-epochs' lines put together. So every answer is seen once an epoch, every step has the same number of answers, and a run
-that resumes at step ``t`` needs to know nothing but ``t``.
+epochs' lines put together. An image with more answers than that is cut; the answers of any other go together into the
+step that has the middle one, for an image cut in two would be computed twice. So every answer is seen once an epoch,
+steps have ``batch_size`` answers on average, and a run that resumes at step ``t`` needs to know nothing but ``t``.
 """
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,36 +25,47 @@ class Plan:
         self.seed = seed
         self.answers_per_epoch = sum(num_answers)
         self.total_answers = round(self.answers_per_epoch * epochs)
-        steps = math.ceil(self.total_answers / batch_size)
+        self._lines: dict[int, list[tuple[int, int, int]]] = {}
+        steps = self._step_of(self.total_answers - 1) + 1
         self.num_steps = min(steps, max_steps) if max_steps else steps
         """Optimizer steps; the last may be short of answers."""
-        self._lines: dict[int, list[tuple[int, int]]] = {}
 
     def step(self, step: int) -> list[tuple[int, tuple[int, ...]]]:
         """The answers of 0-based ``step``: (example, its dialogues), in order."""
-        first = step * self.batch_size
+        first = max(0, (step - 1) * self.batch_size)
         chosen: list[tuple[int, list[int]]] = []
-        for place in range(first, min(first + self.batch_size, self.total_answers)):
-            epoch, at = divmod(place, self.answers_per_epoch)
-            example, dialogue = self._line(epoch)[at]
+        for place in range(first, min((step + 2) * self.batch_size, self.total_answers)):
+            if self._step_of(place) != step:
+                continue
+            example, dialogue, _ = self._at(place)
             if chosen and chosen[-1][0] == example:
                 chosen[-1][1].append(dialogue)
             else:
                 chosen.append((example, [dialogue]))
         return [(example, tuple(dialogues)) for example, dialogues in chosen]
 
-    def _line(self, epoch: int) -> list[tuple[int, int]]:
-        """(example, dialogue) of every answer, in the order of this epoch."""
+    def _step_of(self, place: int) -> int:
+        _, _, middle = self._at(place)
+        return (place - place % self.answers_per_epoch + middle) // self.batch_size
+
+    def _at(self, place: int) -> tuple[int, int, int]:
+        epoch, at = divmod(place, self.answers_per_epoch)
+        return self._line(epoch)[at]
+
+    def _line(self, epoch: int) -> list[tuple[int, int, int]]:
+        """(example, dialogue, the place in this line that decides on the step) of each of the epoch's answers."""
         if epoch not in self._lines:
             draw = random.Random(f"{self.seed}/{epoch}")
             order = list(range(len(self.num_answers)))
             draw.shuffle(order)
-            line = []
+            line: list[tuple[int, int, int]] = []
             for example in order:
                 dialogues = list(range(self.num_answers[example]))
                 draw.shuffle(dialogues)
-                line += [(example, dialogue) for dialogue in dialogues]
-            self._lines = {e: kept for e, kept in self._lines.items() if e == epoch - 1} | {epoch: line}
+                start, together = len(line), len(dialogues) <= self.batch_size
+                middle = start + (len(dialogues) - 1) // 2
+                line += [(example, d, middle if together else start + i) for i, d in enumerate(dialogues)]
+            self._lines = {e: kept for e, kept in self._lines.items() if abs(e - epoch) == 1} | {epoch: line}
         return self._lines[epoch]
 
 

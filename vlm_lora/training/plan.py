@@ -32,7 +32,7 @@ from vlm_lora.model.backbone import (
     resolve_dtype,
 )
 from vlm_lora.model.encode import Encoder
-from vlm_lora.model.packing import IGNORE_INDEX, Encoded
+from vlm_lora.model.packing import IGNORE_INDEX, Encoded, padded_tokens
 from vlm_lora.model.tokens import over_budget
 from vlm_lora.training.batches import Plan, micro_batches, split_long
 from vlm_lora.training.loop import LOGITS_AT_ONCE
@@ -70,10 +70,12 @@ def sees_each_image_once(config: TrainConfig, examples: Sequence[Example]) -> bo
 
 @dataclass(frozen=True, slots=True)
 class MicroShape:
-    """``rows`` of ``width`` tokens, ``labels`` of which carry loss; patches of each image in them."""
+    """``rows`` of ``width`` tokens, the first ``prefix`` of each before all branches; how many of all carry loss;
+    patches of each image in them."""
 
     rows: int
     width: int
+    prefix: int
     labels: int
     patches: tuple[int, ...]
 
@@ -119,8 +121,9 @@ class CostModel:
         linears = _multiply_adds(s.language_linears) * tokens
         again = self.config.gradient_checkpointing  # the layers' forward pass
         # Forward 2 products; backward 5, as the scores are computed again (arXiv:2205.14135, section 3.1).
-        keys = shape.width + (self.config.num_virtual_tokens if self.config.method == "prefix" else 0)
-        attention = (3.5 + again) * 2 * s.layers * s.heads * s.head_dim * shape.rows * shape.width * keys
+        before = self.config.num_virtual_tokens if self.config.method == "prefix" else 0
+        pairs = shape.prefix * (shape.prefix + before) + (shape.width - shape.prefix) * (shape.width + before)
+        attention = (3.5 + again) * 2 * s.layers * s.heads * s.head_dim * shape.rows * pairs
         head = (3 if shape.labels > LOGITS_AT_ONCE else 2) * s.hidden * s.vocabulary * shape.labels
         first, last = (i * o for i, o in s.merger_linears)
         merger = merged * (first + 2 * last)  # the gradient of features is nobody's
@@ -168,22 +171,22 @@ class CostModel:
     def activation_bytes(self, shape: MicroShape) -> int:
         """What the forward pass keeps for the backward pass.
 
-        In each layer: the input of both norms and their scale in float32; queries, keys, values (repeated for all
-        heads), the attention's output and its sums; three or four tensors of the MLP; and each LoRA's input, in
-        float32, which in float32 three of them share and two of them share.
+        In each layer: the input of both norms and their scale in float32; queries, keys, values (as they are, and
+        repeated for all heads), the attention's output and its sums; three or four tensors of the MLP; and each LoRA's
+        input, in float32, which in float32 three of them share and two of them share.
         """
         s, wide = self.shapes, self.shapes.heads * self.shapes.head_dim
-        token = 4 * (2 * s.hidden + 2 + s.heads) + self.bytes * (4 * wide + 3 * s.intermediate)
+        once = 2 * s.kv_heads * s.head_dim
+        token = 4 * (2 * s.hidden + 2 + s.heads) + self.bytes * (4 * wide + once + 3 * s.intermediate)
         if self.language_lora:
             inputs = 5 * s.hidden + wide + s.intermediate
             dropout = self.config.dropout > 0  # an input and a mask each; the CPU's masks are float32
-            shared = self.bytes == 4 and not dropout  # and o_proj's is the attention's output
-            token += (
-                4 * (2 * s.hidden + s.intermediate if shared else inputs) + 4 * dropout * inputs + 4 * 7 * self.rank
-            )
+            shared = self.bytes == 4 and not dropout
+            kept = 2 * s.hidden + wide + s.intermediate if shared else inputs
+            token += 4 * kept + 4 * dropout * inputs + 4 * 7 * self.rank
         if self.config.method == "adapter":
             token += 2 * 4 * (s.hidden + 3 * self.config.bottleneck)
-        mask = shape.rows * shape.width**2 * (1 + self.bytes)
+        mask = shape.rows * (shape.width - shape.prefix) * shape.width * (1 + self.bytes)
         head = (
             min(shape.labels, LOGITS_AT_ONCE) * s.vocabulary * (self.bytes + 4 + 4 + 4)
         )  # logits, in float32, their gradient, softmax
@@ -256,7 +259,9 @@ def micro_shapes(config, plan: Plan, lessons, patches: Mapping[ImageRef, int], s
     for group in micro_batches([part for _, part in rows], config.micro_batch_tokens):
         labels = sum(int((b.labels[1:] != IGNORE_INDEX).sum()) for i in group for b in rows[i][1].branches)
         seen = tuple(patches[image] for i in group for image in rows[i][0])
-        shapes.append(MicroShape(len(group), max(rows[i][1].num_tokens for i in group), labels, seen))
+        parts = [rows[i][1] for i in group]
+        prefix = max(len(part.prefix_ids) for part in parts)
+        shapes.append(MicroShape(len(group), padded_tokens(parts) // len(group), prefix, labels, seen))
     return shapes
 
 
@@ -291,7 +296,7 @@ def measure_rates(
     ids = torch.ones(rows, width, dtype=torch.long, device=device)
     positions = torch.arange(width, device=device).expand(3, rows, -1)
     mask = torch.ones(rows, 1, width, width, dtype=torch.bool, device=device).tril()
-    shape = MicroShape(rows, width, 0, ())
+    shape = MicroShape(rows, width, 0, 0, ())
     seconds = _seconds(lambda: backbone.forward(ids, mask, positions, None).float().sum().backward(), device)
     return cost.step_operations(shape) / seconds, tower
 
@@ -346,6 +351,7 @@ def make_plan(
         VlmLoraError: data or model cannot be used.
     """
     device = best_device()
+    config = config.on(device.type)
     dtype = resolve_dtype(config.dtype, device)
     shapes = load_shapes(config.model)
     base = load_preprocessor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)

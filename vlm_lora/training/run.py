@@ -73,6 +73,7 @@ def train(
         raise ConfigError(f"--report-to {config.report_to}: is not installed: pip install {config.report_to}.")
     folder = Path(config.output or _new_run_name(config))
     processes = Processes(config.method, log_with=config.report_to, project_dir=str(folder))
+    config = config.on(processes.device.type)
     dataset = read_data(config, config.sources)
     held_dataset = read_data(config, (config.val,)) if config.val else None
     same = {"data": dataset.fingerprint(), "val": held_dataset and held_dataset.fingerprint()}
