@@ -16,7 +16,7 @@ from tests.training.test_train import config
 from vlm_lora.cli import main
 from vlm_lora.errors import DataError
 from vlm_lora.model.adapters.methods import attach_adapter
-from vlm_lora.model.backbone import load_backbone, load_shapes
+from vlm_lora.model.backbone import load_backbone, load_shapes, shapes_of
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.training.batches import Plan
@@ -122,6 +122,7 @@ def test_numbers_are_those_of_the_model(checkpoints, photo_folder, tmp_path, met
     changes = {"dropout": 0.0} | ({} if "rank" in METHODS[method] else {"rank": 16}) | METHODS[method]
     settings, backbone, adapter, *_ = prepared(checkpoints, photo_folder, tmp_path, **changes)
     cost = CostModel(load_shapes(settings.model), settings, torch.float32)
+    assert shapes_of(load_backbone(settings.model).model) == cost.shapes  # what training takes, and `plan`
     trained = sum(p.numel() for _, p in adapter.named_parameters())
     assert cost.trained_numbers() == trained
     frozen = {p.data_ptr(): p.nbytes for p in backbone.model.parameters() if not p.requires_grad}

@@ -290,17 +290,18 @@ class Backbone(Preprocessor):
         if self.tower_adapted:
             grids = image_grid_thw.repeat_interleave(image_grid_thw.prod(-1), 0)
             return torch.cat([pixel_values, grids.to(pixel_values.dtype)], 1)
-        visual = self.model.model.visual
         self.park_tower(self.device)  # that is, have it back
-        training = visual.training
-        visual.eval()  # the stock forward runs the merger too; its dropout must not draw random numbers here
-        features = self._through_blocks(pixel_values, image_grid_thw)
-        visual.train(training)
-        return features
+        return self._through_blocks(pixel_values, image_grid_thw)
 
     def _through_blocks(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
-        grid = image_grid_thw.to(self.device)
-        features = self.model.model.visual(pixel_values.to(self.device, self.dtype), grid_thw=grid).last_hidden_state
+        pixel_values, grid = pixel_values.to(self.device, self.dtype), image_grid_thw.to(self.device)
+        visual = self.model.model.visual
+        # The stock forward would run the merger too, to no use, and its dropout would draw random numbers.
+        merger, visual.merger = visual.merger, nn.Identity()
+        try:
+            features = visual(pixel_values, grid_thw=grid).last_hidden_state
+        finally:
+            visual.merger = merger
         if self.model.config.model_type == "qwen2_5_vl":
             features = self._leave_windows(features, grid)
         return features
@@ -552,7 +553,11 @@ class Shapes:
 
 def load_shapes(name: str) -> Shapes:
     """A base model's sizes; no weights are read."""
-    model = _without_weights(name)
+    return shapes_of(_without_weights(name))
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    """The sizes of a model that no adapter sits in yet."""
     text, vision, visual = model.config.text_config, model.config.vision_config, model.model.visual
     head_dim = model.model.language_model.layers[0].self_attn.head_dim
     if model.config.model_type == "qwen2_5_vl":
@@ -562,7 +567,7 @@ def load_shapes(name: str) -> Shapes:
         windows = (None,) * len(visual.blocks)
     patch = visual.patch_embed.proj.weight
     return Shapes(
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(map(num_numbers, model.parameters())),
         language_linears=_linears(model.model.language_model.layers),
         tower_linears=(*_linears(visual.blocks), (patch[0].numel(), len(patch))),
         merger_linears=_linears(visual.merger),
@@ -576,6 +581,12 @@ def load_shapes(name: str) -> Shapes:
         tower_width=len(patch),
         tower_windows=windows,
     )
+
+
+def num_numbers(parameter: nn.Parameter) -> int:
+    """How many it holds, also where two of them are kept in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return state.shape.numel() if state else parameter.numel()
 
 
 def _linears(part: nn.Module) -> tuple[tuple[int, int], ...]:

@@ -135,12 +135,9 @@ class CostModel:
         return total
 
     def tower_operations(self, patches: int) -> float:
-        """Of one image's forward pass, and of the backward pass where LoRA sits in the tower.
-
-        The merger is included, which transformers' tower always runs.
-        """
+        """Of one image's forward pass, and of the backward pass where LoRA sits in the tower."""
         s = self.shapes
-        linears = _multiply_adds(s.tower_linears) * patches + _multiply_adds(s.merger_linears) * patches / 4
+        linears = _multiply_adds(s.tower_linears) * patches
         attention = sum(2 * s.tower_width * patches * min(patches, window or patches) for window in s.tower_windows)
         if not self.tower_lora:
             return 2 * (linears + attention)

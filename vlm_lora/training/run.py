@@ -21,7 +21,7 @@ from vlm_lora.data.split import split_examples
 from vlm_lora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from vlm_lora.model.adapters.base import Adapter
 from vlm_lora.model.adapters.methods import attach_adapter
-from vlm_lora.model.backbone import Backbone, load_backbone, load_shapes, require_bitsandbytes, resolve_dtype
+from vlm_lora.model.backbone import Backbone, Shapes, load_backbone, require_bitsandbytes, resolve_dtype, shapes_of
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, cache_folder
 from vlm_lora.model.tokens import over_budget
@@ -108,6 +108,7 @@ def train(
             max_pixels=config.max_pixels,
             quantise=config.method == "qlora",
         )
+        shapes = shapes_of(backbone.model)
         adapter = attach_adapter(backbone, config)
         if config.gradient_checkpointing:
             backbone.checkpoint_layers()
@@ -153,7 +154,7 @@ def train(
         identity = _identity(config, dataset, held_dataset, adapter)
         processes.require_same(identity)
         lessons = [lesson for lesson in lessons for _ in range(lesson.example.weight)]
-        predicted, started = _prediction(config, features, lessons), time.perf_counter()
+        predicted, started = _prediction(config, shapes, features, lessons), time.perf_counter()
         steps = run_steps(
             config, adapter, features, lessons, held_lessons, folder, identity, processes, report, stop, allow_change
         )
@@ -220,13 +221,13 @@ def _grids(features: FeatureCache, example: Example) -> torch.Tensor | str:
     return torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
 
 
-def _prediction(config: TrainConfig, features: FeatureCache, lessons: Sequence[Lesson]) -> Prediction:
+def _prediction(config: TrainConfig, shapes: Shapes, features: FeatureCache, lessons: Sequence[Lesson]) -> Prediction:
     """The cost of the steps alone: what the cache holds by now costs nothing more."""
     patches = {image: features.patches(image) for lesson in lessons for image in lesson.example.images}
     survey = features.survey(patches)
     return predict(
         config,
-        load_shapes(config.model),
+        shapes,
         [(lesson.example, lesson.encoded) for lesson in lessons],
         patches,
         device=features.backbone.device,

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vlm_lora.errors import AdapterError
-from vlm_lora.model.backbone import TOWER_PREFIXES, Backbone
+from vlm_lora.model.backbone import TOWER_PREFIXES, Backbone, num_numbers
 
 WEIGHTS, CONFIG, CONTRACT = "adapter_model.safetensors", "adapter_config.json", "contract.json"
 FORMAT = 1
@@ -99,7 +99,7 @@ class Adapter:
                 group,
                 len({ADAPTED.split(name)[0] for name, _ in members if ADAPTED.search(name)}),
                 sum(_trained(p) for _, p in members),
-                sum(_numel(p) - _trained(p) for _, p in members),
+                sum(num_numbers(p) - _trained(p) for _, p in members),
             )
             for group, members in groups.items()
         ]
@@ -116,12 +116,6 @@ class Adapter:
 def _trained(parameter: torch.nn.Parameter) -> int:
     """How many of its numbers train: of PiSSA's tensors a half stays as it starts, and says so by ``num_trained``."""
     return getattr(parameter, "num_trained", parameter.numel()) if parameter.requires_grad else 0
-
-
-def _numel(parameter: torch.nn.Parameter) -> int:
-    """Its numbers, also where two of them are kept in a byte."""
-    state = getattr(parameter, "quant_state", None)
-    return state.shape.numel() if state else parameter.numel()
 
 
 def new_contract(backbone: Backbone, method: str, prompt: str) -> Contract:
