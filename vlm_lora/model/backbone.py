@@ -160,7 +160,7 @@ def best_device() -> torch.device:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device had no room left. The CPU's says so as a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
