@@ -14,6 +14,10 @@ from vlm_lora.errors import CheckpointError
 from vlm_lora.training import checkpoint
 from vlm_lora.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 
+LOOKING = {"close", "fspath", "fstat", "fsync", "getpid", "is_dir", "listdir", "lstat", "read", "scandir", "stat"}
+"""Calls that change nothing a kill would leave: before one it leaves what it leaves before the next. The campaign stops
+at each of them too."""
+
 IDENTITY = {"lr": 1e-3, "data_fingerprint": "0" * 64}
 
 
@@ -222,7 +226,7 @@ def test_a_save_can_be_stopped_before_any_call_into_the_operating_system(tmp_pat
         child = os.fork()
         if not child:
             try:
-                with stopped_at(place, torn):
+                with stopped_at(place, torn, skip=LOOKING):
                     ready.save(folder, keep=2)
             finally:
                 os._exit(0)
@@ -239,6 +243,6 @@ def test_a_save_can_be_stopped_before_any_call_into_the_operating_system(tmp_pat
         shutil.rmtree(folder)
         if status == 0:  # it has made all its calls
             break
-    assert len(found) > 60
+    assert len(found) > 20
     assert found == sorted(found)
     assert set(found) == {3, 4}

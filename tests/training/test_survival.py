@@ -10,11 +10,12 @@ import subprocess
 import sys
 from collections import namedtuple
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, picture
+from tests.conftest import picture
 from tests.training.test_train import adapter_of, assert_same, config
 from vlm_lora.cli import console, main
 from vlm_lora.errors import CheckpointError, ConfigError, Stopped, TrainingError
@@ -580,22 +581,30 @@ def test_tensorboard_takes_a_run_on_two_sources(tmp_path):
     assert "data: a, b:2\n" in written.read_text()
 
 
-def test_training_and_captioning_open_no_connection(checkpoints, photo_folder, tmp_path):
-    """P12, with the hub online as it is for a user."""
-    code = """
-import sys
-def watch(event, args):
-    if event in ("socket.getaddrinfo", "socket.gethostbyname") or event == "socket.connect":
-        print("NETWORK", event, args, file=sys.stderr)
-        raise OSError("no network in this test")
-sys.addaudithook(watch)
-from vlm_lora.cli import console, main
-data, model, output = sys.argv[1:]
-code = main(["train", data, "--model", model, "--output", output, "--max-steps", "2", "--rank", "4"])
-sys.exit(code or main(["caption", data + "/00.png", "--adapter", output]))
-"""
-    online = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
-    command = [sys.executable, "-c", code, str(photo_folder), str(checkpoints["qwen2_vl"]), str(tmp_path / "run")]
-    done = subprocess.run(command, env=online | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "NETWORK" not in done.stderr
+def test_training_and_captioning_open_no_connection(checkpoints, photo_folder, tmp_path, monkeypatch, capsys):
+    """P12, with the hub online as it is for a user; a hub's name as control."""
+    tried, watching = [], [True]
+
+    def watch(event, args):
+        if watching and event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.connect"):
+            tried.append(event)
+            raise OSError("no network in this test")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    sys.addaudithook(watch)  # which nothing takes away again
+    try:
+        command = [
+            "train",
+            str(photo_folder),
+            "--model",
+            str(checkpoints["qwen2_vl"]),
+            "--output",
+            str(tmp_path / "run"),
+        ]
+        assert main([*command, "--max-steps", "1", "--rank", "4"]) == 0
+        assert main(["caption", str(photo_folder / "00.png"), "--adapter", str(tmp_path / "run")]) == 0
+        assert not tried
+        assert main(["caption", str(photo_folder / "00.png"), "--model", "nobody/nothing-of-this-name"]) == 1
+        assert tried
+    finally:
+        watching.clear()
