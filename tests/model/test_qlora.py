@@ -118,7 +118,7 @@ def test_the_paged_optimizer_is_for_qlora_on_a_gpu_and_resumes_exactly(
         torch.testing.assert_close(paged[name], tensor, rtol=1e-2, atol=1e-4)
     settings = straight.replace(output=str(tmp_path / "stopped"))
     with pytest.raises(KeyboardInterrupt):
-        train(settings, report=_stop_behind(4, monkeypatch))
+        train(settings, report=_stop_behind(4))
     assert_same(adapter_of(train(settings, resume=True).folder), paged)
 
 
@@ -128,7 +128,7 @@ def test_train_stop_go_on_load_and_caption(checkpoints, photo_folder, tmp_path, 
     result = train(straight)
     settings = straight.replace(output=str(tmp_path / "stopped"))
     with pytest.raises(KeyboardInterrupt):
-        train(settings, report=_stop_behind(4, monkeypatch))
+        train(settings, report=_stop_behind(4))
     assert_same(adapter_of(train(settings, resume=True).folder), adapter_of(result.folder))
 
     inside = Captioner(result.adapter.backbone, result.adapter, result.features, settings.prompt)

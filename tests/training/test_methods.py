@@ -58,9 +58,9 @@ def test_the_whole_line(checkpoints, photo_folder, tmp_path, method):
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "lora"])  # lora: test_train.py
-def test_resuming_is_bitwise_exact(checkpoints, photo_folder, tmp_path, monkeypatch, method):
+def test_resuming_is_bitwise_exact(checkpoints, photo_folder, tmp_path, method):
     wanted = adapter_of(train(method_config(checkpoints, photo_folder, tmp_path / "straight", method)).folder)
     settings = method_config(checkpoints, photo_folder, tmp_path / "stopped", method)
     with pytest.raises(KeyboardInterrupt):
-        train(settings, report=_stop_behind(4, monkeypatch))
+        train(settings, report=_stop_behind(4))
     assert_same(adapter_of(train(settings, resume=True).folder), wanted)

@@ -1,5 +1,6 @@
 """What a run survives, each as exactly as if nothing had happened: little memory, bad numbers, full disks, signals."""
 
+import errno
 import json
 import os
 import resource
@@ -9,13 +10,14 @@ import subprocess
 import sys
 from collections import namedtuple
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, picture
+from tests.conftest import picture
 from tests.training.test_train import adapter_of, assert_same, config
-from vlm_lora.cli import main
+from vlm_lora.cli import console, main
 from vlm_lora.errors import CheckpointError, ConfigError, Stopped, TrainingError
 from vlm_lora.training import loop, run
 from vlm_lora.training.run import train
@@ -89,18 +91,41 @@ def test_a_run_folder_in_use_is_refused_and_a_killed_users_is_not(checkpoints, p
 
 
 def test_killed_before_anything_was_written_it_can_be_gone_on_with(checkpoints, photo_folder, tmp_path):
-    (tmp_path / "run").mkdir()
+    """Behind mkdir, or behind the lock: the scripts in docs/distributed.md say --resume once the folder is there."""
     settings = config(checkpoints, photo_folder, tmp_path / "run", max_steps=1)
-    with pytest.raises(CheckpointError, match="holds no run"):
+    with pytest.raises(CheckpointError, match=r"there is no folder .*run to go on with"):
         train(settings, resume=True)
+    (tmp_path / "run").mkdir()
+    run._prepare_folder(tmp_path / "run", resume=True)
     (tmp_path / "run/.lock").touch()
     assert train(settings, resume=True).steps == 1
+
+
+def test_resume_alone_means_the_newest_unfinished_run_of_the_data(checkpoints, photo_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = config(checkpoints, photo_folder, "x", max_steps=2, save_every=1).replace(output=None)
+    with pytest.raises(CheckpointError, match=r"--resume: runs/ holds no unfinished run of .*photos\. Give its folder"):
+        train(settings, resume=True)
+    others = ["photos-20990101-000000/adapter", "photos-more-20990101-000000", "photos-20200101-000000", "photos-mine"]
+    for other in others:
+        (tmp_path / "runs" / other).mkdir(parents=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, report=Told(2, interrupt))
+    (begun,) = (tmp_path / "runs").glob("photos-*/checkpoints")
+    told = Told()
+    assert train(settings, resume=True, report=told).folder == begun.parent.relative_to(tmp_path)
+    assert told.of("folder") == [{"folder": begun.parent.relative_to(tmp_path)}]
+    assert told.of("start")[0]["step"] == 1
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 
-def out_of_memory(monkeypatch, fails):
+GPU_FULL = torch.OutOfMemoryError("CUDA out of memory. (not really)")
+CPU_FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+
+def out_of_memory(monkeypatch, fails, error=GPU_FULL):
     """``fails(tokens)`` says whether a micro-batch of so many tokens, padding included, finds no room."""
     real, sizes = loop.loss_sum, []
 
@@ -108,19 +133,20 @@ def out_of_memory(monkeypatch, fails):
         sizes.append(batch.input_ids.numel())
         loss = real(backbone, batch)
         if backbone.model.training and fails(sizes[-1]):
-            raise torch.OutOfMemoryError("CUDA out of memory. (not really)")
+            raise error
         return loss
 
     monkeypatch.setattr(loop, "loss_sum", loss_sum)
     return sizes
 
 
-def test_out_of_memory_is_found_before_the_first_step_and_settled(checkpoints, straight, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [GPU_FULL, CPU_FULL], ids=["GPU", "CPU"])
+def test_out_of_memory_is_found_before_the_first_step_and_settled(checkpoints, straight, tmp_path, monkeypatch, error):
     """P10: equal to the bit to a run that was started with the micro-batch that is arrived at."""
     photos = straight.parent / "photos"
     told = Told()
     with monkeypatch.context() as patch:
-        sizes = out_of_memory(patch, lambda tokens: tokens > 100)
+        sizes = out_of_memory(patch, lambda tokens: tokens > 100, error)
         halved = train(config(checkpoints, photos, tmp_path / "halved"), report=told).folder
     assert told.events.index(("warning", told.of("warning")[0])) < [k for k, _ in told.events].index("step")
     assert sizes[0] == max(sizes), "the largest micro-batch does not come first"
@@ -164,9 +190,15 @@ def test_out_of_memory_with_nothing_to_halve_names_the_knobs(checkpoints, photo_
     assert not told.of("step")
     assert len(sizes) < 8
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_lessons", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("the tower")))
+        patch.setattr(run, "_lessons", lambda *args: (_ for _ in ()).throw(CPU_FULL))
         with pytest.raises(TrainingError, match=r"Out of memory.*--max-pixels"):
             train(config(checkpoints, photo_folder, tmp_path / "tower"))
+
+
+def test_a_bug_is_not_taken_for_a_lack_of_memory(checkpoints, photo_folder, tmp_path, monkeypatch):
+    out_of_memory(monkeypatch, lambda tokens: True, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        train(config(checkpoints, photo_folder, tmp_path / "run"))
 
 
 def test_trying_the_largest_step_first_changes_nothing(checkpoints, straight, tmp_path, monkeypatch):
@@ -201,6 +233,9 @@ def test_numbers_that_are_not_finite_are_never_applied(checkpoints, straight, tm
     with pytest.raises(TrainingError, match=rf"{told}.*not finite, and not applied.*05\.png.*--on-nonfinite skip"):
         train(settings)
     assert not (tmp_path / "run/adapter").exists()
+    named = log_of(tmp_path / "run")[-1]["examples"]
+    assert len(named) == 4
+    assert any("05.png" in source for source in named)
 
     skip = settings.replace(on_nonfinite="skip")
     told = Told()
@@ -217,6 +252,14 @@ def test_numbers_that_are_not_finite_are_never_applied(checkpoints, straight, tm
     assert differ(adapter_of(result.folder), adapter_of(straight))
     with pytest.raises(TrainingError, match="More than --max-skipped 2 steps"):
         train(skip.replace(output=str(tmp_path / "many"), max_skipped=2))
+
+
+def test_of_a_large_step_eight_are_named_and_all_are_in_the_log():
+    lessons = [namedtuple("L", "example")(namedtuple("E", "source")(f"{i}.png:1")) for i in range(20)]
+    text = loop._named(lessons)
+    assert text.endswith("7.png:1 and 12 more, all named in metrics.jsonl")
+    assert len(loop._sources(lessons)) == 20
+    assert loop._named(lessons[:8]).endswith(", 7.png:1")
 
 
 def test_a_loss_spike_is_flagged_and_changes_nothing(checkpoints, straight, tmp_path, monkeypatch):
@@ -281,7 +324,7 @@ def test_early_stopping_ends_with_the_best_adapter(checkpoints, straight, tmp_pa
     scripted(monkeypatch, [3.0, 1.0, float("nan")])
     with pytest.raises(KeyboardInterrupt):
         train(settings, report=Told(4, interrupt))  # what was best, and for how long, is in the checkpoint
-    scripted(monkeypatch, [2.0])
+    scripted(monkeypatch, [float("nan"), 2.0])  # of the step that was saved, found anew; and of the next
     told = Told()
     result = train(settings, resume=True, report=told)
     assert result.steps == 4
@@ -290,6 +333,7 @@ def test_early_stopping_ends_with_the_best_adapter(checkpoints, straight, tmp_pa
     assert told.of("best") == [{"step": 2, "loss": 1.0, "last": 4, "num_steps": 8}]
     kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert kept == ["step-000002", "step-000004"]
+    scripted(monkeypatch, [2.0])
     again = train(settings, resume=True)
     assert again.steps == 4, "a run that has stopped early is not gone on with"
 
@@ -303,6 +347,7 @@ def test_the_best_adapter_without_stopping_early(checkpoints, straight, tmp_path
     assert_same(inside, tensors_of(tmp_path / "run/checkpoints/step-000006"))
     assert differ(adapter_of(result.folder), adapter_of(straight))
     (tmp_path / "run/checkpoints/step-000006/adapter.safetensors").write_bytes(b"")
+    scripted(monkeypatch, [2.0, 2.0])
     with pytest.raises(CheckpointError, match=r"best checkpoint is damaged or gone.*without --patience"):
         train(settings, resume=True)
     assert_same(adapter_of(train(settings.replace(load_best_at_end=False), resume=True).folder), adapter_of(straight))
@@ -326,13 +371,33 @@ def test_early_stopping_needs_held_out_data():
 # -- signals ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_stop_on_a_step_that_is_saved_logs_its_held_out_loss_too(checkpoints, straight, tmp_path):
-    settings = config(checkpoints, straight.parent / "photos", tmp_path / "run")
-    told = Told()
-    with pytest.raises(Stopped) as stopped:
-        train(settings, report=told, stop=lambda: signal.SIGTERM if len(told.of("step")) == 3 else None)
-    assert stopped.value.exit_code == 143
-    assert log_of(tmp_path / "run")[-1]["held_out_loss"] == told.of("held_out")[0]["loss"]
+@pytest.mark.parametrize("when", ["in the step", "in the evaluation", "killed in the evaluation"])
+def test_a_step_that_is_due_is_saved_before_it_is_evaluated(checkpoints, straight, tmp_path, monkeypatch, when):
+    """A scheduler's minute must not pass with an evaluation; what that gives is found anew when the run goes on."""
+    settings = config(checkpoints, straight.parent / "photos", tmp_path / "run", load_best_at_end=True)
+    told, real, saved = Told(), loop.mean_loss, tmp_path / "run/checkpoints/step-000003"
+
+    def mean_loss(*args):
+        evaluated.append(saved.is_dir())
+        if when == "killed in the evaluation":
+            raise KeyboardInterrupt
+        return real(*args)
+
+    evaluated: list[bool] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "mean_loss", mean_loss)
+        with pytest.raises((Stopped, KeyboardInterrupt)) as stopped:
+            train(
+                settings,
+                report=told,
+                stop=lambda: (
+                    signal.SIGTERM if (len(told.of("step")) == 3 if when == "in the step" else evaluated) else None
+                ),
+            )
+    assert evaluated == ([] if when == "in the step" else [True])
+    assert saved.is_dir()
+    if when != "killed in the evaluation":
+        assert stopped.value.exit_code == 143
     with (tmp_path / "run/metrics.jsonl").open("a") as log:
         log.write('{"step": 4, "lo')  # a line that was cut off
     result = train(settings, resume=True)
@@ -340,6 +405,46 @@ def test_a_stop_on_a_step_that_is_saved_logs_its_held_out_loss_too(checkpoints, 
     kept = ("step", "loss", "lr", "grad_norm", "held_out_loss")
     short = [[{k: line[k] for k in kept if k in line} for line in log_of(f)] for f in (result.folder, straight)]
     assert short[0] == short[1]
+
+
+def test_every_signal_that_ends_runs_saves_and_what_was_ignored_stays_so():
+    """Without a run: SIGUSR1 is SLURM's, SIGHUP a closed terminal's, which sends it twice."""
+    before = {number: signal.getsignal(number) for number in console.STOPPING}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            signals = console.StopSignals()
+            signals.catch()
+            signal.raise_signal(number)
+            assert signals() == number
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGUSR1)
+            signals.release()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signals = console.StopSignals()
+        signals.catch()
+        signal.raise_signal(signal.SIGHUP)
+        assert signals() is None
+        signals.release()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert Stopped("x", signal.SIGUSR1).exit_code == 138
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_closed_stderr_ends_the_printing_and_nothing_else(monkeypatch, terminal):
+    """As behind ``2>&1 | head``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        report = console.TrainReport(console.StopSignals())
+        report.progress.terminal = terminal
+        for step in range(1, 4):
+            report("held_out", step=step, loss=1.0)
+            report("warning", text="still here")
+        assert os.readlink(f"/proc/self/fd/{writer}") == os.devnull
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -371,6 +476,25 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(checkpoints, straigh
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000003"]
     assert_same(adapter_of(train(settings, resume=True).folder), adapter_of(straight))
+
+
+@pytest.mark.parametrize("file", ["report.html", "README.md"])
+def test_a_disk_that_fills_behind_the_last_step_is_one_line_and_the_adapter_is_there(
+    checkpoints, photo_folder, tmp_path, monkeypatch, capsys, file
+):
+    real = run.Path.write_text
+
+    def write_text(path, *args, **options):
+        if path.name == file:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(run.Path, "write_text", write_text)
+    command = ["train", str(photo_folder), "--model", str(checkpoints["qwen2_vl"]), "--output", str(tmp_path / "run")]
+    assert main([*command, "--max-steps", "1", "--rank", "4", "--val-split", "0.1"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"vlm-lora: {tmp_path}/run: could not be written (No space left on device). The adapter is")
+    assert adapter_of(tmp_path / "run")
 
 
 def test_a_log_that_cannot_be_written_is_said_too(checkpoints, photo_folder, tmp_path):
@@ -447,22 +571,40 @@ def test_tensorboard_gets_what_the_log_gets(checkpoints, straight, tmp_path, mon
         train(settings.replace(report_to="wandb", output=str(tmp_path / "other")))
 
 
-def test_training_and_captioning_open_no_connection(checkpoints, photo_folder, tmp_path):
-    """P12, with the hub online as it is for a user."""
-    code = """
-import sys
-def watch(event, args):
-    if event in ("socket.getaddrinfo", "socket.gethostbyname") or event == "socket.connect":
-        print("NETWORK", event, args, file=sys.stderr)
-        raise OSError("no network in this test")
-sys.addaudithook(watch)
-from vlm_lora.cli import main
-data, model, output = sys.argv[1:]
-code = main(["train", data, "--model", model, "--output", output, "--max-steps", "2", "--rank", "4"])
-sys.exit(code or main(["caption", data + "/00.png", "--adapter", output]))
-"""
-    online = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
-    command = [sys.executable, "-c", code, str(photo_folder), str(checkpoints["qwen2_vl"]), str(tmp_path / "run")]
-    done = subprocess.run(command, env=online | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "NETWORK" not in done.stderr
+def test_tensorboard_takes_a_run_on_two_sources(tmp_path):
+    pytest.importorskip("tensorboard")
+    accelerator = run.Accelerator(log_with="tensorboard", project_dir=str(tmp_path))
+    settings = config({"qwen2_vl": "x"}, "x", tmp_path, report_to="tensorboard").replace(data=("a", "b:2"))
+    run._start_tracker(settings, accelerator, tmp_path)
+    accelerator.trackers[0].finish()
+    (written,) = (tmp_path / "tensorboard").rglob("hparams.yml")
+    assert "data: a, b:2\n" in written.read_text()
+
+
+def test_training_and_captioning_open_no_connection(checkpoints, photo_folder, tmp_path, monkeypatch, capsys):
+    """P12, with the hub online as it is for a user; a hub's name as control."""
+    tried, watching = [], [True]
+
+    def watch(event, args):
+        if watching and event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.connect"):
+            tried.append(event)
+            raise OSError("no network in this test")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    sys.addaudithook(watch)  # which nothing takes away again
+    try:
+        command = [
+            "train",
+            str(photo_folder),
+            "--model",
+            str(checkpoints["qwen2_vl"]),
+            "--output",
+            str(tmp_path / "run"),
+        ]
+        assert main([*command, "--max-steps", "1", "--rank", "4"]) == 0
+        assert main(["caption", str(photo_folder / "00.png"), "--adapter", str(tmp_path / "run")]) == 0
+        assert not tried
+        assert main(["caption", str(photo_folder / "00.png"), "--model", "nobody/nothing-of-this-name"]) == 1
+        assert tried
+    finally:
+        watching.clear()

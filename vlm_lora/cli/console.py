@@ -24,9 +24,18 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def to_stderr(text: str, end: str = "\n") -> None:
+    """Print, from whichever process. Where that cannot be, as behind ``2>&1 | head`` or once the terminal is closed,
+    nothing is printed any more: the work goes on."""
+    try:
+        print(text, end=end, file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 def say(text: str) -> None:
     if process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
+        to_stderr(text)
 
 
 class Progress:
@@ -44,7 +53,7 @@ class Progress:
             return
         self.last = now
         if self.terminal:
-            print("\r" + text.ljust(self.width), end="\n" if last else "", file=sys.stderr, flush=True)
+            to_stderr("\r" + text.ljust(self.width), end="\n" if last else "")
             self.width = 0 if last else len(text)
         else:
             say(text)
@@ -53,22 +62,29 @@ class Progress:
         self.show(f"{what} {done:,} of {total:,}", last=done == total)
 
 
+STOPPING = [getattr(signal, f"SIG{name}") for name in ("TERM", "INT", "USR1", "HUP") if hasattr(signal, f"SIG{name}")]
+"""``kill`` and schedulers, Ctrl-C, SLURM, a terminal that is closed; Windows has the first two only."""
+
+
 class StopSignals:
-    """Once caught, the first SIGTERM or SIGINT is remembered, and the second ends the program at once.
+    """Once caught, the first signal of `STOPPING` is remembered; then SIGTERM or SIGINT ends the program at once, and
+    the others, which come twice from one cause, do nothing. Under ``nohup`` SIGHUP stays ignored.
 
     Not so under a launcher: it sends its own to every process as soon as one has ended, and kills after 30 seconds.
     """
 
     def __init__(self):
         self.number: int | None = None
+        self.before: dict[int, object] = {}
 
     def catch(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
+        for number in STOPPING:
+            if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self._remember)
 
     def release(self) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def __call__(self) -> int | None:
         return self.number
@@ -78,8 +94,9 @@ class StopSignals:
         if launched():
             say("\nStopping: all processes finish this step, and it is saved.")
             return
-        for caught in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(caught, signal.SIG_DFL)
+        for caught in self.before:
+            now = caught in (signal.SIGTERM, signal.SIGINT)
+            signal.signal(caught, signal.SIG_DFL if now else signal.SIG_IGN)
         say("\nStopping: this step is finished and saved. Once more ends it at once.")
 
 
@@ -98,6 +115,9 @@ class TrainReport:
         say(f"Data: {format}. {len(train):,} images with {answers:,} answers to learn; {len(held_out):,} held out.")
         if bad:
             say(f"{len(bad):,} rows cannot be used; they are listed in the run folder's quarantined.jsonl.")
+
+    def folder(self, folder) -> None:
+        say(f"Run folder: {folder}")
 
     def parts(self, parts, model, device, dtype) -> None:
         say(f"Base model {model} on {device}, {dtype.removeprefix('torch.')}. What trains:")

@@ -7,7 +7,7 @@ vision tower frozen, then compares base and tuned on the held-out images. All of
   vlm-lora train ./photos --model tiny --lr 3e-3          a small model without a network, to try things out
   vlm-lora train ./photos ./rare:3                        two sources; the answers of the second three times an epoch
   vlm-lora train --config run.yaml --lr 1e-4              settings from a file, flags go first
-  vlm-lora train ./photos --output runs/a --resume        go on after a stop
+  vlm-lora train ./photos --resume                        go on with the newest unfinished run of it
 """
 
 import argparse
@@ -15,10 +15,14 @@ import shlex
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlm_lora.cli.console import Progress, StopSignals, TrainReport, say
 from vlm_lora.config import TrainConfig, config_from, knob_type, read_yaml
-from vlm_lora.errors import ConfigError
+from vlm_lora.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from vlm_lora.training.run import RunResult
 
 
 def add_knobs(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +53,11 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_knobs(parser)
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in --output; by default in the data's newest unfinished run",
+    )
     parser.add_argument(
         "--allow-change",
         default="",
@@ -76,11 +84,31 @@ def run(options: argparse.Namespace) -> int:
         result = train(config, resume=options.resume, allow_change=allowed, report=report, stop=signals)
     finally:
         signals.release()
+    try:
+        told = _compare_and_describe(result, config, options)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or result.folder}: could not be written ({error.strerror or error}). The adapter is "
+            f"whole: {result.folder / 'adapter'}. Make room; then vlm-lora eval compares base and tuned."
+        ) from error
+    if result.processes.is_main:
+        print(told, end="")
+        print(f"Adapter: {result.folder / 'adapter'} (its model card: README.md in there)")
+        folder = shlex.quote(str(result.folder))
+        say("Next:")
+        say(f"  vlm-lora caption PATH... --adapter {folder}")
+        say(f"  vlm-lora demo --adapter {folder}")
+    return 0
+
+
+def _compare_and_describe(result: "RunResult", config: TrainConfig, options: argparse.Namespace) -> str:
+    """Compare base and tuned, write report and model card; what there is to print about it, in the main process."""
     together = result.processes.sharded  # then the main process cannot answer alone
     if not together:
         result.processes.leave()
-    folder = shlex.quote(str(result.folder))
-    command, scores = shlex.join(["vlm-lora", *sys.argv[1:]]), None
+    command, scores, told = shlex.join(["vlm-lora", *sys.argv[1:]]), None, ""
     if result.held_out and not options.no_eval and (together or result.processes.is_main):
         from vlm_lora.inference.captioner import Captioner
         from vlm_lora.inference.evaluate import evaluate, table
@@ -95,17 +123,14 @@ def run(options: argparse.Namespace) -> int:
         )
         if together:
             result.processes.leave()
-        if not result.processes.is_main:
-            return 0
-        evaluation.write(result.folder)
-        report = write_report(result.folder, evaluation, title=result.folder.name, command=command)
-        scores = evaluation.scores
-        print(f"Base against tuned on {scores['examples']:,} held-out images, {scores['answers']:,} questions:\n")
-        print(table(scores))
-        print("\n" + "\n".join(summary(scores)))
-        print(f"\nReport with pictures: {report}")
+        if result.processes.is_main:
+            evaluation.write(result.folder)
+            report = write_report(result.folder, evaluation, title=result.folder.name, command=command)
+            scores = evaluation.scores
+            told = f"Base against tuned on {scores['examples']:,} held-out images, {scores['answers']:,} questions:\n\n"
+            told += "\n".join([table(scores), "", *summary(scores), "", f"Report with pictures: {report}", ""])
     if not result.processes.is_main:
-        return 0
+        return told
     from vlm_lora.inference.card import write_card
 
     write_card(
@@ -121,8 +146,4 @@ def run(options: argparse.Namespace) -> int:
     )
     if result.bad:
         say(f"{len(result.bad):,} rows were left out: {result.folder / 'quarantined.jsonl'}")
-    print(f"Adapter: {result.folder / 'adapter'} (its model card: README.md in there)")
-    say("Next:")
-    say(f"  vlm-lora caption PATH... --adapter {folder}")
-    say(f"  vlm-lora demo --adapter {folder}")
-    return 0
+    return told

@@ -21,7 +21,7 @@ from vlm_lora.data.images import load_image
 from vlm_lora.errors import ConfigError, DataError
 from vlm_lora.model.adapters.base import Adapter, base_of, find_adapter, read_contract
 from vlm_lora.model.adapters.methods import load_adapter
-from vlm_lora.model.backbone import Backbone, load_backbone
+from vlm_lora.model.backbone import Backbone, is_out_of_memory, load_backbone
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, ImageFeatures, cache_folder
 from vlm_lora.model.packing import Encoded
@@ -268,8 +268,8 @@ class Captioner:
         """`generate`, in halves where the device's memory is not enough for all at once."""
         try:
             return self.generate(asked, tuned=tuned, decoding=decoding)
-        except torch.OutOfMemoryError:
-            if len(asked) == 1:
+        except (RuntimeError, MemoryError) as error:
+            if len(asked) == 1 or not is_out_of_memory(error):
                 raise
         torch.cuda.empty_cache()
         half = len(asked) // 2

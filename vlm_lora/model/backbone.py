@@ -10,17 +10,20 @@ import hashlib
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vlm_lora.errors import ModelError
+from vlm_lora.errors import ConfigError, ModelError
 from vlm_lora.model.attention import use_packed_attention
 
 FAMILIES = {
@@ -35,6 +38,9 @@ MERGER_LINEARS = r"model\.visual\.merger\.mlp\.(?:0|2)"
 VISION_LINEARS = r"model\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.(?:fc1|fc2|(?:gate|up|down)_proj))"
 MAX_ASPECT = 200  # of transformers' smart_resize, which raises beyond it
 FITTING = "fit 1"  # goes into the fingerprint of features: change it with what `Preprocessor.preprocess` does
+LAYOUTS = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?")
+"""What stands before a weight's name in the files of one release of transformers and not in those of another."""
+
 TOWER_PREFIXES = ("model.visual.patch_embed.", "model.visual.blocks.", "model.visual.rotary_pos_emb.")
 
 
@@ -79,9 +85,28 @@ def find_model(name: str, *, weights: bool = True) -> Path:
 
 def _json(file: Path) -> dict:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        read = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: cannot be read ({error}).") from error
+        raise ModelError(f"{file}: cannot be read ({error}). Download the base model again.") from error
+    if not isinstance(read, dict):
+        raise ModelError(f"{file}: holds {str(read)[:20]!r}; expected {{...}}. Download the base model again.")
+    return read
+
+
+def _weight_map(index: Path) -> dict:
+    """Which file each weight is in."""
+    weight_map = _json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ModelError(f"{index}: weight_map is {str(weight_map)[:20]!r}; expected {{weight: file, ...}}.")
+    return weight_map
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Those that transformers loads."""
+    whole = folder / "model.safetensors"
+    if whole.exists():
+        return [whole]
+    return sorted({folder / part for part in _weight_map(folder / "model.safetensors.index.json").values()})
 
 
 def _asks_for_code(file: Path) -> bool:
@@ -97,18 +122,22 @@ def _asks_for_code(file: Path) -> bool:
 
 def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> dict:
     """Its ``config.json``, once it is sure that loading the folder runs no code and opens no pickle."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    if not (folder / "config.json").exists():
         raise ModelError(
-            f"--model {name}: {folder / 'config.json'} cannot be read ({error}). "
+            f"--model {name}: {folder} holds no config.json. "
             "A base model's folder holds config.json, tokenizer files and *.safetensors."
-        ) from error
+        )
+    config = _json(folder / "config.json")
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"--model {name}: {folder} holds an adapter too (adapter_config.json), which would be loaded with the base "
+            "unasked. Move adapter_config.json and adapter_model.* to a folder of their own, to be given by --adapter."
+        )
     for file in sorted(folder.glob("*config.json")):
         if _asks_for_code(file):
             raise ModelError(f"--model {name}: {file.name} asks for code of its own (auto_map), which is never run.")
     for file in folder.glob("*.safetensors.index.json"):
-        odd = [part for part in _json(file).get("weight_map", {}).values() if not str(part).endswith(".safetensors")]
+        odd = [part for part in _weight_map(file).values() if not str(part).endswith(".safetensors")]
         if odd:
             raise ModelError(
                 f"--model {name}: {file.name} names {odd[0]}; only *.safetensors are read, never a pickle."
@@ -129,11 +158,25 @@ def best_device() -> torch.device:
     return torch.device("cpu")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device had no room left. The CPU's says so as a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 where the device computes it natively and fast, float32 elsewhere."""
+    """``auto`` is bfloat16 where the device computes it natively and fast, float32 elsewhere.
+
+    Raises:
+        ConfigError: bfloat16 is asked for, and the device cannot do it.
+    """
     if dtype == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32
+    if dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError(
+            f"--dtype bfloat16: {torch.cuda.get_device_name(device)} cannot compute in it. Give --dtype float32, or "
+            "leave --dtype out."
+        )
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
@@ -230,13 +273,15 @@ class Preprocessor:
 class Backbone(Preprocessor):
     """A loaded base model with its processor.
 
-    ``model`` is transformers' own class. Where it is ``quantised``, the language layers' linears are kept in four bits.
-    Where ``tower_adapted``, an adapter sits in the vision blocks: what they give is no constant of an image any more.
+    ``model`` is transformers' own class, with the weights in ``folder`` (None: random ones). Where it is ``quantised``,
+    the language layers' linears are kept in four bits. Where ``tower_adapted``, an adapter sits in the vision blocks:
+    what they give is no constant of an image any more.
     ``prefix`` holds ``keys`` and ``values`` ``(layers, heads, count, head_dim)`` that all tokens see, and behind which
     positions begin.
     """
 
     model: nn.Module
+    folder: Path | None = None
     quantised: bool = False
     tower_adapted: bool = False
     prefix: nn.Module | None = None
@@ -349,20 +394,26 @@ class Backbone(Preprocessor):
         return digest.hexdigest()
 
     @cached_property
-    def language_fingerprint(self) -> str:
-        """Hash of the language model's size and its first and last weights: tells one base from another.
+    def base_fingerprint(self) -> str:
+        """Tells one base from another: a hash of its weights' names and shapes, then one of a row of each weight.
 
-        In bfloat16, and without the config's other entries, so that the same base is the same on a GPU and on a CPU,
-        and under another release of transformers.
+        Of the files, so that neither how they were loaded (number format, four bits, in pieces) nor the release of
+        transformers is in it; a copy in a wider number format is the same base.
         """
-        digest = hashlib.sha256()
-        text = self.model.model.language_model
-        size = [len(text.layers), *text.embed_tokens.weight.shape]
-        digest.update(json.dumps(size).encode())
-        for tensor in (text.embed_tokens.weight[:64], text.norm.weight, text.layers[-1].input_layernorm.weight):
-            plain = tensor.detach().to("cpu", torch.bfloat16).contiguous()
-            digest.update(plain.view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        shapes, values = hashlib.sha256(), hashlib.sha256()
+        with ExitStack() as opened:
+            files = [opened.enter_context(safe_open(file, framework="pt")) for file in _weight_files(self.folder)]
+            found = {LAYOUTS.sub("", name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118
+            for plain, (file, name) in sorted(found.items()):
+                if plain == "lm_head.weight" or not plain.endswith((".weight", ".bias")):
+                    continue  # the head, where it is the embeddings again, is in some copies and not in others
+                weight = file.get_slice(name)
+                shape = weight.get_shape()
+                shapes.update(f"{plain} {shape}".encode())
+                middle = shape[0] // 2
+                part = weight[middle : middle + 1] if len(shape) > 1 else weight[:]
+                values.update(part.float().contiguous().numpy().data)
+        return shapes.hexdigest()[:32] + values.hexdigest()[:32]
 
     # -- language ------------------------------------------------------------------------------------------------
 
@@ -521,7 +572,7 @@ def load_backbone(
     use_packed_attention(model)
     model.requires_grad_(False)
     model = model.to(device).eval()
-    return Backbone(model=model, processor=preprocessor.processor, name=name, quantised=quantise)
+    return Backbone(model=model, processor=preprocessor.processor, name=name, folder=folder, quantised=quantise)
 
 
 def load_preprocessor(name: str, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Preprocessor:

@@ -3,7 +3,7 @@
 A checkpoint is a folder ``step-000200`` with ``adapter.safetensors``, ``optimizer.safetensors`` and, written last,
 ``manifest.json`` with the hashes of both and of itself. It is written under a temporary name and renamed, and loses its
 name before it is deleted, so a folder with its right name is whole; one that was damaged later is found by its hashes,
-set aside, and the one before it used.
+set aside, and the one before it used. Where there is none, that is an error: the run would begin anew in silence.
 """
 
 import hashlib
@@ -29,6 +29,8 @@ except ImportError:  # Windows has none; a run folder is not locked there
 MANIFEST = "manifest.json"
 ADAPTER, OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
 LOCK = ".lock"
+FORMAT = 1
+"""Of the manifest; one more with every change that an older release would misread."""
 
 NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
 
@@ -91,12 +93,14 @@ def save_checkpoint(
     temporary = folder / f".{target.name}-{os.getpid()}"
     with writing(target):
         try:
-            folder.mkdir(exist_ok=True)  # not its parents: a run folder that has vanished is not made anew
+            if not folder.exists():
+                folder.mkdir()  # not its parents: a run folder that has vanished is not made anew
+                _sync(folder.parent)
             temporary.mkdir()
             save_file({name: p.detach().contiguous().cpu() for name, p in parameters}, temporary / ADAPTER)
             save_file(_optimizer_tensors(parameters, optimizer), temporary / OPTIMIZER)
             files = {file.name: _describe(file) for file in (temporary / ADAPTER, temporary / OPTIMIZER)}
-            manifest = {"step": progress.step, "progress": asdict(progress), "identity": identity, "files": files}
+            manifest = {"format": FORMAT, "progress": asdict(progress), "identity": identity, "files": files}
             manifest["sha256"] = _digest(manifest)
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
             for path in (*temporary.iterdir(), temporary):
@@ -128,27 +132,37 @@ def load_checkpoint(
     ``allow_change`` names what may have changed in the config, or ``data``, ``val``, ``base``.
 
     Raises:
-        CheckpointError: the checkpoint is of another run: config or data have changed; the difference is shown.
+        CheckpointError: config or data have changed (the difference is shown); a checkpoint cannot be read now, though
+            it may be whole; all that there are have been damaged.
     """
     for leftover in folder.glob(".step-*"):  # of a process that was killed while it saved or deleted
         shutil.rmtree(leftover, ignore_errors=True)
+    damaged = []
     for path in reversed(_checkpoints(folder)):
         try:
-            manifest, contents = _read(path)
-        except (OSError, ValueError, KeyError) as error:
+            progress, before, contents = _read(path)
+        except _Damaged as error:
             aside = path.with_name(path.name + ".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            warn(f"{path.name} is damaged ({error}); it is set aside as {aside.name}, the one before it is used.")
+            with writing(aside):
+                if aside.exists():
+                    shutil.rmtree(aside)
+                path.rename(aside)
+            damaged.append(f"{path.name} is damaged ({error}); it is set aside as {aside.name}")
             continue
-        changed = _check_identity(path, manifest["identity"], identity, allow_change)
-        weights, state = load(contents[ADAPTER]), load(contents[OPTIMIZER])
-        _restore_weights(path, parameters, weights)
-        _restore_optimizer(parameters, optimizer, state)
-        progress = Progress(**manifest["progress"])
+        for text in damaged:
+            warn(f"{text}, and {path.name} is used.")
+        changed = _check_identity(path, before, identity, allow_change)
+        _restore_weights(path, parameters, load(contents[ADAPTER]))
+        _restore_optimizer(parameters, optimizer, load(contents[OPTIMIZER]))
         if "micro_batch_tokens" in changed:
             progress.micro_batch_tokens = start.micro_batch_tokens
         return progress
+    if aside := sorted(path.name for path in folder.glob("step-*.damaged")):
+        why = "; ".join(damaged) or f"set aside before as damaged: {', '.join(aside)}"
+        raise CheckpointError(
+            f"{folder}: no whole checkpoint is left to go on from ({why}). Put one back from a copy, without .damaged "
+            "in its name, or begin anew with another --output."
+        )
     return start
 
 
@@ -160,8 +174,8 @@ def load_weights(folder: Path, step: int, parameters: NamedParameters) -> None:
     """
     path = _named(folder, step)
     try:
-        _, contents = _read(path)
-    except (OSError, ValueError, KeyError) as error:
+        _, _, contents = _read(path)
+    except _Damaged as error:
         raise CheckpointError(
             f"{path}: the best checkpoint is damaged or gone ({error}). Go on with --resume, without --patience and "
             "--load-best-at-end, to end with the last adapter instead."
@@ -178,6 +192,8 @@ def _check_identity(path: Path, before: dict, now: dict, allow_change: Collectio
     refused = [name for name in changed if name not in allow_change]
     if refused:
         told = "; ".join(f"{n}: {_short(before.get(changed[n]))}, now {_short(now[changed[n]])}" for n in refused)
+        if "base" in refused:
+            told += ": another model, number format or image size, or an adapter has been merged into it"
         raise CheckpointError(
             f"{path}: belongs to a run with other settings or data ({told}). Start a new --output, or go on all the "
             f"same with --allow-change {','.join(refused)}: the run is then no longer one that can be repeated."
@@ -203,18 +219,41 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()), key=_step_of)
 
 
-def _read(path: Path) -> tuple[dict, dict[str, bytes]]:
-    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    if manifest.pop("sha256") != _digest(manifest):
-        raise ValueError(f"{MANIFEST} is not what was written")
-    contents = {}
-    for name, described in manifest["files"].items():
-        contents[name] = (path / name).read_bytes()
-        if hashlib.sha256(contents[name]).hexdigest() != described["sha256"]:
-            raise ValueError(f"{name} is not what was written")
-    if set(contents) != {ADAPTER, OPTIMIZER}:
-        raise ValueError("a file is missing from its list")
-    return manifest, contents
+class _Damaged(Exception):
+    """A checkpoint is not what was written."""
+
+
+def _read(path: Path) -> tuple[Progress, dict, dict[str, bytes]]:
+    """Progress, identity, and the files' contents.
+
+    Raises:
+        CheckpointError: it cannot be read, which may pass, or was written by another release; it stays where it is.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        if manifest.pop("sha256") != _digest(manifest):
+            raise _Damaged(f"{MANIFEST} is not what was written")
+        if manifest.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path}: was written by another release of vlm-lora (format {manifest.get('format')!r}; this one "
+                f"reads {FORMAT}). Go on with that release, or begin anew with another --output."
+            )
+        if set(manifest["files"]) != {ADAPTER, OPTIMIZER}:
+            raise _Damaged("a file is missing from its list")
+        contents = {name: (path / name).read_bytes() for name in manifest["files"]}
+        for name, content in contents.items():
+            if hashlib.sha256(content).hexdigest() != manifest["files"][name]["sha256"]:
+                raise _Damaged(f"{name} is not what was written")
+        return Progress(**manifest["progress"]), manifest["identity"], contents
+    except FileNotFoundError as error:
+        raise _Damaged(f"{Path(error.filename).name} is gone") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}), and is left as it is. See that the disk is there and the "
+            "files are readable; then go on with --resume."
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _Damaged(f"{MANIFEST} makes no sense: {error}") from error
 
 
 def _describe(file: Path) -> dict:

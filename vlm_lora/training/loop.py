@@ -27,7 +27,7 @@ from vlm_lora.config import TrainConfig, write_yaml
 from vlm_lora.data.example import Example
 from vlm_lora.errors import ModelError, Stopped, TrainingError
 from vlm_lora.model.adapters.base import ADAPTED, PARTS, Adapter, part_of
-from vlm_lora.model.backbone import Backbone
+from vlm_lora.model.backbone import Backbone, is_out_of_memory
 from vlm_lora.model.features import FeatureCache, ImageFeatures, Pixels
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded, Packed, pack_apart, padded_tokens
 from vlm_lora.training.batches import Plan, deal, micro_batches, split_long
@@ -262,7 +262,9 @@ def learn(
                     batch_loss = loss_sum(backbone, place(backbone, features, batch)) / num_labels
                     batch_loss.backward()
                     loss += batch_loss.detach()
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             if processes.sharded:  # the others are in the middle of a pass that they cannot make without this one
                 raise TrainingError(OUT_OF_MEMORY) from error
             ran_out = True  # dealt with below: in here the error still holds the tensors of the failed pass
@@ -295,7 +297,7 @@ def run_steps(
 ) -> int:
     """Train to the end of the plan, from the newest checkpoint in ``folder`` if there is one; the number of steps.
 
-    ``stop`` is asked behind each step; a signal's number has the run save and end with `Stopped`.
+    ``stop`` is asked behind each step; a signal's number has the run save and end with `Stopped`, unevaluated.
     """
     backbone = adapter.backbone
     parameters = sorted(adapter.named_parameters(), key=lambda named: peak_rate(config, named[0]))
@@ -350,10 +352,27 @@ def run_steps(
             with writing(folder / "metrics.jsonl"):
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-        processes.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+        numbers = {name: value for name, value in line.items() if name not in ("step", "examples")}
+        processes.accelerator.log(numbers, step=line["step"])
 
     def save() -> None:
         save_checkpoint(checkpoints, progress, parameters, optimizer, identity, config.keep_checkpoints)
+
+    def due() -> bool:
+        """Whether the steps done end in a checkpoint and a held-out loss."""
+        return progress.step > 0 and (progress.step % config.save_every == 0 or progress.step == plan.num_steps)
+
+    def hold_out() -> None:
+        if not held_out:
+            return
+        held_out_loss = mean_loss(backbone, features, held_out, progress.micro_batch_tokens, processes)
+        report("held_out", step=progress.step, loss=held_out_loss)
+        _note_best(progress, held_out_loss)
+        if math.isfinite(held_out_loss):
+            write({"step": progress.step, "held_out_loss": held_out_loss})
+
+    if due():  # a checkpoint is written before its held-out loss is known, so that a kill in between loses nothing
+        hold_out()
 
     # Out of memory is found out here and not hours later: the step with the largest micro-batch goes first, and is
     # forgotten again.
@@ -394,6 +413,7 @@ def run_steps(
                 group["lr"] = rate * group["peak"] / config.lr
             optimizer.step()
         else:
+            write({"step": step + 1, "examples": _sources(chosen)})
             _skip_or_stop(config, progress, f"loss {loss}, gradient norm {grad_norm}", chosen, warn)
         optimizer.zero_grad(set_to_none=True)
         progress.step = step + 1
@@ -416,20 +436,17 @@ def run_steps(
         report("step", step=step + 1, num_steps=plan.num_steps, seconds_left=left, **numbers, **rest)
         if finite and len(losses) >= SPIKE_LEAST and numbers["loss"] > 2 * max(losses):
             text = f"loss {numbers['loss']:.4g} is more than twice the highest of the last {len(losses)} steps"
+            write({"step": step + 1, "examples": _sources(chosen)})
             warn(f"Step {step + 1:,}: {text}. The step's examples: {_named(chosen)}.")
         losses.extend([numbers["loss"]] if finite else [])
 
-        # Behind every save_every steps, and behind the last: held-out loss, checkpoint. On a signal: checkpoint.
+        # Behind every save_every steps, and behind the last: checkpoint, held-out loss. On a signal: checkpoint.
         signal_number = processes.highest(stop() or 0)  # all stop behind the same step
-        due = (step + 1) % config.save_every == 0 or step + 1 == plan.num_steps
-        if due and held_out:
-            held_out_loss = mean_loss(backbone, features, held_out, progress.micro_batch_tokens, processes)
-            report("held_out", step=step + 1, loss=held_out_loss)
-            _note_best(progress, held_out_loss)
-            if math.isfinite(held_out_loss):
-                write({"step": step + 1, "held_out_loss": held_out_loss})
-        if due or signal_number:
+        if due() or signal_number:
             processes.on_main(save)
+        if due() and not signal_number:
+            hold_out()
+            signal_number = processes.highest(stop() or 0)  # it may have come meanwhile
         if signal_number:
             raise Stopped(f"stopped behind step {step + 1:,} and saved; go on with --resume.", signal_number)
 
@@ -511,9 +528,13 @@ def _skip_or_stop(config: TrainConfig, progress: Progress, numbers: str, lessons
     raise TrainingError(f"{text} {advice}, with --on-nonfinite skip leaving such steps out.")
 
 
+def _sources(lessons: Sequence[Lesson]) -> list[str]:
+    return [lesson.example.source for lesson in lessons]
+
+
 def _named(lessons: Sequence[Lesson]) -> str:
-    more = f" and {len(lessons) - 8} more" if len(lessons) > 8 else ""
-    return ", ".join(lesson.example.source for lesson in lessons[:8]) + more
+    more = f" and {len(lessons) - 8} more, all named in metrics.jsonl" if len(lessons) > 8 else ""
+    return ", ".join(_sources(lessons[:8])) + more
 
 
 def _note_best(progress: Progress, held_out_loss: float) -> None:
@@ -541,14 +562,16 @@ def _report_dead(parameters, nth_step: int, warn: Callable[[str], None]) -> None
 
 
 def _open_log(path: Path, first: int):
-    """``metrics.jsonl`` open for writing behind step ``first``: lines of steps that are run again are dropped."""
+    """``metrics.jsonl`` open for writing behind step ``first``: lines of what is done again are dropped, of later steps
+    and of the held-out loss behind this one."""
     kept = []
     if first and path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= first:
+                read = json.loads(line)
+                if read["step"] < first or (read["step"] == first and "held_out_loss" not in read):
                     kept.append(line)
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError):
                 continue  # the last line of a killed run may be cut off
     temporary = path.with_name(f".{path.name}")
     temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from vlm_lora.errors import ConfigError, TrainingError, VlmLoraError
+from vlm_lora.model.backbone import is_out_of_memory
 
 T = TypeVar("T")
 
@@ -167,9 +168,9 @@ class Processes:
         """Inside, what goes wrong between processes is one clear line."""
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise TrainingError(
                 f"Process {self.index} of {self.count} lost the others: one has ended, and its own message says why "
                 f"({' '.join(str(error).split())[:160]}). Start again with --resume."

@@ -21,7 +21,15 @@ from vlm_lora.data.split import split_examples
 from vlm_lora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from vlm_lora.model.adapters.base import Adapter
 from vlm_lora.model.adapters.methods import attach_adapter
-from vlm_lora.model.backbone import Backbone, Shapes, load_backbone, require_bitsandbytes, resolve_dtype, shapes_of
+from vlm_lora.model.backbone import (
+    Backbone,
+    Shapes,
+    is_out_of_memory,
+    load_backbone,
+    require_bitsandbytes,
+    resolve_dtype,
+    shapes_of,
+)
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, cache_folder
 from vlm_lora.model.tokens import over_budget
@@ -58,10 +66,11 @@ def train(
     """Train an adapter and write the run folder.
 
     Args:
-        resume: go on from the newest valid checkpoint of ``config.output``.
+        resume: go on from the newest valid checkpoint of ``config.output``, or else of this data's newest run in
+            ``runs`` that has not ended.
         allow_change: settings, or ``data``, ``val``, ``base``, that may differ from the checkpoint's.
-        report: called in every process with what happens: ``data``, ``parts``, ``survey``, ``cache``, ``start``,
-            ``step``, ``held_out``, ``best``, ``cost``, ``warning``, each with its values.
+        report: called in every process with what happens: ``data``, ``folder``, ``parts``, ``survey``, ``cache``,
+            ``start``, ``step``, ``held_out``, ``best``, ``cost``, ``warning``, each with its values.
         stop: asked behind each step; where it gives a signal's number, the run saves and ends with `Stopped`.
 
     Raises:
@@ -71,7 +80,7 @@ def train(
         require_bitsandbytes()
     if config.report_to and importlib.util.find_spec(config.report_to) is None:
         raise ConfigError(f"--report-to {config.report_to}: is not installed: pip install {config.report_to}.")
-    folder = Path(config.output or _new_run_name(config))
+    folder = Path(config.output or (_newest_unfinished(config) if resume else _new_run_name(config)))
     processes = Processes(config.method, log_with=config.report_to, project_dir=str(folder))
     config = config.on(processes.device.type)
     dataset = read_data(config, config.sources)
@@ -100,6 +109,7 @@ def train(
             return folder
 
         folder = processes.on_main(take)
+        report("folder", folder=folder)
         backbone = load_backbone(
             config.model,
             dtype=str(resolve_dtype(config.dtype, processes.device)).removeprefix("torch."),
@@ -257,9 +267,23 @@ def _write_quarantine(folder: Path, bad: Sequence[BadRow]) -> None:
         (folder / "quarantined.jsonl").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def _run_stem(config: TrainConfig) -> str:
+    return re.sub(r"[^\w-]+", "-", Path(config.sources[0]).resolve().name.split(".")[0]).strip("-") or "data"
+
+
 def _new_run_name(config: TrainConfig) -> str:
-    stem = re.sub(r"[^\w-]+", "-", Path(config.sources[0]).resolve().name.split(".")[0]).strip("-") or "data"
-    return f"runs/{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return f"runs/{_run_stem(config)}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _newest_unfinished(config: TrainConfig) -> Path:
+    """The run that ``--resume`` without ``--output`` means: of those that `_new_run_name` has named."""
+    name = re.compile(re.escape(_run_stem(config)) + r"-\d{8}-\d{6}")
+    begun = [p for p in Path("runs").glob("*") if name.fullmatch(p.name) and not (p / "adapter").exists()]
+    if not begun:
+        raise CheckpointError(
+            f"--resume: runs/ holds no unfinished run of {', '.join(config.sources)}. Give its folder with --output."
+        )
+    return max(begun)
 
 
 def _prepare_folder(folder: Path, resume: bool) -> None:
@@ -271,8 +295,8 @@ def _prepare_folder(folder: Path, resume: bool) -> None:
         raise CheckpointError(
             f"--output {folder}: holds a run already. Go on with it by --resume, or give another folder."
         )
-    if resume and not used and not (folder / LOCK).exists():  # with its lock alone: killed before anything was written
-        raise CheckpointError(f"--resume: {folder} holds no run to go on with. Give the run's folder with --output.")
+    if resume and not folder.exists():  # an empty one is that of a run killed before anything was written
+        raise CheckpointError(f"--resume: there is no folder {folder} to go on with. Give the run's with --output.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -287,7 +311,9 @@ def _memory_advice() -> Iterator[None]:
     """Out of memory where nothing can be halved, as in the tower or the held-out loss, ends in advice too."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise TrainingError(OUT_OF_MEMORY) from error
 
 
@@ -308,6 +334,7 @@ def _start_tracker(config: TrainConfig, accelerator: Accelerator, folder: Path) 
         return
     own = {"wandb": {"name": folder.name, "dir": str(folder)}, "trackio": {"name": folder.name}}
     settings = {name: value for name, value in config.to_dict().items() if value is not None}
+    settings["data"] = ", ".join(config.sources)  # TensorBoard takes no tuple
     # TensorBoard is given a folder and takes the name as one in it; the others know projects that hold runs.
     project = "tensorboard" if config.report_to == "tensorboard" else "vlm-lora"
     accelerator.init_trackers(project, settings, {config.report_to: own.get(config.report_to, {})})

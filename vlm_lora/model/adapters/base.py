@@ -122,7 +122,7 @@ def new_contract(backbone: Backbone, method: str, prompt: str) -> Contract:
     min_pixels, max_pixels = backbone.pixel_limits
     return Contract(
         base=backbone.name,
-        base_fingerprint=backbone.language_fingerprint,
+        base_fingerprint=backbone.base_fingerprint,
         tower_fingerprint=backbone.tower_fingerprint,
         method=method,
         prompt=prompt,
@@ -201,10 +201,12 @@ def check_contract(backbone: Backbone, folder: Path) -> Contract | None:
         AdapterError: it was made for another one.
     """
     contract = read_contract(folder)
-    if contract and contract.base_fingerprint != backbone.language_fingerprint:
+    if contract and contract.base_fingerprint != backbone.base_fingerprint:
+        alike = contract.base_fingerprint[:32] == backbone.base_fingerprint[:32]  # in the weights' names and shapes
+        why = "the same sizes but other weights, as after a merge or more training" if alike else "other layers"
         raise AdapterError(
-            f"{folder}: was trained on another base model ({contract.base}) than {backbone.name}. Give that "
-            "base with --model, or train a new adapter on this one."
+            f"{folder}: was trained on another base model ({contract.base}) than {backbone.name}, which has {why}. "
+            "Give the base it was trained on with --model, or train a new adapter on this one."
         )
     if contract and (contract.min_pixels, contract.max_pixels) != backbone.pixel_limits:
         warnings.warn(
