@@ -270,10 +270,12 @@ def test_f31_images_without_a_row_are_named(folder):
 
 
 def test_f32_a_caption_of_a_megabyte_is_named_before_training(folder, capsys):
-    (folder / "rows.jsonl").write_bytes(GOOD + row("a.png", "word " * 200_000))
+    (folder / "rows.jsonl").write_bytes(GOOD + row("a.png", "word " * 200_000) + row("a.png", "short"))
     assert main(["check", str(folder / "rows.jsonl"), "--json", "--model", "tiny"]) == 1
-    reasons = [bad["reason"] for bad in json.loads(capsys.readouterr().out)["bad"]]
-    assert re.match(r"needs \d+ tokens, \d+ of them for images and instruction; --max-tokens is 4096", reasons[0])
+    facts = json.loads(capsys.readouterr().out)
+    (bad,) = facts["bad"]
+    assert (facts["answers"], facts["examples"], bad["source"], bad["line"]) == (2, 1, "rows.jsonl", 2)
+    assert re.match(r"needs \d+ tokens, \d+ of them for images and instruction; --max-tokens is 4096", bad["reason"])
 
 
 def test_f33_special_tokens_in_a_caption_are_learnt_as_the_text_they_are(folder, capsys):

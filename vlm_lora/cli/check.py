@@ -12,7 +12,7 @@ Exit code 0: every row can be used; 1: some cannot, each with file, line and rea
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from vlm_lora.data.check import check_dataset
     from vlm_lora.data.clean import check_clean_folder, write_clean
-    from vlm_lora.data.readers import bad_rows, below, folder_of, read_dataset
+    from vlm_lora.data.readers import below, folder_of, read_dataset
     from vlm_lora.data.sheet import MAX_CARDS, write_sheet
     from vlm_lora.errors import ConfigError
 
@@ -82,17 +82,12 @@ def run(options: argparse.Namespace) -> int:
         thumbnails=MAX_CARDS if options.html else 0,
         progress=_counting("Images read:"),
     )
-    facts, examples = check.facts() | {"tokens": {}}, check.examples
+    tokens = {}
     if options.model is not None:
-        counted = _count_tokens(options, check)
-        facts["tokens"] = counted.facts()
-        for example, reason in counted.too_long:
-            facts["bad"] += [asdict(row) for row in bad_rows(example, reason)]
-            side = facts if example.weight else facts["held_out"]
-            side["examples"] -= 1
-            side["answers"] -= len(example.dialogues)
-        left_out = {example.id for example, _ in counted.too_long}
-        examples = tuple(example for example in examples if example.id not in left_out)
+        counted, counted_held_out = _count_tokens(options, check)
+        tokens, bad = counted.facts(), check.bad + counted.too_long + counted_held_out.too_long
+        check = replace(check, examples=counted.examples, held_out=counted_held_out.examples, bad=bad)
+    facts = check.facts() | {"tokens": tokens}
     if options.json:
         # A file name may be no UTF-8; backslashreplace writes of it what JSON reads
         print(json.dumps(facts, ensure_ascii=False).encode("utf-8", "backslashreplace").decode())
@@ -102,8 +97,8 @@ def run(options: argparse.Namespace) -> int:
         write_sheet(options.html, check, facts, title=", ".join(Path(data).name for data in options.data))
         say(f"Contact sheet: {options.html}")
     if options.write_clean:
-        write_clean(options.write_clean, examples, options.prompt, _counting("Examples written:"))
-        say(f"Clean copy of {len(examples):,} examples: {options.write_clean}")
+        write_clean(options.write_clean, check.examples, options.prompt, _counting("Examples written:"))
+        say(f"Clean copy of {len(check.examples):,} examples: {options.write_clean}")
     return 1 if facts["bad"] else 0
 
 
@@ -113,15 +108,17 @@ def _counting(what: str):
 
 
 def _count_tokens(options: argparse.Namespace, check):
+    """`TokenCount` of what is to be learnt, and of what is held out."""
     from vlm_lora.model.backbone import load_preprocessor
     from vlm_lora.model.encode import Encoder
     from vlm_lora.model.tokens import count_tokens
 
     base = load_preprocessor(options.model, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
     sizes = {ref: seen.size for ref, seen in check.seen.items()}
-    progress = _counting("Examples in tokens:")
-    examples = check.examples + tuple(replace(example, weight=0) for example in check.held_out)  # read, not learnt
-    return count_tokens(Encoder(base), base.grid, examples, sizes, options.max_tokens, progress)
+    return (
+        count_tokens(Encoder(base), base.grid, examples, sizes, options.max_tokens, _counting("Examples in tokens:"))
+        for examples in (check.examples, check.held_out)
+    )
 
 
 def _told(facts: dict) -> Iterator[str]:

@@ -18,11 +18,11 @@ from vlm_lora.data.example import ImageRef
 from vlm_lora.data.fetch import fetch_image
 from vlm_lora.data.images import find_image, real_folder
 from vlm_lora.data.readers import coco, folders, hub, shards, tables
-from vlm_lora.data.readers.gather import BadRow, Dataset, Said, bad_rows, below, gather, join
+from vlm_lora.data.readers.gather import BadRow, Dataset, Said, bad_row, bad_rows, below, gather, join
 from vlm_lora.data.readers.rows import SHAPES, RowReader, check_columns
 from vlm_lora.errors import ConfigError, DataError
 
-__all__ = ["FORMATS", "BadRow", "Dataset", "bad_rows", "below", "folder_of", "read_dataset"]
+__all__ = ["FORMATS", "BadRow", "Dataset", "bad_row", "bad_rows", "below", "folder_of", "read_dataset"]
 
 FORMATS = {
     "imagefolder": "a folder with metadata.jsonl, metadata.csv or metadata.parquet: file_name, text",

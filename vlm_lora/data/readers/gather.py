@@ -123,10 +123,10 @@ def below(folder: str, dataset: Dataset) -> Dataset:
 
 def bad_rows(example: Example, reason: str) -> list[BadRow]:
     """All rows of an example as bad."""
-    return [bad_row(dialogue, reason) for dialogue in example.dialogues]
+    return [bad_row(dialogue.source, reason) for dialogue in example.dialogues]
 
 
-def bad_row(dialogue: Dialogue, reason: str) -> BadRow:
-    """The row of a dialogue as bad."""
-    source, _, line = dialogue.source.rpartition(":")
-    return BadRow(source, int(line), reason) if line.isdecimal() else BadRow(dialogue.source, None, reason)
+def bad_row(place: str, reason: str) -> BadRow:
+    """The row at a place, which is the `source` of a dialogue: `file:line`, or `file:row 3` where rows share a line."""
+    source, _, line = place.rpartition(":")
+    return BadRow(source, int(line), reason) if line.isdecimal() else BadRow(place, None, reason)
