@@ -212,7 +212,9 @@ def _with_images(
     for start in range(0, len(lessons), at_once):
         some = lessons[start : start + at_once]
         # The tower's work is shared out; what is wrong with an image goes to every process.
-        parts = processes.gather([_prepare(features, each.example) for each in some[processes.index :: processes.count]])
+        parts = processes.gather(
+            [_prepare(features, each.example) for each in some[processes.index :: processes.count]]
+        )
         for i, lesson in enumerate(some):
             if error := parts[i % processes.count][i // processes.count]:
                 bad += bad_rows(lesson.example, error)
@@ -249,10 +251,11 @@ def _prediction(config: TrainConfig, features: FeatureCache, lessons: Sequence[L
 
 def _settle_bad_rows(config: TrainConfig, bad: Sequence[BadRow]) -> None:
     if bad and config.on_bad_row == "stop":
+        check = shlex.join(["vlm-lora", "check", *config.sources, "--model", config.model])
         raise DataError(
             f"{', '.join(config.sources)}: {len(bad)} rows cannot be used, and nothing was trained. {_listed(bad)} "
-            f"Mend them (vlm-lora check {shlex.join(config.sources)} --model {shlex.quote(config.model)} lists all), or "
-            "leave them out with --on-bad-row quarantine (they are listed in the run folder)."
+            f"Mend them ({check} lists all), or leave them out with --on-bad-row quarantine "
+            "(they are listed in the run folder)."
         )
 
 

@@ -8,6 +8,7 @@ from vlm_lora.data.example import Dialogue, Turn
 from vlm_lora.data.images import IMAGE_SUFFIXES, find_image
 from vlm_lora.data.readers.gather import BadRow, Said
 from vlm_lora.data.readers.rows import text_of
+from vlm_lora.data.readers.tables import decode_text
 from vlm_lora.errors import DataError
 
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -92,9 +93,5 @@ def _names(paths: list[Path]) -> str:
 def _caption(root: Path, path: Path, allow_outside: bool) -> str:
     # Looked at as an image is: a caption file may be a link out of the folder or a pipe just as well
     ref = find_image(path.relative_to(root).as_posix(), root, allow_outside=allow_outside)
-    try:
-        text = ref.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
-        raise DataError(f"{path.name!r} is not UTF-8 ({byte}); save it as UTF-8") from None
+    text = decode_text(ref.read_bytes(), path.name)
     return text_of(text.rstrip("\r\n"), f"caption file {path.name!r}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_lora.data.example import Dialogue, ImageRef, Turn
-from vlm_lora.data.readers.gather import BadRow, Said
+from vlm_lora.data.readers.gather import BadRow, Said, bad_row
 from vlm_lora.data.texts import is_blank
 from vlm_lora.errors import ConfigError, DataError
 
@@ -51,8 +51,9 @@ class RowReader:
     shape: str | None = None
     """One of SHAPES, or None: found out row by row."""
 
-    def read(self, row: object, source: str, line: int | None) -> Iterator[Said | BadRow]:
+    def read(self, row: object, source: str, line: int | str) -> Iterator[Said | BadRow]:
         """All that the row says; what is wrong with it as BadRow. Never raises."""
+        place = f"{source}:{line}"
         try:
             if not isinstance(row, dict):
                 raise DataError(f"is not an object with named fields but {type(row).__name__}")
@@ -75,11 +76,11 @@ class RowReader:
                 raise DataError(f"names no image under {name}; add one, or say --columns image=NAME")
             for dialogue in said:
                 if isinstance(dialogue, str):  # what is wrong with one of several captions
-                    yield BadRow(source, line, dialogue)
+                    yield bad_row(place, dialogue)
                 else:
-                    yield Said(images, dialogue, f"{source}:{line}")
+                    yield Said(images, dialogue, place)
         except DataError as error:
-            yield BadRow(source, line, str(error))
+            yield bad_row(place, str(error))
 
     def shape_of(self, row: dict) -> str | None:
         """The first of SHAPES whose fields the row has, or None."""
