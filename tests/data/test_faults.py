@@ -452,4 +452,13 @@ def test_images_of_a_large_row_group_are_decoded_by_the_batch(folder, monkeypatc
     for order in (range(60), range(59, -1, -7), (3, 40, 3)):
         assert [refs[i].read_bytes() for i in order] == [images[i] for i in order]
     column = tables._column(folder.resolve() / "x.parquet", 0, "image")
-    assert sum(len(values) for _, values in column.kept) < 20
+    assert sum(len(values) for _, values in column.kept) < 50
+
+
+def test_a_file_with_a_colon_in_its_name_is_no_url(pictures):
+    folder = pictures("scan:1.png")
+    (folder / "x.csv").write_text("image,caption\nscan:1.png,x\nscan:2.png,x\ns3://bucket/a.png,x\n")
+    dataset = read(folder)
+    assert [example.id for example in dataset.examples] == ["scan:1.png"]
+    assert [bad.line for bad in dataset.bad] == [3, 4]
+    assert all("is a URL, which is not fetched" in bad.reason for bad in dataset.bad)

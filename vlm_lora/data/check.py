@@ -82,6 +82,7 @@ class Check:
         return {
             "format": self.dataset.format,
             "columns": self.dataset.note,
+            "unread": self.dataset.unread,
             "examples": len(self.examples),
             "images": len(sizes),
             "answers": len(said),

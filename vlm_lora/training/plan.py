@@ -58,6 +58,7 @@ def read_data(config: TrainConfig, sources: Sequence[str]) -> Dataset:
         columns=parse_columns(config.columns),
         allow_outside=config.allow_outside,
         allow_urls=config.allow_urls,
+        images=config.images,
     )
 
 

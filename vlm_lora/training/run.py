@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Example
 from vlm_lora.data.readers import BadRow, Dataset, bad_rows
-from vlm_lora.data.split import split_examples
+from vlm_lora.data.split import split_examples, without_held_out
 from vlm_lora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from vlm_lora.model.adapters.base import Adapter
 from vlm_lora.model.adapters.methods import attach_adapter
@@ -77,6 +77,8 @@ def train(
     config = config.on(processes.device.type)
     dataset = read_data(config, config.sources)
     held_dataset = read_data(config, (config.val,)) if config.val else None
+    if held_dataset:
+        dataset = without_held_out(dataset, held_dataset, config.val)
     same = {"data": dataset.fingerprint(), "val": held_dataset and held_dataset.fingerprint()}
     processes.require_same(same)  # or they would wait for each other for ever, from here on
     bad = dataset.bad + (held_dataset.bad if held_dataset else ())
@@ -333,7 +335,7 @@ def _identity(config: TrainConfig, dataset: Dataset, held: Dataset | None, adapt
     free = {"data", "output", "val", "cache", "cache_gb", "save_every", "keep_checkpoints", "model"}
     free |= {"patience", "load_best_at_end", "on_nonfinite", "max_skipped", "report_to"}
     free |= {"gradient_checkpointing"}  # changes no number
-    free |= {"columns", "allow_outside", "allow_urls"}  # what they change is in the fingerprint of the data
+    free |= {"columns", "images", "allow_outside", "allow_urls"}  # what they change is in the fingerprint of the data
     knobs = {name: value for name, value in config.to_dict().items() if name not in free}
     contract = adapter.contract
     base = hashlib.sha256((contract.base_fingerprint + contract.tower_fingerprint).encode()).hexdigest()[:16]

@@ -16,7 +16,7 @@ NOT_CAPTIONS = ("readme", "license", "licence", "notes", "classes", "requirement
 
 
 def visible_files(folder: Path, *, below: bool = True) -> list[Path]:
-    """Files of the folder and (`below`) its direct sub-folders, sorted; nothing hidden, no linked folder."""
+    """Files of the folder and (`below`), at any depth, below it, sorted; nothing hidden, no linked folder."""
     found = []
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         if _is_hidden(entry.name):
@@ -24,7 +24,7 @@ def visible_files(folder: Path, *, below: bool = True) -> list[Path]:
         if not os.path.isdir(entry.path):  # unlike entry.is_dir() it does not raise for a loop of links
             found.append(Path(entry.path))
         elif below and not entry.is_symlink():
-            found += visible_files(Path(entry.path), below=False)
+            found += visible_files(Path(entry.path))
     return found
 
 

@@ -40,13 +40,16 @@ class Dataset:
     bad: tuple[BadRow, ...]
     note: str = ""
     """Which columns were taken for what, where the data has columns."""
+    unread: str = ""
+    """What was left alone of a folder that holds more than one thing."""
     parts: tuple[str, ...] = ()
     """What each of several sources holds, a line each."""
 
     @property
     def taken_for(self) -> str:
-        """The format, and which columns were taken for what."""
-        return f"{self.format} ({self.note})" if self.note else self.format
+        """The format, which columns were taken for what, and what was left unread."""
+        told = "; ".join(filter(None, (self.note, self.unread)))
+        return f"{self.format} ({told})" if told else self.format
 
     def fingerprint(self) -> str:
         """Hash (hex) of ids, texts, image names and sizes, in order. Reads no image; survives a move."""

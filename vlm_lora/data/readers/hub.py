@@ -48,7 +48,9 @@ def is_hub_name(path: str) -> bool:
     """Whether this means a data set of the hub: `hf:` or `hf-stream:`, or an `owner/name` that is no local path."""
     if path.startswith(("hf:", _STREAM)):
         return True
-    return not Path(path).exists() and re.fullmatch(rf"{_PART}/{_PART}", path) is not None
+    if Path(path).exists() or Path(path).parent.is_dir():  # the second: a name below a folder that is here
+        return False
+    return re.fullmatch(rf"{_PART}/{_PART}", path) is not None
 
 
 def read_hub(path: str) -> tuple[str, Rows]:
@@ -67,16 +69,24 @@ def read_hub(path: str) -> tuple[str, Rows]:
     if stream and "[" in split:
         raise DataError(f"{path!r}: a part of a stream is counted in rows, as in {_STREAM}{name}:train[:1000]")
     import datasets
+    from huggingface_hub import HfApi
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # its warning of every retry; what was wrong is in the error
+    bare = not path.startswith(("hf:", _STREAM))
     try:
+        if bare:  # most often a folder whose name is not quite right: to be told at once, not after many tries
+            HfApi().dataset_info(name, timeout=5)
         table = datasets.load_dataset(name, config, split=split, **({"streaming": True} if stream else {}))
     except Exception as error:  # of `datasets`, `huggingface_hub`, the HTTP client, pyarrow: no common base
         reason = (str(error).splitlines() or [""])[0][:300] or type(error).__name__
-        local = "" if path.startswith("hf") and ":" in path else "there is no such folder or file, and "
+        if bare:
+            raise DataError(
+                f"{path!r}: there is no such folder or file, and the hub gave no data set of this name: {reason}; "
+                f"check the name, or say hf:{name} if it is in the cache of the hub"
+            ) from None
         raise DataError(
-            f"{path!r}: {local}the hub gave no data set {name!r}: {reason}; "
+            f"{path!r}: the hub gave no data set {name!r}: {reason}; "
             "check the name and the network, or download it and give its folder"
         ) from None
     if stream and isinstance(table, datasets.IterableDataset):

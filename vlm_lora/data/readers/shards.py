@@ -26,6 +26,7 @@ DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError)
 def read_tar(path: Path, source: str) -> Rows:
     """Rows of one shard, numbered from 1: the images as ImageRefs, a .txt as caption, the fields of a .json.
 
+    `1.mask.png` beside `1.jpg` is another thing about it and not opened; alone, `1.a.png` and `1.b.png` are two images.
     Members of other endings (.cls, .npy, .pyd) are not opened.
     """
     try:
@@ -87,6 +88,7 @@ def _row(path: Path, members: list[tarfile.TarInfo]) -> dict[str, Any]:
             row |= _fields(member.name, data)
         else:
             captions.append(decode_text(data, member.name).rstrip("\r\n"))
+    images = [ref for ref in images if PurePosixPath(ref.name).name.count(".") == 1] or images
     if not images:
         names = ", ".join(repr(member.name) for member in members[:8])
         raise DataError(f"has no image among its members {names}; expected one beside its text")

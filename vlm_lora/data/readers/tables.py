@@ -22,7 +22,7 @@ from vlm_lora.errors import DataError
 Rows = Iterator[tuple[int | str, object] | BadRow]
 """(line, row); "row 3" for a line where several rows may stand on one."""
 
-AT_ONCE = 32 << 20
+AT_ONCE = 8 << 20
 """Bytes of a Parquet file that are decoded together, about."""
 BUFFER = 1 << 20
 """Bytes of it that are read together; without one pyarrow reads a whole row group."""
@@ -229,7 +229,7 @@ class _Column:
     def _begin(self) -> None:
         size = _rows_at_once(self.file, self.row_group)
         self.batches = self.file.iter_batches(size, row_groups=[self.row_group], columns=[self.column])
-        self.kept: deque[tuple[int, Any]] = deque(maxlen=3)
+        self.kept: deque[tuple[int, Any]] = deque(maxlen=12)  # threads are not quite in order
         self.end = 0
 
     def cell(self, row: int) -> Any:
