@@ -612,3 +612,11 @@ def test_flickr_as_kaggle_has_it(name, images, text, pictures):
         assert (dataset.format, dataset.bad, len(dataset.examples)) == ("csv", (), 1)
         said = [dialogue.turns[0].assistant.strip() for dialogue in dataset.examples[0].dialogues]
         assert said == ["A child .", "A girl, running ."]
+
+
+@pytest.mark.parametrize("layout", [imagefolder_csv, captions_json, captions_parquet, coco, vqav2])
+def test_rows_are_counted_while_they_are_read(layout, pictures):
+    path, _ = layout(pictures(*NAMES))
+    counted = []
+    read_dataset(path, prompt=PROMPT, progress=counted.append)
+    assert counted == [1, 2, 3, 4]

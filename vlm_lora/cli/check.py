@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         allow_outside=options.allow_outside,
         allow_urls=options.allow_urls,
         images=options.images,
-        progress=lambda rows: progress.show(f"Rows read: {rows:,}"),
+        progress=lambda rows: rows % 1000 or progress.show(f"Rows read: {rows:,}"),
     )
     dataset, held_out = read(options.data), None
     if options.val:
@@ -98,11 +98,11 @@ def run(options: argparse.Namespace) -> int:
         val_split=options.val_split,
         seed=options.seed,
         thumbnails=MAX_CARDS if options.html else 0,
-        progress=_counting("Images read:"),
+        progress=_counting(progress, "Images read:"),
     )
     tokens = {}
     if options.model is not None:
-        counted, counted_held_out = _count_tokens(options, check)
+        counted, counted_held_out = _count_tokens(options, check, _counting(progress, "Examples in tokens:"))
         tokens, bad = counted.facts(), check.bad + counted.too_long + counted_held_out.too_long
         check = replace(check, examples=counted.examples, held_out=counted_held_out.examples, bad=bad)
     facts = check.facts() | {"tokens": tokens}
@@ -115,19 +115,19 @@ def run(options: argparse.Namespace) -> int:
         write_sheet(options.html, check, facts, title=", ".join(Path(data).name for data in options.data))
         say(f"Contact sheet: {options.html}")
     if options.write_clean:
-        write_clean(options.write_clean, check.examples, options.prompt, _counting("Examples written:"))
+        counting = _counting(progress, "Examples written:")
+        write_clean(options.write_clean, check.examples, options.prompt, counting)
         if any(example.weight > 1 for example in check.examples):
             say("The copy holds each answer once: write weights behind it again where you use it, or clean each alone.")
         say(f"Clean copy of {len(check.examples):,} examples: {options.write_clean}")
     return 1 if facts["bad"] else 0
 
 
-def _counting(what: str):
-    progress = Progress()
+def _counting(progress: Progress, what: str):
     return lambda done, total: progress.count(what, done, total)
 
 
-def _count_tokens(options: argparse.Namespace, check):
+def _count_tokens(options: argparse.Namespace, check, counting):
     """`TokenCount` of what is to be learnt, and of what is held out."""
     from vlm_lora.model.backbone import load_preprocessor
     from vlm_lora.model.encode import Encoder
@@ -136,7 +136,7 @@ def _count_tokens(options: argparse.Namespace, check):
     base = load_preprocessor(options.model, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
     sizes = {ref: seen.size for ref, seen in check.seen.items()}
     return (
-        count_tokens(Encoder(base), base.grid, examples, sizes, options.max_tokens, _counting("Examples in tokens:"))
+        count_tokens(Encoder(base), base.grid, examples, sizes, options.max_tokens, counting)
         for examples in (check.examples, check.held_out)
     )
 
