@@ -50,6 +50,16 @@ def test_a_row_that_a_stray_quote_takes_along_is_found(monkeypatch):
     assert lost() >= 2
 
 
+def test_a_record_is_added_to_those_that_are_there(tmp_path, monkeypatch):
+    file = tmp_path / "fuzz.json"
+    file.write_text('{"what": "by hand", "runs": [{"cases": 1}]}')
+    monkeypatch.setattr(fuzz, "run", lambda seconds, first: {"cases": 2, "findings": []})
+    monkeypatch.setattr("sys.argv", ["fuzz", "--record", str(file)])
+    assert fuzz.main() == 0
+    kept = json.loads(file.read_text())
+    assert (kept["what"], [run["cases"] for run in kept["runs"]]) == ("by hand", [1, 2])
+
+
 def test_what_is_trained_and_what_is_quarantined_are_all_rows(tmp_path, monkeypatch):
     """The same through a run, up to its steps: the lessons, the held-out ones, and the file that lists the rest."""
     import vlm_lora.training.run as run
