@@ -105,6 +105,7 @@ def test_sheet_and_clean_copy(photo_folder, tmp_path, capsys):
     [
         (["--val-split", "1"], "--val-split 1.0: expected a fraction from 0 to below 1"),
         (["--max-pixels", "9216"], "say --model too"),
+        (["--images", "nowhere"], "--images nowhere: there is no such folder"),
     ],
 )
 def test_wrong_flags(flags, message, photo_folder, capsys):
@@ -122,17 +123,18 @@ def test_two_sources_and_a_held_out_set(photo_folder, tmp_path, capsys):
             (folder / f"{i}.txt").write_text("A picture." + " word" * 900 * (i == 30))
     command = [photo_folder, f"{more}:5", "--val", val]
     code, out, _ = check(*command, capsys=capsys)
-    assert code == 0
-    assert out.startswith("sidecar: 14 examples, 16 images, 14 answers\n")
+    assert code == 1
+    assert out.startswith("sidecar: 13 examples, 15 images, 13 answers\n")
     assert f"{more}: 2 examples, 2 answers, each 5 times an epoch; sidecar\n" in out
     assert "held out: 2 examples, 2 answers\n" in out
-    assert "one in training and one held out, that are one or alike: 1\n" in out
-    assert f"  {photo_folder}/03.png | {val}/3.png\n"[-40:] in out
+    (bad,) = [line for line in out.splitlines() if line.startswith("bad: ")]
+    assert bad.startswith(f"bad: {photo_folder}/03.png:1: its image is in the held-out data too ('{val}/3.png' of")
     code, out, _ = check(*command, "--json", "--model", "tiny", "--max-tokens", 500, capsys=capsys)
     facts = json.loads(out)
     assert code == 1
-    assert (facts["examples"], facts["held_out"]) == (14, {"examples": 1, "answers": 1})
-    assert facts["bad"][0]["source"] == f"{val}/30.png"
+    assert (facts["examples"], facts["held_out"]) == (13, {"examples": 1, "answers": 1})
+    assert facts["bad"][1]["source"] == f"{val}/30.png"
+    (photo_folder / "03.png").unlink(), (photo_folder / "03.txt").unlink()
     alone = [json.loads(check(f, "--json", "--model", "tiny", capsys=capsys)[1]) for f in (photo_folder, more)]
     assert facts["tokens"]["packed"] == alone[0]["tokens"]["packed"] + 5 * alone[1]["tokens"]["packed"]
 
@@ -152,3 +154,26 @@ def test_columns_of_other_names_and_images_elsewhere(photo_folder, tmp_path, cap
     command = ["train", str(tmp_path / "data"), "--allow-outside", "--columns", "image=bild,caption=satz"]
     command += ["--model", "tiny", "--max-steps", "1", "--no-eval", "--output", str(tmp_path / "run")]
     assert main(command) == 0
+
+
+def test_where_nothing_can_be_written_is_told_before_anything_is_read(photo_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("vlm_lora.data.readers.read_dataset", lambda *_, **__: pytest.fail("read"))
+    (tmp_path / "file").touch()
+    for flag, target in (("--html", tmp_path), ("--html", tmp_path / "file/x"), ("--write-clean", tmp_path / "file/x")):
+        code, _, err = check(photo_folder, flag, target, capsys=capsys)
+        assert (code, err.count("\n")) == (1, 1)
+        assert err.startswith(f"vlm-lora: {flag} {target}: cannot be written: ")
+
+
+def test_a_copy_of_weighed_data_says_what_it_does_not_keep(photo_folder, tmp_path, capsys):
+    _, _, err = check(f"{photo_folder}:3", "--write-clean", tmp_path / "clean", capsys=capsys)
+    assert "The copy holds each answer once" in err
+
+
+def test_names_that_would_clear_the_screen_are_escaped_in_errors(photo_folder, capsys):
+    (photo_folder / "\x1b[2J.png").write_bytes(b"x")
+    assert main(["train", str(photo_folder), "--model", "tiny"]) == 1
+    err = capsys.readouterr().err
+    assert "\\x1b[2J.png: has no caption" in err
+    assert "\x1b" not in err
+    assert "(vlm-lora check " in err

@@ -14,6 +14,7 @@ DEFAULT_MAX_NEW_TOKENS = 64
 DEFAULT_CACHE_GB = 50.0
 COLUMNS_HELP = "columns of unusual names, as image=NAME,caption=NAME (also question, answer, kind)"
 ALLOW_OUTSIDE_HELP = "trust the data: take images outside of its folder too, through .. or symlinks"
+IMAGES_HELP = "folder where images are looked for that are not beside the data"
 ALLOW_URLS_HELP = "download images that the data names by http:// or https://, from public addresses only"
 
 
@@ -33,6 +34,7 @@ class TrainConfig:
     output: str | None = knob(None, "run folder to write; by default runs/<data>-<date>-<time>")
     format: str | None = knob(None, "format of the data; by default it is found out by looking")
     columns: str | None = knob(None, COLUMNS_HELP)
+    images: str | None = knob(None, IMAGES_HELP)
     allow_outside: bool = knob(False, ALLOW_OUTSIDE_HELP)
     allow_urls: bool = knob(False, ALLOW_URLS_HELP)
     prompt: str = knob(DEFAULT_PROMPT, "the instruction that a caption answers")

@@ -136,16 +136,80 @@ def make_case(draw: random.Random, folder: Path) -> tuple[Path, int, int | None]
         file = draw.choice(parts)
         before = file.read_bytes()
         after, first = damaged(draw, before)
+        if container in ("csv", "tsv", "metadata.csv") and draw.random() < 0.5:
+            after = with_stray_quote(draw, before)
         file.write_bytes(after)
-        # Of the rows: those that end before the damage, where each is some bytes of a line or of the archive
-        least = len([line for line in after.split(b"\n") if line.strip()]) if file.suffix == ".jsonl" else 1
-        if container == "json":
-            least = max(1, before[:first].count(b"\n") - 2)
-        if container in ("csv", "tsv"):  # a row may have several lines
-            whole = csv.reader(io.StringIO(before[:first].decode(errors="replace")), delimiter=delimiter(container))
-            least = max(1, len(list(whole)) - 2)
-        most = None
+        least, most = rows_left(container, before, after, first, least), None
     return path, least, most
+
+
+def with_stray_quote(draw: random.Random, data: bytes) -> bytes:
+    """Where a cell begins: the records behind it may be taken for a part of it."""
+    starts = [at for at, byte in enumerate(data, start=1) if byte in b",\t\n"]
+    at = draw.choice(starts)
+    return data[:at] + b'"' + data[at:]
+
+
+def rows_left(container: str, before: bytes, after: bytes, first: int, rows: int) -> int:
+    """The least number of rows of a container that was damaged, from byte `first` on.
+
+    All of them where a row is a line, a record, an image with its caption, or counted in a footer. Not so where the
+    damage decides where rows begin: what is behind it in a JSON list or a tar is told in one bad row.
+    """
+    if container in ("jsonl", "metadata.jsonl", "messages", "conversations"):
+        return len([line for line in after.split(b"\n") if line.strip()])
+    if container in ("csv", "tsv", "metadata.csv"):
+        return csv_rows(after.decode("utf-8-sig", "surrogateescape"))
+    if container == "sidecar" or before.startswith(b'{"annotations"'):
+        return rows
+    if container == "json":
+        return max(1, before[:first].count(b"\n") - 1)
+    if container == "tar":
+        with tarfile.open(fileobj=io.BytesIO(before)) as tar:
+            members = tar.getmembers()
+        ends = [member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for member in members]
+        return max(1, sum(end <= first for end in ends[1::2]))  # a picture and its text are a row
+    if container in ("coco", "vqav2"):
+        try:
+            found = json.loads(after.decode("utf-8-sig", "surrogateescape"))
+            return len(found["annotations" if container == "coco" else "questions"])
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return 1
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        footer = pq.ParquetFile(io.BytesIO(after)).metadata
+    except (pa.ArrowException, OSError, ValueError):
+        return 1
+    groups = (footer.row_group(group).num_rows for group in range(footer.num_row_groups))
+    return min(len(after), sum(max(0, number) for number in groups))  # a damaged one may tell of any number
+
+
+def csv_rows(text: str) -> int:
+    """From each line the shortest run of lines that is one record as long as the header; or that line alone, bad."""
+    lines = list(io.StringIO(text, newline=""))
+    mark = max(",;\t|", key=(lines or [""])[0].count)
+
+    def record(start: int) -> tuple[int, int]:
+        """Lines and cells of the record that begins here; (1, -1) where there is none."""
+        for end in range(start + 1, len(lines) + 1):
+            try:
+                found = list(csv.reader(lines[start:end], delimiter=mark, strict=True))
+            except csv.Error as error:
+                if "unexpected end of data" in str(error):  # a quote is open yet
+                    continue
+                break
+            return end - start, len(found[0])
+        return 1, -1
+
+    at, cells = record(0) if lines else (0, 0)
+    rows = 0
+    while at < len(lines):
+        length, found = record(at)
+        at += length if found in (0, cells) else 1
+        rows += found != 0  # a blank line is no row
+    return rows
 
 
 def text_row(row: dict) -> dict:
@@ -369,7 +433,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first case")
     parser.add_argument("--only", type=int, metavar="N", help="run one case, here, and say how it ended")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="write the record there too")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="add the record to the runs there")
     options = parser.parse_args()
     if options.only is not None:
         print(run_case(options.only))
@@ -381,10 +445,11 @@ def main() -> int:
         "versions": {"vlm-lora": __version__, "pillow": PIL.__version__, "python": platform.python_version()},
     } | run(60 * options.minutes, options.first)
     record["minutes"] = round((time.time() - started) / 60, 1)
-    text = json.dumps(record, indent=1, ensure_ascii=True)
     if options.record:
-        options.record.write_text(text + "\n")
-    print(text)
+        kept = json.loads(options.record.read_text()) if options.record.exists() else {"runs": []}
+        kept["runs"].append(record)
+        options.record.write_text(json.dumps(kept, indent=1) + "\n")
+    print(json.dumps(record, indent=1))
     return 1 if record["findings"] else 0
 
 

@@ -37,7 +37,7 @@ class Fault:
     bad: tuple[str, ...] = ()
     """What the bad rows say; none where the row is good."""
     colour: tuple[int, int, int] | None = None
-    """Of the middle of the picture, where it is good."""
+    """Of the upper right corner of the picture, where it is good."""
     options: dict = field(default_factory=dict)
 
 
@@ -91,7 +91,7 @@ FAULTS = [
     Fault("F15a a ratio of 201", content=encoded(Image.new("RGB", (1, 201), "blue")), colour=(0, 0, 255)),
     Fault("F15b a ratio of 10,000", content=encoded(Image.new("RGB", (1, 10_000), "blue")), colour=(0, 0, 255)),
     Fault("F16 a legal ratio of 192", content=encoded(Image.new("RGB", (5000, 26), "blue")), colour=(0, 0, 255)),
-    Fault("F17 turned by EXIF", content=turned(), colour=(255, 0, 0)),
+    Fault("F17 turned by EXIF", content=turned(), colour=(0, 0, 255)),
     Fault("F18a 16 bits of gray", content=GRAY16, colour=(128, 128, 128)),
     Fault("F18b floats", content=FLOATS, colour=(128, 128, 128)),
     Fault(
@@ -209,8 +209,8 @@ def test_fault(fault, folder):
     assert found.facts()["answers"] + len(found.bad) == 2
     if fault.colour:
         image = load_image(found.examples[1].images[0])
-        middle = image.getpixel((image.width // 2, image.height // 2))
-        assert max(abs(a - b) for a, b in zip(middle, fault.colour, strict=True)) <= 2
+        corner = image.getpixel((image.width - 1, 0))
+        assert max(abs(a - b) for a, b in zip(corner, fault.colour, strict=True)) <= 2
     assert found.facts()["several_frames"] == ("F21" in fault.name)
 
 
@@ -270,10 +270,12 @@ def test_f31_images_without_a_row_are_named(folder):
 
 
 def test_f32_a_caption_of_a_megabyte_is_named_before_training(folder, capsys):
-    (folder / "rows.jsonl").write_bytes(GOOD + row("a.png", "word " * 200_000))
+    (folder / "rows.jsonl").write_bytes(GOOD + row("a.png", "word " * 200_000) + row("a.png", "short"))
     assert main(["check", str(folder / "rows.jsonl"), "--json", "--model", "tiny"]) == 1
-    reasons = [bad["reason"] for bad in json.loads(capsys.readouterr().out)["bad"]]
-    assert re.match(r"needs \d+ tokens, \d+ of them for images and instruction; --max-tokens is 4096", reasons[0])
+    facts = json.loads(capsys.readouterr().out)
+    (bad,) = facts["bad"]
+    assert (facts["answers"], facts["examples"], bad["source"], bad["line"]) == (2, 1, "rows.jsonl", 2)
+    assert re.match(r"needs \d+ tokens, \d+ of them for images and instruction; --max-tokens is 4096", bad["reason"])
 
 
 def test_f33_special_tokens_in_a_caption_are_learnt_as_the_text_they_are(folder, capsys):

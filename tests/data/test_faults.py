@@ -197,18 +197,38 @@ def test_f30_lines_of_a_csv_file(folder):
         b"\n"
         b"a.png,ok\n"
         b'a.png,"never closed\n'
-        b"a.png,swallowed\n"
+        b"a.png,no more lost\n"
+        b'a.png,"two lines\n'
+        b'and","a third cell"\n'
     )
     (folder / "x.csv").write_bytes(text)
     dataset = read(folder)
-    assert [d.turns[0].assistant for d in dataset.examples[0].dialogues] == ["two\nlines", "ok"]
+    assert [d.turns[0].assistant for d in dataset.examples[0].dialogues] == ["two\nlines", "ok", "no more lost"]
     found = {bad.line: bad.reason for bad in dataset.bad}
-    assert list(found) == [4, 5, 6, 7, 8, 11]
+    assert list(found) == [4, 5, 6, 7, 8, 11, 13, 14]
     assert found[4] == "has 1 cell(s), the header has 2"
     assert found[5] == "the caption is not valid UTF-8; save the file as UTF-8"
     assert found[7].startswith("is not valid CSV")
     assert found[8].startswith("has an empty caption")
-    assert "an open quote: nothing behind it is read" in found[11]
+    assert found[11].endswith("; is a quote not closed, or one inside the text not doubled?")
+
+
+def test_a_stray_quote_takes_no_row_with_it(folder):
+    rows = ['"open', "lost1", "lost2", '"quoted, one"', "ok"]
+    (folder / "x.csv").write_text("image,caption\n" + "".join(f"a.png,{row}\n" for row in rows))
+    dataset = read(folder)
+    assert [d.turns[0].assistant for d in dataset.examples[0].dialogues] == ["lost1", "lost2", "quoted, one", "ok"]
+    assert [(bad.source, bad.line) for bad in dataset.bad] == [("x.csv", 2)]
+
+
+def test_rows_that_share_a_line_are_told_by_their_number(folder):
+    rows = [{"image": "a.png", "caption": text} for text in ("good", "", "good", None)]
+    for text in (json.dumps(rows), json.dumps({"data": [*rows]}), json.dumps(rows)[:-1]):
+        (folder / "x.json").write_text(text)
+        dataset = read(folder)
+        assert [(bad.source, bad.line) for bad in dataset.bad[:2]] == [("x.json:row 2", None), ("x.json:row 4", None)]
+    (folder / "x.json").write_text(json.dumps(rows, indent=1))
+    assert [(bad.source, bad.line) for bad in read(folder).bad] == [("x.json", 6), ("x.json", 14)]
 
 
 def test_f31_an_imagefolder_names_the_images_that_it_does_not_cover(pictures):
@@ -253,7 +273,7 @@ def test_f31_f35_sidecars_that_do_not_match(pictures):
         "c.png": "has no caption; expected 'c.txt' beside it",
         "d.png": "has 2 captions: 'd.caption', 'd.txt'; keep one",
         "e.png": "has an empty caption file 'e.txt'; write one, or remove the row",
-        "f.png": "'f.txt' is not UTF-8 (byte 0xfc at position 1); save it as UTF-8",
+        "f.png": "'f.txt' is not UTF-8 (byte 0xfc at position 1); save the file as UTF-8",
         "fifo.png": "'fifo.png' is a device, a pipe or a socket; expected an image file",
         "orphan.txt": "is a caption without an image of its name",
     }
@@ -402,3 +422,43 @@ def test_any_file_raises_nothing_but_ours(name, data, pictures):
         return
     assert num_dialogues(dataset) + len(dataset.bad) > 0
     dataset.fingerprint()
+
+
+def test_a_damaged_row_group_takes_no_other_with_it(folder):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    rows = [{"image": "a.png", "caption": f"caption {i} " * 9} for i in range(9)]
+    file = folder / "x.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=3, compression="gzip", use_dictionary=False)
+    data = bytearray(file.read_bytes())
+    column = pq.ParquetFile(file).metadata.row_group(1).column(1)
+    data[column.data_page_offset : column.data_page_offset + 40] = b"\xff" * 40
+    file.write_bytes(data)
+    dataset = read(file)
+    assert [bad.line for bad in dataset.bad] == [4, 5, 6]
+    assert num_dialogues(dataset) == 6
+
+
+def test_images_of_a_large_row_group_are_decoded_by_the_batch(folder, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(tables, "AT_ONCE", 4000)
+    images = [bytes([i]) * 1000 for i in range(60)]
+    pq.write_table(pa.table({"image": images, "caption": ["x"] * 60}), folder / "x.parquet", use_dictionary=False)
+    refs = [example.images[0] for example in read(folder / "x.parquet").examples]
+    assert len({(ref.embedded.row_group) for ref in refs}) == 1
+    for order in (range(60), range(59, -1, -7), (3, 40, 3)):
+        assert [refs[i].read_bytes() for i in order] == [images[i] for i in order]
+    column = tables._column(folder.resolve() / "x.parquet", 0, "image")
+    assert sum(len(values) for _, values in column.kept) < 50
+
+
+def test_a_file_with_a_colon_in_its_name_is_no_url(pictures):
+    folder = pictures("scan:1.png")
+    (folder / "x.csv").write_text("image,caption\nscan:1.png,x\nscan:2.png,x\ns3://bucket/a.png,x\n")
+    dataset = read(folder)
+    assert [example.id for example in dataset.examples] == ["scan:1.png"]
+    assert [bad.line for bad in dataset.bad] == [3, 4]
+    assert all("is a URL, which is not fetched" in bad.reason for bad in dataset.bad)

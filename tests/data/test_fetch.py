@@ -112,6 +112,8 @@ def test_pictures_of_the_web_are_read_like_others(server, tmp_path):
         *("::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "fec0::1", "ff02::1", "2001:db8::1"),
         *("::ffff:127.0.0.1", "::ffff:169.254.169.254", "::7f00:1", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe"),
         *("2002:7f00:1::", "2001:0:5ef5:79fb:0:59d:a0a3:f61e"),
+        *("192.0.0.8", "168.63.129.16", "192.88.99.1", "3fff::1", "64:ff9b:1::1", "5f00::1"),
+        *("64:ff9b::a83f:8110", "::ffff:168.63.129.16", f"::ffff:{PUBLIC}"),
     ],
 )
 def test_what_is_not_public_is_never_asked(address, server, monkeypatch):
@@ -123,6 +125,13 @@ def test_what_is_not_public_is_never_asked(address, server, monkeypatch):
         fetch.fetch_image("http://pictures.example/to/http://inside.example/a.png")
     assert server.connected == [(PUBLIC, 80)]
     assert server.asked == [("pictures.example", "/to/http://inside.example/a.png")]
+
+
+def test_a_public_address_behind_nat64_is_asked(server, monkeypatch):
+    """All that a network of IPv6 alone has of the web of IPv4."""
+    monkeypatch.setattr(fetch, "_resolve", lambda host, port: ["64:ff9b::5db8:d822"])
+    fetch.fetch_image("http://pictures.example/red.png")
+    assert server.connected == [("64:ff9b::5db8:d822", 80)]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from vlm_lora.cli import main
 from vlm_lora.data.example import Dialogue, Turn
 from vlm_lora.data.images import content_hash
 from vlm_lora.data.readers import FORMATS, read_dataset
@@ -540,3 +541,82 @@ def test_unknown_paths_and_formats(tmp_path):
     for format in FORMATS:
         with pytest.raises(DataError):
             read_dataset(tmp_path, prompt=PROMPT, format=format)
+
+
+def test_sidecars_at_any_depth_but_not_behind_links(pictures, tmp_path):
+    outside = pictures("z.png", into="outside")
+    folder = pictures("a.png", "x/b.png", "deep/x/y/c.png", "deep/.trash/d.png", into="data")
+    for path in [*folder.rglob("*.png"), outside / "z.png"]:
+        path.with_suffix(".txt").write_text(path.stem)
+    (folder / "deep/linked").symlink_to(outside)
+    (folder / "deep/loop").symlink_to(folder)
+    dataset = read_dataset(folder, prompt=PROMPT)
+    assert [example.id for example in dataset.examples] == ["a.png", "deep/x/y/c.png", "x/b.png"]
+    assert dataset.bad == ()
+
+
+def test_a_row_with_a_question_and_a_caption_says_both(pictures):
+    folder = pictures("a.png")
+    asked = {"image": "a.png", "question": "Q?", "answer": "A"}
+    rows = [asked | {"caption": "a fox"}, asked | {"answer": "", "caption": "only this"}, asked | {"caption": ""}]
+    rows += [asked | {"text": "what a scanner read, perhaps", "label": 3}]
+    (folder / "x.jsonl").write_text(lines(rows))
+    dataset = read_dataset(folder, prompt=PROMPT)
+    said = [(d.turns[0].user, d.turns[0].assistant) for d in dataset.examples[0].dialogues]
+    assert said == [("Q?", "A"), (PROMPT, "a fox"), (PROMPT, "only this"), ("Q?", "A"), ("Q?", "A")]
+    assert [(bad.line, bad.reason) for bad in dataset.bad] == [(2, "has an empty answer; write one, or remove the row")]
+    assert dataset.note.startswith("qa: image from 'image', question from 'question', answer from 'answer', caption")
+
+
+def test_what_a_folder_of_several_is_read_as_is_told(pictures, capsys):
+    folder = pictures("train/a.png", "val/b.png", "test/c.png", ".cache/d.png")
+    (folder / "train/a.txt").write_text("x")
+    dataset = read_dataset(folder, prompt=PROMPT)
+    assert dataset.unread == "train/ is read, left unread: test/, val/"
+    assert dataset.taken_for == "sidecar (train/ is read, left unread: test/, val/)"
+    for name in ("train.jsonl", "test.jsonl", "dataset_info.json"):
+        (folder / name).write_text(lines([{"image": "train/a.png", "caption": "x"}]))
+    assert read_dataset(folder, prompt=PROMPT).unread == "train.jsonl is read, left unread: test.jsonl"
+    assert main(["check", str(folder)]) == 0
+    assert "train.jsonl is read, left unread: test.jsonl\n" in capsys.readouterr().out
+
+
+def test_images_in_a_folder_of_their_own(pictures):
+    data, images = pictures("here/x.png", into="data") / "rows.json", pictures("coco/a.png", "b.png", into="images")
+    outside = pictures("c.png")
+    names = ["here/x.png", "coco/a.png", str(images / "b.png"), "../c.png", "gone.png", "http://127.0.0.1/x.png"]
+    data.write_text(json.dumps([{"image": name, "caption": "x"} for name in names], indent=0))
+    dataset = read_dataset(data, prompt=PROMPT, images=images)
+    assert [example.id for example in dataset.examples] == names[:3]
+    reasons = [bad.reason for bad in dataset.bad]
+    assert reasons[1].endswith("(looked in ./ of the data folder); it is not in the folder of --images either")
+    assert ["there is no file '../c.png'" in reasons[0], "is a URL" in reasons[2]] == [False, True]
+    assert len(read_dataset(data, prompt=PROMPT).bad) == 5
+    with pytest.raises(ConfigError, match=r"--images .*nowhere: there is no such folder"):
+        read_dataset(data, prompt=PROMPT, images=outside / "nowhere")
+
+
+FLICKR8K = 'image,caption\na.png,A child .\na.png,"A girl, running ."\n'
+FLICKR30K = "image_name| comment_number| comment\na.png| 0| A child .\na.png| 1| A girl, running .\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "text"),
+    [("captions.txt", "Images", FLICKR8K), ("results.csv", "flickr30k_images", FLICKR30K)],
+)
+def test_flickr_as_kaggle_has_it(name, images, text, pictures):
+    folder = pictures(f"{images}/a.png")
+    (folder / name).write_text(text)
+    for path in (folder, folder / name):
+        dataset = read_dataset(path, prompt=PROMPT)
+        assert (dataset.format, dataset.bad, len(dataset.examples)) == ("csv", (), 1)
+        said = [dialogue.turns[0].assistant.strip() for dialogue in dataset.examples[0].dialogues]
+        assert said == ["A child .", "A girl, running ."]
+
+
+@pytest.mark.parametrize("layout", [imagefolder_csv, captions_json, captions_parquet, coco, vqav2])
+def test_rows_are_counted_while_they_are_read(layout, pictures):
+    path, _ = layout(pictures(*NAMES))
+    counted = []
+    read_dataset(path, prompt=PROMPT, progress=counted.append)
+    assert counted == [1, 2, 3, 4]

@@ -7,8 +7,10 @@ import json
 import random
 
 import vlm_lora.data.readers as readers
+from tests.data import fuzz
 from tests.data.fuzz import make_case, run_case
 from vlm_lora.config import TrainConfig
+from vlm_lora.data.readers import tables
 from vlm_lora.data.readers.gather import gather
 from vlm_lora.errors import DataError
 
@@ -30,6 +32,34 @@ def test_a_row_that_gets_lost_is_found(monkeypatch):
     assert failed > 10
 
 
+def test_a_row_that_a_stray_quote_takes_along_is_found(monkeypatch):
+    """The control of what is counted in damaged CSV: with a reader that goes on behind the whole of a bad record."""
+
+    def lost() -> int:
+        failed = 0
+        for number in range(40):
+            monkeypatch.setattr(fuzz, "CONTAINERS", ("csv", "tsv"))
+            try:
+                run_case(number)
+            except AssertionError as error:
+                failed += "rows, expected" in str(error)
+        return failed
+
+    assert lost() == 0
+    monkeypatch.setattr(tables._Records, "give_back", lambda self: None)
+    assert lost() >= 2
+
+
+def test_a_record_is_added_to_those_that_are_there(tmp_path, monkeypatch):
+    file = tmp_path / "fuzz.json"
+    file.write_text('{"what": "by hand", "runs": [{"cases": 1}]}')
+    monkeypatch.setattr(fuzz, "run", lambda seconds, first: {"cases": 2, "findings": []})
+    monkeypatch.setattr("sys.argv", ["fuzz", "--record", str(file)])
+    assert fuzz.main() == 0
+    kept = json.loads(file.read_text())
+    assert (kept["what"], [run["cases"] for run in kept["runs"]]) == ("by hand", [1, 2])
+
+
 def test_what_is_trained_and_what_is_quarantined_are_all_rows(tmp_path, monkeypatch):
     """The same through a run, up to its steps: the lessons, the held-out ones, and the file that lists the rest."""
     import vlm_lora.training.run as run
@@ -44,7 +74,7 @@ def test_what_is_trained_and_what_is_quarantined_are_all_rows(tmp_path, monkeypa
         monkeypatch.setattr(run, name, _once(getattr(run, name)))
     monkeypatch.setattr(run, "run_steps", run_steps)
     trained = 0
-    for number in range(10):
+    for number in range(5):
         folder = tmp_path / str(number)
         folder.mkdir()
         path, least, most = make_case(random.Random(number), folder)
@@ -61,7 +91,7 @@ def test_what_is_trained_and_what_is_quarantined_are_all_rows(tmp_path, monkeypa
         rows = len(bad) + sum(len(lesson.example.dialogues) for lesson in given["lessons"])
         assert least <= rows <= (most or rows), number
         trained += 1
-    assert trained >= 4
+    assert trained >= 2
 
 
 def _once(make):

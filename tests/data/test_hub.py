@@ -25,6 +25,7 @@ def hub(monkeypatch):
     """What `load_dataset` is to give, by the arguments it is called with."""
     tables = {}
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: tables[name, config, split])
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, timeout: None)
     return tables
 
 
@@ -182,7 +183,19 @@ def test_what_is_wrong_is_one_line(hub, monkeypatch):
     with pytest.raises(DataError, match="none of 1 rows is understood: their fields are 'x'"):
         read_dataset("hf:o/n", prompt=PROMPT)
     monkeypatch.setattr(datasets, "load_dataset", fails)
-    with pytest.raises(DataError, match="no such folder or file, and the hub gave no data set 'owner/foxes'") as told:
+    with pytest.raises(DataError, match="'hf:owner/foxes': the hub gave no data set 'owner/foxes'"):
+        read_dataset("hf:owner/foxes", prompt=PROMPT)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", fails)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: pytest.fail("tried again and again"))
+    with pytest.raises(DataError, match="no such folder or file, and the hub gave no data set of this name") as told:
         read_dataset("owner/foxes", prompt=PROMPT)
     assert "Couldn't reach" in str(told.value)
     assert "\n" not in str(told.value)
+
+
+def test_a_name_below_a_folder_that_is_here_is_never_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(DataError, match="'data/photo': there is no such folder or file; check the name"):
+        read_dataset("data/photo", prompt=PROMPT)

@@ -5,6 +5,8 @@ Fault numbers (F11...) are those of the project's fault table. Run: pytest tests
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -67,6 +69,14 @@ def test_f17_exif_orientation_is_applied_once(format, orientation):
     assert not image.getexif()
 
 
+@pytest.mark.parametrize("orientation", [0, 9, 300])
+def test_f17_an_orientation_that_does_not_exist_is_none(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.new("RGB", (48, 32)), "JPEG", exif=exif)
+    assert load_image(data).size == image_size(data, "a") == (48, 32)
+
+
 @pytest.mark.parametrize("depth", [8, 10, 12, 14, 16])
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
 def test_f18_16_bit_gray_is_scaled_not_clipped(depth, format):
@@ -84,6 +94,12 @@ def test_f18_float_images_are_scaled_by_their_range(low, high):
     assert gray.max() == 255
     assert gray.min() == (0 if low <= 0 else round(low / high * 255) if high <= 255 else gray.min())
     assert len(np.unique(gray)) > 30
+
+
+@pytest.mark.parametrize(("values", "gray"), [([0, 0.5, 1.0001], [0, 128, 255]), ([-0.02, 0.5, 1.08], [0, 128, 255])])
+def test_f18_floats_a_little_beyond_their_range_do_not_turn_black(values, gray):
+    image = load_image(encoded(Image.fromarray(np.array([values], np.float32)), "TIFF"))
+    assert np.asarray(image)[0, :, 0].tolist() == gray
 
 
 def test_f18_float_images_with_nan_are_refused():
@@ -189,6 +205,15 @@ def test_f13_a_bomb_is_not_decoded(monkeypatch):
         load_image(png_of_size(12000, 12000))
     with pytest.raises(DataError, match="the limit is 0; scale it down"):
         load_image(PNG, max_decoded_pixels=1000)
+
+
+def test_f13_pillow_prints_no_warning_of_its_own(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(png_of_size(10500, 10000))
+    code = "import sys; from vlm_lora.data.check import look_at; from vlm_lora.data.images import find_image, Path\n"
+    code += "print(look_at(find_image('bomb.png', Path(sys.argv[1]).resolve())).error)"
+    ran = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert "105 megapixels, the limit is 50" in ran.stdout
+    assert ran.stderr == ""
 
 
 def test_what_is_gone_or_no_file_is_refused(tmp_path):

@@ -181,3 +181,17 @@ def test_damage_anywhere_raises_nothing_but_ours(at, bytes_, pictures, tmp_path)
         check_dataset(dataset)
     except DataError:
         pass
+
+
+@pytest.mark.parametrize(
+    ("members", "names"),
+    [
+        (["1.jpg", "1.mask.png", "1.depth.png", "1.txt"], ["1.jpg"]),
+        (["1.left.png", "1.right.png", "1.txt"], ["1.left.png", "1.right.png"]),
+    ],
+)
+def test_what_is_the_image_of_a_sample(members, names, pictures, tmp_path):
+    image = (pictures("a.png") / "a.png").read_bytes()
+    shard = write_tar(tmp_path / "x.tar", [(name, "x" if name.endswith("txt") else image) for name in members])
+    (example,) = read_dataset(shard, prompt=PROMPT).examples
+    assert [ref.name for ref in example.images] == names

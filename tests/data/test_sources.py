@@ -66,6 +66,8 @@ def test_one_source_is_read_as_ever_and_names_win_over_weights(two):
         (["a", "b:0.5"], "a whole number from 1 to 1000; found 0.5"),
         (["a", "b:-1"], "found -1"),
         (["a", "b", "a:2"], "'a' is given twice; to learn from it twice an epoch, say a:2"),
+        (["a", "./a"], "'./a' is given twice"),
+        (["b", "a/", "a/../a"], "'a/../a' is given twice"),
     ],
 )
 def test_weights_that_would_lose_or_repeat_in_silence_are_refused(sources, message, two):

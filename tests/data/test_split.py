@@ -4,9 +4,12 @@ import random
 
 import pytest
 
+import vlm_lora.training.run as run
+from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
 from vlm_lora.data.images import content_hash
-from vlm_lora.data.split import split_examples
+from vlm_lora.data.readers import read_dataset
+from vlm_lora.data.split import split_examples, without_held_out
 from vlm_lora.errors import ConfigError, DataError
 
 
@@ -86,3 +89,21 @@ def test_what_cannot_be_split_is_refused(tmp_path, example):
     gone = Example("x", (ImageRef(tmp_path / "gone", "gone.png"),), (), "x:1")
     with pytest.raises(DataError, match=r"'gone.png' cannot be opened"):
         split_examples([example("a"), gone], 0.5, seed=0)
+
+
+def test_images_that_are_held_out_too_are_no_training_rows(pictures, monkeypatch):
+    folder, val = pictures("a.png", "b.png", "c.png", into="train"), pictures("d.png", into="val")
+    (val / "copy.png").write_bytes((folder / "b.png").read_bytes())
+    (val / "e.png").write_bytes(b"of no size that is in training")
+    for path in [*folder.glob("*.png"), *val.glob("*.png")]:
+        path.with_suffix(".txt").write_text("x")
+    train, held = read_dataset(folder, prompt="-"), read_dataset(val, prompt="-")
+    apart = without_held_out(train, held, "val")
+    assert [example.id for example in apart.examples] == ["a.png", "c.png"]
+    reason = "its image is in the held-out data too ('copy.png' of val); take it out of one of them"
+    assert [(bad.source, bad.line, bad.reason) for bad in apart.bad] == [("b.png", 1, reason)]
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(DataError, match=r"1 rows cannot be used.* b\.png:1: its image is in the held-out data too"):
+        run.train(TrainConfig(data="train", val="val", model="tiny"))
+    (val / "copy.png").unlink()
+    assert without_held_out(train, read_dataset(val, prompt="-"), "val") == train

@@ -353,10 +353,14 @@ def test_the_best_adapter_without_stopping_early(checkpoints, straight, tmp_path
     assert_same(adapter_of(train(settings.replace(load_best_at_end=False), resume=True).folder), adapter_of(straight))
 
 
-def test_evaluation_disturbs_nothing(checkpoints, straight, photo_folder, tmp_path):
-    photos = straight.parent / "photos"
+def test_evaluation_disturbs_nothing(checkpoints, straight, tmp_path):
+    photos, val = straight.parent / "photos", tmp_path / "val"
+    val.mkdir()
+    for i in range(30, 34):
+        picture(i).save(val / f"{i}.png")
+        (val / f"{i}.txt").write_text(f"A picture of number {i}.")
     without = config(checkpoints, photos, tmp_path / "without", val_split=0.0, save_every=100)
-    every = config(checkpoints, photos, tmp_path / "every", val=str(photo_folder), save_every=1)
+    every = config(checkpoints, photos, tmp_path / "every", val=str(val), save_every=1)
     one, other = train(without), train(every)
     assert not [line for line in log_of(one.folder) if "held_out_loss" in line]
     assert len([line for line in log_of(other.folder) if "held_out_loss" in line]) == other.steps == 9

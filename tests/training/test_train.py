@@ -14,7 +14,7 @@ from vlm_lora.errors import AdapterError, CheckpointError, DataError
 from vlm_lora.model.adapters import lora
 from vlm_lora.model.adapters.methods import load_adapter
 from vlm_lora.model.backbone import Backbone, load_backbone
-from vlm_lora.model.features import cache_folder, cache_use
+from vlm_lora.model.features import FeatureCache, cache_folder, cache_use
 from vlm_lora.training import loop
 from vlm_lora.training.batches import Plan
 from vlm_lora.training.run import train
@@ -333,9 +333,10 @@ def test_bad_rows_stop_the_run_or_are_quarantined(checkpoints, photo_folder, tmp
     assert any("05.png" in row["reason"] for row in rows)
 
 
-def test_an_answer_that_is_too_long_is_reported_never_cut(checkpoints, photo_folder, tmp_path):
+def test_an_answer_that_is_too_long_is_reported_before_the_tower_runs(checkpoints, photo_folder, tmp_path, monkeypatch):
     (photo_folder / "02.txt").write_text("word " * 200)
-    with pytest.raises(DataError, match=r"needs \d+ tokens.*--max-tokens is 120"):
+    monkeypatch.setattr(FeatureCache, "prepare", lambda self, image: pytest.fail("the tower runs"))
+    with pytest.raises(DataError, match=r"needs \d+ tokens.*--max-tokens is 120.*\(vlm-lora check .* lists all\)"):
         train(config(checkpoints, photo_folder, tmp_path / "run", max_tokens=120))
 
 

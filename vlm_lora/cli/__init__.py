@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from vlm_lora import __version__
 from vlm_lora.cli import cache, caption, check, demo, evaluate, merge, plan, train
-from vlm_lora.cli.console import launched, process_index, to_stderr
+from vlm_lora.cli.console import launched, one_line, process_index, to_stderr
 from vlm_lora.errors import ConfigError, Stopped, VlmLoraError
 
 VERBS = (train, caption, evaluate, check, plan, merge, demo, cache)
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if process_index() > 0:
             time.sleep(3)  # the main process most often says the same, and the launcher then ends this one
         if process_index() == 0 or not isinstance(error, Stopped):
-            to_stderr(f"vlm-lora: {error}")
+            to_stderr(f"vlm-lora: {one_line(str(error))}")
         if isinstance(error, Stopped):
             return error.exit_code
         return 2 if isinstance(error, ConfigError) else 1

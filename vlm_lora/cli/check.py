@@ -12,12 +12,20 @@ Exit code 0: every row can be used; 1: some cannot, each with file, line and rea
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from vlm_lora.cli.console import Progress, say
-from vlm_lora.config import ALLOW_OUTSIDE_HELP, ALLOW_URLS_HELP, COLUMNS_HELP, DEFAULT_PROMPT, default_of, parse_columns
+from vlm_lora.cli.console import Progress, one_line, say
+from vlm_lora.config import (
+    ALLOW_OUTSIDE_HELP,
+    ALLOW_URLS_HELP,
+    COLUMNS_HELP,
+    DEFAULT_PROMPT,
+    IMAGES_HELP,
+    default_of,
+    parse_columns,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "data", nargs="+", metavar="DATA",
         help="images with captions, or questions and answers; several as for train, DATA:2 for one with a weight",
     )  # fmt: skip
-    parser.add_argument("--val", metavar="DATA", help="held-out data of its own: is anything of it in DATA too?")
+    parser.add_argument("--val", metavar="DATA", help="held-out data of its own: its images in DATA are bad rows")
     parser.add_argument("--format", metavar="TEXT", help="format of the data (default: found out by looking)")
     parser.add_argument("--columns", metavar="TEXT", help=COLUMNS_HELP)
+    parser.add_argument("--images", metavar="FOLDER", help=IMAGES_HELP)
     parser.add_argument("--allow-outside", action="store_true", help=ALLOW_OUTSIDE_HELP)
     parser.add_argument("--allow-urls", action="store_true", help=ALLOW_URLS_HELP)
     parser.add_argument(
@@ -54,9 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from vlm_lora.data.check import check_dataset
-    from vlm_lora.data.clean import check_clean_folder, write_clean
-    from vlm_lora.data.readers import bad_rows, below, folder_of, read_dataset
+    from vlm_lora.data.clean import check_clean_folder, check_target, write_clean
+    from vlm_lora.data.readers import below, folder_of, read_dataset
     from vlm_lora.data.sheet import MAX_CARDS, write_sheet
+    from vlm_lora.data.split import without_held_out
     from vlm_lora.errors import ConfigError
 
     if not 0 <= options.val_split < 1:
@@ -65,6 +75,9 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--min-pixels and --max-pixels are about tokens; say --model too")
     if options.write_clean:
         check_clean_folder(options.write_clean)
+    if options.html:
+        check_target(options.html, "--html")
+    progress = Progress()
     read = partial(
         read_dataset,
         format=options.format,
@@ -72,27 +85,27 @@ def run(options: argparse.Namespace) -> int:
         columns=parse_columns(options.columns),
         allow_outside=options.allow_outside,
         allow_urls=options.allow_urls,
+        images=options.images,
+        progress=lambda rows: rows % 1000 or progress.show(f"Rows read: {rows:,}"),
     )
-    dataset = read(options.data)
+    dataset, held_out = read(options.data), None
+    if options.val:
+        held_out = below(folder_of(options.val), read(options.val))
+        dataset = without_held_out(dataset, held_out, options.val)
     check = check_dataset(
         dataset,
-        below(folder_of(options.val), read(options.val)) if options.val else None,
+        held_out,
         val_split=options.val_split,
         seed=options.seed,
         thumbnails=MAX_CARDS if options.html else 0,
-        progress=_counting("Images read:"),
+        progress=_counting(progress, "Images read:"),
     )
-    facts, examples = check.facts() | {"tokens": {}}, check.examples
+    tokens = {}
     if options.model is not None:
-        counted = _count_tokens(options, check)
-        facts["tokens"] = counted.facts()
-        for example, reason in counted.too_long:
-            facts["bad"] += [asdict(row) for row in bad_rows(example, reason)]
-            side = facts if example.weight else facts["held_out"]
-            side["examples"] -= 1
-            side["answers"] -= len(example.dialogues)
-        left_out = {example.id for example, _ in counted.too_long}
-        examples = tuple(example for example in examples if example.id not in left_out)
+        counted, counted_held_out = _count_tokens(options, check, _counting(progress, "Examples in tokens:"))
+        tokens, bad = counted.facts(), check.bad + counted.too_long + counted_held_out.too_long
+        check = replace(check, examples=counted.examples, held_out=counted_held_out.examples, bad=bad)
+    facts = check.facts() | {"tokens": tokens}
     if options.json:
         # A file name may be no UTF-8; backslashreplace writes of it what JSON reads
         print(json.dumps(facts, ensure_ascii=False).encode("utf-8", "backslashreplace").decode())
@@ -102,26 +115,30 @@ def run(options: argparse.Namespace) -> int:
         write_sheet(options.html, check, facts, title=", ".join(Path(data).name for data in options.data))
         say(f"Contact sheet: {options.html}")
     if options.write_clean:
-        write_clean(options.write_clean, examples, options.prompt, _counting("Examples written:"))
-        say(f"Clean copy of {len(examples):,} examples: {options.write_clean}")
+        counting = _counting(progress, "Examples written:")
+        write_clean(options.write_clean, check.examples, options.prompt, counting)
+        if any(example.weight > 1 for example in check.examples):
+            say("The copy holds each answer once: write weights behind it again where you use it, or clean each alone.")
+        say(f"Clean copy of {len(check.examples):,} examples: {options.write_clean}")
     return 1 if facts["bad"] else 0
 
 
-def _counting(what: str):
-    progress = Progress()
+def _counting(progress: Progress, what: str):
     return lambda done, total: progress.count(what, done, total)
 
 
-def _count_tokens(options: argparse.Namespace, check):
+def _count_tokens(options: argparse.Namespace, check, counting):
+    """`TokenCount` of what is to be learnt, and of what is held out."""
     from vlm_lora.model.backbone import load_preprocessor
     from vlm_lora.model.encode import Encoder
     from vlm_lora.model.tokens import count_tokens
 
     base = load_preprocessor(options.model, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
     sizes = {ref: seen.size for ref, seen in check.seen.items()}
-    progress = _counting("Examples in tokens:")
-    examples = check.examples + tuple(replace(example, weight=0) for example in check.held_out)  # read, not learnt
-    return count_tokens(Encoder(base), base.grid, examples, sizes, options.max_tokens, progress)
+    return (
+        count_tokens(Encoder(base), base.grid, examples, sizes, options.max_tokens, counting)
+        for examples in (check.examples, check.held_out)
+    )
 
 
 def _told(facts: dict) -> Iterator[str]:
@@ -129,8 +146,10 @@ def _told(facts: dict) -> Iterator[str]:
     counts = f"{facts['examples']:,} examples, {facts['images']:,} images, {facts['answers']:,} answers"
     yield f"{facts['format']}: {counts}"
     if facts["columns"]:
-        yield _line(f"taken for {facts['columns']}", 1000)
-    yield from (_line(source, 1000) for source in facts["sources"])
+        yield one_line(f"taken for {facts['columns']}", 1000)
+    if facts["unread"]:
+        yield one_line(facts["unread"], 1000)
+    yield from (one_line(source, 1000) for source in facts["sources"])
     if held_out := facts["held_out"]["examples"]:
         yield f"held out: {held_out:,} examples, {facts['held_out']['answers']:,} answers"
     if spread := facts["answers_per_example"]:
@@ -141,14 +160,14 @@ def _told(facts: dict) -> Iterator[str]:
     if frames := facts["several_frames"]:
         yield f"animations and the like, of which only the first picture is taken: {frames:,}"
     if facts["scripts"]:
-        yield "letters: " + ", ".join(f"{name} {share:.1%}" for name, share in facts["scripts"].items())
+        yield "scripts of the letters: " + ", ".join(f"{name} {share:.1%}" for name, share in facts["scripts"].items())
     cleaning = facts["cleaning"]
     if cleaning["texts"]:
         why = ", ".join(f"{name} {times:,}" for name, times in cleaning.items() if name != "texts")
         yield f"texts that --write-clean would change: {cleaning['texts']:,} ({why})"
     if facts["repeated"]:
         yield "said most often:"
-        yield from (f"  {times:,} times: {_line(text)}" for text, times in facts["repeated"])
+        yield from (f"  {times:,} times: {one_line(text, 120)}" for text, times in facts["repeated"])
     yield from _told_of(facts["duplicates"], "images that are there more than once", " = ")
     yield from _told_of(facts["near_duplicates"], "pairs of images that look alike", " ~ ")
     if facts["near_duplicates"]["cut"]:
@@ -160,14 +179,14 @@ def _told(facts: dict) -> Iterator[str]:
         yield from _told_tokens(tokens)
     for row in facts["bad"]:
         line = "" if row["line"] is None else f":{row['line']}"
-        yield _line(f"bad: {row['source']}{line}: {row['reason']}", 1000)
+        yield one_line(f"bad: {row['source']}{line}: {row['reason']}", 1000)
     yield f"{len(facts['bad']):,} bad rows" if facts["bad"] else "every row can be used"
 
 
 def _told_of(found: dict, what: str, between: str) -> Iterator[str]:
     if found["count"]:
         yield f"{what}: {found['count']:,}"
-        yield from ("  " + between.join(map(_line, names)) for names in found["first"])
+        yield from ("  " + between.join(one_line(name, 120) for name in names) for names in found["first"])
 
 
 def _told_tokens(tokens: dict) -> Iterator[str]:
@@ -183,10 +202,4 @@ def _told_tokens(tokens: dict) -> Iterator[str]:
     yield f"with a sequence for each answer it would be {times:.1f} times that"
     shown = "".join(f"»{part['text']}«" if part["learnt"] else part["text"] for part in tokens["sample"])
     yield "the first example as the model reads it, what is learnt »marked«:"
-    yield from ("  " + _line(line, 1000) for line in shown.splitlines())
-
-
-def _line(text: str, most: int = 120) -> str:
-    """One line for a terminal: data may hold characters that clear the screen or turn it round."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return shown if len(shown) <= most else shown[: most - 1] + "…"
+    yield from ("  " + one_line(line, 1000) for line in shown.splitlines())

@@ -14,6 +14,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
+def one_line(text: str, most: int | None = None) -> str:
+    """Text that names data, for a terminal: what would clear the screen or turn the line round is escaped."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown if most is None or len(shown) <= most else shown[: most - 1] + "…"
+
+
 def process_index() -> int:
     """Which process of a run on several this is, as ``torchrun`` and ``accelerate launch`` tell it; only 0 speaks."""
     return int(os.environ.get("RANK", "0"))

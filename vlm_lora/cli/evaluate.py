@@ -10,8 +10,15 @@ import shlex
 import sys
 from pathlib import Path
 
-from vlm_lora.cli.console import Progress, say
-from vlm_lora.config import ALLOW_OUTSIDE_HELP, ALLOW_URLS_HELP, COLUMNS_HELP, DEFAULT_MAX_NEW_TOKENS, parse_columns
+from vlm_lora.cli.console import Progress, one_line, say
+from vlm_lora.config import (
+    ALLOW_OUTSIDE_HELP,
+    ALLOW_URLS_HELP,
+    COLUMNS_HELP,
+    DEFAULT_MAX_NEW_TOKENS,
+    IMAGES_HELP,
+    parse_columns,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="TEXT", help="base model (default: the one the adapter names)")
     parser.add_argument("--format", metavar="TEXT", help="format of the data (default: found out by looking)")
     parser.add_argument("--columns", metavar="TEXT", help=COLUMNS_HELP)
+    parser.add_argument("--images", metavar="FOLDER", help=IMAGES_HELP)
     parser.add_argument("--allow-outside", action="store_true", help=ALLOW_OUTSIDE_HELP)
     parser.add_argument("--allow-urls", action="store_true", help=ALLOW_URLS_HELP)
     parser.add_argument("--also", metavar="DATA", help="other data that tuning should not have made the model forget")
@@ -46,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
 
     decoding = Decoding(max_new_tokens=options.max_new_tokens)
     captioner = Captioner.load(options.model, options.adapter, prompt=options.prompt, dtype=options.dtype)
-    trusted = {"allow_outside": options.allow_outside, "allow_urls": options.allow_urls}
+    trusted = {"allow_outside": options.allow_outside, "allow_urls": options.allow_urls, "images": options.images}
     dataset = read_dataset(
         options.data,
         format=options.format,
@@ -57,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     also = [read_dataset(options.also, prompt=captioner.prompt, **trusted)] if options.also else []
     for path, read in zip((options.data, options.also), (dataset, *also), strict=False):
         for row in read.bad[:5]:
-            say(f"Left out: {row.source}{f':{row.line}' if row.line else ''}: {row.reason}.")
+            say(one_line(f"Left out: {row.source}{f':{row.line}' if row.line else ''}: {row.reason}."))
         if not read.examples:
             raise DataError(f"{path}: no usable example in it ({len(read.bad)} rows cannot be used).")
     progress = Progress()
@@ -73,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     scores = evaluation.scores
     failed = [row for part in (scores, scores.get("also", {})) for row in part.get("failed", [])]
     for row in failed:
-        say(f"Left out: {row['source']}: {row['reason']}.")
+        say(one_line(f"Left out: {row['source']}: {row['reason']}."))
     if options.output:
         evaluation.write(options.output)
         title = Path(options.data).name
@@ -89,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(scores))
     else:
-        print(f"{scores['examples']:,} images, {scores['answers']:,} questions, {dataset.format}\n")
+        print(f"{scores['examples']:,} images, {scores['answers']:,} questions, {dataset.taken_for}\n")
         print(table(scores))
         print("\n" + "\n".join(summary(scores)))
         if also:

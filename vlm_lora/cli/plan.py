@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     cost, gb = plan.cost, 1e9
     print(f"{cost.steps:,} steps over {plan.images:,} images, {cost.answers:,} answers in all", end="")
-    print(f"; {plan.unusable:,} examples cannot be used (vlm-lora check says why)" if plan.unusable else "")
+    print(f"; {plan.unusable:,} rows cannot be used (vlm-lora check says why)" if plan.unusable else "")
     steps, tower = cost.operations / 1e12, cost.tower_operations / 1e12
     print(f"operations: {steps:,.3g} TFLOP in the steps, {tower:,.3g} in the vision tower")
     whose = "given" if options.tflops else "measured with one layer here"

@@ -82,6 +82,7 @@ class Check:
         return {
             "format": self.dataset.format,
             "columns": self.dataset.note,
+            "unread": self.dataset.unread,
             "examples": len(self.examples),
             "images": len(sizes),
             "answers": len(said),
@@ -251,9 +252,14 @@ def _script(letter: str) -> str | None:
     return unicodedata.name(letter, "other").split()[0].split("-")[0].lower() if letter.isalpha() else None
 
 
+def num_workers() -> int:
+    """Threads that decode images."""
+    return min(32, os.cpu_count() or 1)
+
+
 def _in_threads(work: Callable[[ImageRef], Seen], refs: Sequence[ImageRef]) -> Iterator[Seen]:
     """Results in order. A part at a time, so that a stop (Ctrl-C) need not wait for all of the rest."""
-    workers = min(32, os.cpu_count() or 1)
+    workers = num_workers()
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(refs), 64 * workers):
             part = refs[start : start + 64 * workers]

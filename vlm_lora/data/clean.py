@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -15,10 +16,20 @@ from vlm_lora.data.texts import clean_text
 from vlm_lora.errors import DataError
 
 
+def check_target(path: Path, flag: str, *, folder: bool = False) -> None:
+    """Raises DataError where no file, or no `folder`, can be written at `path`: asked before hours of reading."""
+    places = path.absolute().parents
+    above = next(place for place in ([path, *places] if folder else places) if place.exists())
+    if (path.is_dir() and not folder) or not above.is_dir() or not os.access(above, os.W_OK):
+        what = "it is a folder" if above != path and path.is_dir() else f"{above} is no folder that you may write to"
+        raise DataError(f"{flag} {path}: cannot be written: {what}; give another name")
+
+
 def check_clean_folder(folder: Path) -> None:
     """Raises DataError where the copy would mix with what is there: asked before hours of reading, too."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"--write-clean {folder}: is there already; give a new or an empty folder")
+    check_target(folder, "--write-clean", folder=True)
 
 
 def write_clean(

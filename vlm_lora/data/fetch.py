@@ -27,6 +27,12 @@ MAX_SECONDS = 30.0
 """For one image in all, redirects included."""
 MAX_REDIRECTS = 5
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+"""Where a network of IPv6 alone has all addresses of IPv4."""
+NOT_PUBLIC = tuple(
+    ipaddress.ip_network(network)
+    for network in ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "3fff::/20", "5f00::/16")
+)
+"""What `is_global` of some Python lets pass: a cloud's own host, protocols, relays, examples."""
 
 
 def fetch_image(url: str) -> ImageRef:
@@ -117,10 +123,12 @@ def _public_address(host: str, port: int) -> str:
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     if address.version == 6:
-        if address.ipv4_mapped or address in NAT64:
+        if address in NAT64:
             return _is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
         if address.sixtofour or address.teredo or address.is_site_local:
             return False
+    if any(address in network for network in NOT_PUBLIC):
+        return False
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import stat
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
@@ -20,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from vlm_lora.data.example import ImageRef, read_regular_file
 from vlm_lora.errors import DataError
 
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit below is asked for each image
 MAX_DECODED_PIXELS = 50_000_000  # a 17 KB PNG can be 144 megapixels and 430 MB when decoded
 
 # An explicit list: among the rest of Pillow's formats are some that run other programs (EPS calls
@@ -123,7 +125,7 @@ def _measure(image: Image.Image, name: str, limit: int) -> tuple[int, int]:
     if image.format == "TIFF":  # turned upright, and its orientation forgotten, while it is decoded
         return _decode(image, name, limit).size
     width, height = image.size
-    return (height, width) if _orientation(image) >= 5 else (width, height)
+    return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 
 
 def _decode(image: Image.Image, name: str, limit: int) -> Image.Image:
@@ -168,8 +170,8 @@ def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
     """Gray of 16 or 32 bits or floats -> "L".
 
     Integers are on the scale of the smallest usual depth (8, 10, 12, 14, 16 bits) that holds their maximum: a
-    12-bit scan in a 16-bit file is not black. Floats within 0..1 or 0..255 are on that scale. Whatever lies
-    outside of these scales is stretched from its minimum to its maximum.
+    12-bit scan in a 16-bit file is not black. Floats within 0..1 or 0..255, or a tenth beyond, as resampling
+    leaves them, are on that scale. Whatever lies outside of these scales is stretched from its minimum to its maximum.
     """
     import numpy as np
 
@@ -178,9 +180,11 @@ def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
         raise DataError(f"{name} holds NaN or infinite pixel values; write it with finite ones")
     low, high = float(values.min()), float(values.max())
     tops = (1.0, 255.0) if image.mode == "F" else (255.0, 1023.0, 4095.0, 16383.0, 65535.0)
-    top = next((top for top in tops if high <= top), None)
-    if low < 0 or top is None:
+    spare = 0.1 if image.mode == "F" else 0.0
+    top = next((top for top in tops if high <= top * (1 + spare)), None)
+    if top is None or low < -spare * high:
         values, top = values - low, (high - low) or 1.0
+    values = values.clip(0, top)
     return Image.fromarray(np.rint(values * (255.0 / top)).astype(np.uint8))
 
 
@@ -222,15 +226,17 @@ def find_image(
     if not isinstance(name, str) or not name.strip():
         raise DataError(f"expected the file name of an image, found {name!r}")
     plain = unquote(name[7:]) if name.startswith("file:///") else name
-    if fetch and is_web_address(plain):
-        return fetch(plain)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", plain):  # two letters or more: C:\ is a drive
-        how = "download it and write its file name here" + (", or pass --allow-urls" if is_web_address(plain) else "")
+    if is_web_address(plain):
+        if fetch:
+            return fetch(plain)
+        how = "download it and write its file name here, or pass --allow-urls"
         raise DataError(f"{name[:200]!r} is a URL, which is not fetched; {how}")
     folders = folders or (root,)
     try:
         plain.encode("utf-8")  # a name of other bytes may exist, but could be neither printed nor written to a report
         path = next((p for p in (os.path.join(folder, plain) for folder in folders) if os.path.lexists(p)), None)
+        if path is None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", plain):  # two letters or more: C:\ is a drive
+            raise DataError(f"{name[:200]!r} is a URL, which is not fetched; download it and write its file name here")
         if path is None:
             looked = ", ".join(dict.fromkeys(f"{f.relative_to(root).as_posix()}/" for f in folders))
             raise DataError(f"there is no file {name!r} (looked in {looked} of the data folder)")

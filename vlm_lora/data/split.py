@@ -2,9 +2,12 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 from vlm_lora.data.example import Example, ImageRef
 from vlm_lora.data.images import content_hash
+from vlm_lora.data.readers import Dataset, bad_rows
 from vlm_lora.errors import ConfigError, DataError
 
 
@@ -56,3 +59,36 @@ def split_examples(examples: Sequence[Example], fraction: float, seed: int) -> t
         [e for i, e in enumerate(examples) if i not in chosen],
         [e for i, e in enumerate(examples) if i in chosen],
     )
+
+
+def without_held_out(dataset: Dataset, held_out: Dataset, held_out_name: str) -> Dataset:
+    """The data set, where each example with an image of `held_out` is bad rows: its score would be worth nothing.
+
+    Images are the same where their bytes are. Reads those alone that have a size in bytes of the other side, once.
+    """
+
+    def images(side: Dataset) -> list[ImageRef]:
+        return [ref for example in side.examples for ref in example.images]
+
+    sizes = {ref.size for ref in images(held_out)}
+    held = {_hash(ref): ref.name for ref in _of_sizes(images(held_out), {ref.size for ref in images(dataset)})}
+    held.pop("", None)
+    found = {ref: held.get(_hash(ref)) for ref in _of_sizes(images(dataset), sizes)} if held else {}
+    kept, bad = [], list(dataset.bad)
+    for example in dataset.examples:
+        if name := next(filter(None, map(found.get, example.images)), None):
+            reason = f"its image is in the held-out data too ({name!r} of {held_out_name}); take it out of one of them"
+            bad += bad_rows(example, reason)
+        else:
+            kept.append(example)
+    return replace(dataset, examples=tuple(kept), bad=tuple(bad))
+
+
+def _of_sizes(refs: Sequence[ImageRef], sizes: set[int | None]) -> list[ImageRef]:
+    return [ref for ref in dict.fromkeys(refs) if ref.size in sizes or None in sizes or ref.size is None]
+
+
+def _hash(ref: ImageRef) -> str:
+    with suppress(DataError):  # that it cannot be read is told where it is decoded
+        return ref.sha256 or content_hash(ref.read_bytes())
+    return ""

@@ -158,6 +158,10 @@ class FeatureCache:
         self._make_room(missing_bytes)
         return Survey(len(sizes), sum(sizes.values()), len(missing), missing_bytes, self._room * self.writers)
 
+    def grid(self, image: ImageRef) -> torch.Tensor:
+        """Its ``grid_thw`` ``(3,)``, from its header alone. Raises DataError where that cannot be read."""
+        return torch.tensor(self._identify(image)[1])
+
     def prepare(self, image: ImageRef) -> torch.Tensor:
         """Its ``grid_thw`` ``(3,)``, once it is sure that it can be trained on.
 

@@ -1,12 +1,13 @@
 """What examples cost in tokens, from the sizes of their images alone: no tower runs, no weights are read."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from vlm_lora.data.example import Example, ImageRef
+from vlm_lora.data.readers import BadRow, bad_row
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded
 
@@ -19,7 +20,7 @@ class TokenCount:
     """The tokens of a data set, and the rows among it that are too long."""
 
     longest: tuple[int, ...]
-    """Tokens of each example's longest sequence: its images and one dialogue."""
+    """Tokens of the longest sequence that is kept of each example: its images and one dialogue."""
     images: tuple[int, ...]
     """Tokens of each image, as often as examples show it."""
     packed: int
@@ -28,8 +29,10 @@ class TokenCount:
     """What it would be with a sequence of its own for each dialogue."""
     learnt: int
     """Tokens with a label."""
-    too_long: tuple[tuple[Example, str], ...]
-    """Examples with a sequence above the budget, and the reason to give."""
+    examples: tuple[Example, ...]
+    """Those given, with the dialogues that fit into the budget; without the ones that have no such."""
+    too_long: tuple[BadRow, ...]
+    """The rows of the others."""
     sample: tuple[tuple[str, bool], ...]
     """The first dialogue as the model reads it: pieces of text, and whether they are learnt."""
 
@@ -69,25 +72,29 @@ def count_tokens(
         grid: `Preprocessor.grid`.
         sizes: width and height of every image, upright.
     """
-    longest, images, too_long = [], [], []
+    longest, images, kept, too_long = [], [], [], []
     packed = separate = learnt = 0
     sample: tuple[tuple[str, bool], ...] = ()
     for done, example in enumerate(examples, start=1):
         if done % AT_ONCE == 1:
             encoder.tokenize_ahead(examples[done - 1 : done - 1 + AT_ONCE])
         grids = torch.tensor([grid(*sizes[ref]) for ref in example.images], dtype=torch.long).reshape(-1, 3)
-        encoded = encoder.encode(example.dialogues, grids)
         images += (grids.prod(-1) // encoder.merge_size**2).tolist()
+        fitting, bad = encode_fitting(encoder, example, grids, max_tokens)
+        too_long += bad
+        progress(done, len(examples))
+        if fitting is None:
+            continue
+        example, encoded = fitting
+        kept.append(example)
         branches = [len(branch.input_ids) for branch in encoded.branches]
         longest.append(longest_sequence(encoded))
         packed += example.weight * (len(encoded.prefix_ids) + sum(branches))
         separate += example.weight * (len(encoded.prefix_ids) * len(branches) + sum(branches))
         learnt += example.weight * sum(int((branch.labels != IGNORE_INDEX).sum()) for branch in encoded.branches)
-        if reason := over_budget(encoded, max_tokens):
-            too_long.append((example, reason))
         sample = sample or tuple(_rendered(encoder, encoded))
-        progress(done, len(examples))
-    return TokenCount(tuple(longest), tuple(images), packed, separate, learnt, tuple(too_long), sample)
+    counts = tuple(longest), tuple(images), packed, separate, learnt
+    return TokenCount(*counts, tuple(kept), tuple(too_long), sample)
 
 
 def longest_sequence(encoded: Encoded) -> int:
@@ -95,15 +102,29 @@ def longest_sequence(encoded: Encoded) -> int:
     return len(encoded.prefix_ids) + max(len(branch.input_ids) for branch in encoded.branches)
 
 
-def over_budget(encoded: Encoded, max_tokens: int) -> str | None:
-    """Why an example cannot be trained on with this budget, or None."""
-    longest = longest_sequence(encoded)
-    if longest <= max_tokens:
-        return None
-    return (
-        f"needs {longest} tokens, {len(encoded.prefix_ids)} of them for images and instruction; --max-tokens is "
-        f"{max_tokens}. Lower --max-pixels or raise --max-tokens"
-    )
+def encode_fitting(
+    encoder: Encoder, example: Example, image_grid_thw: torch.Tensor, max_tokens: int
+) -> tuple[tuple[Example, Encoded] | None, list[BadRow]]:
+    """The example with those of its dialogues that fit into the budget, in tokens, and the rows of the others.
+
+    None instead of the example where nothing of it fits. ``image_grid_thw`` ``(num_images, 3)``.
+    """
+    encoded = encoder.encode(example.dialogues, image_grid_thw)
+    if longest_sequence(encoded) <= max_tokens:
+        return (example, encoded), []
+    prefix, fit, bad = len(encoded.prefix_ids), [], []
+    for dialogue, branch in zip(example.dialogues, encoded.branches, strict=True):
+        if (needed := prefix + len(branch.input_ids)) <= max_tokens:
+            fit.append(dialogue)
+            continue
+        reason = (
+            f"needs {needed} tokens, {prefix} of them for images and instruction; --max-tokens is {max_tokens}. "
+            f"Shorten its text, lower --max-pixels or raise --max-tokens"
+        )
+        bad.append(bad_row(dialogue.source, reason))
+    if not fit:
+        return None, bad
+    return (replace(example, dialogues=tuple(fit)), encoder.encode(fit, image_grid_thw)), bad
 
 
 def _rendered(encoder: Encoder, encoded: Encoded) -> Iterator[tuple[str, bool]]:

@@ -33,7 +33,7 @@ from vlm_lora.model.backbone import (
 )
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded, padded_tokens
-from vlm_lora.model.tokens import over_budget
+from vlm_lora.model.tokens import encode_fitting
 from vlm_lora.training.batches import Plan, micro_batches, split_long
 from vlm_lora.training.loop import LOGITS_AT_ONCE
 
@@ -58,6 +58,7 @@ def read_data(config: TrainConfig, sources: Sequence[str]) -> Dataset:
         columns=parse_columns(config.columns),
         allow_outside=config.allow_outside,
         allow_urls=config.allow_urls,
+        images=config.images,
     )
 
 
@@ -358,13 +359,14 @@ def make_plan(
     if config.val_split and not config.val:
         examples, _ = split_examples(examples, config.val_split, config.seed)
     encoder, lessons, grids = Encoder(base), [], {}
+    unusable = len(dataset.bad) + sum(len(example.dialogues) for example in examples)
     for done, example in enumerate(examples, start=1):
         with suppress(DataError):  # counted; `check` says what is wrong with it
             grids |= {ref: base.grid(*image_size(ref.read_bytes(), ref.name)) for ref in example.images}
             grid = torch.tensor([grids[ref] for ref in example.images], dtype=torch.long).reshape(-1, 3)
-            encoded = encoder.encode(example.dialogues, grid)
-            if not over_budget(encoded, config.max_tokens):
-                lessons += [(example, encoded)] * example.weight
+            fitting, too_long = encode_fitting(encoder, example, grid, config.max_tokens)
+            lessons += [fitting] * example.weight if fitting else []
+            unusable -= len(example.dialogues) - len(too_long)
         progress(done, len(examples))
     if not lessons:
         raise DataError(f"{', '.join(config.sources)}: no usable example in it; vlm-lora check says why.")
@@ -384,7 +386,7 @@ def make_plan(
     return RunPlan(
         cost=cost,
         images=len(patches),
-        unusable=len(dataset.bad) + len(examples) - len({id(example) for example, _ in lessons}),
+        unusable=unusable,
         kept=kept,
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),

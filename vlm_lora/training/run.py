@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -17,7 +18,7 @@ from accelerate import Accelerator
 from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Example
 from vlm_lora.data.readers import BadRow, Dataset, bad_rows
-from vlm_lora.data.split import split_examples
+from vlm_lora.data.split import split_examples, without_held_out
 from vlm_lora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from vlm_lora.model.adapters.base import Adapter
 from vlm_lora.model.adapters.methods import attach_adapter
@@ -32,7 +33,7 @@ from vlm_lora.model.backbone import (
 )
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, cache_folder
-from vlm_lora.model.tokens import over_budget
+from vlm_lora.model.tokens import encode_fitting
 from vlm_lora.training.checkpoint import LOCK, locked, writing
 from vlm_lora.training.loop import OUT_OF_MEMORY, Lesson, Report, run_steps
 from vlm_lora.training.plan import Prediction, predict, read_data, sees_each_image_once
@@ -85,6 +86,8 @@ def train(
     config = config.on(processes.device.type)
     dataset = read_data(config, config.sources)
     held_dataset = read_data(config, (config.val,)) if config.val else None
+    if held_dataset:
+        dataset = without_held_out(dataset, held_dataset, config.val)
     same = {"data": dataset.fingerprint(), "val": held_dataset and held_dataset.fingerprint()}
     processes.require_same(same)  # or they would wait for each other for ever, from here on
     bad = dataset.bad + (held_dataset.bad if held_dataset else ())
@@ -140,17 +143,19 @@ def train(
         )
         # Held-out images are seen again and again, at every save; training images once an epoch.
         seen_once = sees_each_image_once(config, train_examples)
-        lessons, bad_lessons = _lessons(config, backbone, features, train_examples, processes, seen_once, report)
-        held_lessons, bad_held = _lessons(config, backbone, features, held_out, processes, False, report)
+        lessons, bad_texts = _lessons(config, backbone, features, train_examples)
+        held_lessons, bad_held_texts = _lessons(config, backbone, features, held_out)
+        bad += bad_texts + bad_held_texts
+        _settle_bad_rows(config, bad)  # what is too long is known before hours in the tower
+        lessons, bad_images = _with_images(features, lessons, processes, seen_once, report)
+        held_lessons, bad_held_images = _with_images(features, held_lessons, processes, False, report)
         features.write = not seen_once
-        unusable = bad_lessons + bad_held
-        if unusable:
-            bad += unusable
-            _settle_bad_rows(config, bad)
-            train_examples = [lesson.example for lesson in lessons]
-            held_out = [lesson.example for lesson in held_lessons]
-            if not train_examples:
-                raise DataError(f"{', '.join(config.sources)}: no usable example in it. {_listed(bad)}")
+        bad += bad_images + bad_held_images
+        _settle_bad_rows(config, bad)
+        train_examples = [lesson.example for lesson in lessons]
+        held_out = [lesson.example for lesson in held_lessons]
+        if not train_examples:
+            raise DataError(f"{', '.join(config.sources)}: no usable example in it. {_listed(bad)}")
         processes.on_main(lambda: _require_room(folder, adapter, config))
         if features.complete(image for example in (*train_examples, *held_out) for image in example.images):
             backbone.park_tower()  # its memory is the training's
@@ -188,47 +193,58 @@ def train(
 
 
 def _lessons(
-    config: TrainConfig,
-    backbone: Backbone,
-    features: FeatureCache,
-    examples: Sequence[Example],
-    processes: Processes,
-    seen_once: bool,
-    report: Report,
+    config: TrainConfig, backbone: Backbone, features: FeatureCache, examples: Sequence[Example]
 ) -> tuple[list[Lesson], tuple[BadRow, ...]]:
-    """Every dialogue in tokens, and what could not be used; every image's features in the cache, if they are to be."""
-    features.write = not seen_once
-    if images := [image for example in examples for image in example.images]:
-        report("survey", survey=features.survey(images), folder=features.folder, seen_once=seen_once)
+    """Every dialogue in tokens, and the rows that cannot be; of the images the headers alone are looked at."""
     encoder = Encoder(backbone)
     lessons: list[Lesson] = []
     bad: list[BadRow] = []
-    at_once = 32 * processes.count if processes.count > 1 else 1
-    for start in range(0, len(examples), at_once):
-        some = examples[start : start + at_once]
-        # The tower's work is shared out; the sizes of all images, or what is wrong with them, go to every process.
-        parts = processes.gather([_grids(features, example) for example in some[processes.index :: processes.count]])
-        for i, example in enumerate(some):
-            grids = parts[i % processes.count][i // processes.count]
-            if isinstance(grids, str):
-                bad += bad_rows(example, grids)
-                continue
-            encoded = encoder.encode(example.dialogues, grids)
-            if reason := over_budget(encoded, config.max_tokens):
-                bad += bad_rows(example, reason)
-                continue
-            lessons.append(Lesson(example, encoded))
-        report("cache", done=start + len(some), total=len(examples))
+    for example in examples:
+        try:
+            grids = [features.grid(image) for image in example.images]
+        except DataError as error:
+            bad += bad_rows(example, str(error))
+            continue
+        grid = torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
+        fitting, too_long = encode_fitting(encoder, example, grid, config.max_tokens)
+        lessons += [Lesson(*fitting)] if fitting else []
+        bad += too_long
     return lessons, tuple(bad)
 
 
-def _grids(features: FeatureCache, example: Example) -> torch.Tensor | str:
-    """``image_grid_thw`` (n, 3) of its images, which are made ready for it; or what is wrong with one."""
+def _with_images(
+    features: FeatureCache, lessons: Sequence[Lesson], processes: Processes, seen_once: bool, report: Report
+) -> tuple[list[Lesson], tuple[BadRow, ...]]:
+    """The lessons whose images are whole, and the rows of the others; features in the cache, if they are to be."""
+    features.write = not seen_once
+    if images := [image for lesson in lessons for image in lesson.example.images]:
+        report("survey", survey=features.survey(images), folder=features.folder, seen_once=seen_once)
+    whole: list[Lesson] = []
+    bad: list[BadRow] = []
+    at_once = 32 * processes.count if processes.count > 1 else 1
+    for start in range(0, len(lessons), at_once):
+        some = lessons[start : start + at_once]
+        # The tower's work is shared out; what is wrong with an image goes to every process.
+        parts = processes.gather(
+            [_prepare(features, each.example) for each in some[processes.index :: processes.count]]
+        )
+        for i, lesson in enumerate(some):
+            if error := parts[i % processes.count][i // processes.count]:
+                bad += bad_rows(lesson.example, error)
+            else:
+                whole.append(lesson)
+        report("cache", done=start + len(some), total=len(lessons))
+    return whole, tuple(bad)
+
+
+def _prepare(features: FeatureCache, example: Example) -> str:
+    """Make its images ready; what is wrong with one of them, or ""."""
     try:
-        grids = [features.prepare(image) for image in example.images]
+        for image in example.images:
+            features.prepare(image)
     except DataError as error:
         return str(error)
-    return torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
+    return ""
 
 
 def _prediction(config: TrainConfig, shapes: Shapes, features: FeatureCache, lessons: Sequence[Lesson]) -> Prediction:
@@ -248,9 +264,11 @@ def _prediction(config: TrainConfig, shapes: Shapes, features: FeatureCache, les
 
 def _settle_bad_rows(config: TrainConfig, bad: Sequence[BadRow]) -> None:
     if bad and config.on_bad_row == "stop":
+        check = shlex.join(["vlm-lora", "check", *config.sources, "--model", config.model])
         raise DataError(
             f"{', '.join(config.sources)}: {len(bad)} rows cannot be used, and nothing was trained. {_listed(bad)} "
-            "Mend them, or leave them out with --on-bad-row quarantine (they are listed in the run folder)."
+            f"Mend them ({check} lists all), or leave them out with --on-bad-row quarantine "
+            "(they are listed in the run folder)."
         )
 
 
@@ -345,7 +363,7 @@ def _identity(config: TrainConfig, dataset: Dataset, held: Dataset | None, adapt
     free = {"data", "output", "val", "cache", "cache_gb", "save_every", "keep_checkpoints", "model"}
     free |= {"patience", "load_best_at_end", "on_nonfinite", "max_skipped", "report_to"}
     free |= {"gradient_checkpointing"}  # changes no number
-    free |= {"columns", "allow_outside", "allow_urls"}  # what they change is in the fingerprint of the data
+    free |= {"columns", "images", "allow_outside", "allow_urls"}  # what they change is in the fingerprint of the data
     knobs = {name: value for name, value in config.to_dict().items() if name not in free}
     contract = adapter.contract
     base = hashlib.sha256((contract.base_fingerprint + contract.tower_fingerprint).encode()).hexdigest()[:16]

@@ -8,7 +8,7 @@ an image: that it is a regular file inside of the data is all that is checked.
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,13 @@ from typing import Any
 
 from vlm_lora.data.example import ImageRef
 from vlm_lora.data.fetch import fetch_image
-from vlm_lora.data.images import find_image, real_folder
+from vlm_lora.data.images import find_image, is_web_address, real_folder
 from vlm_lora.data.readers import coco, folders, hub, shards, tables
-from vlm_lora.data.readers.gather import BadRow, Dataset, Said, bad_rows, below, gather, join
-from vlm_lora.data.readers.rows import SHAPES, RowReader, check_columns
+from vlm_lora.data.readers.gather import BadRow, Dataset, Said, bad_row, bad_rows, below, gather, join
+from vlm_lora.data.readers.rows import NAMES, SHAPES, RowReader, check_columns
 from vlm_lora.errors import ConfigError, DataError
 
-__all__ = ["FORMATS", "BadRow", "Dataset", "bad_rows", "below", "folder_of", "read_dataset"]
+__all__ = ["FORMATS", "BadRow", "Dataset", "bad_row", "bad_rows", "below", "folder_of", "read_dataset"]
 
 FORMATS = {
     "imagefolder": "a folder with metadata.jsonl, metadata.csv or metadata.parquet: file_name, text",
@@ -43,8 +43,8 @@ FORMATS = {
 CONTAINERS = {"csv": ".csv", "tsv": ".tsv", "parquet": ".parquet", "webdataset": ".tar"}
 MAX_WEIGHT = 1000
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-IMAGE_FOLDERS = ("images", "image", "imgs", "img", "pictures", "photos", "train", "val")
-IMAGE_FOLDERS += ("train2014", "val2014", "train2017", "val2017")
+IMAGE_FOLDERS = ("images", "Images", "image", "imgs", "img", "pictures", "photos", "train", "val")
+IMAGE_FOLDERS += ("train2014", "val2014", "train2017", "val2017", "flickr30k_images", "Flicker8k_Dataset")
 Fetch = Callable[[str], ImageRef] | None
 
 
@@ -56,6 +56,8 @@ def read_dataset(
     columns: dict[str, str] | None = None,
     allow_outside: bool = False,
     allow_urls: bool = False,
+    images: str | Path | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
 ) -> Dataset:
     """All of `path`: a folder, a file, or a hub name (`hf:owner/name`, or `owner/name` that is no path).
 
@@ -64,15 +66,18 @@ def read_dataset(
 
     The format is found out by looking where `format` is None.
 
-    A folder is read as what it holds itself; where it has a `train/` and no data of its own, as that. Files
-    of rows are also looked for in `data/` and `annotations/`; sidecar folders are read with their direct
-    sub-folders.
+    A folder is read as what it holds itself; where it has a `train/` and no data of its own, as that. What is
+    left unread then is in `Dataset.unread`. Files
+    of rows are also looked for in `data/` and `annotations/`; sidecar folders are read with all that is below
+    them, links to folders left out.
 
     Args:
         prompt: The instruction that captions answer.
         columns: Our name (image, caption, question, answer, kind, ...) -> the data's, where that is unusual.
         allow_outside: Take images outside of the data's folder too (`..`, absolute names, symlinks).
         allow_urls: Download images that are named by an http:// or https:// address, one after the other.
+        images: A folder where images are looked for that are not beside the data.
+        progress: Called with the number of rows read of a source, at every row.
 
     Raises DataError where nothing is recognised, or more than one thing; ConfigError for an unknown format or
     key of `columns`. A bad row never raises: it becomes a BadRow.
@@ -84,9 +89,13 @@ def read_dataset(
     fetch = fetch_image if allow_urls else None
     sources = [path] if isinstance(path, str | Path) else list(path)
     weighed = [_weighed(source) for source in sources]
-    if twice := sorted({place for place, _ in weighed if [p for p, _ in weighed].count(place) > 1}):
+    places = [os.path.realpath(place) for place, _ in weighed]
+    if twice := [place for number, (place, _) in enumerate(weighed) if places[number] in places[:number]]:
         raise ConfigError(f"{twice[0]!r} is given twice; to learn from it twice an epoch, say {twice[0]}:2")
-    found = [_read(place, format, prompt, columns, allow_outside, fetch) for place, _ in weighed]
+    if images is not None and not Path(images).is_dir():
+        raise ConfigError(f"--images {images}: there is no such folder; check the name")
+    images = images and Path(images).resolve()
+    found = [_read(place, format, prompt, columns, allow_outside, fetch, images, progress) for place, _ in weighed]
     if len(found) == 1 and weighed[0][1] == 1:
         return found[0]
     return join((place, folder_of(place), weight, part) for (place, weight), part in zip(weighed, found, strict=True))
@@ -112,22 +121,30 @@ def folder_of(place: str) -> str:
 
 
 def _read(
-    path: str, format: str | None, prompt: str, columns: dict[str, str], allow_outside: bool, fetch: Fetch
+    path: str,
+    format: str | None,
+    prompt: str,
+    columns: dict[str, str],
+    allow_outside: bool,
+    fetch: Fetch,
+    images: Path | None,
+    progress: Callable[[int], None],
 ) -> Dataset:
     if format in (None, "hub") and hub.is_hub_name(path):
         name, found = hub.read_hub(path)
-        said, note = _understood(name, found, RowReader(prompt, partial(hub.find_in_row, fetch=fetch), columns))
+        reader = RowReader(prompt, partial(hub.find_in_row, fetch=fetch), columns)
+        said, note = _understood(name, _counted(found, progress), reader)
         return replace(gather("hub", said), note=note)
     path = Path(path)
     try:
         if not path.exists():
             raise DataError(f"{str(path)!r}: there is no such folder or file; check the name")
         path = path.resolve()
-        reading = _Reading(path, prompt, columns, allow_outside, fetch)
+        reading = _Reading(path, prompt, columns, allow_outside, fetch, images, progress)
         if not path.is_dir() and not path.is_file():
             raise DataError(f"{path.name}: is not a regular file; expected a folder or one of {_suffixes()}")
         dataset = (_read_folder if path.is_dir() else _read_file)(path, format, reading)
-        return replace(dataset, note=reading.note)
+        return replace(dataset, note=reading.note, unread=reading.unread)
     except OSError as error:
         reason = f"cannot be read: {error.strerror or error}; check its permissions"
         raise DataError(f"{error.filename or path.name}: {reason}") from error
@@ -136,16 +153,33 @@ def _read(
 class _Reading:
     """What holds for one call: the root that images may not leave, where they are looked for."""
 
-    def __init__(self, path: Path, prompt: str, columns: dict[str, str], allow_outside: bool, fetch: Fetch):
+    def __init__(
+        self,
+        path: Path,
+        prompt: str,
+        columns: dict[str, str],
+        allow_outside: bool,
+        fetch: Fetch,
+        images: Path | None,
+        progress: Callable[[int], None],
+    ):
         real_folder.cache_clear()
         self.root = path if path.is_dir() else path.parent
         if path.is_file() and self.root.name == "annotations":  # COCO's own layout has images beside it
             self.root = self.root.parent
         self.prompt, self.columns, self.allow_outside, self.fetch = prompt, columns, allow_outside, fetch
+        self.images, self.progress = images, progress
         self.folders: tuple[Path, ...] = (self.root,)
         self.found: dict[str, ImageRef] = {}
         self.asked: set[str] = set()
-        self.note = ""
+        self.note = self.unread = ""
+
+    def took(self, taken: Path, others: list[Path]) -> None:
+        """Remember what else is in the folder."""
+        if others:
+            names = [f"{path.name}/" if path.is_dir() else path.name for path in (taken, *others)]
+            more = f" and {len(others) - 8} more" if len(others) > 8 else ""
+            self.unread = f"{names[0]} is read, left unread: {', '.join(names[1:9])}{more}"
 
     def look_beside(self, file: Path) -> None:
         """Look for images in the file's folder, in the root, and in `images/` and the like below these."""
@@ -163,7 +197,15 @@ class _Reading:
             return self.found[value]
         if isinstance(value, str):
             self.asked.add(value)
-        ref = find_image(value, self.root, self.folders, allow_outside=self.allow_outside, fetch=self.fetch)
+        try:
+            ref = find_image(value, self.root, self.folders, allow_outside=self.allow_outside, fetch=self.fetch)
+        except DataError as error:
+            if self.images is None or is_web_address(value):
+                raise
+            try:
+                ref = find_image(value, self.images, allow_outside=self.allow_outside)
+            except DataError:
+                raise DataError(f"{error}; it is not in the folder of --images either") from None
         self.found[value] = ref
         return ref
 
@@ -175,8 +217,15 @@ class _Reading:
         source = self.name(path)
         is_tar = (kind or path.suffix.lower()) == ".tar"
         found = shards.read_tar(path, source) if is_tar else tables.read_table(path, source, kind)
-        said, self.note = _understood(source, found, RowReader(self.prompt, self.find, self.columns, shape))
+        reader = RowReader(self.prompt, self.find, self.columns, shape)
+        said, self.note = _understood(source, _counted(found, self.progress), reader)
         return said
+
+
+def _counted(rows: Iterable, progress: Callable[[int], None]) -> Iterator:
+    for number, row in enumerate(rows, start=1):
+        progress(number)
+        yield row
 
 
 def _understood(source: str, rows: tables.Rows, reader: RowReader) -> tuple[list[Said | BadRow], str]:
@@ -214,9 +263,11 @@ def _read_folder(folder: Path, format: str | None, reading: _Reading) -> Dataset
     metadata = [f for f in files if f.name in METADATA and f.is_file()]
     if metadata and format in (None, "imagefolder"):
         return _read_imagefolder(folder, metadata, reading)
-    data_files = _data_files(folder, format)
+    data_files, others = _data_files(folder, format)
     sidecars = folders.has_sidecars(files)
     if not data_files and not sidecars and format != "sidecar" and (folder / "train").is_dir():
+        beside = (path for path in sorted(folder.iterdir()) if path.is_dir() and path.name != "train")
+        reading.took(folder / "train", [path for path in beside if not path.name.startswith((".", "__"))])
         return _read_folder(folder / "train", format, reading)
     if not data_files:
         files = folders.visible_files(folder)
@@ -227,6 +278,7 @@ def _read_folder(folder: Path, format: str | None, reading: _Reading) -> Dataset
             "for the one, or the file itself for the other"
         )
     if data_files:
+        reading.took(data_files[0], others)
         reading.look_beside(data_files[0])
         if len(data_files) > 1:
             kind = next(name for name, suffix in CONTAINERS.items() if suffix == data_files[0].suffix.lower())
@@ -234,7 +286,7 @@ def _read_folder(folder: Path, format: str | None, reading: _Reading) -> Dataset
         return _read_file(data_files[0], format, reading)
     if sidecars and format in (None, "sidecar"):
         said = folders.read_sidecars(reading.root, files, reading.prompt, allow_outside=reading.allow_outside)
-        return gather("sidecar", said)
+        return gather("sidecar", _counted(said, reading.progress))
     images = sum(map(folders.is_image_name, files))
     known = "; ".join(f"{name}: {what}" for name, what in FORMATS.items() if format in (None, name))
     raise DataError(
@@ -257,32 +309,46 @@ def _read_imagefolder(folder: Path, metadata: list[Path], reading: _Reading) -> 
     return gather("imagefolder", said + uncovered)
 
 
-def _data_files(folder: Path, format: str | None) -> list[Path]:
-    """The file of rows that is meant, or all shards of one Parquet table. Raises DataError if in doubt."""
+def _data_files(folder: Path, format: str | None) -> tuple[list[Path], list[Path]]:
+    """The file of rows that is meant, or all shards of one Parquet table; and the files of rows that are not.
+
+    Raises DataError if in doubt.
+    """
     if format in ("sidecar", "imagefolder"):
-        return []
+        return [], []
     if format in CONTAINERS:
         suffixes: tuple[str, ...] = (CONTAINERS[format],)
     else:
         suffixes = (".json",) if format in ("coco", "vqav2") else (*tables.SUFFIXES, ".tar")
     for place in (folder, folder / "data", folder / "annotations"):
         files = folders.visible_files(place, below=False) if place.is_dir() else []
-        found = [f for f in files if f.suffix.lower() in suffixes and f.is_file()]
+        found = [f for f in files if (f.suffix.lower() in suffixes or _is_caption_table(f)) and f.is_file()]
         found = [f for f in found if not f.stem.startswith("dataset_info")]  # `datasets` puts it beside data
+        every = found
         if not any("question" in f.stem.lower() for f in found):
             found = _with_word("caption", found)  # captions_train2017.json, not instances_train2017.json
         elif format == "vqav2":
             found = [f for f in found if re.search("question|annotation", f.stem.lower())]
         found = _with_word("train", found)  # train.jsonl, not test.jsonl
         if len(found) == 2 and coco.find_partner(found[0], found):
-            return found[:1]
+            return found[:1], [f for f in every if f not in found]
         tables_of = {re.sub(r"\d+(-of-\d+)?", "", f.name) for f in found}
         if len(found) > 1 and (len(tables_of) > 1 or found[0].suffix.lower() not in (".parquet", ".tar")):
             names = ", ".join(f.name for f in found[:8])
             raise DataError(f"{folder.name}: holds {len(found)} files of rows ({names}); pass the one you mean")
         if found:
-            return found
-    return []
+            return found, [f for f in every if f not in found]
+    return [], []
+
+
+def _is_caption_table(path: Path) -> bool:
+    """Kaggle's Flickr8k has its CSV in a captions.txt."""
+    if path.name.lower() != "captions.txt" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.readline(4096).decode("utf-8-sig", "replace")
+    names = {name.strip() for name in re.split(r"[,;|\t]", head)}
+    return all(names & set(NAMES[what]) for what in ("image", "caption"))
 
 
 def _with_word(word: str, files: list[Path]) -> list[Path]:
@@ -296,14 +362,17 @@ def _read_file(path: Path, format: str | None, reading: _Reading) -> Dataset:
     if format in ("imagefolder", "sidecar"):
         raise DataError(f"{path.name}: --format {format} needs a folder; pass the one that holds this file")
     container = format or next((name for name in CONTAINERS if CONTAINERS[name] == suffix), None)
+    if container is None and _is_caption_table(path):
+        container = "csv"
     if container in CONTAINERS:
         return gather(container, reading.rows(path, kind=CONTAINERS[container]))
     if format in (None, "coco", "vqav2") and suffix == ".json":
         data = _peek(path)
         if coco.is_coco(data) and format != "vqav2":
-            return gather("coco", coco.read_coco(data, reading.name(path), reading.prompt, reading.find))
+            rows = coco.read_coco(data, reading.name(path), reading.prompt, reading.find)
+            return gather("coco", _counted(rows, reading.progress))
         if (coco.is_questions(data) or coco.is_answers(data)) and format != "coco":
-            return gather("vqav2", _read_vqa(path, data, reading))
+            return gather("vqav2", _counted(_read_vqa(path, data, reading), reading.progress))
     if format in ("coco", "vqav2"):
         raise DataError(f"{path.name}: is not {FORMATS[format]}")
     if suffix not in tables.SUFFIXES:

@@ -8,6 +8,7 @@ from vlm_lora.data.example import Dialogue, Turn
 from vlm_lora.data.images import IMAGE_SUFFIXES, find_image
 from vlm_lora.data.readers.gather import BadRow, Said
 from vlm_lora.data.readers.rows import text_of
+from vlm_lora.data.readers.tables import decode_text
 from vlm_lora.errors import DataError
 
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -15,7 +16,7 @@ NOT_CAPTIONS = ("readme", "license", "licence", "notes", "classes", "requirement
 
 
 def visible_files(folder: Path, *, below: bool = True) -> list[Path]:
-    """Files of the folder and (`below`) its direct sub-folders, sorted; nothing hidden, no linked folder."""
+    """Files of the folder and (`below`), at any depth, below it, sorted; nothing hidden, no linked folder."""
     found = []
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         if _is_hidden(entry.name):
@@ -23,7 +24,7 @@ def visible_files(folder: Path, *, below: bool = True) -> list[Path]:
         if not os.path.isdir(entry.path):  # unlike entry.is_dir() it does not raise for a loop of links
             found.append(Path(entry.path))
         elif below and not entry.is_symlink():
-            found += visible_files(Path(entry.path), below=False)
+            found += visible_files(Path(entry.path))
     return found
 
 
@@ -92,9 +93,5 @@ def _names(paths: list[Path]) -> str:
 def _caption(root: Path, path: Path, allow_outside: bool) -> str:
     # Looked at as an image is: a caption file may be a link out of the folder or a pipe just as well
     ref = find_image(path.relative_to(root).as_posix(), root, allow_outside=allow_outside)
-    try:
-        text = ref.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
-        raise DataError(f"{path.name!r} is not UTF-8 ({byte}); save it as UTF-8") from None
+    text = decode_text(ref.read_bytes(), path.name)
     return text_of(text.rstrip("\r\n"), f"caption file {path.name!r}")

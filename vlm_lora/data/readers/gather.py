@@ -40,13 +40,16 @@ class Dataset:
     bad: tuple[BadRow, ...]
     note: str = ""
     """Which columns were taken for what, where the data has columns."""
+    unread: str = ""
+    """What was left alone of a folder that holds more than one thing."""
     parts: tuple[str, ...] = ()
     """What each of several sources holds, a line each."""
 
     @property
     def taken_for(self) -> str:
-        """The format, and which columns were taken for what."""
-        return f"{self.format} ({self.note})" if self.note else self.format
+        """The format, which columns were taken for what, and what was left unread."""
+        told = "; ".join(filter(None, (self.note, self.unread)))
+        return f"{self.format} ({told})" if told else self.format
 
     def fingerprint(self) -> str:
         """Hash (hex) of ids, texts, image names and sizes, in order. Reads no image; survives a move."""
@@ -123,10 +126,10 @@ def below(folder: str, dataset: Dataset) -> Dataset:
 
 def bad_rows(example: Example, reason: str) -> list[BadRow]:
     """All rows of an example as bad."""
-    return [bad_row(dialogue, reason) for dialogue in example.dialogues]
+    return [bad_row(dialogue.source, reason) for dialogue in example.dialogues]
 
 
-def bad_row(dialogue: Dialogue, reason: str) -> BadRow:
-    """The row of a dialogue as bad."""
-    source, _, line = dialogue.source.rpartition(":")
-    return BadRow(source, int(line), reason) if line.isdecimal() else BadRow(dialogue.source, None, reason)
+def bad_row(place: str, reason: str) -> BadRow:
+    """The row at a place, which is the `source` of a dialogue: `file:line`, or `file:row 3` where rows share a line."""
+    source, _, line = place.rpartition(":")
+    return BadRow(source, int(line), reason) if line.isdecimal() else BadRow(place, None, reason)

@@ -10,15 +10,16 @@ machine or a URL instead of holding an image is refused like any other.
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vlm_lora.data.example import MAX_FILE_BYTES, ImageRef
 from vlm_lora.data.fetch import keep
-from vlm_lora.data.images import content_hash, find_image, is_web_address
+from vlm_lora.data.images import find_image, is_web_address
 from vlm_lora.data.readers.gather import BadRow
-from vlm_lora.data.readers.tables import Rows
+from vlm_lora.data.readers.tables import Rows, image_bytes, image_in_cell, images_in
 from vlm_lora.errors import DataError
 
 _PART = r"[A-Za-z0-9][\w.-]*"
@@ -40,15 +41,16 @@ class HubCell:
 
     def read(self) -> bytes:
         cell = self.table[self.row : self.row + 1].column(self.column)[0].as_py()
-        cell = cell if self.item is None else cell[self.item]
-        return cell["bytes"] if isinstance(cell, dict) else cell
+        return image_bytes(cell, self.item)
 
 
 def is_hub_name(path: str) -> bool:
     """Whether this means a data set of the hub: `hf:` or `hf-stream:`, or an `owner/name` that is no local path."""
     if path.startswith(("hf:", _STREAM)):
         return True
-    return not Path(path).exists() and re.fullmatch(rf"{_PART}/{_PART}", path) is not None
+    if Path(path).exists() or Path(path).parent.is_dir():  # the second: a name below a folder that is here
+        return False
+    return re.fullmatch(rf"{_PART}/{_PART}", path) is not None
 
 
 def read_hub(path: str) -> tuple[str, Rows]:
@@ -67,16 +69,24 @@ def read_hub(path: str) -> tuple[str, Rows]:
     if stream and "[" in split:
         raise DataError(f"{path!r}: a part of a stream is counted in rows, as in {_STREAM}{name}:train[:1000]")
     import datasets
+    from huggingface_hub import HfApi
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # its warning of every retry; what was wrong is in the error
+    bare = not path.startswith(("hf:", _STREAM))
     try:
+        if bare:  # most often a folder whose name is not quite right: to be told at once, not after many tries
+            HfApi().dataset_info(name, timeout=5)
         table = datasets.load_dataset(name, config, split=split, **({"streaming": True} if stream else {}))
     except Exception as error:  # of `datasets`, `huggingface_hub`, the HTTP client, pyarrow: no common base
         reason = (str(error).splitlines() or [""])[0][:300] or type(error).__name__
-        local = "" if path.startswith("hf") and ":" in path else "there is no such folder or file, and "
+        if bare:
+            raise DataError(
+                f"{path!r}: there is no such folder or file, and the hub gave no data set of this name: {reason}; "
+                f"check the name, or say hf:{name} if it is in the cache of the hub"
+            ) from None
         raise DataError(
-            f"{path!r}: {local}the hub gave no data set {name!r}: {reason}; "
+            f"{path!r}: the hub gave no data set {name!r}: {reason}; "
             "check the name and the network, or download it and give its folder"
         ) from None
     if stream and isinstance(table, datasets.IterableDataset):
@@ -94,10 +104,15 @@ def _rows(table: Any, name: str) -> Iterator[tuple[int, object]]:
     for batch in table.iter(batch_size=64):
         for values in batch.to_pylist():
             for column, value in values.items():
-                cell = HubCell(table, name, number, column)
-                values[column] = _image(value, cell, place, f"{name}:{number + 1}")
+                cell = partial(HubCell, table, name, number, column)
+                found = images_in(value, f"{name}:{number + 1}", partial(image_in_cell, place, cell))
+                values[column] = _downloaded_in(found, name)
             number += 1
             yield number, values
+
+
+def _kept(data: bytes, name: str, item: int | None) -> ImageRef:
+    return keep(data, name)  # there is nowhere to read a stream from again
 
 
 def _streamed(table: Any, name: str) -> Rows:
@@ -106,26 +121,20 @@ def _streamed(table: Any, name: str) -> Rows:
         # Without known features nothing is decoded, and there is no way to say that nothing should be
         for values in table.decode(False) if table.features else table:
             number += 1
-            yield number, {key: _image(v, None, Path(name), f"{name}:{number}") for key, v in values.items()}
+            found = {key: images_in(v, f"{name}:{number}", _kept) for key, v in values.items()}
+            yield number, {key: _downloaded_in(v, name) for key, v in found.items()}
     except Exception as error:  # the network, in the midst of it: no common base either
         reason = (str(error).splitlines() or [""])[0][:300] or type(error).__name__
         yield BadRow(name, number + 1, f"cannot be had from the hub: {reason}; nothing from here on is read")
 
 
-def _image(value: Any, cell: HubCell | None, place: Path, name: str) -> Any:
-    """A cell of {"bytes", "path"}, of bytes, or a list of these, as ImageRefs; anything else as it is.
-
-    Without a `cell` to read them from again, the bytes are kept.
-    """
+def _downloaded_in(value: Any, name: str) -> Any:
+    """What names a downloaded file instead of holding its bytes, as the image in there."""
     if isinstance(value, list):
-        return [_image(v, cell and replace(cell, item=i), place, f"{name}[{i}]") for i, v in enumerate(value)]
-    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
-        if value["bytes"] is None:
-            return _downloaded(value["path"], name.partition(":")[0])
-        name, value = value["path"] or name, value["bytes"]
-    if not isinstance(value, bytes):
-        return value
-    return ImageRef(place, name, len(value), content_hash(value), cell) if cell else keep(value, name)
+        return [_downloaded_in(v, name) for v in value]
+    if isinstance(value, dict) and value.keys() == {"bytes", "path"} and value["bytes"] is None:
+        return _downloaded(value["path"], name)
+    return value
 
 
 def _downloaded(path: object, name: str) -> Any:

@@ -3,7 +3,7 @@
 messages        `messages: [{role, content}]`, content a text or parts; images in the parts or under `images`
 conversations   `conversations: [{from, value}]` with `<image>` marks, `image` (ShareGPT, LLaVA)
 query-response  `query`, `response`, `images`, perhaps `history: [[query, response], ...]` (ms-swift)
-qa              an image, `question`, `answer` or `answers`
+qa              an image, `question`, `answer` or `answers`, perhaps a `caption` too
 captions        an image, `caption`, `captions`, `text`, ...
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_lora.data.example import Dialogue, ImageRef, Turn
-from vlm_lora.data.readers.gather import BadRow, Said
+from vlm_lora.data.readers.gather import BadRow, Said, bad_row
 from vlm_lora.data.texts import is_blank
 from vlm_lora.errors import ConfigError, DataError
 
@@ -25,9 +25,9 @@ MARK = "<image>"
 NAMES = {
     "image": (
         *("image", "images", "file_name", "file_names", "image_path", "image_file"),
-        *("img", "img_path", "filename", "filepath", "file", "path"),
+        *("img", "img_path", "image_name", "filename", "filepath", "file", "path", "url"),
     ),
-    "caption": ("caption", "captions", "text", "texts", "description", "sentences", "sentence", "label"),
+    "caption": ("caption", "captions", "text", "texts", "description", "sentences", "sentence", "comment", "label"),
     "question": ("question", "query", "instruction", "prompt"),
     "answer": ("answer", "answers", "response", "output", "multiple_choice_answer", "label"),
     "kind": ("question_type", "qtype", "kind", "answer_type"),
@@ -51,8 +51,9 @@ class RowReader:
     shape: str | None = None
     """One of SHAPES, or None: found out row by row."""
 
-    def read(self, row: object, source: str, line: int | None) -> Iterator[Said | BadRow]:
+    def read(self, row: object, source: str, line: int | str) -> Iterator[Said | BadRow]:
         """All that the row says; what is wrong with it as BadRow. Never raises."""
+        place = f"{source}:{line}"
         try:
             if not isinstance(row, dict):
                 raise DataError(f"is not an object with named fields but {type(row).__name__}")
@@ -66,7 +67,7 @@ class RowReader:
             if shape == "captions":
                 said: list[Dialogue | str] = self._of_captions(row, len(images))
             elif shape == "qa":
-                said = [self._of_question(row, len(images))]
+                said = list(self._of_question_and_caption(row, len(images)))
             else:
                 turns, images = self._of_chat(row, shape, images)
                 said = [Dialogue(turns, self._kind(row))]
@@ -75,11 +76,11 @@ class RowReader:
                 raise DataError(f"names no image under {name}; add one, or say --columns image=NAME")
             for dialogue in said:
                 if isinstance(dialogue, str):  # what is wrong with one of several captions
-                    yield BadRow(source, line, dialogue)
+                    yield bad_row(place, dialogue)
                 else:
-                    yield Said(images, dialogue, f"{source}:{line}")
+                    yield Said(images, dialogue, place)
         except DataError as error:
-            yield BadRow(source, line, str(error))
+            yield bad_row(place, str(error))
 
     def shape_of(self, row: dict) -> str | None:
         """The first of SHAPES whose fields the row has, or None."""
@@ -102,6 +103,8 @@ class RowReader:
         if shape is None:
             return ""
         parts = {"qa": ("question", "answer"), "captions": ("caption",), "query-response": ()}.get(shape, (shape,))
+        if shape == "qa" and self._caption_beside_question(row):
+            parts += ("caption",)
         named = [(what, self._name(row, what)) for what in ("image", *parts)]
         return f"{shape}: " + ", ".join(f"{what} from {name!r}" for what, name in named if name is not None)
 
@@ -113,6 +116,11 @@ class RowReader:
             names += [name for name in row if str(name).endswith(("_file_name", "_file_names"))]
         # A column that is null in this row does not hide a filled one behind it
         return next((name for name in names if row[name] is not None), names[0] if names else None)
+
+    def _caption_beside_question(self, row: dict) -> str | None:
+        """`text`, `label` and the like may be anything there."""
+        name = self._name(row, "caption")
+        return name if "caption" in self.columns or name in ("caption", "captions") else None
 
     def _value(self, row: dict, what: str) -> Any:
         name = self._name(row, what)
@@ -136,6 +144,15 @@ class RowReader:
             except DataError as error:
                 found.append(str(error))
         return found
+
+    def _of_question_and_caption(self, row: dict, num_images: int) -> Iterator[Dialogue | str]:
+        try:
+            yield self._of_question(row, num_images)
+        except DataError as error:
+            yield str(error)
+        name = self._caption_beside_question(row)
+        if name and row[name] not in (None, "", []):
+            yield from self._of_captions(row, num_images)
 
     def _of_question(self, row: dict, num_images: int) -> Dialogue:
         question = text_of(self._value(row, "question"), "question")

@@ -14,7 +14,7 @@ from typing import Any
 from vlm_lora.data.example import MAX_FILE_BYTES, FilePart, ImageRef
 from vlm_lora.data.images import IMAGE_SUFFIXES, content_hash
 from vlm_lora.data.readers.gather import BadRow
-from vlm_lora.data.readers.tables import Rows
+from vlm_lora.data.readers.tables import Rows, decode_text
 from vlm_lora.errors import DataError
 
 MAX_TEXT_BYTES = 16 << 20
@@ -26,6 +26,7 @@ DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError)
 def read_tar(path: Path, source: str) -> Rows:
     """Rows of one shard, numbered from 1: the images as ImageRefs, a .txt as caption, the fields of a .json.
 
+    `1.mask.png` beside `1.jpg` is another thing about it and not opened; alone, `1.a.png` and `1.b.png` are two images.
     Members of other endings (.cls, .npy, .pyd) are not opened.
     """
     try:
@@ -86,7 +87,8 @@ def _row(path: Path, members: list[tarfile.TarInfo]) -> dict[str, Any]:
         elif suffix == ".json":
             row |= _fields(member.name, data)
         else:
-            captions.append(_text(member.name, data).rstrip("\r\n"))
+            captions.append(decode_text(data, member.name).rstrip("\r\n"))
+    images = [ref for ref in images if PurePosixPath(ref.name).name.count(".") == 1] or images
     if not images:
         names = ", ".join(repr(member.name) for member in members[:8])
         raise DataError(f"has no image among its members {names}; expected one beside its text")
@@ -98,17 +100,9 @@ def _row(path: Path, members: list[tarfile.TarInfo]) -> dict[str, Any]:
     return row | {"image": images if len(images) > 1 else images[0]}
 
 
-def _text(name: str, data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte = f"byte 0x{data[error.start]:02x} at position {error.start}"
-        raise DataError(f"{name!r} is not UTF-8 ({byte}); save it as UTF-8") from None
-
-
 def _fields(name: str, data: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(_text(name, data))
+        fields = json.loads(decode_text(data, name))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{name!r} is not valid JSON: {error}") from None
     if not isinstance(fields, dict):

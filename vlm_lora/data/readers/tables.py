@@ -6,19 +6,26 @@ tar of WebDataset, a hub name) is one more such iterator, with images in the row
 
 import csv
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from vlm_lora.data.example import ImageRef
+from vlm_lora.data.example import ByteSource, ImageRef
 from vlm_lora.data.images import content_hash
-from vlm_lora.data.readers.gather import BadRow
+from vlm_lora.data.readers.gather import BadRow, bad_row
 from vlm_lora.errors import DataError
 
-Rows = Iterator[tuple[int, object] | BadRow]
+Rows = Iterator[tuple[int | str, object] | BadRow]
+"""(line, row); "row 3" for a line where several rows may stand on one."""
 
+AT_ONCE = 8 << 20
+"""Bytes of a Parquet file that are decoded together, about."""
+BUFFER = 1 << 20
+"""Bytes of it that are read together; without one pyarrow reads a whole row group."""
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -50,7 +57,7 @@ def read_jsonl(path: Path, source: str) -> Rows:
                     raise ValueError("it holds a NUL byte, so the file is damaged or no text")
                 yield line, json.loads(data.decode("utf-8"))
             except UnicodeDecodeError as error:
-                yield BadRow(source, line, f"is not UTF-8 ({_at(error)}); save the file as UTF-8")
+                yield BadRow(source, line, _not_utf8(error))
             except (ValueError, RecursionError) as error:
                 cut = "" if data.endswith(b"\n") else "; it is the last line: was the file cut off?"
                 yield BadRow(source, line, f"is not valid JSON: {_short(error)}{cut}")
@@ -59,7 +66,8 @@ def read_jsonl(path: Path, source: str) -> Rows:
 def read_json(path: Path, source: str) -> Rows:
     """A list of rows, an object with one under `data`, `rows` or `annotations`, or JSONL by another name.
 
-    Rows come one after another, so that those in front of damage are read and each has its line.
+    Rows come one after another, so that those in front of damage are read and each has its line. How many are
+    behind it cannot be known: where the damaged one ends is what is damaged.
     """
     text = read_text(path, source)
     decoder = json.JSONDecoder()
@@ -67,21 +75,23 @@ def read_json(path: Path, source: str) -> Rows:
     if text[start : start + 1] != "[":
         yield from _read_json_object(path, source, text, start)
         return
-    line, counted, position = 1, 0, start + 1
+    number, line, counted, position = 0, 1, 0, start + 1
     while True:
         position = _skip(text, position)
-        line, counted = line + text.count("\n", counted, position), position
+        new_lines = text.count("\n", counted, position)
+        line, counted, number = line + new_lines, position, number + 1
         if text[position : position + 1] == "]":
             break
+        where = line if new_lines or number == 1 else f"row {number}"
         try:
             value, end = decoder.raw_decode(text, position)
-            yield line, value
+            yield where, value
             position = _skip(text, end)
             if text[position : position + 1] not in (",", "]"):
                 raise ValueError("expected , or ] behind this row")
             position += text[position] == ","
         except (ValueError, RecursionError) as error:
-            yield BadRow(source, line, f"is not valid JSON: {_short(error)}; nothing from here on is read")
+            yield bad_row(f"{source}:{where}", f"is not valid JSON: {_short(error)}; nothing from here on is read")
             return
     if _skip(text, position + 1) < len(text):
         yield BadRow(source, line, "more follows behind the end of the list; nothing of it can be read")
@@ -100,13 +110,15 @@ def _read_json_object(path: Path, source: str, text: str, start: int) -> Rows:
         return
     lists = [value.get(key) for key in ("data", "rows", "annotations")] if isinstance(value, dict) else []
     rows = next((found for found in lists if isinstance(found, list)), [value])  # else a single row
-    yield from enumerate(rows, start=1)  # numbers of rows: the lines are lost here
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number}", row  # the lines are lost here
 
 
 def read_csv(path: Path, source: str) -> Rows:
     """Rows under a header; the delimiter is what the header has most of.
 
-    Cells of `captions` and `answers` may be JSON lists.
+    Cells of `captions` and `answers` may be JSON lists. A cell in quotes may have several lines. Where a record is
+    none, as behind a stray quote, the line that it begins on is bad, and the next line begins another.
     """
     # A byte that is no UTF-8 becomes a surrogate, which makes its own row bad and no other
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -116,31 +128,57 @@ def read_csv(path: Path, source: str) -> Rows:
         if "\udcff\udcfe" in head or "\udcfe\udcff" in head:
             raise DataError(f"{source}: is UTF-16; save it as UTF-8")
         file.seek(0)
-        delimiter = max(",;\t|", key=head.count)
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        header: list[str] | None = None
-        while True:
-            line = reader.line_num + 1
-            try:
-                cells = next(reader)
-                if header is None:
-                    header = [name.strip() for name in cells]
-                    if len(set(header)) < len(header):
-                        raise DataError(
-                            f"{source}: two columns have one name: {', '.join(map(repr, header))}; rename one"
-                        )
-                elif cells and len(cells) != len(header):
-                    yield BadRow(source, line, f"has {len(cells)} cell(s), the header has {len(header)}")
-                elif cells:
-                    row = dict(zip(header, cells, strict=True))
-                    yield line, row | {k: _list_of(row[k]) for k in ("captions", "answers") if k in row}
-            except StopIteration:
-                return
-            except csv.Error as error:
-                if header is None:
-                    raise DataError(f"{source}: the header cannot be read: {error}") from None
-                lost = " (an open quote: nothing behind it is read)" if "end of data" in str(error) else ""
-                yield BadRow(source, line, f"is not valid CSV: {error}{lost}")
+        records = _Records(file, max(",;\t|", key=head.count))
+        cells = records.take()
+        if isinstance(cells, csv.Error):
+            raise DataError(f"{source}: the header cannot be read: {cells}")
+        header = [name.strip() for name in cells]
+        if len(set(header)) < len(header):
+            raise DataError(f"{source}: two columns have one name: {', '.join(map(repr, header))}; rename one")
+        while (cells := records.take()) is not None:
+            if isinstance(cells, csv.Error):
+                records.give_back()
+                reason = f"is not valid CSV: {cells}; is a quote not closed, or one inside the text not doubled?"
+                yield BadRow(source, records.line, reason)
+            elif cells and len(cells) != len(header):
+                records.give_back()
+                yield BadRow(source, records.line, f"has {len(cells)} cell(s), the header has {len(header)}")
+            elif cells:
+                row = dict(zip(header, cells, strict=True))
+                yield records.line, row | {k: _list_of(row[k]) for k in ("captions", "answers") if k in row}
+
+
+class _Records:
+    """CSV records one after another; `line` is where the last one taken begins, from 1."""
+
+    def __init__(self, lines: Iterable[str], delimiter: str):
+        self.rest, self.delimiter, self.line = iter(lines), delimiter, 1
+        self.again: deque[str] = deque()
+        self.taken: list[str] = []
+        self.reader = self._reader()
+
+    def take(self) -> list[str] | csv.Error | None:
+        """Its cells (none for a blank line), what is wrong with it, or None at the end."""
+        self.line += len(self.taken)
+        self.taken = []
+        try:
+            return next(self.reader, None)
+        except csv.Error as error:
+            return error
+
+    def give_back(self) -> None:
+        """Its lines but the first are to be taken again, as records of their own."""
+        self.again.extendleft(reversed(self.taken[1:]))
+        del self.taken[1:]
+        self.reader = self._reader()
+
+    def _reader(self) -> Iterator[list[str]]:
+        return csv.reader(self._lines(), delimiter=self.delimiter, strict=True)
+
+    def _lines(self) -> Iterator[str]:
+        while (text := self.again.popleft() if self.again else next(self.rest, None)) is not None:
+            self.taken.append(text)
+            yield text
 
 
 def _list_of(cell: str) -> object:
@@ -154,7 +192,7 @@ def _list_of(cell: str) -> object:
 
 @dataclass(frozen=True, slots=True)
 class ParquetCell:
-    """An image inside Parquet. Reads its whole row group (`datasets` writes 100 rows); two are kept."""
+    """An image inside Parquet."""
 
     path: Path
     row_group: int
@@ -165,19 +203,54 @@ class ParquetCell:
 
     def read(self) -> bytes:
         try:
-            cell = _column(self.path, self.row_group, self.column)[self.row].as_py()
+            with _decoding:  # threads that want neighbours must not each decode them
+                cell = _column(self.path, self.row_group, self.column).cell(self.row)
         except (OSError, ValueError, LookupError) as error:  # pyarrow's own errors are ValueErrors
             raise DataError(f"{self.path.name}, row group {self.row_group}: cannot be read: {_short(error)}") from error
-        cell = cell if self.item is None else cell[self.item]
-        return cell["bytes"] if isinstance(cell, dict) else cell
+        return image_bytes(cell, self.item)
 
 
-@lru_cache(maxsize=2)
-def _column(path: Path, row_group: int, column: str) -> Any:
-    import pyarrow.parquet as pq
+_decoding = threading.Lock()
 
-    with pq.ParquetFile(path) as file:
-        return file.read_row_group(row_group, columns=[column]).column(column)
+
+class _Column:
+    """A column of a row group, decoded forwards by the batch, of which the newest are kept; going back begins anew.
+
+    A row group is 100 rows where `datasets` wrote it, and all of a file of gigabytes where others did.
+    """
+
+    def __init__(self, path: Path, row_group: int, column: str):
+        import pyarrow.parquet as pq
+
+        self.file = pq.ParquetFile(path, buffer_size=BUFFER)
+        self.row_group, self.column = row_group, column
+        self._begin()
+
+    def _begin(self) -> None:
+        size = _rows_at_once(self.file, self.row_group)
+        self.batches = self.file.iter_batches(size, row_groups=[self.row_group], columns=[self.column])
+        self.kept: deque[tuple[int, Any]] = deque(maxlen=12)  # threads are not quite in order
+        self.end = 0
+
+    def cell(self, row: int) -> Any:
+        if self.kept and row < self.kept[0][0]:
+            self._begin()
+        while row >= self.end:
+            batch = next(self.batches, None)
+            if batch is None:
+                raise LookupError("the row is no longer there")
+            self.kept.append((self.end, batch.column(0)))
+            self.end += batch.num_rows
+        first, values = next((first, values) for first, values in reversed(self.kept) if first <= row)
+        return values[row - first].as_py()
+
+
+_column = lru_cache(maxsize=2)(_Column)
+
+
+def _rows_at_once(file: Any, row_group: int) -> int:
+    group = file.metadata.row_group(row_group)
+    return max(1, min(1024, group.num_rows * AT_ONCE // max(1, group.total_byte_size)))
 
 
 def read_parquet(path: Path, source: str) -> Rows:
@@ -185,34 +258,63 @@ def read_parquet(path: Path, source: str) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    damage = (pa.ArrowException, OSError, ValueError)
     try:
-        with pq.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                row = 0
-                for batch in file.iter_batches(batch_size=64, row_groups=[group]):
+        file = pq.ParquetFile(path, buffer_size=BUFFER)
+    except damage as error:
+        raise DataError(f"{source}: is not readable as Parquet: {_short(error)}; write it again") from None
+    number = 0
+    with file:
+        for group in range(file.num_row_groups):
+            first, reason = number, "fewer rows are there than the file says"
+            try:
+                for batch in file.iter_batches(_rows_at_once(file, group), row_groups=[group]):
                     for values in batch.to_pylist():
-                        number += 1
                         for column, value in values.items():
-                            cell = ParquetCell(path, group, row, column)
-                            values[column] = _embedded(value, cell, f"{source}:{number}")
-                        row += 1
+                            cell = partial(ParquetCell, path, group, number - first, column)
+                            values[column] = images_in(
+                                value, f"{source}:{number + 1}", partial(image_in_cell, path, cell)
+                            )
+                        number += 1
                         yield number, values
-    except (pa.ArrowException, OSError, ValueError) as error:
-        if not number:
-            raise DataError(f"{source}: is not readable as Parquet: {_short(error)}; write it again") from None
-        yield BadRow(source, number + 1, f"cannot be read: {_short(error)}; nothing from here on can be read")
+            except damage as error:
+                reason = _short(error)
+            told = min(first + file.metadata.row_group(group).num_rows, path.stat().st_size)  # a damaged one says much
+            while number < told:
+                number += 1
+                yield BadRow(source, number, f"cannot be read: {reason}; copy or download the file again")
 
 
-def _embedded(value: Any, cell: ParquetCell, name: str) -> Any:
-    """A struct with bytes, bytes, or a list of these, as ImageRefs; anything else as it is."""
+def image_in_cell(
+    place: Path, cell: Callable[[int | None], ByteSource], data: bytes, name: str, item: int | None
+) -> ImageRef:
+    """For `images_in`: the image is read from its cell again when it is needed."""
+    return ImageRef(place, name, len(data), content_hash(data), cell(item))
+
+
+def images_in(
+    value: Any,
+    name: str,
+    make: Callable[[bytes, str, int | None], ImageRef],
+    item: int | None = None,
+) -> Any:
+    """A cell of a table: a struct with bytes, bytes, or a list of these, as images; anything else as it is.
+
+    Args:
+        name: what an image is called that has no name of its own.
+        make: gives the image for bytes, a name, and its index where the cell is a list.
+    """
     if isinstance(value, list):
-        return [_embedded(v, replace(cell, item=i), f"{name}[{i}]") for i, v in enumerate(value)]
+        return [images_in(v, f"{name}[{i}]", make, i) for i, v in enumerate(value)]
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         name, value = value.get("path") or name, value["bytes"]
-    if not isinstance(value, bytes):
-        return value
-    return ImageRef(cell.path, name, len(value), content_hash(value), cell)
+    return make(value, name, item) if isinstance(value, bytes) else value
+
+
+def image_bytes(cell: Any, item: int | None) -> bytes:
+    """The bytes of the image that `images_in` found in such a cell."""
+    cell = cell if item is None else cell[item]
+    return cell["bytes"] if isinstance(cell, dict) else cell
 
 
 def read_text(path: Path, source: str) -> str:
@@ -222,13 +324,21 @@ def read_text(path: Path, source: str) -> str:
     return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
 
 
+def decode_text(data: bytes, name: str) -> str:
+    """A whole file of one text. Raises DataError where it is no UTF-8."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name!r} {_not_utf8(error)}") from None
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"is not UTF-8 (byte 0x{error.object[error.start]:02x} at position {error.start}); save the file as UTF-8"
+
+
 def _check_not_utf16(data: bytes, source: str) -> None:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{source}: is UTF-16; save it as UTF-8")
-
-
-def _at(error: UnicodeDecodeError) -> str:
-    return f"byte 0x{error.object[error.start]:02x} at position {error.start}"
 
 
 def _skip(text: str, position: int) -> int:
