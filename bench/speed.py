@@ -50,7 +50,7 @@ SUITES = {
     # methods, [(what is said of an image, image tokens, answers an epoch)]
     "main": (
         ["plain", "trl", COLD, OURS],
-        [("1 caption", 256, 20), ("5 captions", 256, 20), ("10 questions", 256, 20)],
+        [("1 caption", 256, 40), ("5 captions", 256, 40), ("10 questions", 256, 40)],
     ),
     "peers": (["plain", "llamafactory", "swift"], [("5 captions", 256, 20)]),
     "techniques": (["plain", COLD, *TECHNIQUES], [("5 captions", 256, 20)]),
@@ -248,6 +248,45 @@ def job_of(method: str, common: dict, folder: Path) -> dict:
     return job | {"techniques": techniques}
 
 
+def predicted(job: dict) -> dict[str, float]:
+    """How many times the plain loop's operations are ours, by the cost model of `vlm-lora plan`."""
+    from dataclasses import replace
+
+    import torch
+
+    from vlm_lora import TrainConfig, read_dataset
+    from vlm_lora.model.backbone import load_preprocessor, load_shapes
+    from vlm_lora.model.encode import Encoder
+    from vlm_lora.training.batches import Plan
+    from vlm_lora.training.plan import CostModel, micro_shapes
+
+    base, shapes = load_preprocessor(job["model"]), load_shapes(job["model"])
+    side = 2 * round(job["image_tokens"] ** 0.5)
+    encoder, grid = Encoder(base), torch.tensor([[1, side, side]])
+    config = TrainConfig(data=job["data"], model=job["model"], **SETTINGS).on("cpu")
+    cost = CostModel(shapes, config, torch.float32)
+    tower = cost.tower_operations(side * side)
+    examples = read_dataset(job["data"], prompt=config.prompt).examples
+    alone = [replace(e, dialogues=(dialogue,)) for e in examples for dialogue in e.dialogues]
+
+    def steps(examples, micro_batch_tokens):
+        """The micro-batches of an epoch."""
+        lessons = [(e, encoder.encode(e.dialogues, grid)) for e in examples]
+        patches = {image: side * side for e in examples for image in e.images}
+        plan = Plan([len(e.dialogues) for e in examples], batch_size=config.batch_size, epochs=1, seed=config.seed)
+        settled = config.replace(micro_batch_tokens=micro_batch_tokens)
+        return [s for step in range(plan.num_steps) for s in micro_shapes(settled, plan, lessons, patches, step)]
+
+    # Plain: the tower in each step, and logits of every token.
+    head = 4 * shapes.hidden * shapes.vocabulary
+    plain = sum(
+        cost.step_operations(replace(s, labels=0)) + s.rows * (tower + s.width * head) for s in steps(alone, 10**9)
+    )
+    ours = sum(map(cost.step_operations, steps(examples, config.micro_batch_tokens)))
+    whole = EPOCHS * ours + len(examples) * tower
+    return {"epoch": round(plain / ours, 3), "whole": round(EPOCHS * plain / whole, 3)}
+
+
 def parity(runs: dict[str, dict], wanted: float) -> float:
     """The largest difference between the methods' losses in any step; `SystemExit` where it is above ``wanted``."""
     if not runs:
@@ -330,7 +369,7 @@ def read_record(args: argparse.Namespace) -> dict:
         old = json.loads(args.record.read_text(encoding="utf-8"))
         if {key: old[key] for key in head} == head:
             return old
-    return head | {"peers": {}, "parity": {}, "runs": []}
+    return head | {"peers": {}, "parity": {}, "predicted": {}, "runs": []}
 
 
 def cpu_name() -> str:
@@ -358,6 +397,8 @@ def run_suite(suite: str, args: argparse.Namespace, record: dict) -> None:
         answers = args.answers or answers
         common = prepare(args.work, args.shape, args.dtype, said, tokens, answers)
         workload = f"{said}, {tokens} tokens"
+        if suite == "main":
+            record["predicted"][f"{workload}, {answers} answers"] = predicted(common)
         for repeat in range(args.repeat):
             runs = {}
             for method in methods:

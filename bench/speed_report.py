@@ -59,6 +59,9 @@ def summary(record: dict) -> dict:
             good = (ratios["epoch"] >= wanted[0], ratios["whole"] >= wanted[1], ratios["memory"] <= wanted[2])
             row["targets"] = dict(zip(ratios, wanted, strict=True))
             row["met"] = dict(zip(ratios, good, strict=True))
+        model = record["predicted"].get(workload)
+        if model:  # of what the operation count promises, the part that was measured
+            row["of_model"] = {name: round(ratios[name] / promised, 2) for name, promised in model.items()}
         row["least_busy"] = round(min(row["busy"] for row in methods.values() if "busy" in row), 2)
         found[workload] = row
     return found
@@ -77,6 +80,8 @@ def table(record: dict) -> str:
                 if "met" in row:
                     bound = "at most" if name == "memory" else "at least"
                     cell += f" ({bound} {row['targets'][name]:g}x: {'met' if row['met'][name] else '**not met**'})"
+                if name in row.get("of_model", {}):
+                    cell += f", {100 * row['of_model'][name]:.0f} % of the cost model's"
                 cells.append(cell)
             lines.append(f"| {workload} | {' | '.join(cells)} |")
         parts.append("vlm-lora against the best of the others:\n\n" + "\n".join(lines))

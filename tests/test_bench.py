@@ -84,6 +84,12 @@ def test_every_tool_and_technique_has_the_same_losses(common, tmp_path, monkeypa
         speed.parity(runs, 1e-5)
 
 
+def test_the_cost_model_predicts_what_sharing_and_the_cache_save(common):
+    ratios = speed.predicted(common)
+    assert ratios["epoch"] > ratios["whole"] > 2  # five captions, 16 tokens of image
+    assert speed.predicted(common | {"image_tokens": 64})["epoch"] > ratios["epoch"]
+
+
 def run_of(method: str, steps: float, prepare: float, peak: int, **more) -> dict:
     return {
         "suite": "main", "workload": "5 captions, 256 tokens", "answers": 20, "method": method, "startup": 9.0,
@@ -95,10 +101,12 @@ def run_of(method: str, steps: float, prepare: float, peak: int, **more) -> dict
 def test_ratios_are_of_medians_to_the_best_of_the_others(tmp_path):
     runs = [run_of("plain", steps, 0.0, 100) for steps in (40.0, 90.0, 38.0)]
     runs += [run_of("trl", 50.0, 0.0, 80), run_of(OURS, 4.0, 0.0, 20), run_of(COLD, EPOCHS * 5.0, 1.0, 30)]
-    record = {"machine": "a core", "settings": {"dtype": "float32"}, "runs": runs}
+    promised = {"5 captions, 256 tokens, 20 answers": {"epoch": 8.0, "whole": 7.5}}
+    record = {"machine": "a core", "settings": {"dtype": "float32"}, "predicted": promised, "runs": runs}
     (row,) = summary(record).values()
     assert (row["epoch"], row["whole"], row["memory"]) == (10.0, 7.5, 0.375)
     assert row["met"] == {"epoch": True, "whole": True, "memory": True}
+    assert row["of_model"] == {"epoch": 1.25, "whole": 1.0}
     runs[-1]["steps"][-1] = 20.0
     (row,) = summary(record).values()
     assert row["met"] == {"epoch": True, "whole": False, "memory": True}

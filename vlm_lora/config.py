@@ -59,7 +59,9 @@ class TrainConfig:
 
     epochs: float = knob(3.0, "passes over the training answers")
     max_steps: int | None = knob(None, "stop after so many optimizer steps, whatever --epochs says")
-    batch_size: int = knob(16, "answers per optimizer step; captions and answers of one image share its tokens")
+    batch_size: int = knob(
+        16, "answers per optimizer step, give or take: those of one image share its tokens, and stay in one step"
+    )
     lr: float = knob(2e-4, "peak learning rate")
     projector_lr: float | None = knob(None, "peak learning rate of the projector's LoRA; by default --lr")
     warmup: float = knob(0.05, "fraction of the steps over which the learning rate rises")
