@@ -39,7 +39,7 @@ CHROMIUM := $(shell command -v chromium || command -v chromium-browser || comman
 test: install
 	@$(if $(CHROMIUM),true,PLAYWRIGHT_DOWNLOAD_CONNECTION_TIMEOUT=10000 $(BIN)/playwright install chromium) \
 	  || echo "No Chromium here, and none to be fetched: the tests of the web demo in a browser are skipped."
-	$(BIN)/python -m pytest -rs
+	$(BIN)/python -m pytest -rs -n auto --maxprocesses 4 --dist loadfile
 
 easy-vqa: install
 	$(BIN)/python -m bench.easy_vqa
