@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from tests.model.test_exactness import assert_equal, fast, gradients
+from tests.model.test_exactness import assert_equal, fast, gradients, lessons_of
 from tests.model.test_exactness import examples as examples
 from tests.training.test_train import _stop_behind, adapter_of, assert_same, config
 from vlm_lora.config import TrainConfig
@@ -14,7 +14,10 @@ from vlm_lora.errors import AdapterError, ModelError
 from vlm_lora.inference.captioner import Captioner, Decoding
 from vlm_lora.model.adapters.methods import attach_adapter, load_adapter
 from vlm_lora.model.backbone import load_backbone
+from vlm_lora.model.features import FeatureCache
 from vlm_lora.training import loop
+from vlm_lora.training.loop import mean_loss
+from vlm_lora.training.processes import Processes
 from vlm_lora.training.run import train
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -93,6 +96,21 @@ def test_loss_and_gradients_are_the_dequantised_dense_models(checkpoints, exampl
         off, base = fast(backbone, examples, 4096), fast(dense, examples, 4096)
     torch.testing.assert_close(off, base, rtol=1e-6, atol=0)
     assert abs(off - loss) > 1e-3
+
+
+@needs_bitsandbytes
+def test_an_evaluation_leaves_the_gradients_as_they_were(examples):
+    """On a CPU with AVX512-BF16, bitsandbytes would repack weights of these sizes (32s and 64s) in eval mode for good."""
+    backbone = load_backbone("tiny", dtype="float32", quantise=True)
+    adapter, examples = shaken(backbone, "plain"), examples[:2]
+    features = FeatureCache(backbone, None)
+    backbone.model.train()
+    loss = fast(backbone, examples, 4096)
+    before = gradients(adapter, loss)
+    lessons = lessons_of(backbone, features, examples)
+    assert mean_loss(backbone, features, lessons, 4096, Processes("qlora")) == pytest.approx(loss.item(), rel=1e-6)
+    after = gradients(adapter, fast(backbone, examples, 4096))
+    assert_equal(after, before, 1e-6)
 
 
 @needs_bitsandbytes

@@ -572,6 +572,8 @@ def load_backbone(
     use_packed_attention(model)
     model.requires_grad_(False)
     model = model.to(device).eval()
+    if quantise:
+        _keep_as_quantised(model)
     return Backbone(model=model, processor=preprocessor.processor, name=name, folder=folder, quantised=quantise)
 
 
@@ -717,6 +719,16 @@ def _four_bits(dtype: torch.dtype, device: torch.device) -> dict:
         llm_int8_skip_modules=["model.visual", "lm_head"],  # by default tower and merger would be quantised too
     )
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _keep_as_quantised(model: nn.Module) -> None:
+    """On a CPU with AVX512-BF16, bitsandbytes repacks the weights once they are used in eval mode, for a kernel that
+    rounds to bfloat16 and knows no gradients, and leaves them so for training and merging. Not so here."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _cannot_be_loaded(name: str, folder: Path, error: Exception) -> ModelError:
