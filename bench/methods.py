@@ -12,13 +12,14 @@ command line. Nothing is repeated: the interval is of the test images, not of ot
 Seconds are the processor's, all threads together, in the steps alone, on cached image features. Memory is counted and
 not read from the process, where libraries hide it: "weights" are base and adapter as they are kept, "a step" is the
 most that is alive at one time within a step, weights, gradients, AdamW's state and activations together. One record,
-bench/results/methods.json, for both commands.
+bench/results/methods.json, for both commands; rows of other steps or settings are not put beside each other.
 """
 
 import argparse
 import copy
 import json
 import platform
+import shlex
 import sys
 import time
 import weakref
@@ -52,17 +53,18 @@ SETTINGS = {
     "save_every": 10**6,
 }
 METHODS = {
-    "full": ({}, (3e-4, 1e-3, 3e-3)),
-    "lora": ({}, (1e-3, 3e-3, 1e-2)),
-    "lora, rslora": ({"variant": "rslora"}, (3e-4, 1e-3, 3e-3)),
-    "lora, dora": ({"variant": "dora"}, (1e-3, 3e-3, 1e-2)),
-    "lora, pissa": ({"variant": "pissa"}, (3e-4, 1e-3, 3e-3)),
-    "qlora": ({"method": "qlora"}, (1e-3, 3e-3, 1e-2)),
-    "adapter": ({"method": "adapter"}, (1e-2, 3e-2, 1e-1)),
-    "prefix": ({"method": "prefix"}, (3e-2, 1e-1, 3e-1, 1.0)),
-    "prompt": ({"method": "prompt"}, (3e-2, 1e-1, 3e-1, 1.0)),
+    "full": ({}, (3e-4, 1e-3, 3e-3), 100),
+    "lora": ({}, (1e-3, 3e-3, 1e-2), 100),
+    "lora, rslora": ({"variant": "rslora"}, (3e-4, 1e-3, 3e-3), 100),
+    "lora, dora": ({"variant": "dora"}, (1e-3, 3e-3, 1e-2), 100),
+    "lora, pissa": ({"variant": "pissa"}, (3e-4, 1e-3, 3e-3), 100),
+    "qlora": ({"method": "qlora"}, (1e-3, 3e-3, 1e-2), 100),
+    "adapter": ({"method": "adapter"}, (1e-2, 3e-2, 1e-1), 200),
+    "prefix": ({"method": "prefix"}, (3e-2, 1e-1, 3e-1, 1.0), 200),
+    "prompt": ({"method": "prompt"}, (3e-2, 1e-1, 3e-1, 1.0), 200),
 }
-"""Settings beside the common ones, and the learning rates tried."""
+"""Settings beside the common ones, the learning rates tried, and the steps of the search: more for those that, at any
+rate, have learnt little after a hundred."""
 
 
 def attach_full(backbone: Backbone, config: TrainConfig) -> Adapter:
@@ -209,41 +211,55 @@ def measure(name: str, lr: float, data: Path, steps: int, output: Path) -> dict:
     return row
 
 
-def read_record() -> dict:
-    return json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {"search": {}, "methods": {}}
+def read_record(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"search": {}, "methods": {}}
+
+
+def budget(row: dict) -> tuple[int, dict]:
+    """What rows of one table must have in common."""
+    return row["steps"], row["settings"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=ROOT / "data/easy_vqa", help="folder of train and test.jsonl")
     parser.add_argument("--search", action="store_true", help="look for the learning rates, and write them down")
-    parser.add_argument("--steps", type=int, help="default: 500, in the search 100")
+    parser.add_argument("--steps", type=int, help="default: 450, in the search 100 or 200, as the method needs")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "methods", help="folder of the run folders")
+    parser.add_argument("--record", type=Path, default=RECORD, help="file to write; a trial wants one of its own")
     args = parser.parse_args()
-    steps = args.steps or (100 if args.search else 500)
-    searched = read_record()["search"]
+    searched, rows = read_record(RECORD)["search"], read_record(args.record)["methods"]
     if lacking := [name for name in args.methods if not args.search and name not in searched]:
         parser.error(f"no learning rate is known for {', '.join(lacking)}; run --search first")
+    steps = args.steps or 450
+    others = [name for name, row in rows.items() if name not in args.methods and budget(row) != (steps, SETTINGS)]
+    if others and not args.search:
+        parser.error(
+            f"{args.record} holds {others[0]} with {rows[others[0]]['steps']} steps; rows of other steps or settings, "
+            f"{steps} steps now, make no table with it. Give the same --steps, all --methods, or another --record"
+        )
 
     started = time.strftime("%Y%m%d-%H%M%S")
     for name in args.methods:
         folder = args.output / f"{name.replace(', ', '-')}-{started}"
         if args.search:
-            losses = {}
+            losses, steps = {}, args.steps or METHODS[name][2]
             for lr in METHODS[name][1]:
                 losses[f"{lr:g}"] = train_one(name, lr, args.data, steps, folder / f"{lr:g}")[2]
                 say(f"{name}, lr {lr:g}: held-out loss {losses[f'{lr:g}']:.4f}")
-            record = read_record()
+            record = read_record(args.record)
             record["search"][name] = {"steps": steps, "held_out_loss": losses}
         else:
             losses = searched[name]["held_out_loss"]
             row = measure(name, float(min(losses, key=losses.get)), args.data, steps, folder)
             say(f"{name}: exact match {100 * row['exact_match']:.1f} %, {row['seconds']:.0f} s")
-            record = read_record()
-            record["methods"][name] = {"steps": steps} | row
-            record |= {
-                "command": "python -m bench.methods" + "".join(f" {a}" for a in sys.argv[1:]),
+            record = read_record(args.record)
+            record["methods"][name] = {
+                "steps": steps,
+                "settings": SETTINGS,
+                **row,
+                "command": shlex.join(["python", "-m", "bench.methods", *sys.argv[1:]]),
                 "date": time.strftime("%Y-%m-%d"),
                 "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
                 "versions": {
@@ -251,11 +267,10 @@ def main() -> None:
                     "torch": torch.__version__,
                     "python": platform.python_version(),
                 },
-                "settings": SETTINGS,
             }
         # After each method: a stop loses nothing, and a search of other methods may run beside.
-        RECORD.parent.mkdir(exist_ok=True)
-        RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        args.record.parent.mkdir(exist_ok=True)
+        args.record.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if not args.search:
         rows = {name: record["methods"][name] for name in METHODS if name in record["methods"]}
         print(table(rows))
@@ -269,9 +284,12 @@ def _percent(value: float, interval: list[float]) -> str:
 
 
 def table(rows: dict[str, dict]) -> str:
-    """As Markdown, for the README."""
+    """As Markdown, for the README. All rows are of the same steps and settings."""
+    steps, settings = budget(next(iter(rows.values())))
+    assert all(budget(row) == (steps, settings) for row in rows.values())
+    what = f"easy-VQA, {steps} steps of {settings['batch_size']} answers"
     lines = [
-        "| | trained | adapter | training | weights | a step | exact match, % (95 % interval) |",
+        f"| {what} | trained | adapter | training | weights | a step | exact match, % (95 % interval) |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     full = rows.get("full", {})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import speed
+from bench import methods, speed
 from bench.quality import reached
 from bench.speed import COLD, EPOCHS, OURS
 from bench.speed_report import plots, summary, table
@@ -88,6 +88,23 @@ def test_the_cost_model_predicts_what_sharing_and_the_cache_save(common):
     ratios = speed.predicted(common)
     assert ratios["epoch"] > ratios["whole"] > 2  # five captions, 16 tokens of image
     assert speed.predicted(common | {"image_tokens": 64})["epoch"] > ratios["epoch"]
+
+
+def test_the_methods_table_is_the_readmes_and_of_one_budget(tmp_path, monkeypatch, capsys):
+    rows = methods.read_record(methods.RECORD)["methods"]
+    readme = (methods.ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for line in methods.table({name: rows[name] for name in methods.METHODS}).splitlines():
+        assert line in readme, line
+    with pytest.raises(AssertionError):
+        methods.table(rows | {"lora": rows["lora"] | {"steps": 2}})
+    monkeypatch.setattr(methods, "train_one", None)  # refused before anything is trained
+    monkeypatch.setattr(sys, "argv", ["methods", "--methods", "lora", "--steps", "2"])
+    with pytest.raises(SystemExit):
+        methods.main()
+    assert "holds full with 450 steps" in capsys.readouterr().err
+    for name, (_, rates, steps) in methods.METHODS.items():
+        searched = methods.read_record(methods.RECORD)["search"][name]
+        assert (searched["steps"], [float(lr) for lr in searched["held_out_loss"]]) == (steps, list(rates)), name
 
 
 def run_of(method: str, steps: float, prepare: float, peak: int, **more) -> dict:
