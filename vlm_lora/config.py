@@ -1,5 +1,6 @@
 """Every knob of a training run, once: its name, default, unit and help. Flags, YAML and Python read them from here."""
 
+import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -123,24 +124,26 @@ class TrainConfig:
         good = len(set(parts)) == len(parts) and set(parts) <= {"language", "projector", "vision"}
         require(good, "targets", "language, projector, vision, or several with commas")
         require(self.rank >= 1, "rank", "1 or more")
-        require(self.alpha is None or self.alpha > 0, "alpha", "a number above 0")
+        require(self.alpha is None or 0 < self.alpha < math.inf, "alpha", "a number above 0")
         require(0 <= self.dropout < 1, "dropout", "a probability from 0 to below 1")
         for name in ("projector_rank", "projector_alpha", "projector_lr"):
             value = getattr(self, name)
-            require(value is None or value >= (1 if name == "projector_rank" else 1e-30), name, "a number above 0")
+            require(value is None or 0 < value < math.inf, name, "a number above 0")
             if value is not None and "projector" not in parts:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} goes with --targets projector; --targets is {self.targets}.")
         require(self.bottleneck >= 1, "bottleneck", "1 or more")
         require(self.num_virtual_tokens >= 1, "num_virtual_tokens", "1 or more")
-        require(self.epochs > 0, "epochs", "a number above 0")
+        require(0 < self.epochs < math.inf, "epochs", "a number above 0")
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", "1 or more")
         require(self.batch_size >= 1, "batch_size", "1 or more answers")
-        require(self.lr > 0, "lr", "a number above 0")
+        require(0 < self.lr < math.inf, "lr", "a number above 0")
         require(0 <= self.warmup <= 1, "warmup", "a fraction from 0 to 1")
-        require(self.weight_decay >= 0, "weight_decay", "0 or more")
+        require(0 <= self.weight_decay < math.inf, "weight_decay", "a number from 0 on")
         require(self.max_grad_norm > 0, "max_grad_norm", "a number above 0")
         require(self.max_tokens >= 16, "max_tokens", "16 or more")
+        fits = self.method != "prompt" or self.num_virtual_tokens < self.max_tokens
+        require(fits, "num_virtual_tokens", f"fewer than --max-tokens ({self.max_tokens}), in which they count")
         require(self.micro_batch_tokens is None or self.micro_batch_tokens >= 1, "micro_batch_tokens", "1 or more")
         require(self.cache_gb > 0, "cache_gb", "a size above 0")
         require(self.save_every >= 1, "save_every", "1 or more steps")
@@ -176,11 +179,24 @@ class TrainConfig:
     def lora_of_projector(self) -> tuple[int, float]:
         """Rank and alpha; where only the rank is given, the learning goes on at the scale of the language layers'."""
         rank = self.projector_rank or self.rank
-        return rank, self.projector_alpha or self.lora_alpha * rank / self.rank
+        more = rank / self.rank
+        scale = more**0.5 if self.variant == "rslora" else more  # what each divides alpha by
+        return rank, self.projector_alpha or self.lora_alpha * scale
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
         return tuple((self.targets or "language,projector").split(","))
+
+    @property
+    def method_settings(self) -> dict[str, Any]:
+        """The knobs of the method, by name, with the values that hold where none was given."""
+        settings = {name: getattr(self, name) for name, methods in METHOD_KNOBS.items() if self.method in methods}
+        if "rank" in settings:
+            settings |= {"variant": self.variant or "plain", "targets": ",".join(self.lora_targets)}
+            settings["alpha"] = self.lora_alpha
+            if "projector" in self.lora_targets:
+                settings["projector_rank"], settings["projector_alpha"] = self.lora_of_projector
+        return {name: value for name, value in settings.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -194,7 +210,8 @@ METHOD_KNOBS = dict.fromkeys(LORA_KNOBS, ("lora", "qlora")) | {
     "bottleneck": ("adapter",),
     "num_virtual_tokens": ("prompt", "prefix"),
 }
-"""The methods that a knob belongs to; given with another one it is refused, as it would do nothing there."""
+"""The methods that a knob belongs to; given with another one it is refused, as it would do nothing there. Not at its
+default value: a run's config.yaml, which may be given again, names every knob."""
 
 
 def parse_columns(text: str | None) -> dict[str, str]:

@@ -7,9 +7,11 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from tests.test_report import evaluated
+from vlm_lora.config import TrainConfig
 from vlm_lora.inference import card as module
 from vlm_lora.inference.card import update_card, write_card
 
+CONFIG = TrainConfig(data="photos")
 GIVEN = {
     "name": "run-1",
     "data": "photos",
@@ -23,7 +25,6 @@ GIVEN = {
 def adapter(tmp_path):
     folder = tmp_path / "run-1/adapter"
     folder.mkdir(parents=True)
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 16, "lora_alpha": 32}))
     contract = {
         "base": "Qwen/Qwen2-VL-2B-Instruct", "base_fingerprint": "b" * 64, "tower_fingerprint": "t" * 64,
         "method": "lora", "prompt": 'Say "it": {now}', "min_pixels": 3136, "max_pixels": 1003520, "dtype": "bfloat16",
@@ -41,7 +42,7 @@ def scores_of(folder, better: int) -> dict:
 def test_a_card_holds_what_the_hub_and_a_reader_want(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_licence", lambda base: "apache-2.0")
     scores = scores_of(tmp_path / "data", 20)
-    card = ModelCard.load(write_card(adapter, **GIVEN, scores=scores))
+    card = ModelCard.load(write_card(adapter, CONFIG, **GIVEN, scores=scores))
     assert card.data.pipeline_tag == "image-text-to-text"
     assert (card.data.library_name, card.data.base_model) == ("peft", "Qwen/Qwen2-VL-2B-Instruct")
     assert (card.data.license, card.data.tags) == ("apache-2.0", ["vlm-lora", "lora"])
@@ -51,15 +52,36 @@ def test_a_card_holds_what_the_hub_and_a_reader_want(adapter, tmp_path, monkeypa
     assert {(r.dataset_name, r.task_type) for r in results} == {("photos, held out", "image-text-to-text")}
     for told in (
         GIVEN["counts"], "`ffffffffffffffff`", "`vlm-lora train photos --output runs/run-1`", "Say 'it': {now}",
-        "3,136 to 1,003,520 pixels", "r 16, lora_alpha 32", "transformers ", "apache-2.0", "## Limits",
+        "3,136 to 1,003,520 pixels", "rank 16; alpha 32;", "transformers ", "apache-2.0", "## Limits",
         "exact match rose from 33.3\u00a0% to 100.0\u00a0%", "| Exact match | 33.3\u00a0% | 100.0\u00a0% | +66.7",
     ):  # fmt: skip
         assert told in card.text, told
 
 
+@pytest.mark.parametrize(
+    ("given", "told", "library"),
+    [
+        ({"variant": "pissa"}, "variant pissa; targets language,projector; rank 16; alpha 32; dropout 0.0", "peft"),
+        ({"variant": "rslora", "projector_rank": 64}, "projector rank 64; projector alpha 64.0", "peft"),
+        ({"method": "qlora", "targets": "language"}, "targets language; rank 16; alpha 32; dropout 0.0.", "peft"),
+        ({"method": "adapter"}, "Settings: bottleneck 16.", "vlm-lora"),
+        ({"method": "prefix", "num_virtual_tokens": 8}, "Settings: num virtual tokens 8.", "vlm-lora"),
+        ({"method": "prompt"}, "Settings: num virtual tokens 16.", "vlm-lora"),
+    ],
+)
+def test_settings_and_library_of_each_method(adapter, given, told, library):
+    config = CONFIG.replace(**given)
+    contract = json.loads((adapter / "contract.json").read_text())
+    (adapter / "contract.json").write_text(json.dumps(contract | {"method": config.method, "base": "model"}))
+    card = ModelCard.load(write_card(adapter, config, **GIVEN, scores=None))
+    assert told in card.text
+    assert card.data.library_name == library
+    assert "its vision tower frozen" in card.text
+
+
 def test_evaluating_again_replaces_its_own_part_only(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_licence", lambda base: None)
-    path = write_card(adapter, **GIVEN, scores=scores_of(tmp_path / "data", 20))
+    path = write_card(adapter, CONFIG, **GIVEN, scores=scores_of(tmp_path / "data", 20))
     before = ModelCard.load(path)
     assert before.data.license is None
     assert update_card(adapter, scores_of(tmp_path / "other", 10), "test set (2)") == path
@@ -75,7 +97,7 @@ def test_evaluating_again_replaces_its_own_part_only(adapter, tmp_path, monkeypa
 def test_no_scores_local_base_and_cards_of_others(adapter, tmp_path):
     contract = json.loads((adapter / "contract.json").read_text())
     (adapter / "contract.json").write_text(json.dumps(contract | {"base": str(tmp_path / "secret/model")}))
-    card = ModelCard.load(write_card(adapter, **GIVEN, scores=None))
+    card = ModelCard.load(write_card(adapter, CONFIG, **GIVEN, scores=None))
     assert (card.data.base_model, card.data.eval_results) == (None, None)
     assert "secret" not in card.content  # a path tells of the machine
     assert "`model`" in card.text

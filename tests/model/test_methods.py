@@ -6,6 +6,7 @@ before the embeddings or the pairs into the cache, positions from the model's ow
 """
 
 import json
+import re
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from tests.conftest import ROOT
 from tests.model.test_exactness import (
     FAMILIES,
     FP64,
@@ -270,6 +272,46 @@ def test_saved_and_loaded_it_is_the_same(checkpoints, examples, tmp_path, method
         assert torch.equal(fast(fresh, examples, 4096), fast(backbone, examples, 4096))
 
 
+PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("method", ["adapter", "prompt", "prefix"])
+def test_the_documented_tensors_are_those_on_disk(checkpoints, tmp_path, method):
+    backbone, adapter = attach(checkpoints, method, dtype=torch.float32)
+    adapter.save(tmp_path)
+    config = backbone.model.config.text_config
+    sizes = METHODS[method] | {
+        "layers": config.num_hidden_layers,
+        "key_value_heads": config.num_key_value_heads,
+        "head_dim": config.hidden_size // config.num_attention_heads,
+        "hidden": config.hidden_size,
+    }
+    key = r"(model\.[^`]*\.(?:bottleneck|prompt|prefix)[^`]*)"
+    told = dict(re.findall(rf"\| `{key}` \| (?:`\((.*)\)`|the same) \|", PAGE))
+    told["model.language_model.prefix.values"] = told["model.language_model.prefix.keys"]
+    told |= {name.replace("self_attn.o_proj", "mlp.down_proj"): shape for name, shape in told.items()}
+    told |= {name.replace("layers.0", "layers.1"): shape for name, shape in told.items()}
+    part = {"adapter": ".bottleneck.", "prompt": ".embed_tokens.prompt", "prefix": ".prefix."}[method]
+    wanted = {n: tuple(sizes[s] for s in shape.split(", ")) for n, shape in told.items() if part in n}
+    assert {n: tuple(t.shape) for n, t in load_file(tmp_path / "adapter_model.safetensors").items()} == wanted
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings == {"format": 1} | METHODS[method]
+
+
+def test_the_documented_way_of_loading_bottlenecks_without_us(checkpoints, examples, tmp_path):
+    backbone, adapter = attach(checkpoints, "adapter", dtype=torch.float32)
+    adapter.save(tmp_path)
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1], names)
+    plain = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32")
+    with torch.no_grad():
+        base = naive(plain, examples)
+        names["add_bottlenecks"](plain.model, tmp_path)
+        loss = naive(plain, examples)
+        torch.testing.assert_close(loss, naive(backbone, examples), rtol=1e-6, atol=0)
+    assert abs(loss - base) > 1e-3
+
+
 @pytest.mark.parametrize("method", ["adapter", "prompt", "prefix"])
 @pytest.mark.parametrize("damage", ["gone", "too many", "shape", "size", "base", "method", "truncated"])
 def test_what_does_not_fit_is_refused(checkpoints, tmp_path, method, damage):
@@ -339,7 +381,15 @@ def test_the_projector_has_its_own_rank_and_scale(checkpoints):
     merger, layer = backbone.model.model.visual.merger.mlp[0], backbone.language_model.layers[0].mlp.up_proj
     found = [(m.r["default"], m.scaling["default"]) for m in (merger, layer)]
     assert found == [(12, pytest.approx(5 / 6)), (8, 2)]  # PiSSA's are twice the rank, one half frozen
-    assert TrainConfig(data="x", rank=4, projector_rank=8).lora_of_projector == (8, 16)  # the same scale
+
+
+@pytest.mark.parametrize("variant", ["plain", "rslora", "dora", "pissa"])
+def test_a_rank_of_its_own_leaves_the_projectors_scale_as_it_is(checkpoints, variant):
+    backbone = load_backbone(str(checkpoints["qwen2_vl"]))
+    attach_adapter(backbone, TrainConfig(data="x", rank=4, projector_rank=8, variant=variant))
+    merger, layer = backbone.model.model.visual.merger.mlp[0], backbone.language_model.layers[0].mlp.up_proj
+    assert merger.r["default"] == 2 * layer.r["default"]
+    assert merger.scaling["default"] == pytest.approx(layer.scaling["default"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -379,6 +429,22 @@ def test_what_is_the_projectors_needs_it_among_the_targets(wrong):
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="expected a number above 0"):
         TrainConfig(data="x", **dict.fromkeys(wrong, 0))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *[{name: float("inf")} for name in ("lr", "alpha", "projector_lr", "projector_alpha")],
+        {"lr": float("nan")},
+        {"epochs": float("inf")},
+        {"weight_decay": float("inf")},
+        {"method": "prompt", "num_virtual_tokens": 5000},
+    ],
+)
+def test_numbers_that_cannot_be_used_are_refused(wrong):
+    with pytest.raises(ConfigError, match=r"--[\w-]+ is (inf|nan|5000); expected (a number|fewer than --max-tokens)"):
+        TrainConfig(data="x", **wrong)
+    assert TrainConfig(data="x", method="prefix", num_virtual_tokens=5000)  # no tokens of a sequence
 
 
 @pytest.mark.parametrize("targets", ["", "tower", "vision,tower", "language,language", "projector,"])

@@ -135,6 +135,7 @@ def _compare_and_describe(result: "RunResult", config: TrainConfig, options: arg
 
     write_card(
         result.folder / "adapter",
+        config,
         name=result.folder.name,
         data=", ".join(name if name.startswith("hf") else Path(name).name for name in config.sources),
         counts=f"{len(result.train_examples):,} images learnt with "

@@ -10,15 +10,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from vlm_lora import __version__
+from vlm_lora.config import TrainConfig
 from vlm_lora.inference.evaluate import headline, metric_text, span
 from vlm_lora.inference.report import NAMES, summary
-from vlm_lora.model.adapters.base import read_contract, read_settings
+from vlm_lora.model.adapters.base import read_contract
 
 TASK = "image-text-to-text"
 CARD = "README.md"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "size", "count", "target_modules")
-"""What is told out of adapter_config.json, where it is there."""
 
 PAGE = """\
 ---
@@ -61,22 +60,31 @@ An adapter is made from its base, whose licence holds: {licence}. The data may a
 
 
 def write_card(
-    folder: Path, *, name: str, data: str, counts: str, fingerprint: str, command: str, scores: dict | None
+    folder: Path,
+    config: TrainConfig,
+    *,
+    name: str,
+    data: str,
+    counts: str,
+    fingerprint: str,
+    command: str,
+    scores: dict | None,
 ) -> Path:
     """Write README.md into an adapter folder.
 
     Args:
+        config: of the run that made the adapter.
         name: what the adapter is called, such as its run folder's name.
         data: the data's name; a path would tell readers about the machine.
         counts: images, answers and what was left out, in words.
         scores: of an `Evaluation` on the held-out part of the data; None if there was none.
     """
-    contract, settings = read_contract(folder), read_settings(folder)
+    contract = read_contract(folder)
     assert contract is not None, "train writes the contract"
     on_hub = HUB_NAME.fullmatch(contract.base) is not None and not Path(contract.base).exists()
     licence = _licence(contract.base) if on_hub else None
     card_data = ModelCardData(
-        library_name="peft",
+        library_name="peft" if contract.method in ("lora", "qlora") else "vlm-lora",  # what can load it
         pipeline_tag=TASK,
         base_model=contract.base if on_hub else None,
         license=licence,
@@ -100,10 +108,8 @@ def write_card(
         dtype=contract.dtype,
         language=contract.base_fingerprint[:16],
         tower=contract.tower_fingerprint[:16],
-        tower_state="its vision tower adapted too"
-        if "blocks" in str(settings.get("target_modules"))
-        else "its vision tower frozen",
-        settings=", ".join(f"{key} {settings[key]}" for key in SETTINGS if settings.get(key)),
+        tower_state="its vision tower adapted too" if "vision" in config.lora_targets else "its vision tower frozen",
+        settings="; ".join(f"{knob.replace('_', ' ')} {value}" for knob, value in config.method_settings.items()),
         command=command.replace("`", "'"),
         versions=", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "peft"))
         + f", Python {platform.python_version()}",
