@@ -60,6 +60,7 @@ class Parrot:
     def __init__(self, rows: list[tuple[str, str]], adapter: bool = True):
         self.rows, self.adapter = rows, adapter
         self.features = SimpleNamespace(get=lambda images: images)
+        self.backbone = SimpleNamespace(quantised=False)
 
     def generate(self, asked, *, tuned=True, decoding=None):
         return [[self.rows[int(images[0].name[:-4])][tuned] for _ in turns] for images, turns in asked]

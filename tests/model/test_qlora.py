@@ -1,17 +1,22 @@
 """QLoRA: four bits where they should be, the numbers of the dequantised dense model, and what is refused."""
 
+import importlib
 import importlib.util
 import json
 
 import pytest
 import torch
 
+from tests.conftest import picture
 from tests.model.test_exactness import assert_equal, fast, gradients, lessons_of
 from tests.model.test_exactness import examples as examples
 from tests.training.test_train import _stop_behind, adapter_of, assert_same, config
 from vlm_lora.config import TrainConfig
 from vlm_lora.errors import AdapterError, ModelError
+from vlm_lora.inference import captioner
 from vlm_lora.inference.captioner import Captioner, Decoding
+from vlm_lora.inference.evaluate import evaluate
+from vlm_lora.inference.report import summary
 from vlm_lora.model.adapters.methods import attach_adapter, load_adapter
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.features import FeatureCache
@@ -25,8 +30,8 @@ needs_bitsandbytes = pytest.mark.skipif(
 )
 
 
-def shaken(backbone, variant: str):
-    settings = TrainConfig(data="none", method="qlora", rank=4, variant=variant)
+def shaken(backbone, variant: str, method: str = "qlora"):
+    settings = TrainConfig(data="none", method=method, rank=4, variant=variant)
     adapter = attach_adapter(backbone, settings)
     for i, (_, parameter) in enumerate(adapter.named_parameters()):
         torch.manual_seed(i)
@@ -100,7 +105,7 @@ def test_loss_and_gradients_are_the_dequantised_dense_models(checkpoints, exampl
 
 @needs_bitsandbytes
 def test_an_evaluation_leaves_the_gradients_as_they_were(examples):
-    """On a CPU with AVX512-BF16, bitsandbytes would repack weights of these sizes (32s and 64s) in eval mode for good."""
+    """On a CPU with AVX512-BF16, bitsandbytes would repack weights of these sizes (32s, 64s) in eval mode for good."""
     backbone = load_backbone("tiny", dtype="float32", quantise=True)
     adapter, examples = shaken(backbone, "plain"), examples[:2]
     features = FeatureCache(backbone, None)
@@ -141,6 +146,57 @@ def test_the_paged_optimizer_is_for_qlora_on_a_gpu_and_resumes_exactly(
 
 
 @needs_bitsandbytes
+def test_gradient_checkpointing_changes_nothing(checkpoints, examples):
+    backbone = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32", quantise=True)
+    adapter = shaken(backbone, "plain")
+    backbone.model.train()
+    runs = []
+    backbone.language_model.layers[1].input_layernorm.register_forward_hook(lambda *_: runs.append(1))
+    wanted = fast(backbone, examples, 4096)
+    expected, before = gradients(adapter, wanted), len(runs)
+    backbone.checkpoint_layers()
+    loss = fast(backbone, examples, 4096)
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+    assert_equal(gradients(adapter, loss), expected, 1e-6)
+    assert len(runs) == 3 * before, "nothing was computed again"
+
+
+@needs_bitsandbytes
+def test_adapters_share_a_base_in_four_bits_but_not_with_others(checkpoints, tmp_path, monkeypatch):
+    model, short = str(checkpoints["qwen2_vl"]), Decoding(max_new_tokens=8)
+    for name, variant, method in (("one", "plain", "qlora"), ("two", "dora", "qlora"), ("other", "plain", "lora")):
+        backbone = load_backbone(model, dtype="float32", quantise=method == "qlora")
+        shaken(backbone, variant, method).save(tmp_path / name)
+
+    def say(speaker, **how) -> list[str]:
+        return [speaker.answer(picture(i), "What is it?", decoding=short, **how) for i in range(3)]
+
+    alone = [say(Captioner.load(adapter=tmp_path / name)) for name in ("one", "two")]
+    base, *together = Captioner.load_several(None, [None, tmp_path / "one", tmp_path / "two"])
+    assert [say(each) for each in together] == alone
+    assert say(together[0], tuned=False) == say(base)
+    assert len({str(texts) for texts in (say(base), *alone)}) == 3
+    places = [
+        {p.data_ptr() for p in each.backbone.model.parameters() if getattr(p, "quant_state", None)}
+        for each in (base, *together)
+    ]
+    assert places[0] == places[1] == places[2] != set()  # the base is there once
+
+    monkeypatch.setattr(captioner, "load_backbone", None)  # refused before anything is loaded
+    with pytest.raises(AdapterError, match=r"one was trained by --method qlora.* and .*other was not") as caught:
+        Captioner.load_several(None, [tmp_path / "other", tmp_path / "one"])
+    assert "\n" not in str(caught.value)
+
+
+@needs_bitsandbytes
+def test_bitsandbytes_is_quiet_about_a_kernel_that_is_not_used_and_nothing_else(caplog):
+    ops = importlib.import_module("bitsandbytes.backends.cpu.ops")
+    ops.logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "no such module")
+    ops.logger.warning("Something else.")
+    assert caplog.messages == ["Something else."]
+
+
+@needs_bitsandbytes
 def test_train_stop_go_on_load_and_caption(checkpoints, photo_folder, tmp_path, monkeypatch):
     straight = config(checkpoints, photo_folder, tmp_path / "straight", method="qlora")
     result = train(straight)
@@ -157,6 +213,9 @@ def test_train_stop_go_on_load_and_caption(checkpoints, photo_folder, tmp_path, 
     assert [caption.text for caption in loaded.caption(images, decoding=short)] == texts
     singly = [caption.text for caption in loaded.caption(images, batch_size=1, decoding=short)]
     assert singly == texts
+    scores = evaluate(loaded, result.held_out, decoding=short).scores
+    assert scores["tuned"] != scores["base"]
+    assert any("base in four bits" in sentence for sentence in summary(scores))
 
     dense = load_backbone(str(checkpoints["qwen2_vl"]))
     with pytest.raises(AdapterError, match="--method qlora; the base is loaded unquantised"):

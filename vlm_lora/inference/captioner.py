@@ -18,8 +18,8 @@ from PIL import Image
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_MODEL, DEFAULT_PROMPT
 from vlm_lora.data.example import ImageRef, Turn
 from vlm_lora.data.images import load_image
-from vlm_lora.errors import ConfigError, DataError
-from vlm_lora.model.adapters.base import Adapter, base_of, find_adapter, read_contract
+from vlm_lora.errors import AdapterError, ConfigError, DataError
+from vlm_lora.model.adapters.base import Adapter, Contract, base_of, find_adapter, read_contract
 from vlm_lora.model.adapters.methods import load_adapter
 from vlm_lora.model.backbone import Backbone, is_out_of_memory, load_backbone
 from vlm_lora.model.encode import Encoder
@@ -118,12 +118,9 @@ class Captioner:
             prompt = prompt or contract.prompt
             min_pixels = min_pixels or contract.min_pixels
             max_pixels = max_pixels or contract.max_pixels
-        quantise = contract is not None and contract.method == "qlora"
-        backbone = load_backbone(model, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels, quantise=quantise)
-        # Read from the disk cache, but do not fill it: most folders are captioned once.
-        features = FeatureCache(backbone, cache_folder(), write=False)
-        base = cls(backbone, None, features, prompt or DEFAULT_PROMPT)
-        return base._tuned(folder, backbone.pixel_limits, base.prompt) if folder else base
+        limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        base = cls._base_alone(model, prompt, dtype=dtype, quantise=_in_four_bits(contract), **limits)
+        return base._tuned(folder, base.backbone.pixel_limits, base.prompt) if folder else base
 
     @property
     def base(self) -> "Captioner | None":
@@ -156,12 +153,24 @@ class Captioner:
         """A captioner of each adapter, None for the base alone, over one copy of the base's weights.
 
         Each sees images within its own pixel limits, the base within the first adapter's. Arguments as for `load`.
+
+        Raises:
+            AdapterError: QLoRA's adapters and others: the base is kept in four bits for those alone.
         """
         folders = [find_adapter(adapter) for adapter in adapters if adapter is not None]
-        first = next(filter(None, map(read_contract, folders)), None)
+        contracts = {folder: read_contract(folder) for folder in folders}
+        in_four_bits = [folder for folder in folders if _in_four_bits(contracts[folder])]
+        others = [folder for folder in folders if folder not in in_four_bits]
+        if in_four_bits and others:
+            raise AdapterError(
+                f"{in_four_bits[0]} was trained by --method qlora, on a base in four bits, and {others[0]} was not: "
+                "they cannot share one base. Give them in commands of their own."
+            )
+        first = next(filter(None, contracts.values()), None)
         limits = {"min_pixels": first.min_pixels, "max_pixels": first.max_pixels} if first else {}
         asked = prompt or (first.prompt if first else None)
-        base = cls.load(model or base_of(folders[0]), prompt=asked, dtype=dtype, **limits)
+        how = limits | {"dtype": dtype, "quantise": bool(in_four_bits)}
+        base = cls._base_alone(model or base_of(folders[0]), asked, **how)
         return [base if adapter is None else base.with_adapter(adapter, prompt=prompt) for adapter in adapters]
 
     def caption(
@@ -241,6 +250,14 @@ class Captioner:
         return [[next(texts) for _ in requests] for _, requests in asked]
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _base_alone(cls, model: str, prompt: str | None, **how) -> "Captioner":
+        """``how`` the base is loaded is `load_backbone`'s."""
+        backbone = load_backbone(model, **how)
+        # Read from the disk cache, but do not fill it: most folders are captioned once.
+        features = FeatureCache(backbone, cache_folder(), write=False)
+        return cls(backbone, None, features, prompt or DEFAULT_PROMPT)
 
     def _tuned(self, folder: Path, pixel_limits: tuple[int, int], prompt: str) -> "Captioner":
         backbone = self.backbone.twin(*pixel_limits)
@@ -416,6 +433,11 @@ class Captioner:
             hidden = backbone.forward(token[:, None], mask, position.expand(3, -1, -1), None, cache)[:, -1]
         answers = ((row, found[0][1]) for row, found in ended.items())
         return [(row, token) for row, said in answers for token in said if token not in backbone.eos_token_ids]
+
+
+def _in_four_bits(contract: Contract | None) -> bool:
+    """Whether the base is to be quantised: QLoRA's adapters hold for that base alone."""
+    return contract is not None and contract.method == "qlora"
 
 
 def _ask(question: str) -> tuple[Turn]:

@@ -59,7 +59,8 @@ class Evaluation:
     ``scores`` is what ``eval --json`` prints: numbers of ``examples`` and ``answers``; for each of ``base``,
     ``tuned``, ``blanked`` its metrics; ``intervals`` of each; ``gain`` of tuned over base with interval and p-value;
     ``by_kind``, the exact match of each kind of question; ``tokens``, what the metrics took for a word; ``failed``,
-    the examples left out because an image cannot be used; ``also``, the scores on the other data.
+    the examples left out because an image cannot be used; ``also``, the scores on the other data;
+    ``base_in_four_bits``, where base and tuned are that base's.
     """
 
     answered: tuple[Answered, ...]
@@ -183,6 +184,8 @@ def evaluate(
         level = metrics.level_for(text for texts in references for text in texts)
     values = {name: per_answer([row.said(name) for row in answered], references, level) for name in passes}
     scores = summarize(answered, values, level)
+    if captioner.backbone.quantised:
+        scores["base_in_four_bits"] = True
     scores["failed"] = [{"source": examples[i].source, "reason": failed[i]} for i in sorted(failed)]
     if also:
         scores["also"] = evaluate(captioner, also, level=level, decoding=decoding, progress=progress).scores

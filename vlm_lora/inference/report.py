@@ -80,7 +80,7 @@ def write_report(folder: Path, evaluation: Evaluation, *, title: str, command: s
 
 
 def summary(scores: dict) -> list[str]:
-    """One sentence on the gain, honest where there is none; one on what the picture is worth, if asked."""
+    """One sentence on the gain, honest where there is none; others on what there is to know about it."""
     metric = headline(scores)[0]
     name = "exact match" if metric == "exact_match" else NAMES[metric]
     images = scores["examples"]
@@ -114,6 +114,8 @@ def summary(scores: dict) -> list[str]:
             f"Part of it is form: the base model answers in {words['base']:.1f} words on average, the tuned "
             f"one in {words['tuned']:.1f}, and a right answer in a sentence is no exact match."
         )
+    if "base_in_four_bits" in scores:
+        sentences.append("Base here is the base in four bits, as QLoRA was trained on it; whole, it may do better.")
     if "blanked" in scores:
         without = metric_text(metric, scores["blanked"][metric])
         sentences.append(f"With every picture greyed out, the tuned model's {name} is {without}.")

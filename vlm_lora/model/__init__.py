@@ -1,1 +1,7 @@
 """The model wing: the Qwen2-VL backbone, tokens, packing, frozen features, adapters."""
+
+import logging
+
+# PEFT imports bitsandbytes, if it is installed, for plain LoRA too. On CPUs with AVX512-BF16 that asks the reader to
+# install a kernel which is never used here (`_keep_as_quantised`). Whatever else it has to say is heard.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda told: "gemm_4bit_forward" not in told.getMessage())
