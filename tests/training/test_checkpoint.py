@@ -12,7 +12,7 @@ import torch
 from bench.kill_campaign import stopped_at
 from vlm_lora.errors import CheckpointError
 from vlm_lora.training import checkpoint
-from vlm_lora.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from vlm_lora.training.checkpoint import Progress, load_checkpoint, load_optimizer, save_checkpoint
 
 LOOKING = {"close", "fspath", "fstat", "fsync", "getpid", "is_dir", "listdir", "lstat", "read", "scandir", "stat"}
 """Calls that change nothing a kill would leave: before one it leaves what it leaves before the next. The campaign stops
@@ -59,6 +59,37 @@ def after(steps: int, folder=None, **options) -> State:
 
 def same(one: State, other: State) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.tensors(), other.tensors(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_the_state_of_a_paged_optimizer_is_loaded_into_paged_memory(monkeypatch):
+    """On a CPU nothing is paged; that the state is what `get_state_buffer` gave is what makes it so on a GPU."""
+    optim = pytest.importorskip("bitsandbytes.optim")
+
+    def stepped():
+        parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 5)]
+        optimizer = optim.PagedAdamW(parameters, lr=0.1)
+        for parameter in parameters:
+            parameter.grad = torch.arange(1.0, len(parameter) + 1)
+        optimizer.step()
+        return optimizer, parameters
+
+    buffers = []
+    get = optim.PagedAdamW.get_state_buffer
+    monkeypatch.setattr(
+        optim.PagedAdamW, "get_state_buffer", lambda *a, **k: buffers.append(get(*a, **k)) or buffers[-1]
+    )
+    (before, old), (after, new) = stepped(), stepped()
+    for parameter in old:
+        parameter.grad *= 2
+    before.step()
+    buffers.clear()
+    load_optimizer(after, before.state_dict())
+    for one, other in zip(old, new, strict=True):
+        assert after.state[other]["step"] == 2
+        for key in ("state1", "state2"):
+            assert torch.equal(after.state[other][key], before.state[one][key])
+            assert any(after.state[other][key] is buffer for buffer in buffers), "the state is not paged"
 
 
 @pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.safetensors", "manifest.json"])

@@ -78,6 +78,16 @@ def test_every_lora_a_has_moved_too(checkpoints, photo_folder, tmp_path):
         assert not torch.equal(tensor, before[name]), f"{name} has not moved"
 
 
+def test_the_projector_learns_at_its_own_rate(checkpoints, photo_folder, tmp_path):
+    """AdamW's first step moves what has a gradient by the learning rate, from LoRA's zeros."""
+    settings = {"max_steps": 1, "warmup": 0.0, "dropout": 0.0, "lr": 1e-3, "projector_lr": 1e-2}
+    tensors = adapter_of(train(config(checkpoints, photo_folder, tmp_path / "run", **settings)).folder)
+    for name, tensor in tensors.items():
+        if "lora_B" in name:
+            expected = 1e-2 if ".merger." in name else 1e-3
+            assert tensor.abs().max().item() == pytest.approx(expected, rel=1e-3), name
+
+
 def test_plain_peft_loads_the_adapter(checkpoints, photo_folder, tmp_path):
     from peft import PeftModel
     from transformers import Qwen2VLForConditionalGeneration

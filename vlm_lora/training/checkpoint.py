@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -132,8 +132,8 @@ def load_checkpoint(
     ``allow_change`` names what may have changed in the config, or ``data``, ``val``, ``base``.
 
     Raises:
-        CheckpointError: config or data have changed (the difference is shown); a checkpoint cannot be read now, though
-            it may be whole; all that there are have been damaged.
+        CheckpointError: config or data have changed (the difference is shown), perhaps so that the tensors are others;
+            a checkpoint cannot be read now, though it may be whole; all that there are have been damaged.
     """
     for leftover in folder.glob(".step-*"):  # of a process that was killed while it saved or deleted
         shutil.rmtree(leftover, ignore_errors=True)
@@ -151,8 +151,10 @@ def load_checkpoint(
             continue
         for text in damaged:
             warn(f"{text}, and {path.name} is used.")
-        changed = _check_identity(path, before, identity, allow_change)
-        _restore_weights(path, parameters, load(contents[ADAPTER]))
+        weights = load(contents[ADAPTER])
+        fits = _shapes(weights.items()) == _shapes(parameters)
+        changed = _check_identity(path, before, identity, allow_change, fits)
+        _restore_weights(path, parameters, weights)
         _restore_optimizer(parameters, optimizer, load(contents[OPTIMIZER]))
         if "micro_batch_tokens" in changed:
             progress.micro_batch_tokens = start.micro_batch_tokens
@@ -183,17 +185,23 @@ def load_weights(folder: Path, step: int, parameters: NamedParameters) -> None:
     _restore_weights(path, parameters, load(contents[ADAPTER]))
 
 
-def _check_identity(path: Path, before: dict, now: dict, allow_change: Collection[str]) -> set[str]:
-    """What has changed, by the names that ``allow_change`` knows; an error if that holds not all of them."""
+def _check_identity(path: Path, before: dict, now: dict, allow_change: Collection[str], fits: bool) -> set[str]:
+    """What has changed, by the names that ``allow_change`` knows; an error if that holds not all of them, or if the
+    tensors no longer fit."""
     changed = {key.removesuffix("_fingerprint"): key for key in now if before.get(key) != now[key]}
     known = {key.removesuffix("_fingerprint") for key in now}
     if unknown := sorted(set(allow_change) - known):
         raise ConfigError(f"--allow-change {unknown[0]}: expected one of {', '.join(sorted(known))}.")
-    refused = [name for name in changed if name not in allow_change]
+    refused = [name for name in changed if name not in allow_change or not fits]
+    told = "; ".join(f"{n}: {_short(before.get(changed[n]))}, now {_short(now[changed[n]])}" for n in refused)
+    if "base" in refused:
+        told += ": another model, number format or image size, or an adapter has been merged into it"
+    if refused and not fits:
+        raise CheckpointError(
+            f"{path}: holds other tensors than this run trains ({told}), which no --allow-change makes fit. Give the "
+            "settings of before, or start a new --output."
+        )
     if refused:
-        told = "; ".join(f"{n}: {_short(before.get(changed[n]))}, now {_short(now[changed[n]])}" for n in refused)
-        if "base" in refused:
-            told += ": another model, number format or image size, or an adapter has been merged into it"
         raise CheckpointError(
             f"{path}: belongs to a run with other settings or data ({told}). Start a new --output, or go on all the "
             f"same with --allow-change {','.join(refused)}: the run is then no longer one that can be repeated."
@@ -280,8 +288,12 @@ def _optimizer_tensors(parameters: NamedParameters, optimizer: torch.optim.Optim
     }
 
 
+def _shapes(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in named}
+
+
 def _restore_weights(path: Path, parameters: NamedParameters, weights: dict[str, torch.Tensor]) -> None:
-    if {name: tensor.shape for name, tensor in weights.items()} != {name: p.shape for name, p in parameters}:
+    if _shapes(weights.items()) != _shapes(parameters):
         raise CheckpointError(f"{path}: holds other tensors than this run trains.")
     with torch.no_grad():
         for name, parameter in parameters:
@@ -296,4 +308,19 @@ def _restore_optimizer(parameters: NamedParameters, optimizer: torch.optim.Optim
         state[index] = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         if "state1" in state[index]:
             state[index]["step"] = state[index]["step"].item()
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    load_optimizer(optimizer, {"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: dict) -> None:
+    """``load_state_dict``, with the state of a paged optimizer in memory that can be paged out.
+
+    bitsandbytes loads it into plain memory of the device and leaves it there: a run that filled the GPU before it was
+    stopped would then no longer fit.
+    """
+    optimizer.load_state_dict(state_dict)
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for key in state.keys() & {"state1", "state2"}:
+            paged = optimizer.get_state_buffer(parameter, dtype=state[key].dtype)
+            state[key] = paged.copy_(state[key])

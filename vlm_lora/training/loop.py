@@ -31,7 +31,14 @@ from vlm_lora.model.backbone import Backbone, is_out_of_memory
 from vlm_lora.model.features import FeatureCache, ImageFeatures, Pixels
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded, Packed, pack_apart, padded_tokens
 from vlm_lora.training.batches import Plan, deal, micro_batches, split_long
-from vlm_lora.training.checkpoint import Progress, load_checkpoint, load_weights, save_checkpoint, writing
+from vlm_lora.training.checkpoint import (
+    Progress,
+    load_checkpoint,
+    load_optimizer,
+    load_weights,
+    save_checkpoint,
+    writing,
+)
 from vlm_lora.training.processes import Processes
 
 Report = Callable[..., None]
@@ -491,7 +498,7 @@ def _start_alike(
         def state() -> dict:
             return tree_map(lambda value: value.cpu() if torch.is_tensor(value) else value, optimizer.state_dict())
 
-        optimizer.load_state_dict(processes.on_main(state))
+        load_optimizer(optimizer, processes.on_main(state))
 
 
 def _largest(lessons: Sequence[Lesson], max_tokens: int, processes: Processes) -> int:
