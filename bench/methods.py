@@ -146,10 +146,11 @@ def memory(result: run.RunResult, config: TrainConfig) -> dict:
         lessons.append(Lesson(example, encoder.encode(example.dialogues[:8], grids)))
     weights = kept(backbone.model)
     optimizer = torch.optim.AdamW([p for _, p in adapter.named_parameters()], lr=0.0, fused=True)
+    max_tokens = config.on(backbone.device.type).micro_batch_tokens
     backbone.model.train()
     with Alive(but=weights) as alive:
         for _ in range(2):  # AdamW's state is there from the end of the first step on
-            for batch in make_batches(backbone, result.features, lessons, config.micro_batch_tokens):
+            for batch in make_batches(backbone, result.features, lessons, max_tokens):
                 loss_sum(backbone, batch).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

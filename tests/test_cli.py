@@ -148,7 +148,7 @@ def test_cache_shows_and_clears(run_folder, checkpoints, capsys):
     [
         (["train"], 2, "no data given"),
         (["train", "nowhere"], 1, "nowhere"),
-        (["train", "x", "--lr", "-1"], 2, "--lr is -1.0; expected a number above 0"),
+        (["train", "x", "--lr", "-1"], 2, "--lr is -1.0; expected a finite number above 0"),
         (["train", "x", "--min-pixels", "9", "--max-pixels", "3"], 2, "--min-pixels 9 is above"),
         (["train", "--config", "gone.yaml"], 2, "gone.yaml"),
         (["caption", "gone.png"], 2, "no such file"),

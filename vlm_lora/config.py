@@ -124,22 +124,22 @@ class TrainConfig:
         good = len(set(parts)) == len(parts) and set(parts) <= {"language", "projector", "vision"}
         require(good, "targets", "language, projector, vision, or several with commas")
         require(self.rank >= 1, "rank", "1 or more")
-        require(self.alpha is None or 0 < self.alpha < math.inf, "alpha", "a number above 0")
+        require(self.alpha is None or 0 < self.alpha < math.inf, "alpha", "a finite number above 0")
         require(0 <= self.dropout < 1, "dropout", "a probability from 0 to below 1")
         for name in ("projector_rank", "projector_alpha", "projector_lr"):
             value = getattr(self, name)
-            require(value is None or 0 < value < math.inf, name, "a number above 0")
+            require(value is None or 0 < value < math.inf, name, "a finite number above 0")
             if value is not None and "projector" not in parts:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} goes with --targets projector; --targets is {self.targets}.")
         require(self.bottleneck >= 1, "bottleneck", "1 or more")
         require(self.num_virtual_tokens >= 1, "num_virtual_tokens", "1 or more")
-        require(0 < self.epochs < math.inf, "epochs", "a number above 0")
+        require(0 < self.epochs < math.inf, "epochs", "a finite number above 0")
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", "1 or more")
         require(self.batch_size >= 1, "batch_size", "1 or more answers")
-        require(0 < self.lr < math.inf, "lr", "a number above 0")
+        require(0 < self.lr < math.inf, "lr", "a finite number above 0")
         require(0 <= self.warmup <= 1, "warmup", "a fraction from 0 to 1")
-        require(0 <= self.weight_decay < math.inf, "weight_decay", "a number from 0 on")
+        require(0 <= self.weight_decay < math.inf, "weight_decay", "a finite number, 0 or more")
         require(self.max_grad_norm > 0, "max_grad_norm", "a number above 0")
         require(self.max_tokens >= 16, "max_tokens", "16 or more")
         fits = self.method != "prompt" or self.num_virtual_tokens < self.max_tokens

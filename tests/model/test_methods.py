@@ -427,7 +427,7 @@ def test_what_is_the_projectors_needs_it_among_the_targets(wrong):
     with pytest.raises(ConfigError, match=r"--projector-\w+ goes with --targets projector") as caught:
         TrainConfig(data="x", targets="language,vision", **wrong)
     assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match="expected a number above 0"):
+    with pytest.raises(ConfigError, match="expected a finite number above 0"):
         TrainConfig(data="x", **dict.fromkeys(wrong, 0))
 
 
@@ -442,7 +442,9 @@ def test_what_is_the_projectors_needs_it_among_the_targets(wrong):
     ],
 )
 def test_numbers_that_cannot_be_used_are_refused(wrong):
-    with pytest.raises(ConfigError, match=r"--[\w-]+ is (inf|nan|5000); expected (a number|fewer than --max-tokens)"):
+    with pytest.raises(
+        ConfigError, match=r"--[\w-]+ is (inf|nan|5000); expected (a finite number|fewer than --max-tokens)"
+    ):
         TrainConfig(data="x", **wrong)
     assert TrainConfig(data="x", method="prefix", num_virtual_tokens=5000)  # no tokens of a sequence
 
