@@ -70,7 +70,7 @@ def test_what_is_trained_and_what_is_quarantined_are_all_rows(tmp_path, monkeypa
         given["lessons"] = [*lessons, *held_lessons]
         return 0
 
-    for name in ("load_backbone", "attach_adapter"):
+    for name in ("load_backbone", "shapes_of", "attach_adapter"):
         monkeypatch.setattr(run, name, _once(getattr(run, name)))
     monkeypatch.setattr(run, "run_steps", run_steps)
     trained = 0
