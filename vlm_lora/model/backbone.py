@@ -505,6 +505,8 @@ class Backbone(Preprocessor):
             fully_shard(layer, mesh=mesh, ignored_params=kept)
         fully_shard(language, mesh=mesh, ignored_params=kept)
         self.model.to(device)
+        # All must put the layers together in the backward pass too: also one whose rows have nothing that is trained.
+        self.model.enable_input_require_grads()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``(..., hidden)`` to ``(..., vocabulary)``."""
