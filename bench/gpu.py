@@ -53,10 +53,10 @@ from vlm_lora.model.adapters.lora import attach_lora
 from vlm_lora.model.backbone import Backbone, best_device, load_backbone, load_shapes, tiny_path
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache
-from vlm_lora.model.packing import IGNORE_INDEX, Encoded, pack
+from vlm_lora.model.packing import IGNORE_INDEX, Encoded, pack_apart
 from vlm_lora.training.batches import micro_batches
 from vlm_lora.training.loop import MicroBatch, loss_sum
-from vlm_lora.training.plan import TRAINED, CostModel, MicroShape
+from vlm_lora.training.plan import TRAINED, CostModel, micro_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 TOWER = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14}
@@ -167,18 +167,11 @@ class Work:
 
     def predicted_bytes(self, base: str, model: str) -> int:
         """Of the step with every technique, as `vlm-lora plan` counts them."""
-        method = "qlora" if base == "nf4" else "lora"
-        cost = CostModel(
-            load_shapes(model), TrainConfig(data="", model=model, method=method, rank=RANK), self.backbone.dtype
-        )
+        config = TrainConfig(data="", model=model, method="qlora" if base == "nf4" else "lora", rank=RANK)
+        cost = CostModel(load_shapes(model), config, self.backbone.dtype)
         rows, groups = self.groups(shared=True)
         shapes = [
-            MicroShape(
-                len(group),
-                max(rows[i][1].num_tokens for i in group),
-                sum(int((b.labels[1:] != IGNORE_INDEX).sum()) for i in group for b in rows[i][1].branches),
-                tuple(len(self.features[rows[i][0]]) for i in group),
-            )
+            micro_shape([rows[i][1] for i in group], tuple(len(self.features[rows[i][0]]) for i in group))
             for group in groups
         ]
         return cost.weight_bytes() + TRAINED * cost.trained_numbers() + max(map(cost.activation_bytes, shapes))
@@ -189,7 +182,7 @@ class Work:
         rows, groups = self.groups(shared)
         device = self.backbone.device
         for group in groups:
-            packed = pack([[rows[i][1]] for i in group], self.backbone.pad_token_id)
+            packed = pack_apart([rows[i][1] for i in group], self.backbone.pad_token_id)
             seen = [self.features[rows[i][0]] if cached else self._see(rows[i][0]) for i in group]
             tensors = (packed.input_ids, packed.labels, packed.position_ids, packed.attention_mask)
             features = torch.cat([each.to(device) for each in seen])

@@ -279,21 +279,20 @@ def micro_shapes(
         encoded = lessons[example][1]
         branches = tuple(encoded.branches[i] for i in dialogues)
         chosen.append(Lesson(lessons[example][0], replace(encoded, branches=branches)))
-    return [
-        [
-            _shape([rows[i] for i in group], patches)
-            for group in micro_batches([row.encoded for row in rows], config.micro_batch_tokens)
-        ]
-        for rows in share_out(chosen, config.micro_batch_tokens, gpus)
-    ]
+    shapes = []
+    for rows in share_out(chosen, config.micro_batch_tokens, gpus):
+        groups = micro_batches([row.encoded for row in rows], config.micro_batch_tokens)
+        seen = [tuple(patches[image] for i in group for image in rows[i].example.images) for group in groups]
+        parts = [[rows[i].encoded for i in group] for group in groups]
+        shapes.append([micro_shape(*each) for each in zip(parts, seen, strict=True)])
+    return shapes
 
 
-def _shape(rows: Sequence[Lesson], patches: Mapping[ImageRef, int]) -> MicroShape:
-    labels = sum(int((b.labels[1:] != IGNORE_INDEX).sum()) for row in rows for b in row.encoded.branches)
-    seen = tuple(patches[image] for row in rows for image in row.example.images)
-    parts = [row.encoded for row in rows]
-    prefix = max(len(part.prefix_ids) for part in parts)
-    return MicroShape(len(rows), padded_tokens(parts) // len(rows), prefix, labels, seen)
+def micro_shape(rows: Sequence[Encoded], patches: tuple[int, ...]) -> MicroShape:
+    """Of the micro-batch of these rows, with ``patches`` of each image in them."""
+    labels = sum(int((b.labels[1:] != IGNORE_INDEX).sum()) for row in rows for b in row.branches)
+    prefix = max(len(row.prefix_ids) for row in rows)
+    return MicroShape(len(rows), padded_tokens(rows) // len(rows), prefix, labels, patches)
 
 
 def measure_rates(
