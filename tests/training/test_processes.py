@@ -76,8 +76,8 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(checkpoints, data) -> list[str]:
-    """Seven answers a step: fewer images than processes in some steps, and a last step of one answer."""
-    flags = "--rank 4 --epochs 2 --batch-size 7 --lr 1e-2 --val-split 0.2 --save-every 3 --no-eval"
+    """About nine answers a step: fewer images than processes in some steps, and a short last step of one image."""
+    flags = "--rank 4 --epochs 2 --batch-size 9 --lr 1e-2 --val-split 0.2 --save-every 3 --no-eval"
     return ["train", str(data), "--model", str(checkpoints["qwen2_vl"]), *flags.split()]
 
 
@@ -129,12 +129,13 @@ def test_several_processes_are_one(forks, command, alone, tmp_path, count, env):
     assert [e.code for e in ended] == [0] * count, ended
     assert_same_run(tmp_path / "run", alone)
     steps = learnt((alone.parent / "said").read_text())
-    assert len(steps) == 8
+    answers = [x["answers"] for x in lines(tmp_path / "run") if "answers" in x]
+    assert len(steps) == len(answers) > 5
+    assert 0 < answers[-1] < min(answers[:-1]), answers  # the last step is short
     for step, shares in zip(steps, zip(*(learnt(e.err) for e in ended), strict=True), strict=True):
         assert [sources for sources, _ in shares] == [step[0]] * count
         labels = sorted(label for _, own in shares for label in own if label)  # FSDP2 fills up with rows of none
         assert labels == step[1]
-    assert [x["answers"] for x in lines(tmp_path / "run") if "answers" in x] == [7] * 7 + [1]
     assert ended[0].err.count("Data:") == 1
     computed = [int(re.search(r"(\d+) images computed", e.err)[1]) for e in ended]
     assert sum(computed) == 9, computed  # shared out, not each all of them
