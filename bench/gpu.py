@@ -5,7 +5,8 @@
 
 Speed and memory do not depend on what the weights are, so they are random: nothing is downloaded. A step is forward,
 backward and AdamW of LoRA on synthetic pictures of one size with several captions each. Every variant does the same
-step of the same answers, turn and turn about, and is checked to have the same loss:
+step of the same answers, turn and turn about, and must have the loss and the gradients of the plain one, within the
+tolerances below (where plain itself runs out of memory, those of the first that does not):
 
   all            shared prefix, cached tower output, logits where there are labels
   own prefix     every answer a row of its own
@@ -13,15 +14,23 @@ step of the same answers, turn and turn about, and is checked to have the same l
   full logits    logits for every token
   plain          none of the three
 
-Utilisation is the arithmetic that the model's matrices need for the tokens of that variant (2 operations a weight
-forward, 2 backward; the base's weights get no gradient), over what one large matrix product attains on this device.
-The record goes to bench/results/gpu-SIZE.json.
+The share of the matrix product is the arithmetic that the model's matrices need for the tokens of that variant (2
+operations a weight forward, 2 backward; the base's weights get no gradient), over what one large matrix product attains
+on this device; the share of the peak is over what the device's maker publishes, where that is known here. Memory is
+held against what `vlm-lora plan` would say of the step. The record goes to bench/results/gpu-SIZE.json, also where
+something is wrong, which it then says under "faults", and the exit code is 1: another loss or gradient, or memory more
+than 15 % beside the prediction. What runs out of memory is recorded as that, and the rest goes on.
+
+The whole test suite on a GPU, one command (models are loaded to the device that is there; tests of several processes
+stay on the CPU, as there is a process for each GPU at most):
+
+    python -m pytest -rs
 """
 
 import argparse
+import gc
 import json
 import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -38,24 +47,25 @@ from PIL import Image
 
 from vlm_lora import Captioner, Dialogue, Turn, __version__
 from vlm_lora.cli.console import say
-from vlm_lora.config import DEFAULT_PROMPT
+from vlm_lora.config import DEFAULT_PROMPT, TrainConfig
 from vlm_lora.inference.captioner import Decoding
 from vlm_lora.model.adapters.lora import attach_lora
-from vlm_lora.model.backbone import Backbone, best_device, load_backbone, tiny_path
+from vlm_lora.model.backbone import Backbone, best_device, load_backbone, load_shapes, tiny_path
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache
-from vlm_lora.model.packing import IGNORE_INDEX, Encoded, pack
+from vlm_lora.model.packing import IGNORE_INDEX, Encoded, pack_apart
 from vlm_lora.training.batches import micro_batches
 from vlm_lora.training.loop import MicroBatch, loss_sum
+from vlm_lora.training.plan import TRAINED, CostModel, micro_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 TOWER = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14}
 SIZES = {  # the published shapes
     "small": {
-        "text": {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "text": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
                  "num_key_value_heads": 2, "vocab_size": 8192, "tie_word_embeddings": True},
         "vision": {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14},
-        "mrope": [2, 2, 2],
+        "mrope": [4, 6, 6],
     },
     "2b": {
         "text": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
@@ -71,11 +81,25 @@ SIZES = {  # the published shapes
     },
 }  # fmt: skip
 VARIANTS = {  # (shared prefix, cached tower output, logits where there are labels)
-    "all": (True, True, True),
+    "plain": (False, False, False),
     "own prefix": (False, True, True),
     "live tower": (True, False, True),
     "full logits": (True, True, False),
-    "plain": (False, False, False),
+    "all": (True, True, True),
+}
+TOLERANCES = {  # of the loss, and of the gradients' difference over their norm
+    "float32": (1e-5, 1e-4),
+    "bfloat16": (1e-3, 5e-2),
+    "nf4": (1e-3, 5e-2),
+}
+PREDICTED_WITHIN = 0.15
+RANK = 16
+PEAKS = {  # dense operations per second in bfloat16, as NVIDIA's data sheets have them; by a part of the device's name
+    "H100 80GB HBM3": 989e12,
+    "H100 PCIe": 756e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
 }
 
 
@@ -96,9 +120,11 @@ def write_model(size: str, folder: Path, device: torch.device, dtype: torch.dtyp
     )  # fmt: skip
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
-    with device:
-        model = transformers.Qwen2VLForConditionalGeneration(config)
-    torch.set_default_dtype(torch.float32)
+    try:
+        with device:
+            model = transformers.Qwen2VLForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
     limits = {"shortest_edge": 56 * 56, "longest_edge": 14 * 14 * 4 * 1280}
     processor = transformers.Qwen2VLProcessor(
         image_processor=transformers.Qwen2VLImageProcessor(patch_size=14, size=limits),
@@ -120,7 +146,7 @@ class Work:
         vocabulary = ["a", "red", "blue", "green", "cat", "dog", "sits", "near", "the", "old", "small", "tree"]
         said = [[" ".join(rng.choice(vocabulary, words)) for _ in range(captions)] for _ in range(images)]
         self.patches = [backbone.preprocess([picture]) for picture in self.pictures]
-        self.features = [self._see(i) for i in range(images)]
+        self.features = [self._see(i).cpu() for i in range(images)]  # where training keeps them too
         encoder = Encoder(backbone)
         self.items: list[Encoded] = []
         for (_, grid), texts in zip(self.patches, said, strict=True):
@@ -134,16 +160,33 @@ class Work:
             return list(enumerate(self.items))
         return [(i, replace(item, branches=(b,))) for i, item in enumerate(self.items) for b in item.branches]
 
+    def groups(self, shared: bool) -> tuple[list[tuple[int, Encoded]], list[list[int]]]:
+        """The step's rows (image, tokens), and the indices of those in each micro-batch."""
+        rows = self.rows(shared)
+        return rows, micro_batches([item for _, item in rows], self.max_tokens)
+
+    def predicted_bytes(self, base: str, model: str) -> int:
+        """Of the step with every technique, as `vlm-lora plan` counts them."""
+        config = TrainConfig(data="", model=model, method="qlora" if base == "nf4" else "lora", rank=RANK)
+        cost = CostModel(load_shapes(model), config, self.backbone.dtype)
+        rows, groups = self.groups(shared=True)
+        shapes = [
+            micro_shape([rows[i][1] for i in group], tuple(len(self.features[rows[i][0]]) for i in group))
+            for group in groups
+        ]
+        return cost.weight_bytes() + TRAINED * cost.trained_numbers() + max(map(cost.activation_bytes, shapes))
+
     def loss(self, shared: bool, cached: bool, sparse: bool) -> float:
         """Mean loss of the step; leaves its gradients."""
         total = 0.0
-        rows = self.rows(shared)
+        rows, groups = self.groups(shared)
         device = self.backbone.device
-        for group in micro_batches([item for _, item in rows], self.max_tokens):
-            packed = pack([[rows[i][1]] for i in group], self.backbone.pad_token_id)
+        for group in groups:
+            packed = pack_apart([rows[i][1] for i in group], self.backbone.pad_token_id)
             seen = [self.features[rows[i][0]] if cached else self._see(rows[i][0]) for i in group]
             tensors = (packed.input_ids, packed.labels, packed.position_ids, packed.attention_mask)
-            batch = MicroBatch(*[t.to(device) for t in tensors], torch.cat(seen), 0)
+            features = torch.cat([each.to(device) for each in seen])
+            batch = MicroBatch(*[t.to(device) for t in tensors], features, 0)
             value = (loss_sum if sparse else full_logits)(self.backbone, batch) / self.num_labels
             value.backward()
             total += value.item()
@@ -194,96 +237,179 @@ def attainable(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / statistics.median(seconds(device, lambda: a @ b) for _ in range(10))
 
 
-def peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the whole process so far
+def peak_rate(name: str) -> float | None:
+    """Published, in operations per second, of a device of this name; None if it is not known here."""
+    return next((rate for part, rate in PEAKS.items() if part in name), None)
 
 
-def measure(backbone: Backbone, args: argparse.Namespace) -> dict:
+def short_of_memory(error: torch.OutOfMemoryError) -> str:
+    """What to record of it; frees what the failed work held."""
+    error.__traceback__ = None  # its frames hold tensors
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return "out of memory"
+
+
+def measure(backbone: Backbone, base: str, model: str, args: argparse.Namespace) -> dict:
+    """What the steps of every variant take and give, and captioning. Raises `torch.OutOfMemoryError` beside them."""
     device = backbone.device
     work = Work(backbone, args.images, args.captions, args.side, args.words, args.max_tokens)
-    adapter = attach_lora(backbone, rank=16, alpha=32, dropout=0.0, seed=0, prompt=DEFAULT_PROMPT)
-    tensors = [p for _, p in adapter.named_parameters()]
+    adapter = attach_lora(backbone, rank=RANK, alpha=2 * RANK, dropout=0.0, seed=0, prompt=DEFAULT_PROMPT)
+    predicted = work.predicted_bytes(base, model)
+    product = attainable(device, backbone.dtype)
+    rows = measure_training(work, [p for _, p in adapter.named_parameters()], args.rounds)
+    reference = next((name for name, row in rows.items() if "failed" not in row), None)
+    published = peak_rate(device_name(device)) if backbone.dtype == torch.bfloat16 else None
+    for name, row in rows.items():
+        if "failed" in row:
+            continue
+        median = statistics.median(row["seconds"])
+        rate = work.operations(*VARIANTS[name]) / median
+        row["answers_per_second"] = work.num_answers / median
+        row["share_of_matrix_product"] = rate / product
+        if published:
+            row["share_of_published_peak"] = rate / published
+        row["time_over_plain"] = statistics.median(
+            a / b for a, b in zip(row["seconds"], rows[reference]["seconds"], strict=True)
+        )
+    result = {
+        "compared_with": reference,
+        "training": rows,
+        "matrix_product_per_second": product,
+        "published_peak_per_second": published,
+        "predicted_bytes": predicted,
+    }
+    measured = rows["all"].get("peak_bytes")
+    if measured:
+        result["predicted_over_measured"] = predicted / measured
+    backbone.model.eval()
+    captioner = Captioner(backbone, adapter, FeatureCache(backbone, None), DEFAULT_PROMPT)
+    decoding = Decoding(max_new_tokens=args.new_tokens)
+    try:
+        list(captioner.caption(work.pictures[:2], decoding=decoding))
+        taken = seconds(device, lambda: list(captioner.caption(work.pictures, batch_size=16, decoding=decoding)))
+        result["captioning"] = {"images_per_second": len(work.pictures) / taken, "new_tokens": args.new_tokens}
+    except torch.OutOfMemoryError as error:
+        result["captioning"] = {"failed": short_of_memory(error)}
+    return result
+
+
+def measure_training(work: Work, tensors: list[torch.nn.Parameter], rounds: int) -> dict[str, dict]:
+    """Of each variant: seconds of its steps, loss, difference of its gradients, and on a GPU the peak of memory."""
+    device = work.backbone.device
     torch.manual_seed(1)
     with torch.no_grad():
         for tensor in tensors:  # LoRA starts at zero, where half of its gradients are: nothing would be compared
             tensor.add_(0.02 * torch.randn_like(tensor))
     optimizer = torch.optim.AdamW(tensors, lr=0.0, weight_decay=0.0, fused=True)
-    backbone.model.train()
-    peak_rate = attainable(device, backbone.dtype)
-
+    work.backbone.model.train()
     rows: dict[str, dict] = {name: {"seconds": []} for name in VARIANTS}
     reference = None
-    for number in range(args.rounds + 1):  # the first is the warm-up
+    for number in range(rounds + 1):  # the first is the warm-up
         for name, how in VARIANTS.items():
             row = rows[name]
             if "failed" in row:
                 continue
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            losses = []
 
-            def step(how=how, losses=losses, optimizer=optimizer) -> None:
-                losses.append(work.loss(*how))
+            def step(how=how, row=row) -> None:
+                row["loss"] = work.loss(*how)
                 optimizer.step()
 
             try:
                 took = seconds(device, step)
-            except torch.OutOfMemoryError:
-                row["failed"] = "out of memory"
+            except torch.OutOfMemoryError as error:
                 optimizer.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
+                rows[name] = {"failed": short_of_memory(error)}
                 continue
-            gradient = torch.cat([t.grad.flatten() for t in tensors])
-            optimizer.zero_grad(set_to_none=True)
-            reference = gradient if reference is None else reference
-            row |= {
-                "loss": losses[0],
-                "gradient_difference": float((gradient - reference).norm() / reference.norm()),
-                "peak_bytes": peak_bytes(device),
-            }
+            if device.type == "cuda":
+                row["peak_bytes"] = torch.cuda.max_memory_allocated()
             if number:
                 row["seconds"].append(took)
-    for name, row in rows.items():
-        if "failed" in row:
-            continue
-        median = statistics.median(row["seconds"])
-        row["answers_per_second"] = work.num_answers / median
-        row["utilisation"] = work.operations(*VARIANTS[name]) / median / peak_rate
-        row["time_over_all"] = statistics.median(
-            a / b for a, b in zip(row["seconds"], rows["all"].get("seconds") or row["seconds"], strict=True)
-        )
-    del reference, optimizer, step
+            else:
+                gradient = torch.cat([t.grad.flatten() for t in tensors]).cpu()
+                reference = gradient if reference is None else reference
+                row["gradient_difference"] = float((gradient - reference).norm() / reference.norm())
+            optimizer.zero_grad(set_to_none=True)
+    return rows
 
-    backbone.model.eval()
-    captioner = Captioner(backbone, adapter, FeatureCache(backbone, None), DEFAULT_PROMPT)
-    decoding = Decoding(max_new_tokens=args.new_tokens)
-    list(captioner.caption(work.pictures[:2], decoding=decoding))
-    taken = seconds(device, lambda: list(captioner.caption(work.pictures, batch_size=16, decoding=decoding)))
-    return {
-        "training": rows,
-        "matrix_product_per_second": peak_rate,
-        "captioning": {"images_per_second": len(work.pictures) / taken, "new_tokens": args.new_tokens},
-    }
+
+def faults(results: dict[str, dict]) -> list[str]:
+    """What is not as it must be, a line each."""
+    found = []
+    for base, result in results.items():
+        loss_within, gradients_within = TOLERANCES[base]
+        rows = result.get("training", {})
+        for name, row in rows.items():
+            if "failed" in row:
+                continue
+            plain = rows[result["compared_with"]]["loss"]
+            if not abs(row["loss"] - plain) <= loss_within * abs(plain):
+                found.append(f"{base}, {name}: loss {row['loss']:.7g}, expected {plain:.7g} within {loss_within:g}")
+            if not row["gradient_difference"] <= gradients_within:
+                difference = row["gradient_difference"]
+                found.append(f"{base}, {name}: gradients differ by {difference:.2g}, expected {gradients_within:g}")
+        ratio = result.get("predicted_over_measured", 1.0)
+        if abs(ratio - 1) > PREDICTED_WITHIN:
+            found.append(f"{base}: {ratio:.2f} of the measured memory was predicted; {PREDICTED_WITHIN:g} off at most")
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
 def table(results: dict[str, dict]) -> str:
-    lines = [f"{'base, variant':<24}{'answers/s':>10}{'time':>7}{'use':>7}{'peak GB':>9}{'gradients':>11}"]
+    columns = f"{'answers/s':>10}{'time':>7}{'of product':>12}{'of peak':>9}{'peak GB':>9}{'gradients':>11}"
+    lines = [f"{'base, variant':<24}{columns}"]
     for base, result in results.items():
+        if "failed" in result:
+            lines.append(f"{base:<24}{result['failed']:>20}")
+            continue
         for name, row in result["training"].items():
             if "failed" in row:
                 lines.append(f"{base + ', ' + name:<24}{row['failed']:>20}")
                 continue
+            peak = f"{row['share_of_published_peak']:.1%}" if "share_of_published_peak" in row else "-"
+            memory = f"{row['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in row else "-"
             lines.append(
-                f"{base + ', ' + name:<24}{row['answers_per_second']:>10.1f}{row['time_over_all']:>7.2f}"
-                f"{100 * row['utilisation']:>6.1f}%{row['peak_bytes'] / 1e9:>9.2f}{row['gradient_difference']:>11.1e}"
+                f"{base + ', ' + name:<24}{row['answers_per_second']:>10.1f}{row['time_over_plain']:>7.2f}"
+                f"{row['share_of_matrix_product']:>12.1%}{peak:>9}{memory:>9}{row['gradient_difference']:>11.1e}"
             )
-        lines.append(f"{base + ', captioning':<24}{result['captioning']['images_per_second']:>10.1f} images/s")
+        lines.append(f"{base + ', predicted':<24}{'':>38}{result['predicted_bytes'] / 1e9:>9.2f}")
+        captioning = result["captioning"]
+        speed = captioning.get("failed") or f"{captioning['images_per_second']:.1f} images/s"
+        lines.append(f"{base + ', captioning':<24}{speed:>20}")
     return "\n".join(lines)
 
 
-def main() -> None:
+def measure_size(size: str, device: torch.device, args: argparse.Namespace) -> dict[str, dict]:
+    """Of each base: what `measure` gives, or that it does not fit."""
+    results: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        say(f"{size}: writing random weights.")
+        try:
+            write_model(size, Path(folder), device, torch.float32 if args.base == ["float32"] else torch.bfloat16)
+        except torch.OutOfMemoryError as error:
+            return {base: {"failed": short_of_memory(error)} for base in args.base}
+        for base in args.base:
+            say(f"{size}, {base}:")
+            dtype = "bfloat16" if base == "nf4" else base
+            try:
+                backbone = load_backbone(folder, dtype=dtype, device=device, quantise=base == "nf4")
+                results[base] = measure(backbone, base, folder, args)
+            except torch.OutOfMemoryError as error:
+                results[base] = {"failed": short_of_memory(error)}
+            backbone = None
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return results
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", nargs="+", default=["2b", "7b"], choices=list(SIZES))
     parser.add_argument("--base", nargs="+", default=["bfloat16", "nf4"], choices=["float32", "bfloat16", "nf4"])
@@ -296,20 +422,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     device = best_device()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    name, wrong = device_name(device), []
     for size in args.size:
-        results = {}
-        with tempfile.TemporaryDirectory() as folder:
-            say(f"{size}: writing random weights.")
-            write_model(size, Path(folder), device, torch.float32 if args.base == ["float32"] else torch.bfloat16)
-            for base in args.base:
-                say(f"{size}, {base}:")
-                dtype = "bfloat16" if base == "nf4" else base
-                backbone = load_backbone(folder, dtype=dtype, device=device, quantise=base == "nf4")
-                results[base] = measure(backbone, args)
-                del backbone
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+        results = measure_size(size, device, args)
+        wrong += [f"{size}, {fault}" for fault in faults(results)]
         record = {
             "command": "python -m bench.gpu" + "".join(f" {a}" for a in sys.argv[1:]),
             "date": time.strftime("%Y-%m-%d"),
@@ -319,13 +435,17 @@ def main() -> None:
             "size": size,
             "settings": vars(args),
             "results": results,
+            "faults": faults(results),
         }  # fmt: skip
         if size != "small":
             out = ROOT / "bench/results" / f"gpu-{size}.json"
             out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         print(f"Qwen2-VL {size} on {name}\n\n{table(results)}\n")
         print(json.dumps(record))
+    for fault in wrong:
+        say(f"Wrong: {fault}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

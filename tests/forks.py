@@ -38,7 +38,8 @@ class Forks:
     def __init__(self):
         self.server = subprocess.Popen(
             [sys.executable, "-m", "tests.forks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            # On the CPU, also where there is a GPU: it would be one for several processes.
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
         )  # fmt: skip
 
     def run(self, count: int, *arguments, env: dict | None = None, at: tuple | None = None, sabotage: str = ""):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from bench import methods, speed
+from bench import distributed, methods, speed
 from bench.quality import reached
 from bench.speed import COLD, EPOCHS, OURS
 from bench.speed_report import plots, summary, table
+from vlm_lora import cli
 from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.training import loop, run
@@ -136,3 +137,22 @@ def test_quality_is_reached_where_it_stays():
     curve = [{"step": step, "accuracy": accuracy} for step, accuracy in enumerate((0.5, 0.96, 0.94, 0.95, 0.97))]
     assert reached(curve, 0.95)["step"] == 3
     assert reached(curve, 0.98) is None
+
+
+def test_the_bench_of_two_processes_reads_its_runs(photo_folder, tmp_path, monkeypatch):
+    """In this process; that the launcher's line runs is tests/training/test_processes.py's."""
+
+    def here(command, **_):
+        assert command[1:3] == ["-m", "torch.distributed.run"]
+        assert cli.main(command[command.index("vlm_lora") + 1 :]) == 0
+
+    monkeypatch.setattr(distributed.subprocess, "run", here)
+    monkeypatch.setattr(distributed, "DATA", photo_folder)
+    steps = distributed.WARM_UP + 3
+    result = distributed.one(1, steps, tmp_path)
+    assert result["step_seconds"] > 0
+    assert result["answers_per_second"] == pytest.approx(64 / result["step_seconds"])
+    assert result["imbalance"] == 1
+    (run,) = tmp_path.glob("1-*")
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-2]
+    assert (last["step"], last["loss"]) == (steps, result["loss"])

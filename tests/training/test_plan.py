@@ -5,6 +5,7 @@ Run: pytest tests/training/test_plan.py
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ from vlm_lora.model.backbone import load_backbone, load_shapes, shapes_of
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.training.batches import Plan
-from vlm_lora.training.loop import Lesson, fetch_batches, loss_sum, place
-from vlm_lora.training.plan import CostModel, MicroShape, make_plan, micro_shapes, predict, read_data
+from vlm_lora.training.loop import Lesson, fetch_batches, fetch_own, loss_sum, place
+from vlm_lora.training.plan import CostModel, MicroShape, _waited_for, make_plan, micro_shapes, predict, read_data
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -137,13 +138,47 @@ def test_steps_are_the_ones_that_are_trained(checkpoints, photo_folder, tmp_path
     plan = Plan([1] * len(lessons), batch_size=5, epochs=3, seed=0)
     for step in range(plan.num_steps):
         chosen = [lessons[example] for example, _ in plan.step(step)]
-        real = [shape_of(fetched) for fetched in fetch_batches(backbone, features, chosen, 300)]
-        assert micro_shapes(settings, plan, pairs, patches, step) == real
+        for count in (1, 3):
+            places = [SimpleNamespace(index=i, count=count, sharded=False) for i in range(count)]
+            shares = [fetch_own(backbone, features, chosen, 300, place) for place in places]
+            real = [[shape_of(fetched) for fetched in share] for share in shares]
+            assert micro_shapes(settings, plan, pairs, patches, step, count) == real
     shapes = load_shapes(settings.model)
     whole = predict(settings, shapes, pairs, patches, device=CPU)
     live = predict(settings, shapes, pairs, patches, device=CPU, kept=0.0)
     assert live.tower_operations == pytest.approx(3 * whole.tower_operations)
     assert whole.features == sum(entry.features.nbytes for entry in features.get(list(patches)))
+
+
+def test_several_devices_wait_for_the_busiest(checkpoints, photo_folder, tmp_path):
+    """Ten rows of two sizes, a row a pass: three steps of four rows, four and two."""
+    settings, *_, lessons, patches = prepared(
+        checkpoints, photo_folder, tmp_path, epochs=1, batch_size=4, micro_batch_tokens=16
+    )
+    pairs, shapes = [(lesson.example, lesson.encoded) for lesson in lessons][:10], load_shapes(settings.model)
+    one, three, pieces = (
+        predict(settings, shapes, pairs, patches, device=CPU, gpus=gpus, sharded=sharded)
+        for gpus, sharded in ((1, False), (3, False), (3, True))
+    )
+    assert one.imbalance == pytest.approx(1)
+    assert three.operations == pytest.approx(one.operations)
+    # Of four rows a device has two; of two, one. So three devices take about five rows' time for ten.
+    assert off(three.imbalance, 5 * 3 / 10) < 0.15
+    assert pieces.imbalance >= three.imbalance
+    uneven = [[MicroShape(1, 100, 0, 5, ()), MicroShape(1, 20, 0, 5, ())], [MicroShape(1, 50, 0, 5, ())]]
+    cost = CostModel(shapes, settings, torch.float32)
+    long, short, middle = (cost.step_operations(shape) for share in uneven for shape in share)
+    assert _waited_for(cost, uneven, False) == _waited_for(cost, uneven, True) == long + short
+    assert _waited_for(cost, [uneven[0][::-1], uneven[1]], True) == middle + long
+
+
+def test_pieces_of_the_layers_and_two_put_together(checkpoints, photo_folder, tmp_path):
+    shapes = load_shapes(str(checkpoints["qwen2_vl"]))
+    deep = replace(shapes, layers=40, language_linears=20 * shapes.language_linears)
+    settings = config(checkpoints, photo_folder, tmp_path / "run")
+    whole, eighth = (CostModel(deep, settings, torch.float32).weight_bytes(pieces) for pieces in (1, 8))
+    layers = 4 * sum(i * o for i, o in deep.language_linears)
+    assert whole - eighth == pytest.approx(layers * (1 - 1 / 8 - 2 / 40), abs=2)
 
 
 def test_a_long_run_is_looked_at_in_parts(checkpoints, photo_folder, tmp_path, monkeypatch):
@@ -168,7 +203,9 @@ def test_the_command_needs_no_weights(checkpoints, photo_folder, tmp_path, capsy
 
     assert main([*command, "--tflops", "2", "--gpus", "4", "--json"]) == 0
     four = json.loads(capsys.readouterr().out)
-    assert four["step_seconds"] == pytest.approx(four["cost"]["operations"] / 2e12 / 4)
+    imbalance = four["cost"]["imbalance"]
+    assert 1 < imbalance < 4
+    assert four["step_seconds"] == pytest.approx(four["cost"]["operations"] * imbalance / 2e12 / 4)
 
     assert main([*command, "--tflops", "2", "--epochs", "1"]) == 0
     assert "each image is seen once" in capsys.readouterr().out
@@ -177,6 +214,21 @@ def test_the_command_needs_no_weights(checkpoints, photo_folder, tmp_path, capsy
     out = capsys.readouterr().out
     assert "It does not fit" in out
     assert "--micro-batch-tokens" in out
+    assert "--fsdp" not in out
+
+    several = ["plan", str(photo_folder), "--model", "tiny", "--tflops", "2", "--gpus", "4"]  # it has four layers
+    assert main([*several, "--json"]) == 0
+    short = ["--device-memory", str(1.11 * json.loads(capsys.readouterr().out)["memory"] / 1e9)]
+    assert main([*several, *short]) == 0
+    out = capsys.readouterr().out
+    assert "It does not fit" in out
+    assert "  --fsdp " in out
+    assert main([*several, *short, "--fsdp"]) == 0
+    assert "It fits" in capsys.readouterr().out
+    assert main([*several, "--fsdp", "--method", "qlora"]) == 2
+    assert "cannot be sharded" in capsys.readouterr().err
+    assert main([*command, "--fsdp"]) == 2
+    assert "--gpus" in capsys.readouterr().err
     assert main([*command, "--gpus", "0"]) == 2
 
 

@@ -9,22 +9,28 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, picture
 from tests.forks import Forks
-from vlm_lora.errors import ConfigError
+from vlm_lora.config import TrainConfig
+from vlm_lora.errors import ConfigError, TrainingError
+from vlm_lora.model.backbone import load_shapes
 from vlm_lora.model.packing import IGNORE_INDEX, Branch, Encoded
 from vlm_lora.training.batches import deal
-from vlm_lora.training.processes import require_possible
+from vlm_lora.training.plan import CostModel
+from vlm_lora.training.processes import Processes, require_possible
 
-# No reader gives examples without a picture; Python may. Here a quarter of them lose theirs as they are read.
+# No reader gives examples without a picture; Python may. Here a quarter of them lose theirs as they are read. And each
+# process tells what it learns in each step: the examples of all in order, and the labels of its own share.
 TEXT_ONLY = """
-import dataclasses, sys, vlm_lora.training.run as run
+import dataclasses, json, sys, vlm_lora.training.loop as loop, vlm_lora.training.run as run
 read = run.read_data
 def some_without_pictures(*given, **options):
     dataset = read(*given, **options)
@@ -36,6 +42,14 @@ def telling(config, adapter, features, *given):
     print(f"{features.computed} images computed", file=sys.stderr)
     return run_steps(config, adapter, features, *given)
 run.run_steps = telling
+learn = loop.learn
+def telling_what(backbone, features, lessons, fetched, *given):
+    if fetched is not None:  # else it is the largest step, tried out before the first
+        sources = [(lesson.example.source, len(lesson.encoded.branches)) for lesson in lessons]
+        labels = sorted(int(row[row >= 0].sum()) for batch in fetched for row in batch.packed.labels)
+        print("LEARNT", json.dumps([sources, labels]), file=sys.stderr)
+    return learn(backbone, features, lessons, fetched, *given)
+loop.learn = telling_what
 """
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -62,8 +76,8 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(checkpoints, data) -> list[str]:
-    """Five answers a step: fewer images than processes in some steps, and a last step that is short."""
-    flags = "--rank 4 --epochs 2 --batch-size 5 --lr 1e-2 --val-split 0.2 --save-every 3 --no-eval"
+    """About nine answers a step: fewer images than processes in some steps, and a short last step of one image."""
+    flags = "--rank 4 --epochs 2 --batch-size 9 --lr 1e-2 --val-split 0.2 --save-every 3 --no-eval"
     return ["train", str(data), "--model", str(checkpoints["qwen2_vl"]), *flags.split()]
 
 
@@ -75,7 +89,13 @@ def alone(forks, command, tmp_path_factory) -> Path:
         patch.setenv("VLM_LORA_CACHE", str(folder / "cache"))
         (ended,) = forks.run(1, *command, "--output", folder / "run", sabotage=TEXT_ONLY)
     assert ended.code == 0, ended.err
+    (folder / "said").write_text(ended.err)
     return folder / "run"
+
+
+def learnt(said: str) -> list[tuple]:
+    """Of each step: the sources of its examples in order, and the labels' sums of the rows of this process."""
+    return [tuple(json.loads(line)) for line in re.findall(r"^LEARNT (.*)$", said, re.MULTILINE)]
 
 
 def lines(run: Path) -> list[dict]:
@@ -108,6 +128,14 @@ def test_several_processes_are_one(forks, command, alone, tmp_path, count, env):
     ended = forks.run(count, *command, "--output", tmp_path / "run", env=env, sabotage=TEXT_ONLY)
     assert [e.code for e in ended] == [0] * count, ended
     assert_same_run(tmp_path / "run", alone)
+    steps = learnt((alone.parent / "said").read_text())
+    answers = [x["answers"] for x in lines(tmp_path / "run") if "answers" in x]
+    assert len(steps) == len(answers) > 5
+    assert 0 < answers[-1] < min(answers[:-1]), answers  # the last step is short
+    for step, shares in zip(steps, zip(*(learnt(e.err) for e in ended), strict=True), strict=True):
+        assert [sources for sources, _ in shares] == [step[0]] * count
+        labels = sorted(label for _, own in shares for label in own if label)  # FSDP2 fills up with rows of none
+        assert labels == step[1]
     assert ended[0].err.count("Data:") == 1
     computed = [int(re.search(r"(\d+) images computed", e.err)[1]) for e in ended]
     assert sum(computed) == 9, computed  # shared out, not each all of them
@@ -115,6 +143,19 @@ def test_several_processes_are_one(forks, command, alone, tmp_path, count, env):
         assert (other.out, "vlm-lora" in other.err, "step" in other.err) == ("", False, False)
     balance = [x["imbalance"] for x in lines(tmp_path / "run") if "loss" in x]
     assert 1 <= min(balance) <= max(balance) <= count
+
+
+def test_a_step_without_an_image_gives_the_projector_no_gradient(forks, command, data, tmp_path):
+    """Rows one by one, half of them text alone: no process has an image in some steps, one has none in others."""
+    sabotage = TEXT_ONLY.replace("i % 4", "i % 2")
+    changes = "--targets projector --batch-size 3 --micro-batch-tokens 64 --max-steps 8"
+    flags = [*command, *changes.split()]
+    for name, count, env in (("one", 1, {}), ("two", 2, {}), ("pieces", 2, FSDP2)):
+        ended = forks.run(count, *flags, "--output", tmp_path / name, env=env, sabotage=sabotage)
+        assert [e.code for e in ended] == [0] * count, ended
+        assert_same_run(tmp_path / name, tmp_path / "one")
+    norms = [x["grad_norm"] for x in lines(tmp_path / "one") if "loss" in x]
+    assert 0 < norms.count(0) < len(norms) == 8
 
 
 def test_gradients_that_are_not_added_up_give_another_adapter(forks, command, alone, tmp_path):
@@ -126,12 +167,15 @@ def test_gradients_that_are_not_added_up_give_another_adapter(forks, command, al
 
 
 def test_sharded_layers_are_held_in_pieces_and_the_comparison_at_the_end_works(forks, command, tmp_path):
+    """As many bytes as the plan has, which adds two layers that are put together."""
     sabotage = """
 import vlm_lora.training.run as run
 real = run.run_steps
 def counting(config, adapter, *rest):
     frozen = [p for p in adapter.backbone.language_model.layers.parameters() if not p.requires_grad]
-    print("HELD", sum(p.to_local().numel() for p in frozen), sum(p.numel() for p in frozen))
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in adapter.backbone.model.parameters()]
+    numbers = sum(p.to_local().numel() for p in frozen), sum(p.numel() for p in frozen)
+    print("HELD", *numbers, sum(p.nbytes for p in local if not p.requires_grad))
     return real(config, adapter, *rest)
 run.run_steps = counting
 """
@@ -139,8 +183,10 @@ run.run_steps = counting
     ended = forks.run(2, *arguments, env=FSDP2, sabotage=sabotage)
     assert [e.code for e in ended] == [0, 0], ended
     for end in ended:
-        held, whole = map(int, end.out.partition("HELD")[2].split()[:2])
+        held, whole, base = map(int, end.out.partition("HELD")[2].split()[:3])
         assert held == whole // 2 > 0
+        planned = CostModel(load_shapes(command[3]), TrainConfig(data="x"), torch.float32).weight_bytes(2)
+        assert abs((planned - 4 * whole) / base - 1) < 0.02  # this model has no more than two layers
     assert "Base against tuned on 2 held-out images" in ended[0].out
     assert ended[1].out.count("\n") == 1
     assert (tmp_path / "run/report.html").exists()
@@ -195,6 +241,45 @@ def test_one_process_killed_ends_the_others_with_one_clear_line(forks, command, 
     assert (tmp_path / "run/checkpoints/step-000003/manifest.json").exists()
 
 
+def test_a_main_process_that_stands_still_in_a_save_is_not_waited_for(forks, command, tmp_path):
+    """It stands still until the other has ended, or for a minute."""
+    sabotage = f"""
+import datetime, os, pathlib, time, vlm_lora.training.loop as loop, vlm_lora.training.processes as processes
+processes.STEP = datetime.timedelta(seconds=6)
+pid = pathlib.Path({str(tmp_path / "pid")!r})
+if os.environ["RANK"] == "1":
+    pid.write_text(str(os.getpid()))
+def stand_still(*given):
+    started = time.monotonic()
+    while time.monotonic() - started < 60 and pathlib.Path("/proc", pid.read_text()).exists():
+        time.sleep(0.1)
+loop.save_checkpoint = stand_still
+"""
+    ended = forks.run(2, *command, "--max-steps", "1", "--output", tmp_path / "run", sabotage=sabotage)
+    assert ended[1].code == 1, ended
+    assert ended[1].late == 0
+    assert "lost the others" in ended[1].err
+    assert "--resume" in ended[1].err
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[/x/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True),
+        (dist.DistBackendError("NCCL communicator was aborted"), True),
+        (dist.DistNetworkError("The client socket has timed out"), True),
+        (RuntimeError("shape mismatch: value tensor of shape [4] cannot be broadcast"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+    ],
+)
+def test_only_what_goes_wrong_between_processes_is_a_lost_one(error, lost):
+    here = Processes.connected(SimpleNamespace(index=0, count=2))
+    with pytest.raises(TrainingError if lost else type(error)) as caught, here:
+        raise error
+    assert (caught.value is error) is not lost
+    assert ("lost the others" in str(caught.value)) is lost
+
+
 def test_what_is_wrong_for_all_is_said_once(forks, command, alone, tmp_path):
     refused = forks.run(2, *command, "--method", "qlora", "--output", tmp_path / "run", env=FSDP2)
     assert [e.code for e in refused] == [2, 2]
@@ -226,14 +311,23 @@ run.read_data = read
         ({"ACCELERATE_USE_FSDP": "true"}, "lora", "--fsdp_version 2"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "lora", "FSDP2"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "lora", "--dtype"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "lora", "--dtype"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "lora", "--batch-size"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"}, "lora", "--batch-size"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "lora", "inductor"),
+        (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "lora", "--gradient-checkpointing"),
+        (FSDP2 | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, "lora", "--fsdp_reshard_after_forward"),
     ],
 )
 def test_settings_of_accelerate_that_cannot_be_followed_are_refused(settings, method, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         require_possible(method, settings)
+    assert "\n" not in str(caught.value)
     assert require_possible("lora", FSDP2)
-    assert not require_possible("qlora", {"ACCELERATE_MIXED_PRECISION": "no"})
+    launched = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "FSDP_VERSION": "2"}
+    assert not require_possible("qlora", launched | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"})
+    launched |= FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "false", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+    assert require_possible("lora", launched)
 
 
 def test_rows_are_dealt_out_evenly_and_each_once():
@@ -277,20 +371,11 @@ def recipe(program: str, module: str, data: str, *flags: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_recipes_lines_run_and_one_killed_process_ends_the_run(command, tmp_path):
+def test_the_recipes_lines_run_and_one_killed_process_ends_the_run(forks, command, tmp_path):
     """Killed under torchrun; gone on with to the end under accelerate, sharded."""
-    flags = [
-        *command[2:],
-        "--save-every",
-        "10",
-        "--max-steps",
-        "30",
-        "--epochs",
-        "100",
-        "--output",
-        str(tmp_path / "run"),
-    ]
-    settings = {"cwd": ROOT, "text": True, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    changes = "--save-every 10 --max-steps 30 --epochs 100"
+    flags = [*command[2:], *changes.split(), "--output", str(tmp_path / "run")]
+    settings = {"cwd": ROOT, "text": True, "env": os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}}
     line = recipe("torchrun", "torch.distributed.run", command[1], *flags)
     run = subprocess.Popen(line, stderr=subprocess.PIPE, **settings)
     log = tmp_path / "run/metrics.jsonl"
@@ -309,3 +394,6 @@ def test_the_recipes_lines_run_and_one_killed_process_ends_the_run(command, tmp_
     assert ended.stderr.count("2 processes share each step, the base's layers in pieces (FSDP2);") == 1
     assert ended.stdout.count("Adapter:") == 1
     assert [x["step"] for x in lines(tmp_path / "run") if "loss" in x] == list(range(1, 31))
+    (ended,) = forks.run(1, "train", command[1], *flags, "--output", tmp_path / "alone")
+    assert ended.code == 0, ended.err
+    assert_same_run(tmp_path / "run", tmp_path / "alone")

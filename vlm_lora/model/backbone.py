@@ -398,8 +398,10 @@ class Backbone(Preprocessor):
         """Tells one base from another: a hash of its weights' names and shapes, then one of a row of each weight.
 
         Of the files, so that neither how they were loaded (number format, four bits, in pieces) nor the release of
-        transformers is in it; a copy in a wider number format is the same base.
+        transformers is in it; a copy in a wider number format is the same base. Random weights have none: "".
         """
+        if self.folder is None:
+            return ""
         shapes, values = hashlib.sha256(), hashlib.sha256()
         with ExitStack() as opened:
             files = [opened.enter_context(safe_open(file, framework="pt")) for file in _weight_files(self.folder)]
@@ -505,6 +507,8 @@ class Backbone(Preprocessor):
             fully_shard(layer, mesh=mesh, ignored_params=kept)
         fully_shard(language, mesh=mesh, ignored_params=kept)
         self.model.to(device)
+        # All must put the layers together in the backward pass too: also one whose rows have nothing that is trained.
+        self.model.enable_input_require_grads()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``(..., hidden)`` to ``(..., vocabulary)``."""

@@ -267,7 +267,8 @@ def learn(
             with processes.connected() if processes.sharded else nullcontext():
                 for batch in fetched:
                     batch_loss = loss_sum(backbone, place(backbone, features, batch)) / num_labels
-                    batch_loss.backward()
+                    if batch_loss.requires_grad:  # not if only the projector is trained and no row has an image
+                        batch_loss.backward()
                     loss += batch_loss.detach()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -346,6 +347,7 @@ def run_steps(
         sharded=processes.sharded,
         imbalance=sum(imbalance_of(lessons_of(step)) for step in soon) / max(1, len(soon)),
     )
+    processes.begin_steps()
     backbone.model.train()
     _report_frozen(backbone, warn)
     log = None
@@ -404,11 +406,10 @@ def run_steps(
         if size != progress.micro_batch_tokens:  # memory has run out since it was fetched
             fetched = None
         loss = learn(backbone, features, chosen, fetched, _step_seed(config.seed, step), progress, processes, report)
-        if processes.count > 1:
-            grads = [t.grad if t.grad is not None else torch.zeros_like(t) for t in tensors]
-            loss, *grads = processes.add_up([loss, *grads])
-            for tensor, grad in zip(tensors, grads, strict=True):
-                tensor.grad = grad
+        grads = [t.grad if t.grad is not None else torch.zeros_like(t) for t in tensors]
+        loss, *grads = processes.add_up([loss, *grads])
+        for tensor, grad in zip(tensors, grads, strict=True):
+            tensor.grad = grad
         grad_norm = torch.nn.utils.clip_grad_norm_(tensors, config.max_grad_norm)
         loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # the one time that the CPU waits for the device
         finite = math.isfinite(loss) and math.isfinite(grad_norm)

@@ -6,6 +6,7 @@ backward pass, the gradient of its input but none of its weights. What stands be
 (norms, rotary positions, the optimizer) is not counted in operations; a measured rate has it in it.
 """
 
+import itertools
 import math
 import os
 import statistics
@@ -34,8 +35,9 @@ from vlm_lora.model.backbone import (
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded, padded_tokens
 from vlm_lora.model.tokens import encode_fitting
-from vlm_lora.training.batches import Plan, micro_batches, split_long
-from vlm_lora.training.loop import LOGITS_AT_ONCE
+from vlm_lora.training.batches import Plan, micro_batches
+from vlm_lora.training.loop import LOGITS_AT_ONCE, Lesson, share_out
+from vlm_lora.training.processes import require_shardable
 
 STEPS_LOOKED_AT = 2000
 """Of a longer run, so many steps spread over its length stand for all."""
@@ -83,11 +85,15 @@ class MicroShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """What a run costs. Sizes in bytes, on each device; operations of all devices together."""
+    """What a run costs. Sizes in bytes, on each device; operations of all devices together.
+
+    ``imbalance`` is how much more the steps' busiest devices compute than the mean of all: the others wait for them.
+    """
 
     steps: int
     answers: int
     operations: float
+    imbalance: float
     tower_operations: float
     weights: int
     trained: int
@@ -146,11 +152,13 @@ class CostModel:
         lora = 6 * self.rank * patches * sum(map(sum, self.tower_lora))
         return 2 * (linears + backward + 3.5 * attention) + lora
 
-    def weight_bytes(self) -> int:
-        if self.config.method != "qlora":
-            return self.shapes.parameters * self.bytes
-        quantised = _multiply_adds(self.shapes.language_linears)
-        return int((self.shapes.parameters - quantised) * self.bytes + quantised * FOUR_BITS)
+    def weight_bytes(self, pieces: int = 1) -> int:
+        """On each device, if FSDP2 keeps the language layers in so many pieces: two are put together at a time, the one
+        that computes and the next."""
+        layers = _multiply_adds(self.shapes.language_linears)
+        each = FOUR_BITS if self.config.method == "qlora" else self.bytes
+        together = 2 / self.shapes.layers if pieces > 1 else 0
+        return int((self.shapes.parameters - layers) * self.bytes + layers * each * (1 / pieces + together))
 
     def trained_numbers(self) -> int:
         s, config = self.shapes, self.config
@@ -209,6 +217,8 @@ def predict(
     patches: Mapping[ImageRef, int],
     *,
     device: torch.device,
+    gpus: int = 1,
+    sharded: bool = False,
     kept: float = 1.0,
     missing: float = 1.0,
 ) -> Prediction:
@@ -216,6 +226,8 @@ def predict(
 
     Args:
         patches: of every image, before the 2x2 merge.
+        gpus: devices that share each step.
+        sharded: whether FSDP2 keeps the language layers in pieces over them.
         kept: the share of the images whose features are kept; the others go through the tower in each step.
         missing: the share of the kept that is not in the cache yet.
     """
@@ -228,7 +240,10 @@ def predict(
         max_steps=config.max_steps,
     )
     looked_at = range(0, plan.num_steps, math.ceil(plan.num_steps / STEPS_LOOKED_AT))
-    found = [shape for step in looked_at for shape in micro_shapes(config, plan, lessons, patches, step)]
+    steps = [micro_shapes(config, plan, lessons, patches, step, gpus) for step in looked_at]
+    found = [shape for shares in steps for share in shares for shape in share]
+    operations = sum(map(cost.step_operations, found))
+    busiest = sum(_waited_for(cost, shares, sharded) for shares in steps)
     scale = plan.num_steps / len(looked_at)
     once = sum(cost.tower_operations(n) for n in patches.values())
     each = scale * sum(cost.tower_operations(n) for shape in found for n in shape.patches)
@@ -236,9 +251,10 @@ def predict(
     return Prediction(
         steps=plan.num_steps,
         answers=min(plan.total_answers, plan.num_steps * plan.batch_size),
-        operations=scale * sum(cost.step_operations(shape) for shape in found),
+        operations=scale * operations,
+        imbalance=busiest * gpus / operations,
         tower_operations=kept * missing * once + (1 - kept) * each,
-        weights=cost.weight_bytes(),
+        weights=cost.weight_bytes(gpus if sharded else 1),
         trained=TRAINED * cost.trained_numbers(),
         activations=cost.activation_bytes(largest),
         features=sum(patches.values()) * shapes.tower_width * cost.bytes,
@@ -246,21 +262,37 @@ def predict(
     )
 
 
-def micro_shapes(config, plan: Plan, lessons, patches: Mapping[ImageRef, int], step: int) -> list[MicroShape]:
-    """The micro-batches of a step, as `loop.fetch_batches` makes them."""
-    rows = []
+def _waited_for(cost: CostModel, shares: Sequence[Sequence[MicroShape]], sharded: bool) -> float:
+    """Operations of a step until its last device is done; where the base is sharded, all make each pass together."""
+    passes = [[cost.step_operations(shape) for shape in share] for share in shares]
+    if sharded:
+        return sum(map(max, itertools.zip_longest(*passes, fillvalue=0.0)))
+    return max(map(sum, passes))
+
+
+def micro_shapes(
+    config, plan: Plan, lessons, patches: Mapping[ImageRef, int], step: int, gpus: int = 1
+) -> list[list[MicroShape]]:
+    """The micro-batches of a step on each device, as `loop.fetch_own` makes them, without those that fill up."""
+    chosen = []
     for example, dialogues in plan.step(step):
-        images, encoded = lessons[example][0].images, lessons[example][1]
-        chosen = replace(encoded, branches=tuple(encoded.branches[i] for i in dialogues))
-        rows += [(images, part) for part in split_long(chosen, config.micro_batch_tokens)]
+        encoded = lessons[example][1]
+        branches = tuple(encoded.branches[i] for i in dialogues)
+        chosen.append(Lesson(lessons[example][0], replace(encoded, branches=branches)))
     shapes = []
-    for group in micro_batches([part for _, part in rows], config.micro_batch_tokens):
-        labels = sum(int((b.labels[1:] != IGNORE_INDEX).sum()) for i in group for b in rows[i][1].branches)
-        seen = tuple(patches[image] for i in group for image in rows[i][0])
-        parts = [rows[i][1] for i in group]
-        prefix = max(len(part.prefix_ids) for part in parts)
-        shapes.append(MicroShape(len(group), padded_tokens(parts) // len(group), prefix, labels, seen))
+    for rows in share_out(chosen, config.micro_batch_tokens, gpus):
+        groups = micro_batches([row.encoded for row in rows], config.micro_batch_tokens)
+        seen = [tuple(patches[image] for i in group for image in rows[i].example.images) for group in groups]
+        parts = [[rows[i].encoded for i in group] for group in groups]
+        shapes.append([micro_shape(*each) for each in zip(parts, seen, strict=True)])
     return shapes
+
+
+def micro_shape(rows: Sequence[Encoded], patches: tuple[int, ...]) -> MicroShape:
+    """Of the micro-batch of these rows, with ``patches`` of each image in them."""
+    labels = sum(int((b.labels[1:] != IGNORE_INDEX).sum()) for row in rows for b in row.branches)
+    prefix = max(len(row.prefix_ids) for row in rows)
+    return MicroShape(len(rows), padded_tokens(rows) // len(rows), prefix, labels, patches)
 
 
 def measure_rates(
@@ -339,15 +371,25 @@ def make_plan(
     config: TrainConfig,
     *,
     gpus: int = 1,
+    sharded: bool = False,
     tflops: float | None = None,
     device_memory: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> RunPlan:
     """Predict a run from its data's texts and image headers and the base's config.
 
+    Args:
+        gpus: devices that share each step.
+        sharded: whether FSDP2 is to keep the base's layers in pieces over them.
+        tflops: 10^12 operations a second of a device; by default measured here.
+        device_memory: of a device, in bytes; by default this one's.
+        progress: called with the number of examples that are in tokens, and of all.
+
     Raises:
         VlmLoraError: data or model cannot be used.
     """
+    if sharded:
+        require_shardable(config.method)
     device = best_device()
     config = config.on(device.type)
     dtype = resolve_dtype(config.dtype, device)
@@ -377,8 +419,8 @@ def make_plan(
     several_times = can_be_kept and not sees_each_image_once(config, [example for example, _ in lessons])
     kept = min(1.0, config.cache_gb * 1e9 / max(1, size)) if several_times else 0.0
 
-    def cost_of(config: TrainConfig) -> Prediction:
-        return predict(config, shapes, lessons, patches, device=device, kept=kept)
+    def cost_of(config: TrainConfig, sharded: bool = sharded) -> Prediction:
+        return predict(config, shapes, lessons, patches, device=device, gpus=gpus, sharded=sharded, kept=kept)
 
     cost = cost_of(config)
     rates = (tflops * 1e12,) * 2 if tflops else measure_rates(config, shapes, cost.largest, device)
@@ -392,13 +434,13 @@ def make_plan(
         dtype=str(dtype).removeprefix("torch."),
         device_memory=memory,
         rate=rates[0],
-        step_seconds=cost.operations / rates[0] / gpus,
+        step_seconds=cost.operations * cost.imbalance / rates[0] / gpus,
         tower_seconds=cost.tower_operations / rates[1] / gpus,
-        advice=tuple(_advice(config, cost, memory, cost_of)),
+        advice=tuple(_advice(config, cost, memory, cost_of, can_shard=gpus > 1 and not sharded)),
     )
 
 
-def _advice(config: TrainConfig, cost: Prediction, memory: float, cost_of) -> Iterator[str]:
+def _advice(config: TrainConfig, cost: Prediction, memory: float, cost_of, can_shard: bool) -> Iterator[str]:
     """Whether it fits, and if it does not, which knobs would make it fit."""
     if cost.memory < FILLED * memory:
         yield "It fits."
@@ -414,6 +456,11 @@ def _advice(config: TrainConfig, cost: Prediction, memory: float, cost_of) -> It
         *({"method": "qlora", "variant": None} | change for change in smaller if config.method == "lora"),
     ]
     told = 0
+    if can_shard and config.method != "qlora":
+        needed = cost_of(config, sharded=True).memory
+        if needed < FILLED * memory:
+            told += 1
+            yield f"  --fsdp (the base's layers in pieces over the GPUs; docs/distributed.md): {needed / 1e9:,.1f} GB"
     for change in tried:
         needed = cost_of(config.replace(**change)).memory
         if needed < FILLED * memory and told < 3:

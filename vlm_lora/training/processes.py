@@ -16,7 +16,6 @@ import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from vlm_lora.errors import ConfigError, TrainingError, VlmLoraError
-from vlm_lora.model.backbone import is_out_of_memory
 
 T = TypeVar("T")
 
@@ -37,21 +36,30 @@ def require_possible(method: str, settings: Mapping[str, str]) -> bool:
     def on(name: str) -> bool:
         return settings.get(name, "false").lower() in ("true", "1")
 
+    def given(name: str, neutral: str) -> str | None:
+        value = settings.get(name, "").lower()
+        return value if value not in ("", neutral) else None
+
     for engine in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if on(f"ACCELERATE_USE_{engine}"):
             raise ConfigError(
                 f"accelerate is set to {engine.lower()}, which is not used here. Take plain multi-GPU, or, where the "
                 "base is larger than a GPU, FSDP2: accelerate launch --use_fsdp --fsdp_version 2."
             )
-    if int(settings.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or 1) > 1:
+    if given("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"):
         raise ConfigError(
             "accelerate is set to accumulate gradients; here a step is --batch-size answers over all processes, in "
             "as many passes of --micro-batch-tokens as it takes. Leave accelerate's setting at 1."
         )
-    if settings.get("ACCELERATE_MIXED_PRECISION", "no") in ("fp16", "fp8"):
+    if precision := given("ACCELERATE_MIXED_PRECISION", "no"):
         raise ConfigError(
-            f"accelerate is set to {settings['ACCELERATE_MIXED_PRECISION']}; give the number format with --dtype "
+            f"accelerate is set to {precision}; give the number format with --dtype "
             "(bfloat16 or float32), and leave accelerate's mixed precision at no."
+        )
+    if compiler := given("ACCELERATE_DYNAMO_BACKEND", "no"):
+        raise ConfigError(
+            f"accelerate is set to compile with {compiler}, which is not done here: leave its dynamo backend at no. "
+            "What makes steps faster is --dtype bfloat16 and a larger --micro-batch-tokens."
         )
     if not on("ACCELERATE_USE_FSDP"):
         return False
@@ -59,12 +67,27 @@ def require_possible(method: str, settings: Mapping[str, str]) -> bool:
         raise ConfigError("accelerate is set to FSDP version 1; give --fsdp_version 2.")
     if on("FSDP_OFFLOAD_PARAMS"):
         raise ConfigError("accelerate is set to offload weights to main memory, which is not done here: leave it off.")
+    if on("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise ConfigError(
+            "accelerate is set to FSDP's activation checkpointing; give --gradient-checkpointing instead, and leave "
+            "accelerate's setting off."
+        )
+    if given("FSDP_RESHARD_AFTER_FORWARD", "true"):
+        raise ConfigError(
+            "accelerate is set to keep layers whole behind the forward pass, which is not done here: leave "
+            "--fsdp_reshard_after_forward at true. Where the base fits on each GPU, leave out FSDP: that is faster."
+        )
+    require_shardable(method)
+    return True
+
+
+def require_shardable(method: str) -> None:
+    """Raises `ConfigError` if FSDP2 cannot keep this method's base in pieces."""
     if method == "qlora":
         raise ConfigError(
             "--method qlora does not go with FSDP2: four-bit weights cannot be sharded. Leave out FSDP (each GPU then "
             "holds the four-bit base whole), or take --method lora."
         )
-    return True
 
 
 class Processes:
@@ -93,11 +116,16 @@ class Processes:
         self.device = self.accelerator.device
         self.sharded = wants_shards and self.count > 1
         self.group = dist.new_group(timeout=STEP) if self.count > 1 else None
+        self._loading = True
 
     @property
     def is_main(self) -> bool:
         """This is the one that writes."""
         return self.index == 0
+
+    def begin_steps(self) -> None:
+        """From here on none waits for another longer than `STEP`: all have loaded what they need."""
+        self._loading = False
 
     def on_main(self, work: Callable[[], T]) -> T:
         """What ``work`` gives in the main process, in all of them; its `VlmLoraError` is raised in all too."""
@@ -108,7 +136,7 @@ class Processes:
             except VlmLoraError as error:
                 outcome[1] = error
         if self.count > 1:
-            self._together(dist.broadcast_object_list, outcome, src=0)
+            self._together(dist.broadcast_object_list, outcome, src=0, group=self._patient_group)
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
@@ -117,7 +145,7 @@ class Processes:
         """Every process's ``part``, in their order."""
         parts = [part] * self.count
         if self.count > 1:
-            self._together(dist.all_gather_object, parts, part)
+            self._together(dist.all_gather_object, parts, part, group=self._patient_group)
         return parts
 
     def require_same(self, what: dict[str, Any]) -> None:
@@ -159,18 +187,22 @@ class Processes:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    @property
+    def _patient_group(self) -> dist.ProcessGroup | None:
+        return None if self._loading else self.group  # None is the one of all that accelerate made
+
     def _together(self, exchange: Callable, *arguments: Any, **options: Any) -> None:
         with self.connected():
             exchange(*arguments, **options)
 
     @contextmanager
     def connected(self) -> Iterator[None]:
-        """Inside, what goes wrong between processes is one clear line."""
+        """Inside, what goes wrong between processes is one clear line; any other error stays what it is."""
         try:
             yield
         except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
+            if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+                raise  # gloo's errors have no class of their own, but name its source file
             raise TrainingError(
                 f"Process {self.index} of {self.count} lost the others: one has ended, and its own message says why "
                 f"({' '.join(str(error).split())[:160]}). Start again with --resume."

@@ -169,7 +169,7 @@ def train(
         identity = _identity(config, dataset, held_dataset, adapter)
         processes.require_same(identity)
         lessons = [lesson for lesson in lessons for _ in range(lesson.example.weight)]
-        predicted, started = _prediction(config, shapes, features, lessons), time.perf_counter()
+        predicted, started = _prediction(config, shapes, features, lessons, processes), time.perf_counter()
         steps = run_steps(
             config, adapter, features, lessons, held_lessons, folder, identity, processes, report, stop, allow_change
         )
@@ -247,7 +247,9 @@ def _prepare(features: FeatureCache, example: Example) -> str:
     return ""
 
 
-def _prediction(config: TrainConfig, shapes: Shapes, features: FeatureCache, lessons: Sequence[Lesson]) -> Prediction:
+def _prediction(
+    config: TrainConfig, shapes: Shapes, features: FeatureCache, lessons: Sequence[Lesson], processes: Processes
+) -> Prediction:
     """The cost of the steps alone: what the cache holds by now costs nothing more."""
     patches = {image: features.patches(image) for lesson in lessons for image in lesson.example.images}
     survey = features.survey(patches)
@@ -257,6 +259,8 @@ def _prediction(config: TrainConfig, shapes: Shapes, features: FeatureCache, les
         [(lesson.example, lesson.encoded) for lesson in lessons],
         patches,
         device=features.backbone.device,
+        gpus=processes.count,
+        sharded=processes.sharded,
         kept=1 - survey.missing_bytes / max(1, survey.num_bytes),
         missing=0.0,
     )
