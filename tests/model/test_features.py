@@ -93,6 +93,31 @@ def test_a_damaged_entry_is_computed_again(backbone, images, tmp_path, damage):
     assert (after.damaged, after.computed) == (0, 0)
 
 
+def test_no_flipped_bit_outside_the_features_passes(backbone, images, tmp_path):
+    """The grid, and what the header says of names, shapes, number format and places; an entry of another image."""
+    (wanted,) = fill(backbone, tmp_path, images[:1]).get(images[:1])
+    (path,) = entries(tmp_path)
+    data = path.read_bytes()
+    at = 8 + int.from_bytes(data[:8], "little")
+    grid = at + data[at:].index(wanted.grid_thw.numpy().tobytes())
+    cache = FeatureCache(backbone, tmp_path)
+    assert equal([cache._load(path.stem)], [wanted])
+    for place in (*range(at), *range(grid, grid + wanted.grid_thw.nbytes)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        found = cache._load(path.stem)
+        assert found is None or equal([found], [wanted]), f"byte {place}, {data[place : place + 1]}"
+    assert cache.damaged >= grid + wanted.grid_thw.nbytes - at
+    for old, new in ((b'"F32"', b'"I32"'), (b"[64,32]", b"[32,64]"), (b'"I64"', b'"F64"')):
+        assert old in data
+        path.write_bytes(data.replace(old, new))
+        assert cache._load(path.stem) is None, new
+    name, _ = cache._identify(images[5])  # of another image
+    other = path.parents[1] / name[:2] / path.with_stem(name).name
+    other.parent.mkdir()
+    other.write_bytes(data)
+    assert cache._load(name) is None
+
+
 def test_what_was_used_longest_ago_goes_first(backbone, images, tmp_path):
     fill(backbone, tmp_path, images[:4])
     for age, image in enumerate(images[:4]):  # the first is the one used longest ago ...

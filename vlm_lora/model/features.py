@@ -39,6 +39,8 @@ IN_MEMORY_BYTES = 512 * 2**20
 DISK_SHARE = 0.9
 """Of what is free on the disk, so much may be filled."""
 
+LAYOUT = "entry 2"  # goes into an entry's name: change it with what a file holds, and older ones are never opened
+
 ABANDONED_SECONDS = 24 * 3600
 """A temporary file this old belongs to no running process."""
 
@@ -193,7 +195,7 @@ class FeatureCache:
         """The name of its entry, and its grid."""
         if image not in self._known:
             data = image.read_bytes()
-            key = f"{content_hash(data)}:{self.backbone.tower_fingerprint}"
+            key = f"{LAYOUT}:{content_hash(data)}:{self.backbone.tower_fingerprint}"
             grid = self.backbone.grid(*image_size(data, image.name))
             self._known[image] = hashlib.sha256(key.encode()).hexdigest(), grid
         return self._known[image]
@@ -249,23 +251,22 @@ class FeatureCache:
             return None
         try:
             with safe_open(path, framework="pt") as entry:
-                features, grid = entry.get_tensor("features"), entry.get_tensor("grid_thw")
-                checksum = (entry.metadata() or {}).get("crc32")
+                found = ImageFeatures(entry.get_tensor("features"), entry.get_tensor("grid_thw"))
+                whole = (entry.metadata() or {}).get("crc32") == _checksum(name, found)
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError):
-            checksum = None
+            whole = False
         with suppress(OSError):  # a folder of somebody else's may be read only
-            if checksum is not None and checksum == _checksum(features):
+            if whole:
                 os.utime(path)  # used now, so the last to be evicted
             else:
-                checksum = None
                 path.unlink(missing_ok=True)
-        if checksum is None:
+        if not whole:
             self.damaged += 1
             self.warn(f"{path} is damaged; these features are computed again.")
             return None
-        return ImageFeatures(features, grid)
+        return found
 
     def _fits(self, num_bytes: int) -> bool:
         if self._room is None:
@@ -291,7 +292,7 @@ class FeatureCache:
             handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
             os.close(handle)
             tensors = {"features": entry.features.contiguous(), "grid_thw": entry.grid_thw}
-            save_file(tensors, temporary, metadata={"crc32": _checksum(entry.features)})
+            save_file(tensors, temporary, metadata={"crc32": _checksum(name, entry)})
             os.replace(temporary, path)
             self._room -= entry.features.nbytes
         except (OSError, SafetensorError) as error:  # the disk is full, or read only
@@ -302,8 +303,11 @@ class FeatureCache:
                 Path(temporary).unlink(missing_ok=True)
 
 
-def _checksum(features: torch.Tensor) -> str:
-    return str(zlib.crc32(features.contiguous().view(torch.uint8).numpy().data))
+def _checksum(name: str, entry: ImageFeatures) -> str:
+    """Of all that an entry is: whose it is, both tensors' shape, number format and numbers."""
+    features, grid = entry.features, entry.grid_thw
+    told = f"{name} {features.dtype} {tuple(features.shape)} {grid.dtype} {grid.tolist()}"
+    return str(zlib.crc32(features.contiguous().view(torch.uint8).numpy().data, zlib.crc32(told.encode())))
 
 
 def _entries(folder: Path) -> list[tuple[float, int, Path]]:
