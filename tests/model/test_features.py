@@ -3,6 +3,7 @@
 Run: pytest tests/model/test_features.py
 """
 
+import multiprocessing
 import os
 import resource
 import threading
@@ -15,7 +16,7 @@ from vlm_lora.cli import main
 from vlm_lora.data.example import ImageRef
 from vlm_lora.errors import DataError
 from vlm_lora.model.backbone import load_backbone
-from vlm_lora.model.features import FeatureCache, cache_use
+from vlm_lora.model.features import FeatureCache, ImageFeatures, cache_use
 
 SIZES = [(64, 64), (96, 48), (48, 80), (80, 80), (33, 70), (64, 64)]
 
@@ -145,6 +146,62 @@ def test_a_running_run_keeps_its_own(backbone, images, tmp_path):
     assert cache_use(tmp_path).entries == 3
 
 
+def test_two_runs_in_one_folder_keep_its_limit(backbone, images, tmp_path):
+    """Also when both looked before either had written."""
+    half = sum(entry.features.nbytes + 400 for entry in FeatureCache(backbone, None).get(images[:3]))
+    one, other = (FeatureCache(backbone, tmp_path, limit_gb=half / 1e9) for _ in range(2))
+    for cache, own in ((one, images[:3]), (other, images[3:])):
+        assert cache.survey(own).room > 0
+    for pair in zip(images[:3], images[3:], strict=True):
+        for cache, image in zip((one, other), pair, strict=True):
+            cache.prepare(image)
+            assert cache_use(tmp_path).num_bytes <= half
+    assert cache_use(tmp_path).entries >= 2
+    assert equal(one.get(images[:3]) + other.get(images[3:]), FeatureCache(backbone, None).get(images))
+    (tmp_path / "features" / "count").write_text("")  # killed while it was written
+    fill(backbone, tmp_path, images, limit_gb=half / 1e9)
+    assert cache_use(tmp_path).num_bytes <= half
+
+
+def test_the_same_entry_is_counted_once(backbone, images, tmp_path):
+    one, other = (FeatureCache(backbone, tmp_path) for _ in range(2))
+    fetched = [cache.fetch(images) for cache in (one, other) if cache.survey(images).missing]
+    one.compute(fetched[0])
+    counted = (tmp_path / "features" / "count").read_text()
+    other.compute(fetched[1])
+    assert (tmp_path / "features" / "count").read_text() == counted
+    assert cache_use(tmp_path).num_bytes <= int(counted) < cache_use(tmp_path).num_bytes + 400 * len(SIZES)
+
+
+class Sizes:
+    """As much of a backbone as `FeatureCache._store` needs."""
+
+    tower_adapted = False
+
+
+def store_many(folder, process: int, limit: int, together) -> None:
+    cache = FeatureCache(Sizes(), folder, limit_gb=limit / 1e9, warn=pytest.fail)
+    for i in range(40):
+        together.wait(60)
+        cache._store(f"{process}{i:03}", ImageFeatures(torch.full((64, 32), float(i)), torch.tensor([1, 8, 8])))
+
+
+def test_two_processes_keep_the_limit(tmp_path):
+    limit = 50 * (64 * 32 * 4 + 400)
+    forked = multiprocessing.get_context("fork")
+    together = forked.Barrier(2)
+    processes = [forked.Process(target=store_many, args=(tmp_path, i, limit, together)) for i in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    use = cache_use(tmp_path)
+    assert use.entries == 50
+    assert use.num_bytes <= limit
+    assert {path.stem[0] for path in entries(tmp_path)} == {"0", "1"}
+
+
 def test_an_entry_that_another_process_evicts_is_computed_again(backbone, images, tmp_path):
     cache = fill(backbone, tmp_path, images)
     wanted = cache.get(images)
@@ -182,7 +239,7 @@ def test_a_full_disk_ends_the_caching_and_nothing_else(backbone, images, tmp_pat
     assert equal(cache.get(images), FeatureCache(backbone, None).get(images))
     assert len(told) == 1
     assert "no more features are kept" in told[0]
-    assert not [path for path in (tmp_path / "features").rglob("*") if path.is_file()]
+    assert not [path for path in (tmp_path / "features").rglob("*") if path.is_file() and path.name != "count"]
 
 
 def test_a_folder_that_cannot_be_made_is_told_once(backbone, images, tmp_path):

@@ -138,7 +138,6 @@ def train(
             backbone,
             cache_folder() if config.cache else None,
             limit_gb=config.cache_gb,
-            writers=processes.count,
             warn=lambda text: report("warning", text=text),
         )
         # Held-out images are seen again and again, at every save; training images once an epoch.
