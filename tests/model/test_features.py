@@ -289,6 +289,51 @@ def test_a_thread_may_fetch_while_another_computes(backbone, images, tmp_path, m
     assert not wrong
 
 
+def tower_devices(backbone) -> set[str]:
+    return {p.device.type for n, p in backbone.model.named_parameters() if ".blocks." in n or ".patch_embed." in n}
+
+
+@pytest.mark.parametrize("loss", ["damaged", "evicted"])
+def test_a_lost_entry_brings_the_tower_back_for_a_moment(checkpoints, images, tmp_path, monkeypatch, loss):
+    """Parked means on the meta device here; what it forgets is filled in again."""
+    backbone = load_backbone(str(checkpoints["qwen2_vl"]))
+    wanted = fill(backbone, tmp_path, images).get(images)
+    whole = {n: p.detach().clone() for n, p in backbone.model.named_parameters()}
+
+    def park(device="meta"):
+        for part in ("patch_embed", "blocks"):
+            module = getattr(backbone.model.model.visual, part)
+            module.to_empty(device=device) if str(device) == "cpu" else module.to(device)
+        if str(device) == "cpu":
+            for name, parameter in backbone.model.named_parameters():
+                parameter.data.copy_(whole[name])
+
+    monkeypatch.setattr(backbone, "park_tower", park)
+    cache = FeatureCache(backbone, tmp_path)
+    cache.park_tower(images)
+    assert tower_devices(backbone) == {"meta"}
+    for path in entries(tmp_path):
+        path.unlink() if loss == "evicted" else path.write_bytes(b"")
+    assert equal(cache.get(images), wanted)
+    assert cache.computed == len(SIZES)
+    assert tower_devices(backbone) == {"meta"}
+
+    cache.write = False  # what is lost now cannot be kept, and is computed in each step
+    entries(tmp_path)[0].unlink()
+    cache._memory.clear()
+    assert equal(cache.get(images), wanted)
+    assert tower_devices(backbone) == {"cpu"}
+
+
+def test_a_tower_that_is_needed_is_not_parked(checkpoints, images, tmp_path):
+    backbone = load_backbone(str(checkpoints["qwen2_vl"]))
+    fill(backbone, tmp_path, images[:3])
+    backbone.park_tower = lambda device="meta": pytest.fail("parked") if device == "meta" else None
+    cache = FeatureCache(backbone, tmp_path, write=False)
+    cache.park_tower(images)
+    cache.get(images)
+
+
 def test_a_parked_tower_is_not_missed_and_comes_back(checkpoints, images, tmp_path):
     backbone = load_backbone(str(checkpoints["qwen2_vl"]))
     wanted = fill(backbone, tmp_path, images).get(images)

@@ -131,6 +131,7 @@ class FeatureCache:
         self.warn = warn
         self.computed = self.read = self.damaged = 0
         self._left_free: int | None = None  # bytes of the disk that stay free; None: nobody has looked
+        self._parked = False  # the tower, but for an entry that is missing
         self._failing = False  # the disk is full, or read only
         self._memory: OrderedDict[str, ImageFeatures] = OrderedDict()
         self._memory_bytes = 0
@@ -150,7 +151,10 @@ class FeatureCache:
 
     def compute(self, fetched: Sequence[ImageFeatures | Pixels]) -> list[ImageFeatures]:
         """The rest of `get`: whatever is still pixels goes through the tower."""
-        return [self._compute(item) if isinstance(item, Pixels) else item for item in fetched]
+        found = [self._compute(item) if isinstance(item, Pixels) else item for item in fetched]
+        if self._parked and any(isinstance(item, Pixels) for item in fetched):
+            self._park(all(item.name and self._is_there(item.name) for item in fetched if isinstance(item, Pixels)))
+        return found
 
     def survey(self, images: Iterable[ImageRef]) -> Survey:
         """Find out from file names and image headers what is there and what is missing; make room for the latter.
@@ -198,7 +202,20 @@ class FeatureCache:
         """Whether all of these images can do without the tower."""
         return all(self._is_there(self._identify(image)[0]) for image in images)
 
+    def park_tower(self, images: Iterable[ImageRef]) -> None:
+        """Have the tower's weights out of the device's memory if all of these images can do without it.
+
+        One that is missing later, damaged or evicted by another run, brings them back until it is computed; and for good
+        if it cannot be kept.
+        """
+        self._park(self.complete(images))
+
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _park(self, complete: bool) -> None:
+        self._parked = complete
+        if complete:
+            self.backbone.park_tower()
 
     def _identify(self, image: ImageRef) -> tuple[str, tuple[int, int, int]]:
         """The name of its entry, and its grid."""

@@ -156,8 +156,8 @@ def train(
         if not train_examples:
             raise DataError(f"{', '.join(config.sources)}: no usable example in it. {_listed(bad)}")
         processes.on_main(lambda: _require_room(folder, adapter, config))
-        if features.complete(image for example in (*train_examples, *held_out) for image in example.images):
-            backbone.park_tower()  # its memory is the training's
+        # The tower's memory is the training's, if it can be.
+        features.park_tower(image for example in (*train_examples, *held_out) for image in example.images)
 
         def describe() -> None:
             with writing(folder):
