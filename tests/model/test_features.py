@@ -16,7 +16,7 @@ from vlm_lora.cli import main
 from vlm_lora.data.example import ImageRef
 from vlm_lora.errors import DataError
 from vlm_lora.model.backbone import load_backbone
-from vlm_lora.model.features import FeatureCache, ImageFeatures, cache_use
+from vlm_lora.model.features import FeatureCache, ImageFeatures, cache_use, room_for
 
 SIZES = [(64, 64), (96, 48), (48, 80), (80, 80), (33, 70), (64, 64)]
 
@@ -132,6 +132,17 @@ def test_what_was_used_longest_ago_goes_first(backbone, images, tmp_path):
     assert there == [True, False, True, True, True]
     assert cache_use(tmp_path).num_bytes <= limit + 400
     assert sizes[4] < sizes[1]
+
+
+@pytest.mark.parametrize("limit", [10_000, 40_000, 10**9])
+def test_room_is_foretold(backbone, images, tmp_path, limit):
+    """Without knowing one entry's name: as if none were this run's."""
+    fill(backbone, tmp_path, images[:3])
+    wanted = sum(entry.features.nbytes + 400 for entry in FeatureCache(backbone, None).get(images[3:]))
+    foretold = room_for(tmp_path, limit, wanted)
+    found = FeatureCache(backbone, tmp_path, limit_gb=limit / 1e9).survey(images[3:]).room
+    assert foretold <= found < foretold + 13_000  # what goes, goes by whole entries
+    assert min(limit, wanted) <= foretold <= limit
 
 
 def test_a_running_run_keeps_its_own(backbone, images, tmp_path):

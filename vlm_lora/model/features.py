@@ -205,8 +205,8 @@ class FeatureCache:
     def park_tower(self, images: Iterable[ImageRef]) -> None:
         """Have the tower's weights out of the device's memory if all of these images can do without it.
 
-        One that is missing later, damaged or evicted by another run, brings them back until it is computed; and for good
-        if it cannot be kept.
+        One that is missing later, damaged or evicted by another run, brings them back until it is computed; and for
+        good if it cannot be kept.
         """
         self._park(self.complete(images))
 
@@ -315,8 +315,7 @@ class FeatureCache:
             with self._writing():
                 own = {name for name, _ in self._known.values()}
                 used = evict(self.folder.parent, self.limit - wanted, keep=own)
-                existing = next(parent for parent in (self.folder, *self.folder.parents) if parent.exists())
-                free = shutil.disk_usage(existing).free
+                free = _free(self.folder)
                 self._left_free = free - int(DISK_SHARE * free)
                 room = max(0, min(self.limit - used, free - self._left_free))
         return room
@@ -406,6 +405,18 @@ def cache_use(folder: Path) -> CacheUse:
     return CacheUse(
         len(entries), sum(size for _, size, _ in entries), min(times, default=None), max(times, default=None)
     )
+
+
+def room_for(folder: Path, limit: int, wanted: int) -> int:
+    """Bytes that a run which wants so many finds room for in a cache folder, if none of what is there is its own."""
+    used = cache_use(folder).num_bytes
+    left = min(used, max(0, limit - wanted))  # by `evict`
+    return max(0, min(limit - left, int(DISK_SHARE * (_free(folder) + used - left))))
+
+
+def _free(folder: Path) -> int:
+    """Bytes of its disk; the folder need not be there yet."""
+    return shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
 
 
 def evict(folder: Path, limit: int, keep: Collection[str] = ()) -> int:

@@ -257,7 +257,6 @@ def _prediction(config: TrainConfig, shapes: Shapes, features: FeatureCache, les
         patches,
         device=features.backbone.device,
         kept=1 - survey.missing_bytes / max(1, survey.num_bytes),
-        missing=0.0,
     )
 
 
