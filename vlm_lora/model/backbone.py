@@ -402,7 +402,8 @@ class Backbone(Preprocessor):
         """
         shapes, values = hashlib.sha256(), hashlib.sha256()
         with ExitStack() as opened:
-            files = [opened.enter_context(safe_open(file, framework="pt")) for file in _weight_files(self.folder)]
+            paths = _weight_files(self.folder) if self.folder else []  # random weights are nobody's
+            files = [opened.enter_context(safe_open(path, framework="pt")) for path in paths]
             found = {LAYOUTS.sub("", name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118
             for plain, (file, name) in sorted(found.items()):
                 if plain == "lm_head.weight" or not plain.endswith((".weight", ".bias")):
