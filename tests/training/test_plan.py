@@ -15,6 +15,7 @@ from tests.conftest import copy_checkpoint, picture
 from tests.model.test_methods import METHODS
 from tests.training.test_train import config
 from vlm_lora.cli import main
+from vlm_lora.cli.console import TrainReport
 from vlm_lora.errors import DataError
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import load_backbone, load_shapes, shapes_of
@@ -147,6 +148,34 @@ def test_steps_are_the_ones_that_are_trained(checkpoints, photo_folder, tmp_path
     once = sum(map(CostModel(shapes, settings, torch.float32).tower_operations, patches.values()))
     assert (whole.tower_operations, live.tower_operations) == (0, pytest.approx(3 * once))
     assert whole.features == sum(entry.features.nbytes for entry in features.get(list(patches)))
+
+
+@pytest.mark.parametrize("kept", [0.0, 1.0])
+def test_time_is_predicted_from_the_second_and_third_step(checkpoints, photo_folder, tmp_path, kept):
+    settings, *_, lessons, patches = prepared(checkpoints, photo_folder, tmp_path, epochs=1, batch_size=4)
+    pairs, shapes = [(lesson.example, lesson.encoded) for lesson in lessons], load_shapes(settings.model)
+    three = predict(settings, shapes, pairs, patches, device=CPU, kept=kept)  # all there are
+    assert sum(three.first) == pytest.approx(three.operations + three.tower_operations)
+    assert three.seconds_left(10.0) == pytest.approx(0, abs=1e-9)
+    nine = predict(settings.replace(epochs=3), shapes, pairs, patches, device=CPU, kept=kept)
+    assert nine.first == three.first
+    assert nine.seconds_left(10.0) == pytest.approx(30, rel=0.1)  # six more of four answers each
+    one = predict(settings.replace(max_steps=1), shapes, pairs, patches, device=CPU, kept=kept)
+    assert one.first == three.first[:1]
+
+
+def test_what_was_predicted_is_kept_beside_what_was_measured(checkpoints, photo_folder, tmp_path, capsys):
+    told = {}
+    train(config(checkpoints, photo_folder, tmp_path / "run"), report=lambda kind, **v: told.setdefault(kind, v))
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert line["predicted"]["seconds"] == told["cost"]["seconds"] > 0
+    TrainReport(None).cost(**told["cost"])
+    assert "s were predicted from steps 2 and 3" in capsys.readouterr().err
+    short = config(checkpoints, photo_folder, tmp_path / "short", max_steps=3)
+    train(short, report=lambda kind, **v: told.update({kind: v}))
+    assert told["cost"]["seconds"] is None
+    TrainReport(None).cost(**told["cost"])
+    assert "predicted" not in capsys.readouterr().err
 
 
 def test_a_long_run_is_looked_at_in_parts(checkpoints, photo_folder, tmp_path, monkeypatch):

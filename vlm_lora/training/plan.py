@@ -84,7 +84,10 @@ class MicroShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """What a run costs. Sizes in bytes, on each device; operations of all devices together."""
+    """What a run costs. Sizes in bytes, on each device; operations of all devices together.
+
+    ``first`` are those of each of the first three steps, with the tower's where it runs in them.
+    """
 
     steps: int
     answers: int
@@ -95,11 +98,21 @@ class Prediction:
     activations: int
     features: int
     largest: MicroShape
+    first: tuple[float, ...]
 
     @property
     def memory(self) -> int:
         """At its highest, without what torch itself takes."""
         return self.weights + self.trained + self.activations
+
+    def seconds_left(self, second_and_third: float) -> float:
+        """From the end of the third step on, at the rate at which the second and third took so many seconds.
+
+        A rate of the run's own: it has this machine, this model and all that is not counted in it, and costs no time to
+        measure. The first step is not in it, as much is set up in there.
+        """
+        left = self.operations + self.tower_operations - sum(self.first)
+        return second_and_third * left / sum(self.first[1:])
 
 
 class CostModel:
@@ -231,6 +244,12 @@ def predict(
     scale = plan.num_steps / len(looked_at)
     each = scale * sum(cost.tower_operations(n) for shape in found for n in shape.patches)
     largest = max(found, key=cost.activation_bytes)
+
+    def operations(step: int) -> float:
+        own = micro_shapes(config, plan, lessons, patches, step)
+        live = sum(cost.tower_operations(n) for shape in own for n in shape.patches)
+        return sum(map(cost.step_operations, own)) + (1 - kept) * live
+
     return Prediction(
         steps=plan.num_steps,
         answers=min(plan.total_answers, plan.num_steps * plan.batch_size),
@@ -241,6 +260,7 @@ def predict(
         activations=cost.activation_bytes(largest),
         features=sum(patches.values()) * shapes.tower_width * cost.bytes,
         largest=largest,
+        first=tuple(map(operations, range(min(3, plan.num_steps)))),
     )
 
 

@@ -169,8 +169,15 @@ def train(
         processes.require_same(identity)
         lessons = [lesson for lesson in lessons for _ in range(lesson.example.weight)]
         predicted, started = _prediction(config, shapes, features, lessons), time.perf_counter()
+        ended: list[float] = []  # when each of the first steps did
+
+        def clock(kind: str, **values) -> None:
+            if kind == "step" and values["step"] <= 3:
+                ended.append(time.perf_counter())
+            report(kind, **values)
+
         steps = run_steps(
-            config, adapter, features, lessons, held_lessons, folder, identity, processes, report, stop, allow_change
+            config, adapter, features, lessons, held_lessons, folder, identity, processes, clock, stop, allow_change
         )
 
         def save() -> None:
@@ -180,8 +187,12 @@ def train(
                 measured = {"seconds": time.perf_counter() - started, "devices": processes.count}
                 if backbone.device.type == "cuda":
                     measured["memory_bytes"] = torch.cuda.max_memory_allocated(backbone.device)
-                report("cost", predicted=predicted, measured=measured)
-                line = {"predicted": asdict(predicted) | {"memory": predicted.memory}, "measured": measured}
+                seconds = None
+                if steps > 3 and config.save_every > 2:  # else there is nothing to predict, or a pause in what is timed
+                    seconds = ended[2] - started + predicted.seconds_left(ended[2] - ended[0])
+                report("cost", predicted=predicted, seconds=seconds, measured=measured)
+                told = asdict(predicted) | {"memory": predicted.memory, "seconds": seconds}
+                line = {"predicted": told, "measured": measured}
                 with writing(folder / "metrics.jsonl"), (folder / "metrics.jsonl").open("a", encoding="utf-8") as log:
                     log.write(json.dumps({"step": steps} | line) + "\n")
 
