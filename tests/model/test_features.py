@@ -3,6 +3,7 @@
 Run: pytest tests/model/test_features.py
 """
 
+import multiprocessing
 import os
 import resource
 import threading
@@ -15,7 +16,7 @@ from vlm_lora.cli import main
 from vlm_lora.data.example import ImageRef
 from vlm_lora.errors import DataError
 from vlm_lora.model.backbone import load_backbone
-from vlm_lora.model.features import FeatureCache, cache_use
+from vlm_lora.model.features import FeatureCache, ImageFeatures, cache_use, room_for
 
 SIZES = [(64, 64), (96, 48), (48, 80), (80, 80), (33, 70), (64, 64)]
 
@@ -93,6 +94,31 @@ def test_a_damaged_entry_is_computed_again(backbone, images, tmp_path, damage):
     assert (after.damaged, after.computed) == (0, 0)
 
 
+def test_no_flipped_bit_outside_the_features_passes(backbone, images, tmp_path):
+    """The grid, and what the header says of names, shapes, number format and places; an entry of another image."""
+    (wanted,) = fill(backbone, tmp_path, images[:1]).get(images[:1])
+    (path,) = entries(tmp_path)
+    data = path.read_bytes()
+    at = 8 + int.from_bytes(data[:8], "little")
+    grid = at + data[at:].index(wanted.grid_thw.numpy().tobytes())
+    cache = FeatureCache(backbone, tmp_path)
+    assert equal([cache._load(path.stem)], [wanted])
+    for place in (*range(at), *range(grid, grid + wanted.grid_thw.nbytes)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        found = cache._load(path.stem)
+        assert found is None or equal([found], [wanted]), f"byte {place}, {data[place : place + 1]}"
+    assert cache.damaged >= grid + wanted.grid_thw.nbytes - at
+    for old, new in ((b'"F32"', b'"I32"'), (b"[64,32]", b"[32,64]"), (b'"I64"', b'"F64"')):
+        assert old in data
+        path.write_bytes(data.replace(old, new))
+        assert cache._load(path.stem) is None, new
+    name, _ = cache._identify(images[5])  # of another image
+    other = path.parents[1] / name[:2] / path.with_stem(name).name
+    other.parent.mkdir()
+    other.write_bytes(data)
+    assert cache._load(name) is None
+
+
 def test_what_was_used_longest_ago_goes_first(backbone, images, tmp_path):
     fill(backbone, tmp_path, images[:4])
     for age, image in enumerate(images[:4]):  # the first is the one used longest ago ...
@@ -108,6 +134,17 @@ def test_what_was_used_longest_ago_goes_first(backbone, images, tmp_path):
     assert sizes[4] < sizes[1]
 
 
+@pytest.mark.parametrize("limit", [10_000, 40_000, 10**9])
+def test_room_is_foretold(backbone, images, tmp_path, limit):
+    """Without knowing one entry's name: as if none were this run's."""
+    fill(backbone, tmp_path, images[:3])
+    wanted = sum(entry.features.nbytes + 400 for entry in FeatureCache(backbone, None).get(images[3:]))
+    foretold = room_for(tmp_path, limit, wanted)
+    found = FeatureCache(backbone, tmp_path, limit_gb=limit / 1e9).survey(images[3:]).room
+    assert foretold <= found < foretold + 13_000  # what goes, goes by whole entries
+    assert min(limit, wanted) <= foretold <= limit
+
+
 def test_a_running_run_keeps_its_own(backbone, images, tmp_path):
     """With no room for a second half, the first half stays, and the second goes through the tower each time."""
     half = sum(entry.features.nbytes + 400 for entry in FeatureCache(backbone, None).get(images[:3]))
@@ -118,6 +155,62 @@ def test_a_running_run_keeps_its_own(backbone, images, tmp_path):
     assert equal(cache.get(images), FeatureCache(backbone, None).get(images))
     cache.survey(images)  # as a second process of the same run does
     assert cache_use(tmp_path).entries == 3
+
+
+def test_two_runs_in_one_folder_keep_its_limit(backbone, images, tmp_path):
+    """Also when both looked before either had written."""
+    half = sum(entry.features.nbytes + 400 for entry in FeatureCache(backbone, None).get(images[:3]))
+    one, other = (FeatureCache(backbone, tmp_path, limit_gb=half / 1e9) for _ in range(2))
+    for cache, own in ((one, images[:3]), (other, images[3:])):
+        assert cache.survey(own).room > 0
+    for pair in zip(images[:3], images[3:], strict=True):
+        for cache, image in zip((one, other), pair, strict=True):
+            cache.prepare(image)
+            assert cache_use(tmp_path).num_bytes <= half
+    assert cache_use(tmp_path).entries >= 2
+    assert equal(one.get(images[:3]) + other.get(images[3:]), FeatureCache(backbone, None).get(images))
+    (tmp_path / "features" / "count").write_text("")  # killed while it was written
+    fill(backbone, tmp_path, images, limit_gb=half / 1e9)
+    assert cache_use(tmp_path).num_bytes <= half
+
+
+def test_the_same_entry_is_counted_once(backbone, images, tmp_path):
+    one, other = (FeatureCache(backbone, tmp_path) for _ in range(2))
+    fetched = [cache.fetch(images) for cache in (one, other) if cache.survey(images).missing]
+    one.compute(fetched[0])
+    counted = (tmp_path / "features" / "count").read_text()
+    other.compute(fetched[1])
+    assert (tmp_path / "features" / "count").read_text() == counted
+    assert cache_use(tmp_path).num_bytes <= int(counted) < cache_use(tmp_path).num_bytes + 400 * len(SIZES)
+
+
+class Sizes:
+    """As much of a backbone as `FeatureCache._store` needs."""
+
+    tower_adapted = False
+
+
+def store_many(folder, process: int, limit: int, together) -> None:
+    cache = FeatureCache(Sizes(), folder, limit_gb=limit / 1e9, warn=pytest.fail)
+    for i in range(40):
+        together.wait(60)
+        cache._store(f"{process}{i:03}", ImageFeatures(torch.full((64, 32), float(i)), torch.tensor([1, 8, 8])))
+
+
+def test_two_processes_keep_the_limit(tmp_path):
+    limit = 50 * (64 * 32 * 4 + 400)
+    forked = multiprocessing.get_context("fork")
+    together = forked.Barrier(2)
+    processes = [forked.Process(target=store_many, args=(tmp_path, i, limit, together)) for i in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    use = cache_use(tmp_path)
+    assert use.entries == 50
+    assert use.num_bytes <= limit
+    assert {path.stem[0] for path in entries(tmp_path)} == {"0", "1"}
 
 
 def test_an_entry_that_another_process_evicts_is_computed_again(backbone, images, tmp_path):
@@ -157,7 +250,7 @@ def test_a_full_disk_ends_the_caching_and_nothing_else(backbone, images, tmp_pat
     assert equal(cache.get(images), FeatureCache(backbone, None).get(images))
     assert len(told) == 1
     assert "no more features are kept" in told[0]
-    assert not [path for path in (tmp_path / "features").rglob("*") if path.is_file()]
+    assert not [path for path in (tmp_path / "features").rglob("*") if path.is_file() and path.name != "count"]
 
 
 def test_a_folder_that_cannot_be_made_is_told_once(backbone, images, tmp_path):
@@ -205,6 +298,51 @@ def test_a_thread_may_fetch_while_another_computes(backbone, images, tmp_path, m
             wrong.append("computed")
     thread.join()
     assert not wrong
+
+
+def tower_devices(backbone) -> set[str]:
+    return {p.device.type for n, p in backbone.model.named_parameters() if ".blocks." in n or ".patch_embed." in n}
+
+
+@pytest.mark.parametrize("loss", ["damaged", "evicted"])
+def test_a_lost_entry_brings_the_tower_back_for_a_moment(checkpoints, images, tmp_path, monkeypatch, loss):
+    """Parked means on the meta device here; what it forgets is filled in again."""
+    backbone = load_backbone(str(checkpoints["qwen2_vl"]))
+    wanted = fill(backbone, tmp_path, images).get(images)
+    whole = {n: p.detach().clone() for n, p in backbone.model.named_parameters()}
+
+    def park(device="meta"):
+        for part in ("patch_embed", "blocks"):
+            module = getattr(backbone.model.model.visual, part)
+            module.to_empty(device=device) if str(device) == "cpu" else module.to(device)
+        if str(device) == "cpu":
+            for name, parameter in backbone.model.named_parameters():
+                parameter.data.copy_(whole[name])
+
+    monkeypatch.setattr(backbone, "park_tower", park)
+    cache = FeatureCache(backbone, tmp_path)
+    cache.park_tower(images)
+    assert tower_devices(backbone) == {"meta"}
+    for path in entries(tmp_path):
+        path.unlink() if loss == "evicted" else path.write_bytes(b"")
+    assert equal(cache.get(images), wanted)
+    assert cache.computed == len(SIZES)
+    assert tower_devices(backbone) == {"meta"}
+
+    cache.write = False  # what is lost now cannot be kept, and is computed in each step
+    entries(tmp_path)[0].unlink()
+    cache._memory.clear()
+    assert equal(cache.get(images), wanted)
+    assert tower_devices(backbone) == {"cpu"}
+
+
+def test_a_tower_that_is_needed_is_not_parked(checkpoints, images, tmp_path):
+    backbone = load_backbone(str(checkpoints["qwen2_vl"]))
+    fill(backbone, tmp_path, images[:3])
+    backbone.park_tower = lambda device="meta": pytest.fail("parked") if device == "meta" else None
+    cache = FeatureCache(backbone, tmp_path, write=False)
+    cache.park_tower(images)
+    cache.get(images)
 
 
 def test_a_parked_tower_is_not_missed_and_comes_back(checkpoints, images, tmp_path):

@@ -1,20 +1,22 @@
 """What we rely on in transformers, by name. If one of these has gone in a new release, this says which.
 
 Run: pytest tests/model/test_upstream.py
-Passed with transformers 5.23.0 (torch 2.14).
+Passed with transformers 5.24.0 (torch 2.14).
 """
 
 import importlib
 import inspect
+import warnings
 
 import pytest
+import torch
 import transformers
 
-from vlm_lora.model.backbone import _without_weights
+from vlm_lora.model.backbone import _without_weights, load_backbone
 
 MODEL = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}
 ARGUMENTS = {
-    "model.forward": "input_ids attention_mask position_ids past_key_values use_cache mm_encoder_outputs",
+    "model.forward": "input_ids attention_mask position_ids use_cache mm_encoder_outputs",
     "model.get_rope_index": "input_ids mm_token_type_ids image_grid_thw",
     "model.visual.forward": "grid_thw",
     "_from_config": "config",
@@ -89,6 +91,23 @@ def test_functions_take_their_arguments():
             module, names = "transformers", f"DynamicCache.{names}"
         gone += missing(importlib.import_module(module), names, arguments)
     require_none(gone)
+
+
+@pytest.mark.parametrize("family", MODEL)
+def test_a_cache_is_seen(checkpoints, family):
+    """By calling: a name that the forward does not know is swallowed by its ``**kwargs``, in silence."""
+    backbone = load_backbone(str(checkpoints[family]))
+    ids, positions = torch.arange(5, 15)[None], torch.arange(10).expand(3, 1, -1)
+    mask = torch.ones(1, 1, 10, 10, dtype=torch.bool).tril()
+    with torch.no_grad(), warnings.catch_warnings(action="error", category=FutureWarning):
+        whole = backbone.forward(ids, mask, positions, None)[:, 6:]
+        cache = backbone.new_cache()
+        backbone.forward(ids[:, :6], mask[..., :6, :6], positions[..., :6], None, past_key_values=cache)
+        behind = backbone.forward(ids[:, 6:], mask[..., 6:, :], positions[..., 6:], None, past_key_values=cache)
+        alone = backbone.forward(ids[:, 6:], mask[..., 6:, 6:], positions[..., 6:], None)  # negative control
+    told = f"transformers {transformers.__version__}: model.forward does not see the cache it is given"
+    assert torch.allclose(behind, whole, atol=1e-5), told
+    assert not torch.allclose(alone, whole, atol=1e-2)
 
 
 def test_a_change_would_be_named(checkpoints):

@@ -11,18 +11,20 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
-from tests.conftest import copy_checkpoint
+from tests.conftest import copy_checkpoint, picture
 from tests.model.test_methods import METHODS
 from tests.training.test_train import config
 from vlm_lora.cli import main
+from vlm_lora.cli.console import TrainReport
 from vlm_lora.errors import DataError
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import load_backbone, load_shapes, shapes_of
 from vlm_lora.model.encode import Encoder
-from vlm_lora.model.features import FeatureCache
+from vlm_lora.model.features import FeatureCache, cache_folder, cache_use
 from vlm_lora.training.batches import Plan
 from vlm_lora.training.loop import Lesson, fetch_batches, fetch_own, loss_sum, place
 from vlm_lora.training.plan import CostModel, MicroShape, _waited_for, make_plan, micro_shapes, predict, read_data
+from vlm_lora.training.run import train
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -146,7 +148,8 @@ def test_steps_are_the_ones_that_are_trained(checkpoints, photo_folder, tmp_path
     shapes = load_shapes(settings.model)
     whole = predict(settings, shapes, pairs, patches, device=CPU)
     live = predict(settings, shapes, pairs, patches, device=CPU, kept=0.0)
-    assert live.tower_operations == pytest.approx(3 * whole.tower_operations)
+    once = sum(map(CostModel(shapes, settings, torch.float32).tower_operations, patches.values()))
+    assert (whole.tower_operations, live.tower_operations) == (0, pytest.approx(3 * once))
     assert whole.features == sum(entry.features.nbytes for entry in features.get(list(patches)))
 
 
@@ -181,6 +184,34 @@ def test_pieces_of_the_layers_and_two_put_together(checkpoints, photo_folder, tm
     assert whole - eighth == pytest.approx(layers * (1 - 1 / 8 - 2 / 40), abs=2)
 
 
+@pytest.mark.parametrize("kept", [0.0, 1.0])
+def test_time_is_predicted_from_the_second_and_third_step(checkpoints, photo_folder, tmp_path, kept):
+    settings, *_, lessons, patches = prepared(checkpoints, photo_folder, tmp_path, epochs=1, batch_size=4)
+    pairs, shapes = [(lesson.example, lesson.encoded) for lesson in lessons], load_shapes(settings.model)
+    three = predict(settings, shapes, pairs, patches, device=CPU, kept=kept)  # all there are
+    assert sum(three.first) == pytest.approx(three.operations + three.tower_operations)
+    assert three.seconds_left(10.0) == pytest.approx(0, abs=1e-9)
+    nine = predict(settings.replace(epochs=3), shapes, pairs, patches, device=CPU, kept=kept)
+    assert nine.first == three.first
+    assert nine.seconds_left(10.0) == pytest.approx(30, rel=0.1)  # six more of four answers each
+    one = predict(settings.replace(max_steps=1), shapes, pairs, patches, device=CPU, kept=kept)
+    assert one.first == three.first[:1]
+
+
+def test_what_was_predicted_is_kept_beside_what_was_measured(checkpoints, photo_folder, tmp_path, capsys):
+    told = {}
+    train(config(checkpoints, photo_folder, tmp_path / "run"), report=lambda kind, **v: told.setdefault(kind, v))
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert line["predicted"]["seconds"] == told["cost"]["seconds"] > 0
+    TrainReport(None).cost(**told["cost"])
+    assert "s were predicted from steps 2 and 3" in capsys.readouterr().err
+    short = config(checkpoints, photo_folder, tmp_path / "short", max_steps=3)
+    train(short, report=lambda kind, **v: told.update({kind: v}))
+    assert told["cost"]["seconds"] is None
+    TrainReport(None).cost(**told["cost"])
+    assert "predicted" not in capsys.readouterr().err
+
+
 def test_a_long_run_is_looked_at_in_parts(checkpoints, photo_folder, tmp_path, monkeypatch):
     settings, *_, lessons, patches = prepared(checkpoints, photo_folder, tmp_path, epochs=20)
     pairs, shapes = [(lesson.example, lesson.encoded) for lesson in lessons], load_shapes(settings.model)
@@ -208,7 +239,7 @@ def test_the_command_needs_no_weights(checkpoints, photo_folder, tmp_path, capsy
     assert four["step_seconds"] == pytest.approx(four["cost"]["operations"] * imbalance / 2e12 / 4)
 
     assert main([*command, "--tflops", "2", "--epochs", "1"]) == 0
-    assert "each image is seen once" in capsys.readouterr().out
+    assert "each other image is seen once" in capsys.readouterr().out
     needed = told["memory"] / 1e9
     assert main([*command, "--tflops", "2", "--device-memory", str(needed * 0.9)]) == 0
     out = capsys.readouterr().out
@@ -230,6 +261,45 @@ def test_the_command_needs_no_weights(checkpoints, photo_folder, tmp_path, capsy
     assert main([*command, "--fsdp"]) == 2
     assert "--gpus" in capsys.readouterr().err
     assert main([*command, "--gpus", "0"]) == 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"epochs": 1}, {"val": "val", "val_split": 0.0}], ids=str)
+def test_the_disk_is_what_training_fills(checkpoints, photo_folder, tmp_path, monkeypatch, changes):
+    """Held-out images too, copies once, and what the tower has to do for them; a plan from before and from behind."""
+    (photo_folder / "copy.png").write_bytes((photo_folder / "03.png").read_bytes())
+    (photo_folder / "copy.txt").write_text("Another picture of number 3.")
+    (tmp_path / "val").mkdir()
+    picture(99).save(tmp_path / "val" / "new.png")
+    (tmp_path / "val" / "new.txt").write_text("A new one.")
+    for name in ("00.png", "00.txt"):  # of the same content as one to learn from, which goes
+        (tmp_path / "val" / name).write_bytes((photo_folder / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    settings = config(checkpoints, photo_folder, tmp_path / "run", on_bad_row="quarantine", **changes)
+    plan = make_plan(settings, tflops=1.0)
+    assert plan.cached == 0
+    assert plan.room > plan.cost.features
+    train(settings)
+    use = cache_use(cache_folder())
+    assert plan.cost.features < use.num_bytes < plan.cost.features + 400 * use.entries
+    patches = plan.cost.features // (4 * load_shapes(settings.model).tower_width)
+    cost = CostModel(load_shapes(settings.model), settings, torch.float32)
+    if not plan.seen_once:
+        assert off(plan.cost.tower_operations, cost.tower_operations(80) * patches / 80) < 0.02  # of 64 to 96 each
+    again = make_plan(settings, tflops=1.0)
+    assert (again.cached, again.cost.features) == (use.entries, plan.cost.features)
+
+
+def test_a_plan_knows_the_disk(checkpoints, photo_folder, tmp_path, monkeypatch, capsys):
+    settings = config(checkpoints, photo_folder, tmp_path / "run")
+    whole = make_plan(settings, tflops=1.0)
+    free = whole.cost.features // 2
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    half = make_plan(settings, tflops=1.0)
+    assert half.room == pytest.approx(0.9 * free, abs=1)
+    assert half.kept == pytest.approx(half.room / (whole.cost.features * 10 / 12), rel=0.05)
+    assert half.cost.tower_operations > 1.2 * whole.cost.tower_operations
+    assert main(["plan", str(photo_folder), "--model", settings.model, "--tflops", "1"]) == 0
+    assert "the rest is computed each time" in capsys.readouterr().out
 
 
 def test_an_impossible_plan_is_refused(checkpoints, photo_folder, tmp_path):

@@ -169,10 +169,12 @@ class TrainReport:
         early = f"Stopped early behind step {last:,} of {num_steps:,}. " if last < num_steps else ""
         say(f"{early}The held-out loss was lowest, {loss:.4f}, behind step {step:,}: the adapter is that step's.")
 
-    def cost(self, predicted, measured) -> None:
-        work, seconds = predicted.operations + predicted.tower_operations, measured["seconds"]
-        rate = work / seconds / measured["devices"] / 1e12
-        say(f"{work / 1e12:,.3g} TFLOP were planned, and took {duration(seconds)}: {rate:,.3g} TFLOP/s a device.")
+    def cost(self, predicted, seconds, measured) -> None:
+        work, taken = predicted.operations + predicted.tower_operations, measured["seconds"]
+        rate = work / taken / measured["devices"] / 1e12
+        say(f"{work / 1e12:,.3g} TFLOP were planned, and took {duration(taken)}: {rate:,.3g} TFLOP/s a device.")
+        if seconds is not None:
+            say(f"{duration(seconds)} were predicted from steps 2 and 3, with nothing for held-out losses and saving.")
         if "memory_bytes" in measured:
             peak, planned = measured["memory_bytes"] / 1e9, predicted.memory / 1e9
             say(f"Memory at its highest: {peak:,.1f} GB; {planned:,.1f} GB were planned.")

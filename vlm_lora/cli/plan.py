@@ -68,13 +68,18 @@ def run(options: argparse.Namespace) -> int:
     print(
         f"activations {cost.activations / gb:,.2f} (at most {cost.largest.rows} rows of {cost.largest.width:,} tokens)"
     )
-    print(f"disk:       {cost.features / gb:,.3f} GB of features, ", end="")
-    if plan.kept == 1:
-        print("computed once and kept")
-    elif plan.kept:
-        print(f"{plan.kept:.0%} of which --cache-gb {config.cache_gb:g} allows; the rest is computed in each step")
+    if not config.cache or "vision" in config.lora_targets:
+        print(f"disk:       no features are kept ({'LoRA is in the tower' if config.cache else '--no-cache'})")
     else:
-        print("not kept: each image is seen once" if config.cache else "not kept (--no-cache)")
+        others = "each other image is seen once" if plan.seen_once else f"{plan.images:,} to learn from"
+        print(f"disk:       {cost.features / gb:,.3f} GB of features, computed once and kept: ", end="")
+        print(f"{plan.held_out:,} held-out images; {others}")
+        if plan.room < cost.features:
+            room = f"room for {plan.room / gb:,.3f} GB of it"
+            print(f"            {room} (--cache-gb {config.cache_gb:g}, free disk); the rest is computed each time")
+        if plan.cached:
+            print(f"            {plan.cached:,} images are in the cache: those of this run spare it the tower ", end="")
+            print("(which they are, only the base's weights tell)")
     for line in plan.advice:
         print(line)
     return 0

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -404,7 +405,8 @@ class Backbone(Preprocessor):
             return ""
         shapes, values = hashlib.sha256(), hashlib.sha256()
         with ExitStack() as opened:
-            files = [opened.enter_context(safe_open(file, framework="pt")) for file in _weight_files(self.folder)]
+            paths = _weight_files(self.folder) if self.folder else []  # random weights are nobody's
+            files = [opened.enter_context(safe_open(path, framework="pt")) for path in paths]
             found = {LAYOUTS.sub("", name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118
             for plain, (file, name) in sorted(found.items()):
                 if plain == "lm_head.weight" or not plain.endswith((".weight", ".bias")):
@@ -435,6 +437,11 @@ class Backbone(Preprocessor):
         from transformers import DynamicCache
 
         return DynamicCache(config=self.model.config.text_config)
+
+    @cached_property
+    def _cache_argument(self) -> str:
+        """The name of the cache in transformers' forward: ``cache`` since 5.24, which warns of the older one."""
+        return next(n for n in ("cache", "past_key_values") if n in signature(self.model.model.forward).parameters)
 
     def _behind_prefix(self, attention_mask, position_ids, cache) -> tuple[torch.Tensor, torch.Tensor]:
         """Mask and positions with the prefix before them; an empty cache gets its keys and values."""
@@ -486,8 +493,8 @@ class Backbone(Preprocessor):
             attention_mask=attention_mask,
             position_ids=position_ids,
             mm_encoder_outputs=encoded,
-            past_key_values=past_key_values,
             use_cache=past_key_values is not None,
+            **{self._cache_argument: past_key_values},
         ).last_hidden_state
 
     def shard(self, group, device: torch.device) -> None:

@@ -4,7 +4,8 @@ An entry is a safetensors file named by everything that decides its content: the
 the rest of the preprocessing, the tower's weights, the number format. Change one and the name is another one, so an
 entry is never stale; it can only be missing. Files are written under a temporary name and renamed, so that processes
 share the folder, and carry a checksum, so that a damaged one is computed again. The folder is kept below a limit by
-deleting what was used longest ago.
+deleting what was used longest ago; what it holds is counted in a file that is locked for each entry written, so that
+all processes together keep the limit.
 """
 
 import hashlib
@@ -16,10 +17,11 @@ import threading
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from PIL import Image
@@ -32,12 +34,22 @@ from vlm_lora.data.images import content_hash, image_size, load_image
 from vlm_lora.errors import DataError
 from vlm_lora.model.backbone import Backbone
 
+try:
+    import fcntl
+except ImportError:  # Windows: each process then keeps the limit by itself
+    fcntl = None
+
 CACHE_VARIABLE = "VLM_LORA_CACHE"
 IN_MEMORY_BYTES = 512 * 2**20
 """Entries read or computed lately are kept in main memory up to this many bytes."""
 
 DISK_SHARE = 0.9
 """Of what is free on the disk, so much may be filled."""
+
+HEADER_BYTES = 400
+"""More than an entry's file has beside its features."""
+
+LAYOUT = "entry 2"  # goes into an entry's name: change it with what a file holds, and older ones are never opened
 
 ABANDONED_SECONDS = 24 * 3600
 """A temporary file this old belongs to no running process."""
@@ -93,8 +105,8 @@ class FeatureCache:
     Args:
         folder: the cache folder; None keeps features in memory only.
         write: whether new features are kept on disk, as long as they fit; may be changed between calls.
-        limit_gb: what the folder may hold. Above it, what was used longest ago goes, but nothing of this object's own.
-        writers: how many processes fill the folder together; each takes its part of the room.
+        limit_gb: what the folder may hold, whoever fills it. Above it, what was used longest ago goes, but nothing of
+            this object's own.
         warn: called with a sentence when the disk fails and the run goes on without it.
 
     Attributes:
@@ -109,18 +121,18 @@ class FeatureCache:
         *,
         write: bool = True,
         limit_gb: float = DEFAULT_CACHE_GB,
-        writers: int = 1,
         warn: Callable[[str], None] = lambda text: None,
     ):
         self.backbone = backbone
         folder = None if backbone.tower_adapted else folder  # what an adapter changes is not kept
         self.folder = folder / "features" if folder else None
         self.write = write
-        self.limit = int(limit_gb * 1e9)
-        self.writers = writers
+        self.limit = round(limit_gb * 1e9)
         self.warn = warn
         self.computed = self.read = self.damaged = 0
-        self._room: int | None = None  # bytes that may still be written; None: nobody has looked
+        self._left_free: int | None = None  # bytes of the disk that stay free; None: nobody has looked
+        self._parked = False  # the tower, but for an entry that is missing
+        self._failing = False  # the disk is full, or read only
         self._memory: OrderedDict[str, ImageFeatures] = OrderedDict()
         self._memory_bytes = 0
         self._known: dict[ImageRef, tuple[str, tuple[int, int, int]]] = {}
@@ -139,7 +151,10 @@ class FeatureCache:
 
     def compute(self, fetched: Sequence[ImageFeatures | Pixels]) -> list[ImageFeatures]:
         """The rest of `get`: whatever is still pixels goes through the tower."""
-        return [self._compute(item) if isinstance(item, Pixels) else item for item in fetched]
+        found = [self._compute(item) if isinstance(item, Pixels) else item for item in fetched]
+        if self._parked and any(isinstance(item, Pixels) for item in fetched):
+            self._park(all(item.name and self._is_there(item.name) for item in fetched if isinstance(item, Pixels)))
+        return found
 
     def survey(self, images: Iterable[ImageRef]) -> Survey:
         """Find out from file names and image headers what is there and what is missing; make room for the latter.
@@ -155,8 +170,8 @@ class FeatureCache:
             sizes[name] = self.backbone.feature_bytes(grid)
         missing = [name for name in sizes if not self._is_there(name)]
         missing_bytes = sum(sizes[name] for name in missing)
-        self._make_room(missing_bytes)
-        return Survey(len(sizes), sum(sizes.values()), len(missing), missing_bytes, self._room * self.writers)
+        room = self._make_room(missing_bytes + HEADER_BYTES * len(missing))
+        return Survey(len(sizes), sum(sizes.values()), len(missing), missing_bytes, room)
 
     def grid(self, image: ImageRef) -> torch.Tensor:
         """Its ``grid_thw`` ``(3,)``, from its header alone. Raises DataError where that cannot be read."""
@@ -187,13 +202,26 @@ class FeatureCache:
         """Whether all of these images can do without the tower."""
         return all(self._is_there(self._identify(image)[0]) for image in images)
 
+    def park_tower(self, images: Iterable[ImageRef]) -> None:
+        """Have the tower's weights out of the device's memory if all of these images can do without it.
+
+        One that is missing later, damaged or evicted by another run, brings them back until it is computed; and for
+        good if it cannot be kept.
+        """
+        self._park(self.complete(images))
+
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _park(self, complete: bool) -> None:
+        self._parked = complete
+        if complete:
+            self.backbone.park_tower()
 
     def _identify(self, image: ImageRef) -> tuple[str, tuple[int, int, int]]:
         """The name of its entry, and its grid."""
         if image not in self._known:
             data = image.read_bytes()
-            key = f"{content_hash(data)}:{self.backbone.tower_fingerprint}"
+            key = f"{LAYOUT}:{content_hash(data)}:{self.backbone.tower_fingerprint}"
             grid = self.backbone.grid(*image_size(data, image.name))
             self._known[image] = hashlib.sha256(key.encode()).hexdigest(), grid
         return self._known[image]
@@ -249,61 +277,115 @@ class FeatureCache:
             return None
         try:
             with safe_open(path, framework="pt") as entry:
-                features, grid = entry.get_tensor("features"), entry.get_tensor("grid_thw")
-                checksum = (entry.metadata() or {}).get("crc32")
+                found = ImageFeatures(entry.get_tensor("features"), entry.get_tensor("grid_thw"))
+                whole = (entry.metadata() or {}).get("crc32") == _checksum(name, found)
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError):
-            checksum = None
+            whole = False
         with suppress(OSError):  # a folder of somebody else's may be read only
-            if checksum is not None and checksum == _checksum(features):
+            if whole:
                 os.utime(path)  # used now, so the last to be evicted
             else:
-                checksum = None
                 path.unlink(missing_ok=True)
-        if checksum is None:
+        if not whole:
             self.damaged += 1
             self.warn(f"{path} is damaged; these features are computed again.")
             return None
-        return ImageFeatures(features, grid)
+        return found
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether new features are written at all."""
+        return self.folder is not None and self.write and not self._failing
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A disk that is full or read only ends the keeping of features, and is told of, once."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            self._failing = True
+            self.warn(f"no more features are kept in {self.folder}, the tower computes them anew: {error}")
+
+    def _make_room(self, wanted: int) -> int:
+        """Evict until ``wanted`` bytes fit, or nothing is left that is not of this run; the bytes that do."""
+        room = 0
+        if self._keeps:
+            with self._writing():
+                own = {name for name, _ in self._known.values()}
+                used = evict(self.folder.parent, self.limit - wanted, keep=own)
+                free = _free(self.folder)
+                self._left_free = free - int(DISK_SHARE * free)
+                room = max(0, min(self.limit - used, free - self._left_free))
+        return room
 
     def _fits(self, num_bytes: int) -> bool:
-        if self._room is None:
+        """Whether an entry with so many bytes of features may be written, unless another process is faster."""
+        if self._left_free is None:
             self._make_room(0)
-        return self.write and num_bytes <= self._room
+        fits = False
+        if self._keeps:
+            with self._writing(), _counted(self.folder) as count:
+                fits = self._allowed(num_bytes + HEADER_BYTES, count)
+        return fits
 
-    def _make_room(self, wanted: int) -> None:
-        """Evict until ``wanted`` bytes fit, or nothing is left that is not of this run; find out how many do."""
-        self._room = 0
-        if self.folder and self.write:
-            own = {name for name, _ in self._known.values()}
-            used = evict(self.folder.parent, self.limit - wanted, keep=own)
-            existing = next(parent for parent in (self.folder, *self.folder.parents) if parent.exists())
-            room = max(0, min(self.limit - used, int(DISK_SHARE * shutil.disk_usage(existing).free)))
-            self._room = room // self.writers
+    def _allowed(self, num_bytes: int, count: TextIO) -> bool:
+        within = _bytes_held(self.folder, count) + num_bytes <= self.limit
+        return within and shutil.disk_usage(self.folder).free - num_bytes >= self._left_free
 
     def _store(self, name: str, entry: ImageFeatures) -> None:
         if not self._fits(entry.features.nbytes):
             return
-        path, temporary = self._path(name), None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-            os.close(handle)
-            tensors = {"features": entry.features.contiguous(), "grid_thw": entry.grid_thw}
-            save_file(tensors, temporary, metadata={"crc32": _checksum(entry.features)})
-            os.replace(temporary, path)
-            self._room -= entry.features.nbytes
-        except (OSError, SafetensorError) as error:  # the disk is full, or read only
-            self._room = 0
-            self.warn(f"no more features are kept in {self.folder}, the tower computes them anew: {error}")
-        finally:
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
+        path, temporary, size = self._path(name), None, entry.features.nbytes + HEADER_BYTES
+        # The lock is held while writing, which takes a moment where the tower takes many.
+        with self._writing(), _counted(self.folder) as count:
+            if path.exists() or not self._allowed(size, count):  # another process was faster
+                return
+            try:
+                path.parent.mkdir(exist_ok=True)
+                handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+                os.close(handle)
+                tensors = {"features": entry.features.contiguous(), "grid_thw": entry.grid_thw}
+                save_file(tensors, temporary, metadata={"crc32": _checksum(name, entry)})
+                _note(count, _bytes_held(self.folder, count) + size)  # if it is killed here, too much is counted
+                os.replace(temporary, path)
+            finally:
+                if temporary:
+                    Path(temporary).unlink(missing_ok=True)
 
 
-def _checksum(features: torch.Tensor) -> str:
-    return str(zlib.crc32(features.contiguous().view(torch.uint8).numpy().data))
+@contextmanager
+def _counted(folder: Path) -> Iterator[TextIO]:
+    """The file in which the folder's bytes are counted, open for `_bytes_held` and `_note`; no other process is here.
+
+    The count may be too high, of entries that were deleted by hand or killed while written, until `evict` looks again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "count").open("a+") as count:
+        if fcntl:
+            with suppress(OSError):  # some network disks have no locks: each process then keeps the limit by itself
+                fcntl.flock(count, fcntl.LOCK_EX)
+        yield count
+
+
+def _bytes_held(folder: Path, count: TextIO) -> int:
+    count.seek(0)
+    noted = count.read()
+    return int(noted) if noted.isdigit() else sum(size for _, size, _ in _entries(folder.parent))
+
+
+def _note(count: TextIO, num_bytes: int) -> None:
+    count.truncate(0)
+    count.write(str(num_bytes))
+    count.flush()
+
+
+def _checksum(name: str, entry: ImageFeatures) -> str:
+    """Of all that an entry is: whose it is, both tensors' shape, number format and numbers."""
+    features, grid = entry.features, entry.grid_thw
+    told = f"{name} {features.dtype} {tuple(features.shape)} {grid.dtype} {grid.tolist()}"
+    return str(zlib.crc32(features.contiguous().view(torch.uint8).numpy().data, zlib.crc32(told.encode())))
 
 
 def _entries(folder: Path) -> list[tuple[float, int, Path]]:
@@ -325,24 +407,40 @@ def cache_use(folder: Path) -> CacheUse:
     )
 
 
+def room_for(folder: Path, limit: int, wanted: int) -> int:
+    """Bytes that a run which wants so many finds room for in a cache folder, if none of what is there is its own."""
+    used = cache_use(folder).num_bytes
+    left = min(used, max(0, limit - wanted))  # by `evict`
+    return max(0, min(limit - left, int(DISK_SHARE * (_free(folder) + used - left))))
+
+
+def _free(folder: Path) -> int:
+    """Bytes of its disk; the folder need not be there yet."""
+    return shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+
+
 def evict(folder: Path, limit: int, keep: Collection[str] = ()) -> int:
     """Delete the entries used longest ago, but none named in ``keep``, until ``limit`` bytes are left; the bytes left.
 
     Any number of processes may do so at a time: a reader that finds its entry gone computes it again.
     """
-    for path in (folder / "features").glob("*/*.tmp"):
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-                path.unlink()
-    entries = sorted(_entries(folder))
-    used = sum(size for _, size, _ in entries)
-    for _, size, path in entries:
-        if used <= limit:
-            break
-        if path.stem not in keep:
+    if not os.access(folder / "features", os.W_OK):  # not there, or read only: nothing can go
+        return cache_use(folder).num_bytes
+    with _counted(folder / "features") as count:
+        for path in (folder / "features").glob("*/*.tmp"):
             with suppress(OSError):
-                path.unlink(missing_ok=True)
-                used -= size
+                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                    path.unlink()
+        entries = sorted(_entries(folder))
+        used = sum(size for _, size, _ in entries)
+        for _, size, path in entries:
+            if used <= limit:
+                break
+            if path.stem not in keep:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+                    used -= size
+        _note(count, used)
     return used
 
 

@@ -19,9 +19,9 @@ import torch
 
 from vlm_lora.config import TrainConfig, parse_columns
 from vlm_lora.data.example import Example, ImageRef
-from vlm_lora.data.images import image_size
+from vlm_lora.data.images import content_hash, image_size
 from vlm_lora.data.readers import Dataset, read_dataset
-from vlm_lora.data.split import split_examples
+from vlm_lora.data.split import split_examples, without_held_out
 from vlm_lora.errors import DataError
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import (
@@ -33,6 +33,7 @@ from vlm_lora.model.backbone import (
     resolve_dtype,
 )
 from vlm_lora.model.encode import Encoder
+from vlm_lora.model.features import cache_folder, cache_use, room_for
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded, padded_tokens
 from vlm_lora.model.tokens import encode_fitting
 from vlm_lora.training.batches import Plan, micro_batches
@@ -88,6 +89,7 @@ class Prediction:
     """What a run costs. Sizes in bytes, on each device; operations of all devices together.
 
     ``imbalance`` is how much more the steps' busiest devices compute than the mean of all: the others wait for them.
+    ``first`` are the operations of each of the first three steps, with the tower's where it runs in them.
     """
 
     steps: int
@@ -100,11 +102,21 @@ class Prediction:
     activations: int
     features: int
     largest: MicroShape
+    first: tuple[float, ...]
 
     @property
     def memory(self) -> int:
         """At its highest, without what torch itself takes."""
         return self.weights + self.trained + self.activations
+
+    def seconds_left(self, second_and_third: float) -> float:
+        """From the end of the third step on, at the rate at which the second and third took so many seconds.
+
+        A rate of the run's own: it has this machine, this model and all that is not counted in it, and costs no time to
+        measure. The first step is not in it, as much is set up in there.
+        """
+        left = self.operations + self.tower_operations - sum(self.first)
+        return second_and_third * left / sum(self.first[1:])
 
 
 class CostModel:
@@ -220,16 +232,14 @@ def predict(
     gpus: int = 1,
     sharded: bool = False,
     kept: float = 1.0,
-    missing: float = 1.0,
 ) -> Prediction:
-    """The cost of a whole run over these lessons.
+    """The cost of all steps over these lessons; filling the cache comes before them.
 
     Args:
         patches: of every image, before the 2x2 merge.
         gpus: devices that share each step.
         sharded: whether FSDP2 keeps the language layers in pieces over them.
         kept: the share of the images whose features are kept; the others go through the tower in each step.
-        missing: the share of the kept that is not in the cache yet.
     """
     cost = CostModel(shapes, config, resolve_dtype(config.dtype, device))
     plan = Plan(
@@ -245,20 +255,26 @@ def predict(
     operations = sum(map(cost.step_operations, found))
     busiest = sum(_waited_for(cost, shares, sharded) for shares in steps)
     scale = plan.num_steps / len(looked_at)
-    once = sum(cost.tower_operations(n) for n in patches.values())
     each = scale * sum(cost.tower_operations(n) for shape in found for n in shape.patches)
     largest = max(found, key=cost.activation_bytes)
+
+    def operations_of(step: int) -> float:
+        own = [shape for share in micro_shapes(config, plan, lessons, patches, step, gpus) for shape in share]
+        live = sum(cost.tower_operations(n) for shape in own for n in shape.patches)
+        return sum(map(cost.step_operations, own)) + (1 - kept) * live
+
     return Prediction(
         steps=plan.num_steps,
         answers=min(plan.total_answers, plan.num_steps * plan.batch_size),
         operations=scale * operations,
         imbalance=busiest * gpus / operations,
-        tower_operations=kept * missing * once + (1 - kept) * each,
+        tower_operations=(1 - kept) * each,
         weights=cost.weight_bytes(gpus if sharded else 1),
         trained=TRAINED * cost.trained_numbers(),
         activations=cost.activation_bytes(largest),
         features=sum(patches.values()) * shapes.tower_width * cost.bytes,
         largest=largest,
+        first=tuple(map(operations_of, range(min(3, plan.num_steps)))),
     )
 
 
@@ -352,12 +368,21 @@ def device_memory_of(device: torch.device) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunPlan:
-    """What `vlm-lora plan` tells. Sizes in bytes, rates in operations a second of one device."""
+    """What `vlm-lora plan` tells. Sizes in bytes, rates in operations a second of one device.
+
+    ``cost.features`` are those that the run wants to keep, of the ``held_out`` images too; there is ``room`` for so
+    much, and so for the share ``kept`` of the images to learn from. All as for a cache that has none of them yet: which
+    of the ``cached`` images are this run's, only the base's weights tell.
+    """
 
     cost: Prediction
     images: int
+    held_out: int
     unusable: int
+    seen_once: bool
     kept: float
+    room: int
+    cached: int
     device: str
     dtype: str
     device_memory: float
@@ -396,40 +421,67 @@ def make_plan(
     shapes = load_shapes(config.model)
     base = load_preprocessor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     base.num_prompt_tokens = config.num_virtual_tokens if config.method == "prompt" else 0
-    dataset = read_data(config, config.sources)
+    dataset, held_out = read_data(config, config.sources), []
+    if config.val:
+        held_dataset = read_data(config, (config.val,))
+        dataset, held_out = without_held_out(dataset, held_dataset, config.val), list(held_dataset.examples)
     examples = list(dataset.examples)
     if config.val_split and not config.val:
-        examples, _ = split_examples(examples, config.val_split, config.seed)
-    encoder, lessons, grids = Encoder(base), [], {}
+        examples, held_out = split_examples(examples, config.val_split, config.seed)
+    encoder, grids, contents = Encoder(base), {}, {}
+
+    def look_at(example: Example) -> tuple[tuple[Example, Encoded] | None, list[int]]:
+        for ref in example.images:
+            data = ref.read_bytes()
+            grids[ref], contents[ref] = base.grid(*image_size(data, ref.name)), content_hash(data)
+        grid = torch.tensor([grids[ref] for ref in example.images], dtype=torch.long).reshape(-1, 3)
+        return encode_fitting(encoder, example, grid, config.max_tokens)
+
+    lessons, held_lessons = [], []
     unusable = len(dataset.bad) + sum(len(example.dialogues) for example in examples)
     for done, example in enumerate(examples, start=1):
         with suppress(DataError):  # counted; `check` says what is wrong with it
-            grids |= {ref: base.grid(*image_size(ref.read_bytes(), ref.name)) for ref in example.images}
-            grid = torch.tensor([grids[ref] for ref in example.images], dtype=torch.long).reshape(-1, 3)
-            fitting, too_long = encode_fitting(encoder, example, grid, config.max_tokens)
+            fitting, too_long = look_at(example)
             lessons += [fitting] * example.weight if fitting else []
             unusable -= len(example.dialogues) - len(too_long)
         progress(done, len(examples))
+    for example in held_out:
+        with suppress(DataError):
+            fitting, _ = look_at(example)
+            held_lessons += [fitting] if fitting else []
     if not lessons:
         raise DataError(f"{', '.join(config.sources)}: no usable example in it; vlm-lora check says why.")
     patches = {ref: math.prod(grids[ref]) for example, _ in lessons for ref in example.images}
+    learnt_patches = {contents[ref]: n for ref, n in patches.items()}  # as they are kept: copies once
+    held_patches = {contents[ref]: math.prod(grids[ref]) for example, _ in held_lessons for ref in example.images}
 
-    size = sum(patches.values()) * shapes.tower_width * dtype.itemsize
     can_be_kept = config.cache and "vision" not in config.lora_targets
-    several_times = can_be_kept and not sees_each_image_once(config, [example for example, _ in lessons])
-    kept = min(1.0, config.cache_gb * 1e9 / max(1, size)) if several_times else 0.0
+    seen_once = sees_each_image_once(config, [example for example, _ in lessons])
+    learnt = learnt_patches if can_be_kept and not seen_once else {}
+    held = held_patches if can_be_kept else {}
+    learnt_bytes, held_bytes = (sum(n.values()) * shapes.tower_width * dtype.itemsize for n in (learnt, held))
+    room = room_for(cache_folder(), round(config.cache_gb * 1e9), learnt_bytes + held_bytes)
+    kept = min(1.0, room / learnt_bytes) if learnt else 0.0  # these come first
+    held_kept = min(1.0, (room - kept * learnt_bytes) / held_bytes) if held else 0.0
 
     def cost_of(config: TrainConfig, sharded: bool = sharded) -> Prediction:
         return predict(config, shapes, lessons, patches, device=device, gpus=gpus, sharded=sharded, kept=kept)
 
     cost = cost_of(config)
+    through_tower = CostModel(shapes, config, dtype).tower_operations
+    filling = sum(share * sum(map(through_tower, n.values())) for share, n in ((kept, learnt), (held_kept, held)))
+    cost = replace(cost, features=learnt_bytes + held_bytes, tower_operations=cost.tower_operations + filling)
     rates = (tflops * 1e12,) * 2 if tflops else measure_rates(config, shapes, cost.largest, device)
     memory = device_memory or device_memory_of(device)
     return RunPlan(
         cost=cost,
         images=len(patches),
+        held_out=len(held_patches),
         unusable=unusable,
+        seen_once=seen_once,
         kept=kept,
+        room=room,
+        cached=cache_use(cache_folder()).entries,
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
         device_memory=memory,

@@ -138,7 +138,6 @@ def train(
             backbone,
             cache_folder() if config.cache else None,
             limit_gb=config.cache_gb,
-            writers=processes.count,
             warn=lambda text: report("warning", text=text),
         )
         # Held-out images are seen again and again, at every save; training images once an epoch.
@@ -157,8 +156,8 @@ def train(
         if not train_examples:
             raise DataError(f"{', '.join(config.sources)}: no usable example in it. {_listed(bad)}")
         processes.on_main(lambda: _require_room(folder, adapter, config))
-        if features.complete(image for example in (*train_examples, *held_out) for image in example.images):
-            backbone.park_tower()  # its memory is the training's
+        # The tower's memory is the training's, if it can be.
+        features.park_tower(image for example in (*train_examples, *held_out) for image in example.images)
 
         def describe() -> None:
             with writing(folder):
@@ -170,8 +169,15 @@ def train(
         processes.require_same(identity)
         lessons = [lesson for lesson in lessons for _ in range(lesson.example.weight)]
         predicted, started = _prediction(config, shapes, features, lessons, processes), time.perf_counter()
+        ended: list[float] = []  # when each of the first steps did
+
+        def clock(kind: str, **values) -> None:
+            if kind == "step" and values["step"] <= 3:
+                ended.append(time.perf_counter())
+            report(kind, **values)
+
         steps = run_steps(
-            config, adapter, features, lessons, held_lessons, folder, identity, processes, report, stop, allow_change
+            config, adapter, features, lessons, held_lessons, folder, identity, processes, clock, stop, allow_change
         )
 
         def save() -> None:
@@ -181,8 +187,12 @@ def train(
                 measured = {"seconds": time.perf_counter() - started, "devices": processes.count}
                 if backbone.device.type == "cuda":
                     measured["memory_bytes"] = torch.cuda.max_memory_allocated(backbone.device)
-                report("cost", predicted=predicted, measured=measured)
-                line = {"predicted": asdict(predicted) | {"memory": predicted.memory}, "measured": measured}
+                seconds = None
+                if steps > 3 and config.save_every > 2:  # else there is nothing to predict, or a pause in what is timed
+                    seconds = ended[2] - started + predicted.seconds_left(ended[2] - ended[0])
+                report("cost", predicted=predicted, seconds=seconds, measured=measured)
+                told = asdict(predicted) | {"memory": predicted.memory, "seconds": seconds}
+                line = {"predicted": told, "measured": measured}
                 with writing(folder / "metrics.jsonl"), (folder / "metrics.jsonl").open("a", encoding="utf-8") as log:
                     log.write(json.dumps({"step": steps} | line) + "\n")
 
@@ -262,7 +272,6 @@ def _prediction(
         gpus=processes.count,
         sharded=processes.sharded,
         kept=1 - survey.missing_bytes / max(1, survey.num_bytes),
-        missing=0.0,
     )
 
 
