@@ -275,7 +275,8 @@ def predicted(job: dict) -> dict[str, float]:
         patches = {image: side * side for e in examples for image in e.images}
         plan = Plan([len(e.dialogues) for e in examples], batch_size=config.batch_size, epochs=1, seed=config.seed)
         settled = config.replace(micro_batch_tokens=micro_batch_tokens)
-        return [s for step in range(plan.num_steps) for s in micro_shapes(settled, plan, lessons, patches, step)]
+        shares = [micro_shapes(settled, plan, lessons, patches, step, 1) for step in range(plan.num_steps)]
+        return [shape for (own,) in shares for shape in own]
 
     # Plain: the tower in each step, and logits of every token.
     head = 4 * shapes.hidden * shapes.vocabulary
