@@ -131,6 +131,9 @@ class TrainReport:
         for part in parts:
             say(f"  {part.name:<22}{part.modules:>14,}{part.trained:>14,}{part.frozen:>16,}")
 
+    def tokens(self, done, total) -> None:
+        self.progress.count("Examples in tokens:", done, total)
+
     def survey(self, survey, folder, seen_once) -> None:
         size = f"{survey.images:,} images, {survey.num_bytes / 1e9:,.2f} GB"
         if folder is None:

@@ -142,8 +142,8 @@ def train(
         )
         # Held-out images are seen again and again, at every save; training images once an epoch.
         seen_once = sees_each_image_once(config, train_examples)
-        lessons, bad_texts = _lessons(config, backbone, features, train_examples)
-        held_lessons, bad_held_texts = _lessons(config, backbone, features, held_out)
+        lessons, bad_texts = _lessons(config, backbone, features, train_examples, report)
+        held_lessons, bad_held_texts = _lessons(config, backbone, features, held_out, report)
         bad += bad_texts + bad_held_texts
         _settle_bad_rows(config, bad)  # what is too long is known before hours in the tower
         lessons, bad_images = _with_images(features, lessons, processes, seen_once, report)
@@ -203,13 +203,14 @@ def train(
 
 
 def _lessons(
-    config: TrainConfig, backbone: Backbone, features: FeatureCache, examples: Sequence[Example]
+    config: TrainConfig, backbone: Backbone, features: FeatureCache, examples: Sequence[Example], report: Report
 ) -> tuple[list[Lesson], tuple[BadRow, ...]]:
     """Every dialogue in tokens, and the rows that cannot be; of the images the headers alone are looked at."""
     encoder = Encoder(backbone)
     lessons: list[Lesson] = []
     bad: list[BadRow] = []
-    for example in examples:
+    for done, example in enumerate(examples, start=1):
+        report("tokens", done=done, total=len(examples))
         try:
             grids = [features.grid(image) for image in example.images]
         except DataError as error:
