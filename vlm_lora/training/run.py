@@ -70,8 +70,8 @@ def train(
         resume: go on from the newest valid checkpoint of ``config.output``, or else of this data's newest run in
             ``runs`` that has not ended.
         allow_change: settings, or ``data``, ``val``, ``base``, that may differ from the checkpoint's.
-        report: called in every process with what happens: ``data``, ``folder``, ``parts``, ``survey``, ``cache``,
-            ``start``, ``step``, ``held_out``, ``best``, ``cost``, ``warning``, each with its values.
+        report: called in every process with what happens: ``data``, ``folder``, ``parts``, ``tokens``, ``survey``,
+            ``cache``, ``start``, ``step``, ``held_out``, ``best``, ``cost``, ``warning``, each with its values.
         stop: asked behind each step; where it gives a signal's number, the run saves and ends with `Stopped`.
 
     Raises:
