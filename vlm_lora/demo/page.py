@@ -35,7 +35,16 @@ STYLE = """
 """
 
 # Gradio's names for screen readers are thin: a thumbnail's is its number, a box with a copy button has none.
-SCRIPT = """() => { new MutationObserver(() => {
+# And nothing says when a request that was cancelled is over in the page: see `_ended` of the tabs.
+SCRIPT = """() => {
+const fetch = window.fetch;
+window.cancelling = 0;
+window.fetch = async (...asked) => {
+  const ends = /\\/(cancel|reset)$/.test(asked[0]);
+  window.cancelling += ends;
+  try { return await fetch(...asked); } finally { if (ends) setTimeout(() => window.cancelling--, 20); }
+};
+new MutationObserver(() => {
   const name = (element, text) => { if (text && element.ariaLabel !== text) element.ariaLabel = text; };
   for (const button of document.querySelectorAll('.thumbnail-item'))
     name(button, button.querySelector('.caption-label')?.textContent);
