@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import signal
 import threading
 import time
 import zipfile
@@ -314,6 +315,56 @@ def test_an_adapter_is_chosen_and_one_of_another_base_is_refused_in_a_sentence(c
     assert "event: error" in call(app, given(upload(app, picture.read_bytes())), "", *NUMBERS[:-1], "../etc")
 
 
+@pytest.mark.parametrize("host", ["127.0.0.2", "::1", "localhost"])
+def test_loopback_has_other_addresses_too(asked_for, host):
+    launch(host=host, block=False)
+    address = f"[{host}]" if ":" in host else host
+    assert asked_for["server_name"] == address
+    allowed = asked_for["app_kwargs"]["middleware"][0].kwargs["allowed_hosts"]
+    assert set(allowed) == {*LOOPBACK, address}
+
+
+def test_ipv6_loopback_is_served_and_a_foreign_name_refused(captioner, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    app = build_app(captioner)
+    try:
+        app.launch(server_name="[::1]", server_port=None, **safe_settings([*LOOPBACK, "[::1]"]))
+    except OSError:
+        pytest.skip("no IPv6 here")
+    try:
+        assert httpx.get(f"{app.local_url}config").status_code == 200
+        assert httpx.get(f"{app.local_url}config", headers={"Host": "evil.example"}).status_code == 400
+    finally:
+        app.close(verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--port", "99999"], "--port 99999: is no port. Give one from 1 to 65535."),
+        (["--port", "-1"], "--port -1: is no port."),
+        (["--host", "300.1.1.1", "--no-auth"], "--host 300.1.1.1: is no address of this machine."),
+        (["--adapter", "nowhere"], "--adapter nowhere: there is no such folder."),
+        (["--adapter", "data"], "--adapter data: holds no adapter."),
+    ],
+)
+def test_what_cannot_be_served_is_told_before_anything_is_loaded(flags, told, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setattr("vlm_lora.Captioner", None, raising=False)
+    assert main(["demo", *flags]) in (1, 2)
+    error = capsys.readouterr().err
+    assert told in error
+    assert "The demo is on" not in error
+
+
+def test_a_name_behind_a_proxy_is_allowed(asked_for, monkeypatch):
+    monkeypatch.setattr(demo.gr.Blocks, "block_thread", lambda app: None)
+    assert main(["demo", "--allowed-host", "demo.example"]) == 0
+    allowed = asked_for["app_kwargs"]["middleware"][0].kwargs["allowed_hosts"]
+    assert set(allowed) == {*LOOPBACK, "demo.example"}
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "::", "example.org"])
 def test_another_host_needs_a_password(host, capsys):
     with pytest.raises(ConfigError, match=re.escape(host)):
@@ -346,9 +397,21 @@ def asked_for(monkeypatch):
     found = {}
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     monkeypatch.setattr(demo.gr.Blocks, "launch", lambda app, **settings: found.update(settings))
+    monkeypatch.setattr(demo.signal, "signal", lambda which, _: found.update(caught=which))
     monkeypatch.setattr(demo.gr.Blocks, "close", lambda app, **_: found.update(closed=True))
     monkeypatch.setattr("vlm_lora.Captioner", type("Loads", (), {"load": lambda *_: Parrot()}), raising=False)
     return found
+
+
+def test_being_told_to_end_while_it_starts_leaves_nothing(asked_for, monkeypatch):
+    def terminated(app, **_):
+        assert asked_for["caught"] == signal.SIGTERM
+        raise KeyboardInterrupt  # as the handler does
+
+    monkeypatch.setattr(demo.gr.Blocks, "launch", terminated)
+    with pytest.raises(KeyboardInterrupt):
+        launch()
+    assert asked_for["closed"]
 
 
 def test_user_and_password_come_from_the_environment_too(asked_for, monkeypatch):
@@ -365,7 +428,7 @@ def test_where_no_public_link_is_to_be_had_the_demo_does_not_stay(asked_for):
     assert asked_for["share"] is True
     assert asked_for["closed"]
     (middleware,) = asked_for["app_kwargs"]["middleware"]
-    assert middleware.kwargs["allowed_hosts"] == [*LOOPBACK, "*.gradio.live"]
+    assert set(middleware.kwargs["allowed_hosts"]) == {*LOOPBACK, "*.gradio.live"}
 
 
 def test_with_a_password_the_page_is_closed_to_others(captioner, tmp_path, monkeypatch):
