@@ -23,6 +23,7 @@ from vlm_lora.config import TrainConfig, write_yaml  # noqa: E402
 from vlm_lora.demo import LOOPBACK, build_app, launch, safe_settings  # noqa: E402
 from vlm_lora.demo.downloads import FORMATS, unlike, write_captions  # noqa: E402
 from vlm_lora.demo.runs import Evaluations, Pictures, find_runs, read_losses  # noqa: E402
+from vlm_lora.demo.speaker import Speaker  # noqa: E402
 from vlm_lora.errors import AdapterError, ConfigError, DataError  # noqa: E402
 
 HTML = "<img src=x onerror=alert(1)>"
@@ -234,6 +235,31 @@ def test_other_failures_are_plain_too(app, picture, prompt, told):
     assert "event: error" in events
     assert told in events
     assert "/some/path" not in events
+
+
+def test_an_upload_that_is_gone_is_to_be_chosen_again(app, picture):
+    path = upload(app, picture.read_bytes())
+    Path(path).unlink()
+    assert "Choose it again." in call(app, given(path), "", *NUMBERS)
+
+
+def test_who_has_to_wait_is_told_once(picture, monkeypatch):
+    told, loaded = [], Future()
+    loaded.set_result(Parrot())
+    monkeypatch.setattr(demo.gr, "Info", told.append)
+    speaker = Speaker(loaded, {}, "")
+    numbers = {"max_new_tokens": 8}
+    with speaker.decoding:  # somebody else's turn
+        said = speaker.say(ImageRef(path=picture, name="a.png"), "Red?", numbers, "", ("base",))
+        assert [next(said), next(said)] == [("", "")] * 2
+    assert list(said)[-1] == (f"base {HTML} Red?", "")
+    assert told == ["The model is busy with another request; yours comes after it."]
+
+
+def test_the_evaluation_is_not_drawn_before_somebody_looks(app):
+    drawn = [fn.name for fn in app.fns.values() if "gallery" in [part.elem_id for part in fn.outputs]]
+    assert "show" in drawn
+    assert "look" not in drawn
 
 
 @pytest.mark.parametrize("numbers", [(100_000, 0, 1, 0), (32, -1, 1, 0), (32, 0, 5, 0), (32, 0, 1, -1)])
@@ -516,11 +542,12 @@ def captions(tmp_path):
             ("a.jpg", "two\nlines"),
             ("été 狐.png", HTML),
             ("c.webp", "=1+1 \u2028 end"),
+            ("without a suffix", "Five."),
         ]
     ):
         path = tmp_path / "given" / name
         path.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (8, 6), (60 * i, 0, 0)).save(path)
+        Image.new("RGB", (8, 6), (60 * i, 0, 0)).save(path, None if path.suffix else "PNG")
         found.append((name, text, ImageRef(path=path, name=name)))
     return found
 
@@ -544,7 +571,7 @@ def test_a_download_is_training_data(kind, captions, tmp_path):
         near = min(said, key=lambda red, i=i: abs(red - 60 * i))  # a JPEG and a WebP change colours a little
         assert abs(near - 60 * i) < 8
         assert said[near] == text
-    assert len(said) == 4
+    assert len(said) == 5
     if file.suffix == ".csv":
         assert (place / file.name).read_text().startswith("image,caption")
 

@@ -52,6 +52,11 @@ new MutationObserver(() => {
     name(label.querySelector('textarea'), label.querySelector('[data-testid=block-info]')?.textContent.trim());
 }).observe(document.body, {childList: true, subtree: true, characterData: true}); }"""
 
+IF_OPEN = """adapter => {
+  if (!document.querySelector('#gallery')?.offsetParent) throw new Error('nobody looks');
+  return adapter;
+}"""
+
 
 def build_app(
     captioner: "Captioner | Future[Captioner]",
@@ -102,24 +107,28 @@ def build_app(
         with gr.Tab("Picture"):
             one = one_picture_tab(desk)
         with gr.Tab("Several"):
-            several_pictures_tab(desk)
-        with gr.Tab("Evaluation"):
+            several = several_pictures_tab(desk)
+        with gr.Tab("Evaluation") as evaluation_opened:
             evaluation = evaluation_tab(desk)
         with gr.Accordion("Advanced: length and sampling", open=False):
             for number in numbers:
                 number.render()
 
         timer = gr.Timer(1, active=not future.done())
-        outputs = [status, timer, *one.outputs, *evaluation.outputs]
+        outputs = [status, timer, *one.outputs, *several.outputs]
 
         def look(adapter: str):
             """How far the loading is: on opening the page, and once a second until it is done."""
             if not future.done():
                 told = f"Loading {loading}: {time.monotonic() - started:.0f} s. You can choose a picture already."
                 return [told, gr.skip()] + [gr.skip()] * (len(outputs) - 2)
-            return [gr.Textbox(visible=False), gr.Timer(active=False), *one.show(adapter), *evaluation.show(adapter)]
+            return [gr.Textbox(visible=False), gr.Timer(active=False), *one.show(adapter), *several.show(adapter)]
 
         gr.on([app.load, timer.tick, adapter.change], look, adapter, outputs, queue=False, **QUIETLY)
+        # Thumbnails of large photos take long: they are made when somebody looks.
+        shown = {"fn": evaluation.show, "inputs": adapter, "outputs": evaluation.outputs, "queue": False}
+        evaluation_opened.select(**shown, show_progress="minimal", api_visibility="private")
+        adapter.change(**shown, js=IF_OPEN, **QUIETLY)
     app.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
     app.files = files  # deleted with the app
     return app

@@ -118,14 +118,18 @@ def one_picture_tab(desk: Desk) -> Tab:
     def show(adapter: str) -> list:
         rows = examples_of(adapter)
         shown = [(str(desk.pictures.whole(row.images[0])), f"Example: {_references(row)}") for row in rows]
-        asked = gr.Textbox(placeholder=f"Leave empty for: {desk.speaker.prompt(adapter)}")
         answer = gr.Textbox(label="Base" if adapter else "Answer")
-        return [asked, answer, gr.Textbox(visible=bool(adapter)), gr.Gallery(shown, visible=bool(shown))]
+        return [
+            _placeholder(desk, adapter),
+            answer,
+            gr.Textbox(visible=bool(adapter)),
+            gr.Gallery(shown, visible=bool(shown)),
+        ]
 
     return Tab([prompt, base, tuned, examples], show)
 
 
-def several_pictures_tab(desk: Desk) -> None:
+def several_pictures_tab(desk: Desk) -> Tab:
     """Several pictures; their captions in a table, to be corrected and taken away as training data."""
     files = SafeFiles(
         label=f"Pictures, up to {MAX_FILES}", file_count="multiple", file_types=["image"], height=160, elem_id="files"
@@ -156,6 +160,7 @@ def several_pictures_tab(desk: Desk) -> None:
         if not images:
             raise plain("Choose some pictures first.")
         asked, numbers = _asked(prompt), _decoding(max_new_tokens, temperature, top_p, seed)
+        yield [], "Waiting for the model."
         desk.speaker.prompt(adapter)  # an adapter that does not fit is told once, not for each picture
         rows, wrong = [], []
         for name, image in _by_name(images).items():
@@ -193,6 +198,8 @@ def several_pictures_tab(desk: Desk) -> None:
     make.click(download, [kind, files, table], file, api_visibility="private")
     # A file with other captions than the table's must not be taken for it.
     gr.on([table.change, files.change, kind.change], lambda: gr.File(visible=False), None, file, queue=False, **QUIETLY)
+
+    return Tab([prompt], lambda adapter: [_placeholder(desk, adapter)])
 
 
 def evaluation_tab(desk: Desk) -> Tab:
@@ -255,9 +262,13 @@ def _ended(tab: str, then: str = "given") -> str:
     """
     return f"""async (...given) => {{
         const events = window.events ??= {{}}, mine = events.{tab} = (events.{tab} ?? 0) + 1;
+        const settled = async () => {{
+            do await new Promise(done => setTimeout(done, 20)); while (window.cancelling);
+            if (mine !== events.{tab}) throw new Error('a later one goes on');
+        }};
+        if (window.cancelling) await settled();  // one at a time: a second cancel fails on the server
         document.getElementById('{tab}-end').click();
-        do await new Promise(done => setTimeout(done, 20)); while (window.cancelling);
-        if (mine !== events.{tab}) throw new Error('a later one goes on');
+        await settled();
         return {then};
     }}"""
 
@@ -274,6 +285,10 @@ def _prompt() -> gr.Textbox:
         max_length=MAX_PROMPT,
         max_lines=6,
     )
+
+
+def _placeholder(desk: Desk, adapter: str) -> gr.Textbox:
+    return gr.Textbox(placeholder=f"Leave empty for: {desk.speaker.prompt(adapter)}")
 
 
 def _said(label: str, lines: int = 1, visible: bool = True) -> gr.Textbox:
