@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import signal
 import threading
 import time
 import zipfile
@@ -22,6 +23,7 @@ from vlm_lora.config import TrainConfig, write_yaml  # noqa: E402
 from vlm_lora.demo import LOOPBACK, build_app, launch, safe_settings  # noqa: E402
 from vlm_lora.demo.downloads import FORMATS, unlike, write_captions  # noqa: E402
 from vlm_lora.demo.runs import Evaluations, Pictures, find_runs, read_losses  # noqa: E402
+from vlm_lora.demo.speaker import Speaker  # noqa: E402
 from vlm_lora.errors import AdapterError, ConfigError, DataError  # noqa: E402
 
 HTML = "<img src=x onerror=alert(1)>"
@@ -235,6 +237,31 @@ def test_other_failures_are_plain_too(app, picture, prompt, told):
     assert "/some/path" not in events
 
 
+def test_an_upload_that_is_gone_is_to_be_chosen_again(app, picture):
+    path = upload(app, picture.read_bytes())
+    Path(path).unlink()
+    assert "Choose it again." in call(app, given(path), "", *NUMBERS)
+
+
+def test_who_has_to_wait_is_told_once(picture, monkeypatch):
+    told, loaded = [], Future()
+    loaded.set_result(Parrot())
+    monkeypatch.setattr(demo.gr, "Info", told.append)
+    speaker = Speaker(loaded, {}, "")
+    numbers = {"max_new_tokens": 8}
+    with speaker.decoding:  # somebody else's turn
+        said = speaker.say(ImageRef(path=picture, name="a.png"), "Red?", numbers, "", ("base",))
+        assert [next(said), next(said)] == [("", "")] * 2
+    assert list(said)[-1] == (f"base {HTML} Red?", "")
+    assert told == ["The model is busy with another request; yours comes after it."]
+
+
+def test_the_evaluation_is_not_drawn_before_somebody_looks(app):
+    drawn = [fn.name for fn in app.fns.values() if "gallery" in [part.elem_id for part in fn.outputs]]
+    assert "show" in drawn
+    assert "look" not in drawn
+
+
 @pytest.mark.parametrize("numbers", [(100_000, 0, 1, 0), (32, -1, 1, 0), (32, 0, 5, 0), (32, 0, 1, -1)])
 def test_numbers_out_of_bounds_are_refused(app, captioner, picture, numbers):
     before = len(captioner.asked)
@@ -314,6 +341,56 @@ def test_an_adapter_is_chosen_and_one_of_another_base_is_refused_in_a_sentence(c
     assert "event: error" in call(app, given(upload(app, picture.read_bytes())), "", *NUMBERS[:-1], "../etc")
 
 
+@pytest.mark.parametrize("host", ["127.0.0.2", "::1", "localhost"])
+def test_loopback_has_other_addresses_too(asked_for, host):
+    launch(host=host, block=False)
+    address = f"[{host}]" if ":" in host else host
+    assert asked_for["server_name"] == address
+    allowed = asked_for["app_kwargs"]["middleware"][0].kwargs["allowed_hosts"]
+    assert set(allowed) == {*LOOPBACK, address}
+
+
+def test_ipv6_loopback_is_served_and_a_foreign_name_refused(captioner, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    app = build_app(captioner)
+    try:
+        app.launch(server_name="[::1]", server_port=None, **safe_settings([*LOOPBACK, "[::1]"]))
+    except OSError:
+        pytest.skip("no IPv6 here")
+    try:
+        assert httpx.get(f"{app.local_url}config").status_code == 200
+        assert httpx.get(f"{app.local_url}config", headers={"Host": "evil.example"}).status_code == 400
+    finally:
+        app.close(verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--port", "99999"], "--port 99999: is no port. Give one from 1 to 65535."),
+        (["--port", "-1"], "--port -1: is no port."),
+        (["--host", "300.1.1.1", "--no-auth"], "--host 300.1.1.1: is no address of this machine."),
+        (["--adapter", "nowhere"], "--adapter nowhere: there is no such folder."),
+        (["--adapter", "data"], "--adapter data: holds no adapter."),
+    ],
+)
+def test_what_cannot_be_served_is_told_before_anything_is_loaded(flags, told, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setattr("vlm_lora.Captioner", None, raising=False)
+    assert main(["demo", *flags]) in (1, 2)
+    error = capsys.readouterr().err
+    assert told in error
+    assert "The demo is on" not in error
+
+
+def test_a_name_behind_a_proxy_is_allowed(asked_for, monkeypatch):
+    monkeypatch.setattr(demo.gr.Blocks, "block_thread", lambda app: None)
+    assert main(["demo", "--allowed-host", "demo.example"]) == 0
+    allowed = asked_for["app_kwargs"]["middleware"][0].kwargs["allowed_hosts"]
+    assert set(allowed) == {*LOOPBACK, "demo.example"}
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "::", "example.org"])
 def test_another_host_needs_a_password(host, capsys):
     with pytest.raises(ConfigError, match=re.escape(host)):
@@ -346,9 +423,21 @@ def asked_for(monkeypatch):
     found = {}
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     monkeypatch.setattr(demo.gr.Blocks, "launch", lambda app, **settings: found.update(settings))
+    monkeypatch.setattr(demo.signal, "signal", lambda which, _: found.update(caught=which))
     monkeypatch.setattr(demo.gr.Blocks, "close", lambda app, **_: found.update(closed=True))
     monkeypatch.setattr("vlm_lora.Captioner", type("Loads", (), {"load": lambda *_: Parrot()}), raising=False)
     return found
+
+
+def test_being_told_to_end_while_it_starts_leaves_nothing(asked_for, monkeypatch):
+    def terminated(app, **_):
+        assert asked_for["caught"] == signal.SIGTERM
+        raise KeyboardInterrupt  # as the handler does
+
+    monkeypatch.setattr(demo.gr.Blocks, "launch", terminated)
+    with pytest.raises(KeyboardInterrupt):
+        launch()
+    assert asked_for["closed"]
 
 
 def test_user_and_password_come_from_the_environment_too(asked_for, monkeypatch):
@@ -365,7 +454,7 @@ def test_where_no_public_link_is_to_be_had_the_demo_does_not_stay(asked_for):
     assert asked_for["share"] is True
     assert asked_for["closed"]
     (middleware,) = asked_for["app_kwargs"]["middleware"]
-    assert middleware.kwargs["allowed_hosts"] == [*LOOPBACK, "*.gradio.live"]
+    assert set(middleware.kwargs["allowed_hosts"]) == {*LOOPBACK, "*.gradio.live"}
 
 
 def test_with_a_password_the_page_is_closed_to_others(captioner, tmp_path, monkeypatch):
@@ -453,11 +542,12 @@ def captions(tmp_path):
             ("a.jpg", "two\nlines"),
             ("été 狐.png", HTML),
             ("c.webp", "=1+1 \u2028 end"),
+            ("without a suffix", "Five."),
         ]
     ):
         path = tmp_path / "given" / name
         path.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (8, 6), (60 * i, 0, 0)).save(path)
+        Image.new("RGB", (8, 6), (60 * i, 0, 0)).save(path, None if path.suffix else "PNG")
         found.append((name, text, ImageRef(path=path, name=name)))
     return found
 
@@ -481,7 +571,7 @@ def test_a_download_is_training_data(kind, captions, tmp_path):
         near = min(said, key=lambda red, i=i: abs(red - 60 * i))  # a JPEG and a WebP change colours a little
         assert abs(near - 60 * i) < 8
         assert said[near] == text
-    assert len(said) == 4
+    assert len(said) == 5
     if file.suffix == ".csv":
         assert (place / file.name).read_text().startswith("image,caption")
 

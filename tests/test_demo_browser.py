@@ -141,7 +141,82 @@ def test_upload_and_caption_by_base_and_tuned(open_page, pictures, says_slowly):
     assert len(page.evaluate("[...window.grown]")) > 2  # it came word by word
     page.get_by_role("textbox", name="Question").fill("Is there a cat?")
     caption(page)
-    expect(said(page, "Base")).not_to_have_value(base, timeout=SLOW)
+    expect(said(page, "Base")).to_have_value(re.compile(r"^(Yes|No)\b.*\.$"), timeout=SLOW)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What a model was asked that answers with the question, and a number ten times a second, for one and a half."""
+    from vlm_lora import Captioner
+
+    requests = []
+
+    def stream(self, image, request=None, **_):
+        requests.append(request)
+        for i in range(15):
+            time.sleep(0.1)
+            yield f"{request} {i}" + "." * (i == 14)
+
+    monkeypatch.setattr(Captioner, "stream", stream)
+    return requests
+
+
+def test_a_new_question_ends_the_answer_before(open_page, pictures, asked):
+    page = open_page()
+    upload(page, pictures[0])
+    question = page.get_by_role("textbox", name="Question")
+    for i in range(2):
+        question.fill(f"Q{i}")
+        question.press("Enter")
+        expect(said(page, "Tuned")).to_have_value(re.compile(f"^Q{i} "), timeout=SLOW)
+    caption(page)  # twice, as people do; and then the click right after the last word
+    caption(page)
+    for i in range(3):
+        expect(said(page, "Base")).to_have_value(re.compile(r"\.$"), timeout=SLOW)
+        question.fill(f"Last {i}")
+        question.press("Enter")
+        expect(said(page, "Base")).to_have_value("", timeout=SLOW)
+    expect(said(page, "Base")).to_have_value("Last 2 14.", timeout=SLOW)
+    assert said(page, "Tuned").input_value() == "Last 2 14."
+    assert asked[:2] == ["Q0", "Q1"]
+
+
+def test_stop_ends_all_that_was_asked(open_page, pictures, asked):
+    page = open_page()
+    upload(page, pictures[0])
+    question, stop = page.get_by_role("textbox", name="Question"), page.get_by_role("button", name="Stop").first
+    for i, wait in enumerate((0, 100, 1000)):
+        question.fill(f"first {i}")
+        caption(page)
+        expect(said(page, "Tuned")).to_have_value(re.compile("first"), timeout=SLOW)
+        question.fill(f"second {i}")
+        caption(page)
+        page.wait_for_timeout(wait)
+        stop.click()
+        page.wait_for_timeout(1000)
+        left = said(page, "Tuned").input_value()
+        page.wait_for_timeout(1000)
+        assert said(page, "Tuned").input_value() == left
+    asked.clear()
+    question.fill("third")
+    caption(page)
+    expect(said(page, "Base")).to_have_value("third 14.", timeout=SLOW)
+    assert asked == ["third", "third"]
+
+
+@pytest.mark.parametrize("change", ["example", "remove"])
+def test_an_old_answer_does_not_come_back_beside_another_picture(open_page, pictures, asked, change):
+    page = open_page()
+    for wait in (0, 130, 270):
+        upload(page, pictures[0])
+        caption(page)
+        expect(said(page, "Tuned")).to_have_value(re.compile("."), timeout=SLOW)
+        page.wait_for_timeout(wait)
+        if change == "example":
+            page.locator("#examples .thumbnail-item").nth(1).click()
+        page.locator("#picture").get_by_role("button", name=re.compile("Clear|Remove", re.IGNORECASE)).first.click()
+        page.wait_for_timeout(1500)
+        assert said(page, "Tuned").input_value() == ""
 
 
 def test_what_a_model_says_is_text(open_page, pictures, says_html):
@@ -242,6 +317,31 @@ def test_several_pictures_become_training_data(open_page, pictures, tmp_path, sa
     texts = [example.dialogues[0].turns[0].assistant for example in data.examples]
     assert "Corrected by hand." in texts
     assert sum(text.startswith("<img") for text in texts) == 2
+
+
+def test_captions_do_not_go_over_to_other_pictures_of_the_same_name(open_page, pictures, tmp_path, asked):
+    page = open_page()
+    for i in range(2):
+        (tmp_path / f"{i}").mkdir()
+        shutil.copy(pictures[i], tmp_path / f"{i}/IMG.png")
+    page.get_by_role("tab", name="Several").click()
+    files, told, cells = (
+        page.locator("#files"),
+        page.get_by_label("How far it is"),
+        page.locator("#table [role=gridcell]"),
+    )
+    files.locator("input[type=file]").set_input_files(tmp_path / "0/IMG.png")
+    expect(files.get_by_text("IMG")).to_be_visible(timeout=SLOW)
+    page.get_by_role("button", name="Caption all").click()
+    expect(told).to_have_value("1 of 1 captioned.", timeout=SLOW)
+    expect(cells.nth(1)).to_have_text("None 14.", timeout=SLOW)
+    files.get_by_role("button", name=re.compile("clear|remove", re.IGNORECASE)).first.click()
+    expect(told).to_have_value("", timeout=SLOW)
+    files.locator("input[type=file]").set_input_files(tmp_path / "1/IMG.png")
+    expect(files.get_by_text("IMG")).to_be_visible(timeout=SLOW)
+    expect(cells.filter(has_text="None 14.")).to_have_count(0)
+    page.get_by_role("button", name="Make the file").click()
+    expect(page.get_by_test_id("toast-body").first).to_contain_text("There are no captions yet", timeout=SLOW)
 
 
 def test_the_evaluation_by_keyboard_alone(open_page):

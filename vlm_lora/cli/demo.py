@@ -18,6 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="TEXT", help="address to listen on (default: 127.0.0.1, this machine)"
     )
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name under which the demo is reached, behind a proxy say; may be given several times",
+    )
     parser.add_argument("--share", action="store_true", help="also a public link, through gradio's servers")
     parser.add_argument(
         "--auth",
@@ -46,5 +53,6 @@ def run(options: argparse.Namespace) -> int:
         share=options.share,
         auth=(user, password) if given else None,
         without_auth=options.no_auth,
+        allowed_hosts=options.allowed_host,
     )
     return 0

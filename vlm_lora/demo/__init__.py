@@ -5,8 +5,10 @@ Made to be shown to a colleague, and safe by default: on this machine only, no o
 nothing sent to anybody, uploads and answers bounded, and what a model says shown as plain text alone.
 """
 
+import ipaddress
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -56,33 +58,43 @@ def launch(
         block: stay until Ctrl-C.
 
     Raises:
-        ConfigError: the port is taken, there is no public link to be had, or the demo would be open to others
-            and there is no ``auth``.
+        ConfigError: the port is taken, the host is none of this machine's, the adapter is not there, there is no
+            public link to be had, or the demo would be open to others and there is no ``auth``.
         VlmLoraError: the model or the adapter cannot be loaded.
     """
-    if (share or host not in LOOPBACK) and not auth and not without_auth:
+    local = _is_loopback(host)
+    if (share or not local) and not auth and not without_auth:
         flag, whom = ("--share", "the internet") if share else (f"--host {host}", "whoever can reach this machine")
         raise ConfigError(
             f"{flag} opens the demo to {whom}. Give a user and a password with --auth, or say --no-auth if "
             "that is what you want."
         )
+    if port is not None and not 0 < port < 2**16:
+        raise ConfigError(f"--port {port}: is no port. Give one from 1 to 65535.")
+    runs = find_runs(adapter)
+    if block and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # else uploads would stay behind
     folder = tempfile.TemporaryDirectory(prefix="vlm-lora-demo-", ignore_cleanup_errors=True)
     os.environ["GRADIO_TEMP_DIR"] = folder.name  # by default uploads lie in a folder that outlives the demo
     loading: Future = Future()
-    runs = find_runs(adapter)
     base = Path(model).name if model else "the base model"  # names alone: the page shows no path
     chosen = next(iter(runs)) if adapter else ""
     what = f"{base} with {chosen}" if adapter else base
     app = build_app(loading, runs=runs, chosen=chosen, loading=what)
     app.folder = folder  # deleted with the app
-    hosts = [*LOOPBACK, *allowed_hosts, *([SHARED] if share else [])]
-    if host not in LOOPBACK and not allowed_hosts:
+    name = f"[{host}]" if ":" in host else host  # as in an address
+    hosts = [*({*LOOPBACK, name} if local else LOOPBACK), *allowed_hosts, *([SHARED] if share else [])]
+    if not local and not allowed_hosts:
         hosts = ["*"]
     try:
-        app.launch(server_name=host, server_port=port, auth=auth, **safe_settings(hosts) | {"share": share})
-    except OSError as error:
-        raise ConfigError(f"--port {port}: in use, or not allowed on {host}. Give another one.") from error
-    try:
+        try:
+            app.launch(server_name=name, server_port=port, auth=auth, **safe_settings(hosts, share))
+        except OSError as error:
+            if not _is_own(host):
+                raise ConfigError(
+                    f"--host {host}: is no address of this machine. Leave it out, or give one."
+                ) from error
+            raise ConfigError(f"--port {port}: in use, or not allowed on {host}. Give another one.") from error
         if share and not app.share_url:
             raise ConfigError("--share: gradio gave no public link; is there a way to the internet? Or leave it out.")
         public = f" and, for anyone, on {app.share_url}" if share else ""
@@ -92,8 +104,6 @@ def launch(
         loading.set_result(Captioner.load(model, adapter))
         print("Ready.", file=sys.stderr, flush=True)
         if block:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, signal.default_int_handler)  # else uploads would stay behind
             app.block_thread()
     except BaseException:
         app.close(verbose=False)
@@ -101,10 +111,26 @@ def launch(
     return app
 
 
-def safe_settings(hosts: Sequence[str]) -> dict:
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host in LOOPBACK
+
+
+def _is_own(host: str) -> bool:
+    """If this machine can listen there, on any port."""
+    try:
+        socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError:
+        return False
+    return True
+
+
+def safe_settings(hosts: Sequence[str], share: bool = False) -> dict:
     """What `gr.Blocks.launch` is to be called with; all said, as environment variables could turn them on."""
     return {
-        "share": False,
+        "share": share,
         "app_kwargs": {"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))]},
         "max_file_size": MAX_UPLOAD,
         "max_threads": 8,

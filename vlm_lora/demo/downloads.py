@@ -1,11 +1,14 @@
 """Captions of several pictures as files that are training data as they are."""
 
 import csv
+import io
 import json
 import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from PIL import Image
 
 from vlm_lora import ImageRef
 
@@ -31,6 +34,11 @@ def unlike(names: Sequence[str], stems: bool = False) -> list[str]:
     return found
 
 
+def _kind(picture: ImageRef) -> str:
+    with Image.open(io.BytesIO(picture.read_bytes())) as image:
+        return image.format.lower()
+
+
 def write_captions(kind: str, captions: Sequence[tuple[str, str, ImageRef]], folder: Path) -> Path:
     """One of `FORMATS`, from name, caption and picture of each."""
     file = folder / FORMATS[kind]
@@ -41,7 +49,9 @@ def write_captions(kind: str, captions: Sequence[tuple[str, str, ImageRef]], fol
         with file.open("w", encoding="utf-8", newline="") as target:
             csv.writer(target).writerows([("image", "caption"), *((name, text) for name, text, _ in captions)])
     else:
-        names = unlike([name for name, _, _ in captions], stems=True)
+        # Unpacked, a picture without a suffix would not be taken for one.
+        names = [name if Path(name).suffix else f"{name}.{_kind(picture)}" for name, _, picture in captions]
+        names = unlike(names, stems=True)
         with zipfile.ZipFile(file, "w") as target:  # stored: pictures are compressed already
             for name, (_, text, picture) in zip(names, captions, strict=True):
                 target.writestr(name, picture.read_bytes())

@@ -37,6 +37,8 @@ def _reference(file) -> ImageRef:
     """By reference, so that both models share what the tower made of it; named as on their machine."""
     if not file.path:
         raise plain("The picture did not arrive. Choose it again.")
+    if not Path(file.path).is_file():
+        raise plain("The picture is no longer here: uploads are kept for an hour. Choose it again.")
     name = re.sub(r'[\\/:*?"<>|\x00-\x1f]', "_", Path(file.orig_name or "").name).lstrip(".")
     return ImageRef(path=Path(file.path), name=name or "the picture")
 

@@ -35,13 +35,27 @@ STYLE = """
 """
 
 # Gradio's names for screen readers are thin: a thumbnail's is its number, a box with a copy button has none.
-SCRIPT = """() => { new MutationObserver(() => {
+# And nothing says when a request that was cancelled is over in the page: see `_ended` of the tabs.
+SCRIPT = """() => {
+const fetch = window.fetch;
+window.cancelling = 0;
+window.fetch = async (...asked) => {
+  const ends = /\\/(cancel|reset)$/.test(asked[0]);
+  window.cancelling += ends;
+  try { return await fetch(...asked); } finally { if (ends) setTimeout(() => window.cancelling--, 20); }
+};
+new MutationObserver(() => {
   const name = (element, text) => { if (text && element.ariaLabel !== text) element.ariaLabel = text; };
   for (const button of document.querySelectorAll('.thumbnail-item'))
     name(button, button.querySelector('.caption-label')?.textContent);
   for (const label of document.querySelectorAll('.answer label'))
     name(label.querySelector('textarea'), label.querySelector('[data-testid=block-info]')?.textContent.trim());
 }).observe(document.body, {childList: true, subtree: true, characterData: true}); }"""
+
+IF_OPEN = """adapter => {
+  if (!document.querySelector('#gallery')?.offsetParent) throw new Error('nobody looks');
+  return adapter;
+}"""
 
 
 def build_app(
@@ -93,24 +107,28 @@ def build_app(
         with gr.Tab("Picture"):
             one = one_picture_tab(desk)
         with gr.Tab("Several"):
-            several_pictures_tab(desk)
-        with gr.Tab("Evaluation"):
+            several = several_pictures_tab(desk)
+        with gr.Tab("Evaluation") as evaluation_opened:
             evaluation = evaluation_tab(desk)
         with gr.Accordion("Advanced: length and sampling", open=False):
             for number in numbers:
                 number.render()
 
         timer = gr.Timer(1, active=not future.done())
-        outputs = [status, timer, *one.outputs, *evaluation.outputs]
+        outputs = [status, timer, *one.outputs, *several.outputs]
 
         def look(adapter: str):
             """How far the loading is: on opening the page, and once a second until it is done."""
             if not future.done():
                 told = f"Loading {loading}: {time.monotonic() - started:.0f} s. You can choose a picture already."
                 return [told, gr.skip()] + [gr.skip()] * (len(outputs) - 2)
-            return [gr.Textbox(visible=False), gr.Timer(active=False), *one.show(adapter), *evaluation.show(adapter)]
+            return [gr.Textbox(visible=False), gr.Timer(active=False), *one.show(adapter), *several.show(adapter)]
 
         gr.on([app.load, timer.tick, adapter.change], look, adapter, outputs, queue=False, **QUIETLY)
+        # Thumbnails of large photos take long: they are made when somebody looks.
+        shown = {"fn": evaluation.show, "inputs": adapter, "outputs": evaluation.outputs, "queue": False}
+        evaluation_opened.select(**shown, show_progress="minimal", api_visibility="private")
+        adapter.change(**shown, js=IF_OPEN, **QUIETLY)
     app.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
     app.files = files  # deleted with the app
     return app

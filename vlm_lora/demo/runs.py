@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlm_lora import ImageRef, VlmLoraError, load_image, read_dataset
 from vlm_lora.config import config_from, parse_columns, read_yaml
-from vlm_lora.errors import DataError
+from vlm_lora.errors import AdapterError, DataError
 
 if TYPE_CHECKING:
     from vlm_lora import Evaluation
@@ -32,8 +32,16 @@ def find_runs(adapter: str | Path | None, beside: str | Path = "runs") -> dict[s
     """Run folders by name: that of ``adapter`` first, then those beside it (without one: in ``beside``), newest first.
 
     An adapter folder that is in no run stands for itself.
+
+    Raises:
+        AdapterError: ``adapter`` holds none, or is no folder and the place for it is there. (A name of the hub
+            is looked up when it is loaded.)
     """
     given = Path(adapter).expanduser().resolve() if adapter else None
+    held = given and any((given / place / "adapter_config.json").is_file() for place in ("", "adapter"))
+    if given and given.parent.is_dir() and not held:
+        what = "holds no adapter" if given.exists() else "there is no such folder"
+        raise AdapterError(f"--adapter {adapter}: {what}. Give a run folder or an adapter folder.")
     if given and given.name == "adapter" and (given.parent / "config.yaml").is_file():
         given = given.parent
     place = given.parent if given else Path(beside).resolve()

@@ -38,6 +38,7 @@ class _Answer:
 
     base: str = ""
     tuned: str = ""
+    begun: bool = False
     cut: bool = False
     error: Exception | None = None
     changed: threading.Event = field(default_factory=threading.Event)
@@ -99,10 +100,14 @@ class Speaker:
         """(base, tuned) so far, whenever there is more; the decoding stops when the generator is closed."""
         answer = _Answer()
         threading.Thread(target=self._decode, args=(answer, image, prompt, numbers, name, who), daemon=True).start()
+        told = False
         try:
             while not answer.done.is_set():
                 answer.changed.wait(0.5)  # and not longer: only at a yield can Gradio close a generator
                 answer.changed.clear()
+                if self.decoding.locked() and not (answer.begun or told):
+                    gr.Info("The model is busy with another request; yours comes after it.")
+                    told = True
                 yield answer.base, answer.tuned
         finally:
             answer.stopped.set()
@@ -121,6 +126,7 @@ class Speaker:
 
             decoding = Decoding(**numbers)
             with self.decoding:
+                answer.begun = True
                 end = time.monotonic() + MAX_SECONDS
                 for speaker in who:
                     if answer.stopped.is_set():

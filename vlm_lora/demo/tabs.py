@@ -8,6 +8,7 @@ from pathlib import Path
 import gradio as gr
 import pandas as pd
 
+from vlm_lora import ImageRef
 from vlm_lora.config import DEFAULT_PROMPT
 from vlm_lora.demo.downloads import FORMATS, unlike, write_captions
 from vlm_lora.demo.inputs import MAX_FILES, SafeFiles, SafeImage, plain
@@ -60,6 +61,7 @@ def one_picture_tab(desk: Desk) -> Tab:
             with gr.Row():
                 go = gr.Button("Caption or answer", variant="primary", min_width=120)
                 stop = gr.Button("Stop", min_width=80, scale=0)
+                end = gr.Button(visible="hidden", elem_id="picture-end")
         with gr.Column(min_width=300):
             reference = _said("What the data says", visible=False)
             with gr.Row():
@@ -82,8 +84,8 @@ def one_picture_tab(desk: Desk) -> Tab:
         who = ("tuned", "base") if adapter else ("base",)
         yield from desk.speaker.say(image, _asked(prompt), numbers, adapter, who)
 
-    running = gr.on(
-        [go.click, prompt.submit],
+    begin = gr.on([go.click, prompt.submit], None, None, [base, tuned], js=_ended("picture", "['', '']"), **QUIETLY)
+    running = begin.success(
         caption,
         [image, prompt, *desk.numbers, desk.adapter],
         [base, tuned],
@@ -91,15 +93,15 @@ def one_picture_tab(desk: Desk) -> Tab:
         api_description="Caption a picture, or answer a question about it. The parameters are those of "
         "`vlm-lora caption`; an empty prompt asks for a caption. Gives what the base model says and what "
         "the tuned model says (empty without an adapter), as they grow.",
-        trigger_mode="once",
+        trigger_mode="multiple",
         show_progress="minimal",
     )
-    stop.click(None, cancels=[running])
+    end.click(None, cancels=[running])
+    stop.click(None, js=_ended("picture"), **QUIETLY)
     # Answers never stand beside another picture, or below another adapter, than the one they are about.
     answers = [base, tuned, reference]
-    clear = {"fn": lambda: ("", "", gr.Textbox("", visible=False)), "outputs": answers, "cancels": [running]}
-    image.input(**clear, queue=False, **QUIETLY)
-    desk.adapter.change(**clear, queue=False, **QUIETLY)
+    cleared = _ended("picture", "['', '', {__type__: 'update', value: '', visible: false}]")
+    gr.on([image.input, desk.adapter.change], None, None, answers, js=cleared, **QUIETLY)
 
     def examples_of(adapter: str) -> list:
         rows = desk.evaluations.examples(adapter, EXAMPLES)
@@ -110,19 +112,24 @@ def one_picture_tab(desk: Desk) -> Tab:
         told = gr.Textbox(_references(row), visible=True)
         return str(desk.pictures.whole(row.images[0])), row.question, "", "", told
 
-    examples.select(pick, desk.adapter, [image, prompt, *answers], cancels=[running], queue=False, **QUIETLY)
+    told = [image, prompt, *answers]
+    examples.select(pick, desk.adapter, told, js=_ended("picture"), queue=False, trigger_mode="multiple", **QUIETLY)
 
     def show(adapter: str) -> list:
         rows = examples_of(adapter)
         shown = [(str(desk.pictures.whole(row.images[0])), f"Example: {_references(row)}") for row in rows]
-        asked = gr.Textbox(placeholder=f"Leave empty for: {desk.speaker.prompt(adapter)}")
         answer = gr.Textbox(label="Base" if adapter else "Answer")
-        return [asked, answer, gr.Textbox(visible=bool(adapter)), gr.Gallery(shown, visible=bool(shown))]
+        return [
+            _placeholder(desk, adapter),
+            answer,
+            gr.Textbox(visible=bool(adapter)),
+            gr.Gallery(shown, visible=bool(shown)),
+        ]
 
     return Tab([prompt, base, tuned, examples], show)
 
 
-def several_pictures_tab(desk: Desk) -> None:
+def several_pictures_tab(desk: Desk) -> Tab:
     """Several pictures; their captions in a table, to be corrected and taken away as training data."""
     files = SafeFiles(
         label=f"Pictures, up to {MAX_FILES}", file_count="multiple", file_types=["image"], height=160, elem_id="files"
@@ -131,6 +138,7 @@ def several_pictures_tab(desk: Desk) -> None:
     with gr.Row():
         go = gr.Button("Caption all", variant="primary", min_width=120)
         stop = gr.Button("Stop", min_width=80, scale=0)
+        end = gr.Button(visible="hidden", elem_id="several-end")
     told = _said("How far it is", lines=2)
     table = gr.Dataframe(
         headers=["File", "Caption"],
@@ -152,9 +160,10 @@ def several_pictures_tab(desk: Desk) -> None:
         if not images:
             raise plain("Choose some pictures first.")
         asked, numbers = _asked(prompt), _decoding(max_new_tokens, temperature, top_p, seed)
+        yield [], "Waiting for the model."
         desk.speaker.prompt(adapter)  # an adapter that does not fit is told once, not for each picture
         rows, wrong = [], []
-        for name, image in zip(unlike([image.name for image in images]), images, strict=True):
+        for name, image in _by_name(images).items():
             try:
                 said = desk.speaker.say(image, asked, numbers, adapter, ("tuned",) if adapter else ("base",))
                 for texts in said:  # a caption that was stopped half-way never gets into the table
@@ -164,18 +173,21 @@ def several_pictures_tab(desk: Desk) -> None:
                 wrong.append(str(error.message))
         yield rows, "\n".join([f"{len(rows)} of {len(images)} captioned.", *wrong])
 
-    running = go.click(
+    running = go.click(None, js=_ended("several"), **QUIETLY).success(
         caption_all,
         [files, prompt, *desk.numbers, desk.adapter],
         [table, told],
         api_visibility="private",
-        trigger_mode="once",
+        trigger_mode="multiple",
         show_progress="minimal",
     )
-    stop.click(None, cancels=[running])
+    end.click(None, cancels=[running])
+    stop.click(None, js=_ended("several"), **QUIETLY)
+    # Captions belong to the pictures they were made of: others may have the same names.
+    files.change(lambda: ([], ""), None, [table, told], js=_ended("several"), queue=False, **QUIETLY)
 
     def download(kind, images, table) -> Iterator[gr.File]:
-        by_name = dict(zip(unlike([image.name for image in images]), images, strict=True))
+        by_name = _by_name(images)
         rows = [(str(name), str(text or "").strip()) for name, text in table]
         captions = [(name, text, by_name[name]) for name, text in rows if text and name in by_name]
         if not captions:
@@ -186,6 +198,8 @@ def several_pictures_tab(desk: Desk) -> None:
     make.click(download, [kind, files, table], file, api_visibility="private")
     # A file with other captions than the table's must not be taken for it.
     gr.on([table.change, files.change, kind.change], lambda: gr.File(visible=False), None, file, queue=False, **QUIETLY)
+
+    return Tab([prompt], lambda adapter: [_placeholder(desk, adapter)])
 
 
 def evaluation_tab(desk: Desk) -> Tab:
@@ -240,6 +254,29 @@ def evaluation_tab(desk: Desk) -> Tab:
 # -- small parts ---------------------------------------------------------------------------------------------
 
 
+def _ended(tab: str, then: str = "given") -> str:
+    """JavaScript of an event that first ends what is running in the tab, and waits until that is over in the page too.
+
+    Gradio drops a click while an answer is open in the page, and cancels without waiting: what was on its way
+    would still be shown. Of several such events the last one goes on, with ``then`` as its values.
+    """
+    return f"""async (...given) => {{
+        const events = window.events ??= {{}}, mine = events.{tab} = (events.{tab} ?? 0) + 1;
+        const settled = async () => {{
+            do await new Promise(done => setTimeout(done, 20)); while (window.cancelling);
+            if (mine !== events.{tab}) throw new Error('a later one goes on');
+        }};
+        if (window.cancelling) await settled();  // one at a time: a second cancel fails on the server
+        document.getElementById('{tab}-end').click();
+        await settled();
+        return {then};
+    }}"""
+
+
+def _by_name(images: list[ImageRef]) -> dict[str, ImageRef]:
+    return dict(zip(unlike([image.name for image in images]), images, strict=True))
+
+
 def _prompt() -> gr.Textbox:
     return gr.Textbox(
         "",
@@ -248,6 +285,10 @@ def _prompt() -> gr.Textbox:
         max_length=MAX_PROMPT,
         max_lines=6,
     )
+
+
+def _placeholder(desk: Desk, adapter: str) -> gr.Textbox:
+    return gr.Textbox(placeholder=f"Leave empty for: {desk.speaker.prompt(adapter)}")
 
 
 def _said(label: str, lines: int = 1, visible: bool = True) -> gr.Textbox:
