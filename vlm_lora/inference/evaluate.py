@@ -16,7 +16,8 @@ from vlm_lora.data.example import Example, ImageRef, Turn
 from vlm_lora.data.images import load_image
 from vlm_lora.errors import ConfigError, DataError
 from vlm_lora.inference import metrics
-from vlm_lora.inference.captioner import Captioner, Decoding
+from vlm_lora.inference.caption import Decoding
+from vlm_lora.inference.captioner import Captioner
 
 ROWS_AT_ONCE = 96
 """Questions decoded together."""

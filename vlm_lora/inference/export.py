@@ -17,7 +17,8 @@ from PIL import Image
 from vlm_lora.data.example import Dialogue, ImageRef, Turn
 from vlm_lora.data.images import load_image
 from vlm_lora.errors import AdapterError, CheckpointError, ConfigError, ModelError
-from vlm_lora.inference.captioner import Captioner, Decoding
+from vlm_lora.inference.caption import Decoding
+from vlm_lora.inference.captioner import Captioner
 from vlm_lora.model.adapters.base import base_of, find_adapter, read_contract, read_settings
 from vlm_lora.model.adapters.lora import merged_weights
 from vlm_lora.model.backbone import load_backbone, saved_dtype
