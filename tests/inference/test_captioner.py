@@ -209,6 +209,13 @@ def test_a_bad_image_gives_its_error_and_stops_nothing(captioner, files, tmp_pat
     assert results[3].text == captioner.answer(files[1], DEFAULT_PROMPT, decoding=SHORT)
 
 
+def test_arguments_that_ask_for_nothing(captioner, files):
+    assert captioner.answer(files[0], []) == []
+    for size in (0, -1):
+        with pytest.raises(ConfigError, match=f"batch_size is {size}; expected 1 or more images"):
+            next(captioner.caption(files, batch_size=size))
+
+
 def test_captioning_reads_the_cache_and_does_not_fill_it(checkpoints, files):
     reader = Captioner.load(str(checkpoints["qwen2_vl"]))
     list(reader.caption(files, decoding=SHORT))

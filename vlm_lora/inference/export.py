@@ -84,6 +84,8 @@ def merge(
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: is there already and not empty. Give a folder that is to be made.")
+    if target.exists() and os.path.samefile(target, os.getcwd()):
+        raise ConfigError(f"{target}: is the folder you are in, which cannot be replaced. Give another one.")
     model = model or base_of(found)
     contract = read_contract(found)
     pictures = [load_image(ImageRef(path=Path(image), name=str(image))) for image in images]
