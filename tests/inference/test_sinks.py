@@ -96,7 +96,7 @@ def test_names_with_line_breaks_and_those_that_look_so_are_two(here):
     assert [rows(names, "text").has(Path(name)) for name in names] == [True, False, False, False]
 
 
-@pytest.mark.parametrize("name", ["a b.png", "sub/c#?.png", "~$x.png"])
+@pytest.mark.parametrize("name", ["a b.png", "Foo12:30.png", "IMG: 1.png", "file:x.png", "sub/c#?.png", "~$x.png"])
 def test_metadata_loads_again(here, name):
     file = here / "in" / name
     file.parent.mkdir(parents=True)
