@@ -301,19 +301,26 @@ class Captioner:
         if alone:  # nothing to share: the branch goes with its prefix
             encoded = [_in_one(e) for e in encoded]
 
-        # 1. Every image's prefix, once. Without any (text only), branches start from nothing.
+        # 1. Every image's prefix, once, and what all of them begin with once for all. Without any prefix (text only),
+        # branches start from nothing.
         mask = torch.zeros(len(owner), 0, dtype=torch.long, device=device)
         if any(len(e.prefix_ids) for e in encoded):
-            ids, prefix_mask = _left_pad([e.prefix_ids for e in encoded], backbone.pad_token_id)
+            head = _common_head([e.prefix_ids for e in encoded], backbone.image_token_id)
+            mask = torch.ones(len(encoded), head, dtype=torch.long, device=device)
+            if head:
+                ids, positions = encoded[0].prefix_ids[None, :head], encoded[0].prefix_positions[:, None, :head]
+                backbone.forward(ids.to(device), mask[:1], positions.to(device), None, cache)
+                cache.batch_select_indices(torch.zeros(len(encoded), dtype=torch.long, device=device))
+            ids, prefix_mask = _left_pad([e.prefix_ids[head:] for e in encoded], backbone.pad_token_id)
             positions = torch.zeros(3, *ids.shape, dtype=torch.long)
             for i, e in enumerate(encoded):
-                positions[:, i, ids.shape[1] - len(e.prefix_ids) :] = e.prefix_positions
+                positions[:, i, ids.shape[1] - len(e.prefix_ids) + head :] = e.prefix_positions[:, head:]
             positions = positions.to(device)
             seen = [entry.features for entries in images for entry in entries]
             features = torch.cat(seen).to(device) if seen else None
-            prefix_mask = prefix_mask.to(device)
-            hidden = backbone.forward(ids.to(device), prefix_mask, positions, features, cache)[:, -1]
-            mask, position = prefix_mask, positions[0, :, -1:]
+            mask = torch.cat([mask, prefix_mask.to(device)], dim=1)
+            hidden = backbone.forward(ids.to(device), mask, positions, features, cache)[:, -1]
+            position = positions[0, :, -1:]
 
         # 2. Every branch behind its image's keys and values.
         if not alone:
@@ -417,6 +424,15 @@ def _in_one(encoded: Encoded) -> Encoded:
         torch.cat([encoded.prefix_positions, positions], dim=1),
         encoded.branches,
     )
+
+
+def _common_head(prefixes: Sequence[torch.Tensor], image_token_id: int) -> int:
+    """How many tokens several prefixes begin with alike, before any image and short of anyone's last token."""
+    width = min(map(len, prefixes)) - 1
+    if len(prefixes) == 1 or width < 1:
+        return 0
+    rows = torch.stack([prefix[:width] for prefix in prefixes])
+    return int(((rows == rows[0]).all(0) & (rows[0] != image_token_id)).long().cumprod(0).sum())
 
 
 def _left_pad(sequences: Sequence[torch.Tensor], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
