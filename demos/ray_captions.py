@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from vlm_lora import Captioner, Decoding
+from vlm_lora.data.readers.folders import images_below
 
 
 class Captions:
@@ -35,8 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     import ray.data
 
-    suffixes = (".jpg", ".jpeg", ".png", ".webp")
-    names = sorted(str(p.absolute()) for p in options.images.rglob("*") if p.suffix.lower() in suffixes)
+    names = [str(path.absolute()) for path in images_below(options.images)]
     rows = ray.data.from_items([{"image": name} for name in names])
     captioned = rows.map_batches(
         Captions,

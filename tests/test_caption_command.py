@@ -87,11 +87,30 @@ def test_files_folders_patterns_lists_and_stdin(caption, folder, capsys, monkeyp
     assert listed("photos/*.png") == ["photos/a.png", "photos/b.png"]
     assert listed("photos/**/c.png") == ["photos/below/c.png"]
     assert listed("photos/b.png", "photos") == ["photos/b.png", "photos/a.png"]  # none twice
+    assert listed("*") == listed("photos") == ["photos/a.png", "photos/b.png"]  # folders of a pattern are entered
     assert listed("photos/notes.md") == ["photos/notes.md"]  # who names a file means it
     (folder / "list").write_text("photos/b.png\r\nphotos/below\n")
     assert listed("--list", "photos/list") == ["photos/b.png", "photos/below/c.png"]
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"photos/a.png\0photos/b.png\0")))
     assert listed("-") == ["photos/a.png", "photos/b.png"]
+
+
+def test_a_name_that_looks_like_a_home(caption, tmp_path, monkeypatch, capsys):
+    picture(0).save(tmp_path / "~$photo.png")
+    assert caption(".", "--format", "jsonl") == 0
+    assert [set(row) for row in rows(capsys.readouterr().out)] == [{"image", "caption"}]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert caption("~/*.png", "--dry-run") == 0
+    assert capsys.readouterr().out == f"{tmp_path}/~$photo.png\n"
+
+
+def test_one_sidecar_that_cannot_be_written_stops_no_other(caption, folder, capsys):
+    (folder / "a.txt").mkdir()
+    assert caption("photos", "--format", "sidecar") == 3
+    err = capsys.readouterr().err.splitlines()
+    assert "photos/a.png: a.txt cannot be written: it is a folder or a device; expected a file" in err
+    assert err[-1] == "1 of 2 images could not be captioned."
+    assert (folder / "b.txt").is_file()
 
 
 def test_hostile_names_come_out_as_they_are(caption, tmp_path, capsys):
@@ -248,6 +267,10 @@ def test_adapters_side_by_side(caption, adapters, folder, checkpoints, capsys):
     [
         ([], "no images given"),
         (["a.png", "--batch-size", "0"], "--batch-size is 0; expected 1 or more images, or auto"),
+        (["a.png", "--prefix", "\udcff"], "--prefix holds bytes that are not UTF-8; expected text"),
+        (["a.png", "--temperature", "nan"], "--temperature is nan; expected 0 (greedy) or a number from 1e-06 on"),
+        (["a.png", "--temperature", "1e-40"], "--temperature is 1e-40; expected 0 (greedy) or a number from"),
+        (["a.png", "--output", "/dev/null", "--overwrite"], "--output /dev/null: is not a regular file"),
         (["a.png", "--append"], "--append adds to the files of --format sidecar"),
         (["a.png", "--overwrite"], "--overwrite is for --output FILE"),
         (["a.png", "--num-beams", "2", "--temperature", "1"], "give one of the two"),

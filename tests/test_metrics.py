@@ -25,6 +25,7 @@ from vlm_lora.inference.metrics import (
     anls,
     bleu,
     bleu_from_stats,
+    bleu_intervals,
     bleu_stats,
     bootstrap_interval,
     cider_d,
@@ -32,6 +33,7 @@ from vlm_lora.inference.metrics import (
     exact_match,
     mean_length,
     normalize_answer,
+    paired_bleu,
     paired_bootstrap,
     repetition,
     rouge_l,
@@ -305,8 +307,24 @@ def test_normalize_answer(answer, expected):
 
 @pytest.mark.parametrize(("matches", "expected"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
 def test_vqa_accuracy_of_ten_humans(matches, expected):
-    humans = ["two"] * matches + [f"other {i}" for i in range(10 - matches)]
-    assert vqa_accuracy("2", humans) == pytest.approx(expected)
+    humans = ["2"] * matches + [f"other {i}" for i in range(10 - matches)]
+    assert vqa_accuracy("two", humans) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("answer", "humans", "expected"),
+    [  # worked out by hand from vqaEval.py of GT-Vision-Lab/VQA
+        ("three", ["three"] * 10, 0.0),  # the model's is "3"; humans keep their words
+        ("3", ["3"] * 10, 1.0),
+        ("the dog", ["the dog"] * 4 + ["cat"] * 6, 0.0),  # and their articles
+        ("dog", ["Dog"] * 4 + ["cat"] * 6, 0.0),  # and their case
+        ("t-shirt", ["t-shirt"] * 10, 0.0),  # all alike: not even punctuation goes
+        ("t-shirt", ["t-shirt"] * 4 + ["shirt"] * 6, 1.0),
+        ("yes.", ["yes."] * 3 + ["yes"] * 1 + ["no"] * 6, 1.0),
+    ],
+)
+def test_vqa_accuracy_normalises_as_the_official_code_does(answer, humans, expected):
+    assert vqa_accuracy(answer, humans) == pytest.approx(expected)
 
 
 def test_vqa_accuracy_of_few_humans():
@@ -421,6 +439,28 @@ def test_paired_bootstrap_finds_a_gain_that_unpaired_intervals_hide():
     back = paired_bootstrap(tuned, base)
     assert (back.low, back.high) == pytest.approx((-paired.high, -paired.low))
     assert back.p_value == paired.p_value
+
+
+def test_bleu_has_intervals_and_a_paired_test():
+    rng = random.Random(7)
+    words = ["a", "man", "on", "the", "red", "horse", "rides", "by", "far", "away"]
+    references = [[" ".join(rng.choices(words, k=8))] for _ in range(80)]
+    half = [texts[0] if rng.random() < 0.5 else "a dog" for texts in references]
+    most = [texts[0] if rng.random() < 0.5 else text for text, texts in zip(half, references, strict=True)]
+    base, tuned = ([bleu_stats(c, r) for c, r in zip(said, references, strict=True)] for said in (half, most))
+    intervals, gains = bleu_intervals(base), paired_bleu(base, tuned)
+    for order, value in enumerate(bleu(half, references)):
+        assert intervals[order][0] < value < intervals[order][1]
+        assert gains[order].gain == pytest.approx(bleu(most, references)[order] - value)
+        assert 0 < gains[order].low < gains[order].gain < gains[order].high
+        assert gains[order].p_value < 0.01
+    assert paired_bleu(base, base) == [(0.0, 0.0, 0.0, 1.0)] * 4
+    # ten equal answers of an image tell no more than one
+    ten, images = [row for row in base for _ in range(10)], [i for i in range(80) for _ in range(10)]
+    for grouped, alone in zip(bleu_intervals(ten, groups=images), intervals, strict=True):
+        assert grouped == pytest.approx(alone)
+    with pytest.raises(ValueError, match="0 samples"):
+        bleu_intervals([])
 
 
 def test_p_value_agrees_with_the_interval():

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from vlm_lora.cli import main
 from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
 from vlm_lora.errors import DataError
-from vlm_lora.inference.evaluate import Answered, Evaluation, evaluate, table
+from vlm_lora.inference.captioner import Captioner
+from vlm_lora.inference.evaluate import FEW_IMAGES, Answered, Evaluation, evaluate, table
 from vlm_lora.inference.report import PICTURES, write_report
 
 NASTY = "<img src=x onerror=alert(1)> </dd><script>alert('x')</script> & \"quoted\""
@@ -173,6 +175,44 @@ def test_what_was_forgotten_is_told_apart(tmp_path):
     assert "repeats itself" in told
 
 
+def test_too_few_images_have_neither_colour_nor_p(tmp_path):
+    for count, few in ((FEW_IMAGES - 1, True), (FEW_IMAGES, False)):
+        evaluation = evaluated(tmp_path, [("dog", "cat", ["cat"])] * count)
+        page = Page(write_report(tmp_path, evaluation, title="photos"))
+        assert ("Too few images to tell" in page.text) == few
+        assert ("good" not in {cell.get("class") for cell in page.named("td")}) == few
+        assert ("p 0.001" not in page.text) == few
+        assert ("p 0.001" not in table(evaluation.scores)) == few
+
+
+def test_kinds_of_questions_have_vqa_accuracy_too(tmp_path):
+    evaluation = evaluated(tmp_path, [("a cat", "cat", ["cat"])] * 3, kind="animal")
+    of_kind = {"answers": 3, "base": 0.0, "tuned": 1.0, "vqa_accuracy": {"base": 1.0, "tuned": 1.0}}
+    assert evaluation.scores["by_kind"] == {"animal": of_kind}
+    assert "exact match (VQA accuracy), animal (3)  0.0 % (100.0 %)" in table(evaluation.scores)
+    assert "0.0 % VQA accuracy 100.0 %" in Page(write_report(tmp_path, evaluation, title="kinds")).text
+
+
+def test_an_output_that_cannot_be_is_said_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Captioner, "load", None)
+    (tmp_path / "file").write_text("mine")
+    assert main(["eval", str(tmp_path), "--model", "tiny", "--output", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.endswith("/file: cannot be made a folder (File exists); give another name.\n")
+
+
+def test_the_folder_one_is_in_has_a_name(tmp_path, capsys, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "photos/0.png")
+    (tmp_path / "photos/0.txt").write_text("cat")
+    parrot = Parrot([("dog", "cat")], adapter=False)
+    parrot.prompt = "What is it?"
+    monkeypatch.setattr(Captioner, "load", lambda *_, **__: parrot)
+    monkeypatch.setattr(parrot.features, "get", lambda images: [SimpleNamespace(name="0.png")])
+    monkeypatch.chdir(tmp_path / "photos")
+    assert main(["eval", ".", "--model", "tiny", "--output", "../out"]) == 0
+    assert "<title>photos</title>" in (tmp_path / "out/report.html").read_text()
+
+
 def test_an_image_that_cannot_be_used_is_named_and_left_out(tmp_path, monkeypatch):
     rows = [("dog", "cat", ["cat"])] * 4
     parrot = Parrot([row[:2] for row in rows])
@@ -200,7 +240,10 @@ def test_an_image_that_cannot_be_used_is_named_and_left_out(tmp_path, monkeypatc
 
 def test_chinese_is_compared_by_character(tmp_path):
     rows = [("图中有一个蓝色的圆", "图中有一个红色的圆", ["图中有一个红色的大圆"])] * 2
-    scores = evaluated(tmp_path, rows).scores
+    evaluation = evaluated(tmp_path, rows)
+    scores = evaluation.scores
+    evaluation.write(tmp_path / "out")
+    assert Evaluation.read(tmp_path / "out").values == evaluation.values
     assert scores["tokens"] == "vlm-lora-char-1"
     assert scores["tuned"]["mean_words"] == 9
     assert 0.8 < scores["tuned"]["rouge_l"] < 1  # 0 or 1 if words were compared

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from vlm_lora.data.images import load_image
     from vlm_lora.data.readers import Dataset, read_dataset
     from vlm_lora.errors import VlmLoraError
-    from vlm_lora.inference.captioner import Caption, Captioner, Decoding
+    from vlm_lora.inference.caption import Caption, Decoding
+    from vlm_lora.inference.captioner import Captioner
     from vlm_lora.inference.evaluate import Evaluation, evaluate
     from vlm_lora.inference.export import Merged, merge
     from vlm_lora.training.run import RunResult, train
@@ -27,9 +28,9 @@ _HOMES = {
     "Dataset": "data.readers",
     "read_dataset": "data.readers",
     "VlmLoraError": "errors",
-    "Caption": "inference.captioner",
+    "Caption": "inference.caption",
     "Captioner": "inference.captioner",
-    "Decoding": "inference.captioner",
+    "Decoding": "inference.caption",
     "Evaluation": "inference.evaluate",
     "evaluate": "inference.evaluate",
     "Merged": "inference.export",

@@ -151,6 +151,28 @@ def test_beam_search_equals_generate(captioner, files, monkeypatch):
 
 
 @ONE_FAMILY
+def test_what_all_images_begin_with_is_computed_once(captioner, files, monkeypatch):
+    shapes, forward = [], captioner.backbone.forward
+    wanted = [captioner.answer(file, DEFAULT_PROMPT, decoding=SHORT) for file in files]
+
+    def watched(ids, *tensors):
+        shapes.append(tuple(ids.shape))
+        return forward(ids, *tensors)
+
+    monkeypatch.setattr(captioner.backbone, "forward", watched)
+    assert [c.text for c in captioner.caption(files, batch_size=4, decoding=SHORT)] == wanted
+    (one, head), (rows, rest) = shapes[:2]
+    grid = captioner.features.get([_ref(file) for file in files])
+    whole = captioner.encoder.encode_requests([[Turn(DEFAULT_PROMPT, "")]], grid[0].grid_thw[None])
+    assert (one, rows) == (1, 4)
+    assert whole.prefix_ids[head] == captioner.backbone.image_token_id  # up to the picture
+    longest = max(len(entry.features) for entry in grid) // 4
+    assert (
+        head + rest == len(whole.prefix_ids) + len(whole.branches[0].input_ids) - len(grid[0].features) // 4 + longest
+    )
+
+
+@ONE_FAMILY
 def test_images_of_all_sizes_are_batched_by_length_and_come_in_order(captioner, tmp_path, monkeypatch):
     paths = []
     for i in range(6):
@@ -207,6 +229,13 @@ def test_a_bad_image_gives_its_error_and_stops_nothing(captioner, files, tmp_pat
     assert [r.error is None for r in results] == [True, False, False, True, True, False]
     assert [r.text is None for r in results] == [False, True, True, False, False, True]
     assert results[3].text == captioner.answer(files[1], DEFAULT_PROMPT, decoding=SHORT)
+
+
+def test_arguments_that_ask_for_nothing(captioner, files):
+    assert captioner.answer(files[0], []) == []
+    for size in (0, -1):
+        with pytest.raises(ConfigError, match=f"batch_size is {size}; expected 1 or more images"):
+            next(captioner.caption(files, batch_size=size))
 
 
 def test_captioning_reads_the_cache_and_does_not_fill_it(checkpoints, files):

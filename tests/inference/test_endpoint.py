@@ -1,9 +1,14 @@
 """`caption --endpoint` against a server process that serves the real, tuned ``tiny``; failures are injected there."""
 
+import base64
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import numpy as np
@@ -14,7 +19,7 @@ from tests.conftest import ROOT, picture
 from vlm_lora import Captioner, Decoding, TrainConfig, train
 from vlm_lora.cli import main
 from vlm_lora.errors import ModelError
-from vlm_lora.inference.endpoint import ATTEMPTS, HOPELESS, Endpoint
+from vlm_lora.inference.endpoint import ATTEMPTS, BROKEN, HOPELESS, Endpoint
 
 PROMPT = "What is it?"
 SHORT = Decoding(max_new_tokens=8)
@@ -152,3 +157,79 @@ def test_a_server_that_has_gone_ends_the_run(server, files):
         list(endpoint.caption(files * HOPELESS, PROMPT))
     with pytest.raises(ModelError, match=r"gave no answer.*Is the server up"):
         Endpoint(f"{url}/v1", pause=0.0)
+
+
+class Stub(BaseHTTPRequestHandler):
+    """Answers what the test's ``answers`` say: a status, or None for never. What is said is not the point here."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        status = self.server.answers(body)
+        if status is None:
+            self.server.ended.wait()
+            return
+        data = json.dumps({"choices": [{"message": {"content": "said"}}]}).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def stub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
+    server.daemon_threads, server.ended = True, threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.ended.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_images_that_a_server_always_fails_at_do_not_stop_the_others(stub, tmp_path):
+    bad = []
+    for i in range(HOPELESS + 4):
+        picture(i, (32, 32)).save(tmp_path / f"{i}.png")
+        bad.append(str(tmp_path / f"{i}.png"))
+    picture(0, (16, 16)).save(tmp_path / "good.png")
+    size = len(base64.b64encode((tmp_path / "good.png").read_bytes()))
+    image = lambda body: body["messages"][0]["content"][0]["image_url"]["url"]  # noqa: E731
+    stub.answers = lambda body: 200 if len(image(body).partition(",")[2]) == size else 500
+    endpoint = Endpoint(f"http://127.0.0.1:{stub.server_port}/v1", model="photos", pause=0.0)
+    told = list(endpoint.caption([*bad, str(tmp_path / "good.png")], PROMPT))
+    assert told[-1].text == "said"
+    assert all("answered 500" in caption.error for caption in told[:-1])
+    with pytest.raises(ModelError, match="answered 500"):
+        list(endpoint.caption(bad[:1] * BROKEN, PROMPT))
+
+
+def test_ctrl_c_does_not_wait_for_a_server_that_hangs(stub, tmp_path):
+    for i in range(4):
+        picture(i, (32, 32)).save(tmp_path / f"{i}.png")
+    asked = []
+    hangs = lambda body: None if asked.append(body) or len(asked) == 2 else 200  # noqa: E731
+    stub.answers = hangs
+    command = [sys.executable, "-m", "vlm_lora", "caption", str(tmp_path), "--format", "jsonl", "--concurrency", "2"]
+    command += ["--model", "photos", "--endpoint", f"http://127.0.0.1:{stub.server_port}/v1"]
+    command += ["--output", str(tmp_path / "out.jsonl")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while len(asked) < 4 and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(0.5)  # the last answer is on its way
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "vlm-lora: stopped."
+    assert "Traceback" not in err
+    told = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["caption"] for row in told] == ["said"] * 3  # also those behind the one that hangs
+    assert len({row["image"] for row in told}) == 3
+
+
+def test_a_server_needs_no_torch():
+    code = "import sys, vlm_lora.inference.endpoint; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -143,6 +143,10 @@ def test_a_folder_in_use_is_refused(checkpoints, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="not empty"):
         merge(adapter, tmp_path / "out")
     assert (tmp_path / "out/mine.txt").read_text() == "precious"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ConfigError, match="is the folder you are in"):
+        merge(adapter, ".")
 
 
 def test_on_the_command_line_and_pushed_only_when_asked(checkpoints, tmp_path, capsys, monkeypatch):

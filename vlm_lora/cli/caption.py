@@ -12,19 +12,17 @@ a caption in --output, or a sidecar file, are not captioned twice.
 
 import argparse
 import glob
-import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
-from typing import IO
 
 from vlm_lora.cli.console import Progress, say
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT
-from vlm_lora.errors import ConfigError, DataError
+from vlm_lora.errors import ConfigError
+from vlm_lora.inference.sinks import NotWritten, Rows, Sidecars, one_line, printable
 
 BASE = "base"
 """What to give as --adapter for the base alone."""
@@ -81,13 +79,13 @@ def run(options: argparse.Namespace) -> int:
     paths = list(dict.fromkeys(_images(options)))
     if not paths:
         raise ConfigError(f"No image in {', '.join(options.paths) or options.list}.")
-    sink = _Sidecars(paths, options) if options.format == "sidecar" else _Rows(paths, options)
+    sink = _sink(options, adapters, paths)
     left = [path for path in paths if not sink.has(path)]
     if len(left) < len(paths):
         say(f"{len(paths) - len(left):,} images have a caption already; --overwrite captions them anew.")
     if options.dry_run:
         for path in left:
-            print(_printable(_one_line(str(path))))
+            print(printable(one_line(path)))
         say(f"{len(left):,} images would be captioned.")
         return 0
     if not left:
@@ -99,12 +97,16 @@ def run(options: argparse.Namespace) -> int:
     progress, started, failed = Progress(), time.monotonic(), 0
     with closing(sink):
         for done, results in enumerate(zip(*columns, strict=True), start=1):
+            image = results[0].image
             error = next((result.error for result in results if result.error is not None), None)
+            texts = None if error is not None else [f"{options.prefix}{r.text}{options.suffix}" for r in results]
+            try:
+                sink.write(Path(image), texts, error, alone=alone)
+            except NotWritten as its_own:
+                error = str(its_own)
             failed += error is not None
             if error is not None and not sink.holds_errors:
-                say(f"{_one_line(results[0].image)}: {error}")
-            texts = None if error is not None else [f"{options.prefix}{r.text}{options.suffix}" for r in results]
-            sink.write(left[done - 1], texts, error, alone)
+                say(f"{one_line(image)}: {error}")
             if not alone:
                 rate = done / (time.monotonic() - started)
                 progress.show(f"{done:,} of {len(left):,} images, {rate:.1f} a second", last=done == len(left))
@@ -131,6 +133,9 @@ def _checked(options: argparse.Namespace, adapters: list[str]) -> int | None:
             "--endpoint: the server holds the model. Name it with --model (an adapter served by vLLM has its own "
             "name), give the --prompt it was trained with, and leave out --adapter and --num-beams."
         )
+    for name in ("prompt", "prefix", "suffix"):
+        if printable(text := getattr(options, name) or "", "utf-8") != text:
+            raise ConfigError(f"--{name} holds bytes that are not UTF-8; expected text.")
     if options.concurrency < 1:
         raise ConfigError(f"--concurrency is {options.concurrency}; expected 1 or more requests.")
     if options.batch_size == "auto":
@@ -140,11 +145,26 @@ def _checked(options: argparse.Namespace, adapters: list[str]) -> int | None:
     return int(options.batch_size)
 
 
+def _sink(options: argparse.Namespace, adapters: list[str], paths: Sequence[Path]) -> Rows | Sidecars:
+    if options.format == "sidecar":
+        return Sidecars(paths, overwrite=options.overwrite, append=options.append)
+    file = options.output
+    if options.format == "metadata" and not file:
+        folders = [Path(given) for given in options.paths if Path(given).is_dir()]
+        if (len(options.paths), len(folders)) != (1, 1):
+            raise ConfigError("--format metadata: say with --output where; it goes beside or above the images.")
+        file = folders[0] / "metadata.jsonl"
+    made_with = {"--model": options.model, "--prompt": options.prompt, "--endpoint": options.endpoint}
+    made_with |= {"--adapter": [os.path.realpath(a) if os.path.isdir(a) else a for a in adapters]}
+    made_with |= {"--prefix": options.prefix, "--suffix": options.suffix}
+    return Rows(paths, options.format, file, made_with=made_with, adapters=adapters, overwrite=options.overwrite)
+
+
 def _captions(
     options: argparse.Namespace, adapters: list[str], batch_size: int | None, paths: Sequence[Path]
 ) -> list[Iterator]:
     """For each adapter an iterator of the captions, in the order of the images."""
-    from vlm_lora.inference.captioner import Captioner, Decoding
+    from vlm_lora.inference.caption import Decoding
 
     decoding = Decoding(
         max_new_tokens=options.max_new_tokens,
@@ -158,6 +178,8 @@ def _captions(
 
         server = Endpoint(options.endpoint, model=options.model, concurrency=options.concurrency)
         return [server.caption(paths, options.prompt or DEFAULT_PROMPT, decoding=decoding)]
+    from vlm_lora.inference.captioner import Captioner  # here, as it brings torch, which --endpoint does without
+
     given = [None if adapter == BASE else adapter for adapter in adapters]
     how = {"prompt": options.prompt, "dtype": options.dtype}
     if len(given) > 1:
@@ -175,6 +197,13 @@ def _images(options: argparse.Namespace) -> Iterator[Path]:
     """Files as they are given, and the images in folders by name; a file need not look like an image."""
     from vlm_lora.data.readers.folders import images_below, is_image_name, visible_files
 
+    def inside(path: Path) -> Iterator[Path]:
+        if not path.is_dir():
+            yield path
+            return
+        found = images_below(path) if options.recursive else visible_files(path, below=False)
+        yield from filter(is_image_name, found)
+
     names = list(options.paths)
     if options.list:
         try:
@@ -183,16 +212,12 @@ def _images(options: argparse.Namespace) -> Iterator[Path]:
             raise ConfigError(f"--list {options.list}: cannot be read ({error.strerror}).") from error
     for given in names:
         for name in _names(sys.stdin.buffer.read()) if given == "-" else [given]:
-            path = Path(name)
-            if path.is_dir():
-                inside = images_below(path) if options.recursive else visible_files(path, below=False)
-                yield from filter(is_image_name, inside)
-            elif os.path.lexists(path):
-                yield path
-            elif found := sorted(glob.glob(name, recursive=True)):
-                yield from map(Path, found)
-            else:
-                raise ConfigError(f"{_one_line(name)}: there is no such file or folder.")
+            name = name if os.path.lexists(name) else os.path.expanduser(name)
+            found = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
+            if not found:
+                raise ConfigError(f"{one_line(name)}: there is no such file or folder.")
+            for path in found:  # a shell that expands the pattern gives the same
+                yield from inside(Path(path))
 
 
 def _names(data: bytes) -> list[str]:
@@ -200,175 +225,3 @@ def _names(data: bytes) -> list[str]:
     text = os.fsdecode(data.removeprefix(b"\xef\xbb\xbf"))
     lines = text.split("\0") if "\0" in text else [line.removesuffix("\r") for line in text.split("\n")]
     return [name for name in lines if name]
-
-
-# -- where captions go ---------------------------------------------------------------------------------------
-
-
-class _Rows:
-    """A line an image, in a file that an interrupted run goes on with, or on stdout."""
-
-    def __init__(self, paths: Sequence[Path], options: argparse.Namespace):
-        self.format, self.file = options.format, options.output
-        self.names = list(dict.fromkeys(options.adapter or []))
-        if self.format == "metadata":
-            folders = [Path(given) for given in options.paths if Path(given).is_dir()]
-            if not self.file and (len(options.paths), len(folders)) != (1, 1):
-                raise ConfigError("--format metadata: say with --output where; it goes beside or above the images.")
-            self.file = self.file or folders[0] / "metadata.jsonl"
-            above = Path(os.path.abspath(self.file)).parent
-            if outside := [p for p in paths if not Path(os.path.abspath(p)).is_relative_to(above)]:
-                raise ConfigError(f"{_one_line(str(outside[0]))} is not below {above}, where {self.file.name} goes.")
-        if self.file and not self.file.absolute().parent.is_dir():
-            raise ConfigError(f"--output {self.file}: there is no folder {self.file.parent}; make it first.")
-        self.holds_errors = self.format == "jsonl"
-        self.kept = [] if options.overwrite else self._lines()
-        self.done = {name for name, _ in self.kept}
-        self.stream: IO[str] | None = None
-
-    def _name(self, path: Path) -> str:
-        """An image's name in the file."""
-        if self.format == "metadata":
-            return Path(os.path.abspath(path)).relative_to(Path(os.path.abspath(self.file)).parent).as_posix()
-        return str(path) if self.format == "jsonl" else _one_line(str(path))
-
-    def has(self, path: Path) -> bool:
-        return self._name(path) in self.done
-
-    def _lines(self) -> list[tuple[str, str]]:
-        """(image, line) of the captions in the file. A line cut off goes, and so do errors: they are tried again."""
-        if not self.file or not self.file.exists():
-            return []
-        kept = []
-        try:
-            whole = self.file.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-        except OSError as error:
-            raise ConfigError(f"--output {self.file}: cannot be read ({error.strerror}).") from error
-        if (cut := whole.pop()) and self.format != "text":
-            with suppress(ValueError):  # a whole row that only lacks its line break, as editors leave it
-                json.loads(cut)
-                whole.append(cut)
-        for number, line in enumerate(whole, start=1):
-            if not line.strip():
-                continue
-            try:
-                if self.format == "text":
-                    name, tab, _ = line.partition("\t")
-                    if not tab:
-                        raise ValueError("no tab")
-                    kept.append((name, line))
-                else:
-                    row = json.loads(line)
-                    name = row["file_name" if self.format == "metadata" else "image"]
-                    if not isinstance(name, str):
-                        raise TypeError("no name")
-                    if "error" not in row:
-                        kept.append((name, line))
-            except (ValueError, TypeError, KeyError):
-                raise ConfigError(
-                    f"{self.file}:{number}: is not a line that `caption --format {self.format}` wrote, so nothing is "
-                    "added to this file. Give another --output, or --overwrite to replace it."
-                ) from None
-        return kept
-
-    def _open(self) -> IO[str]:
-        if not self.file:
-            return sys.stdout
-        # Written anew and put in place at once: what was there is whole or untouched.
-        temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}")
-        try:
-            text = "".join(line + "\n" for _, line in self.kept)
-            temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-            os.replace(temporary, self.file)
-            return self.file.open("a", encoding="utf-8", errors="surrogateescape")
-        except OSError as error:
-            raise ConfigError(f"--output {self.file}: cannot be written ({error.strerror}).") from error
-
-    def close(self) -> None:
-        if self.file and self.stream:
-            self.stream.close()
-
-    def write(self, path: Path, texts: list[str] | None, error: str | None, alone: bool) -> None:
-        if self.format == "text":
-            if texts is None:
-                return
-            line = texts[0] if alone and not self.file else "\t".join([self._name(path), *map(_spaced, texts)])
-            line = line if self.file else _printable(line)
-        elif self.format == "metadata":
-            if texts is None:
-                return
-            line = _json({"file_name": self._name(path), "text": texts[0]})
-        elif texts is None:
-            line = _json({"image": self._name(path), "error": error})
-        elif len(texts) == 1:
-            line = _json({"image": self._name(path), "caption": texts[0]})
-        else:
-            line = _json({"image": self._name(path), "captions": dict(zip(self.names, texts, strict=True))})
-        # Opened for the first caption: where there never is one, an earlier file stays.
-        self.stream = self.stream or self._open()
-        print(line, file=self.stream, flush=True)
-
-
-class _Sidecars:
-    """A caption file beside each image: .txt, or the .caption that is there already."""
-
-    holds_errors = False
-
-    def __init__(self, paths: Sequence[Path], options: argparse.Namespace):
-        self.overwrite, self.append = options.overwrite, options.append
-        of: dict[Path, Path] = {}
-        for path in paths:
-            other = of.setdefault(self._file(path), path)
-            if other != path:
-                shared = self._file(path).name
-                raise ConfigError(f"{_one_line(f'{other} and {path}')} would share one caption file, {shared}.")
-
-    def _file(self, path: Path) -> Path:
-        other = path.with_suffix(".caption")
-        return other if other.exists() else path.with_suffix(".txt")
-
-    def has(self, path: Path) -> bool:
-        return not (self.overwrite or self.append) and self._file(path).exists()
-
-    def close(self) -> None:
-        pass
-
-    def write(self, path: Path, texts: list[str] | None, error: str | None, alone: bool) -> None:
-        if texts is None:
-            return
-        target, text = self._file(path), texts[0] + "\n"
-        try:
-            before = target.read_text(encoding="utf-8") if self.append and target.exists() else ""
-            before += "\n" if before and not before.endswith("\n") else ""
-            if f"\n{text}" in f"\n{before}":  # said the last time, before the run was stopped
-                return
-            temporary = target.with_name(f".{target.name}.{os.getpid()}")
-            temporary.write_text(before + text, encoding="utf-8")
-            os.replace(temporary, target)
-        except (OSError, UnicodeDecodeError) as failure:
-            raise DataError(f"{_one_line(str(target))}: cannot be written ({failure}).") from failure
-
-
-def _json(row: dict) -> str:
-    try:
-        line = json.dumps(row, ensure_ascii=False)
-        line.encode()
-    except UnicodeEncodeError:  # a name of bytes that are no text: JSON has a way to write it
-        return json.dumps(row)
-    return line
-
-
-CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
-
-
-def _one_line(name: str) -> str:
-    """A file's name, with line breaks, tabs and what steers a terminal written as in Python: \\n."""
-    return re.sub(CONTROL, lambda char: char[0].encode("unicode_escape").decode(), name)
-
-
-def _spaced(caption: str) -> str:
-    return re.sub(CONTROL, " ", caption)
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

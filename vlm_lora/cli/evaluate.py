@@ -6,6 +6,7 @@ vlm-lora eval ./test.jsonl --adapter runs/photos --blank --json
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -47,11 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from vlm_lora.data.readers import read_dataset
-    from vlm_lora.errors import DataError
-    from vlm_lora.inference.captioner import Captioner, Decoding
+    from vlm_lora.errors import ConfigError, DataError
+    from vlm_lora.inference.caption import Decoding
+    from vlm_lora.inference.captioner import Captioner
     from vlm_lora.inference.evaluate import evaluate, table
     from vlm_lora.inference.report import summary, write_report
 
+    if options.output:
+        try:  # before the work, not behind it
+            options.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"--output {options.output}: cannot be made a folder ({error.strerror}); give another name."
+            ) from error
     decoding = Decoding(max_new_tokens=options.max_new_tokens)
     captioner = Captioner.load(options.model, options.adapter, prompt=options.prompt, dtype=options.dtype)
     trusted = {"allow_outside": options.allow_outside, "allow_urls": options.allow_urls, "images": options.images}
@@ -79,19 +88,19 @@ def run(options: argparse.Namespace) -> int:
         progress=lambda done, total: progress.count("Answers:", done, total),
     )
     scores = evaluation.scores
+    hub = options.data.startswith("hf:")
+    name = options.data if hub else os.path.basename(os.path.abspath(options.data)) or options.data
     failed = [row for part in (scores, scores.get("also", {})) for row in part.get("failed", [])]
     for row in failed:
         say(one_line(f"Left out: {row['source']}: {row['reason']}."))
     if options.output:
         evaluation.write(options.output)
-        title = Path(options.data).name
         command = shlex.join(["vlm-lora", *sys.argv[1:]])
-        say(f"Report with pictures: {write_report(options.output, evaluation, title=title, command=command)}")
+        say(f"Report with pictures: {write_report(options.output, evaluation, title=name, command=command)}")
     if options.adapter:
         from vlm_lora.inference.card import update_card
         from vlm_lora.model.adapters.base import find_adapter
 
-        name = options.data if options.data.startswith("hf:") else Path(options.data).name
         if card := update_card(find_adapter(options.adapter), scores, name):
             say(f"Model card: {card}")
     if options.json:

@@ -8,25 +8,21 @@ import random
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
-from PIL import Image
 
-from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_MODEL, DEFAULT_PROMPT
-from vlm_lora.data.example import ImageRef, Turn
-from vlm_lora.data.images import load_image
+from vlm_lora.config import DEFAULT_MODEL, DEFAULT_PROMPT
+from vlm_lora.data.example import Turn
 from vlm_lora.errors import AdapterError, ConfigError, DataError
+from vlm_lora.inference.caption import Caption, Decoding, ImageSource, name_of, source_of
 from vlm_lora.model.adapters.base import Adapter, Contract, base_of, find_adapter, read_contract
 from vlm_lora.model.adapters.methods import load_adapter
 from vlm_lora.model.backbone import Backbone, is_out_of_memory, load_backbone
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, ImageFeatures, cache_folder
 from vlm_lora.model.packing import Encoded
-
-ImageSource = ImageRef | Image.Image | bytes | str | Path
 
 MOST_ROWS = 32
 """Captions decoded together at most; beyond it little is gained."""
@@ -36,43 +32,6 @@ WINDOW = 4
 """Images whose sizes differ are gathered for so many batches, and batched by length."""
 EVEN = 1.25
 """Sizes that cost less padding than this factor do not differ."""
-
-
-@dataclass(frozen=True, slots=True)
-class Caption:
-    """What was said about one image, or why nothing was: exactly one of ``text`` and ``error`` is given."""
-
-    image: str
-    text: str | None = None
-    error: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Decoding:
-    """How answers are decoded.
-
-    ``temperature`` 0 is greedy: the likeliest token each time; with ``num_beams`` above 1, beam search. Above 0 tokens
-    are drawn from the likeliest that make up ``top_p``; what is drawn depends on ``seed``, image and question, not on
-    what stands beside them in a batch.
-    """
-
-    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
-    num_beams: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"--max-new-tokens is {self.max_new_tokens}; expected 1 or more.")
-        if self.num_beams < 1:
-            raise ConfigError(f"--num-beams is {self.num_beams}; expected 1 or more.")
-        if self.num_beams > 1 and self.temperature > 0:
-            raise ConfigError("--num-beams searches and --temperature draws; give one of the two.")
-        if self.temperature < 0:
-            raise ConfigError(f"--temperature is {self.temperature}; expected 0 (greedy) or more.")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"--top-p is {self.top_p}; expected above 0 and up to 1.")
 
 
 class Captioner:
@@ -188,6 +147,8 @@ class Captioner:
             images: may be a generator: the features of one batch are held, of `WINDOW` where sizes differ.
             batch_size: images decoded together; by default as many as fit into memory, up to `MOST_ROWS`.
         """
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}; expected 1 or more images, or None for what fits.")
         decoding = decoding or Decoding()
         requests = [_ask(prompt or self.prompt)]
         window: list[tuple[str, ImageFeatures | str]] = []
@@ -218,6 +179,8 @@ class Captioner:
             DataError: the image cannot be used.
         """
         questions = [question] if isinstance(question, str) else list(question)
+        if not questions:
+            return []
         entries = self.features.get([source_of(image)])
         (answers,) = self.generate([(entries, [_ask(q) for q in questions])], tuned=tuned, decoding=decoding)
         return answers[0] if isinstance(question, str) else answers
@@ -338,19 +301,26 @@ class Captioner:
         if alone:  # nothing to share: the branch goes with its prefix
             encoded = [_in_one(e) for e in encoded]
 
-        # 1. Every image's prefix, once. Without any (text only), branches start from nothing.
+        # 1. Every image's prefix, once, and what all of them begin with once for all. Without any prefix (text only),
+        # branches start from nothing.
         mask = torch.zeros(len(owner), 0, dtype=torch.long, device=device)
         if any(len(e.prefix_ids) for e in encoded):
-            ids, prefix_mask = _left_pad([e.prefix_ids for e in encoded], backbone.pad_token_id)
+            head = _common_head([e.prefix_ids for e in encoded], backbone.image_token_id)
+            mask = torch.ones(len(encoded), head, dtype=torch.long, device=device)
+            if head:
+                ids, positions = encoded[0].prefix_ids[None, :head], encoded[0].prefix_positions[:, None, :head]
+                backbone.forward(ids.to(device), mask[:1], positions.to(device), None, cache)
+                cache.batch_select_indices(torch.zeros(len(encoded), dtype=torch.long, device=device))
+            ids, prefix_mask = _left_pad([e.prefix_ids[head:] for e in encoded], backbone.pad_token_id)
             positions = torch.zeros(3, *ids.shape, dtype=torch.long)
             for i, e in enumerate(encoded):
-                positions[:, i, ids.shape[1] - len(e.prefix_ids) :] = e.prefix_positions
+                positions[:, i, ids.shape[1] - len(e.prefix_ids) + head :] = e.prefix_positions[:, head:]
             positions = positions.to(device)
             seen = [entry.features for entries in images for entry in entries]
             features = torch.cat(seen).to(device) if seen else None
-            prefix_mask = prefix_mask.to(device)
-            hidden = backbone.forward(ids.to(device), prefix_mask, positions, features, cache)[:, -1]
-            mask, position = prefix_mask, positions[0, :, -1:]
+            mask = torch.cat([mask, prefix_mask.to(device)], dim=1)
+            hidden = backbone.forward(ids.to(device), mask, positions, features, cache)[:, -1]
+            position = positions[0, :, -1:]
 
         # 2. Every branch behind its image's keys and values.
         if not alone:
@@ -444,21 +414,6 @@ def _ask(question: str) -> tuple[Turn]:
     return (Turn(question, ""),)
 
 
-def name_of(image: ImageSource) -> str:
-    if isinstance(image, ImageRef):
-        return image.name
-    return str(image) if isinstance(image, str | Path) else "image"
-
-
-def source_of(image: ImageSource) -> ImageRef | Image.Image:
-    """Raises DataError for bytes that are no image; files are not opened yet."""
-    if isinstance(image, ImageRef):
-        return image
-    if isinstance(image, str | Path):
-        return ImageRef(path=Path(image).expanduser().absolute(), name=str(image))
-    return load_image(image)
-
-
 def _in_one(encoded: Encoded) -> Encoded:
     """With the only branch as the end of the prefix too."""
     (branch,) = encoded.branches
@@ -469,6 +424,15 @@ def _in_one(encoded: Encoded) -> Encoded:
         torch.cat([encoded.prefix_positions, positions], dim=1),
         encoded.branches,
     )
+
+
+def _common_head(prefixes: Sequence[torch.Tensor], image_token_id: int) -> int:
+    """How many tokens several prefixes begin with alike, before any image and short of anyone's last token."""
+    width = min(map(len, prefixes)) - 1
+    if len(prefixes) == 1 or width < 1:
+        return 0
+    rows = torch.stack([prefix[:width] for prefix in prefixes])
+    return int(((rows == rows[0]).all(0) & (rows[0] != image_token_id)).long().cumprod(0).sum())
 
 
 def _left_pad(sequences: Sequence[torch.Tensor], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,18 +4,20 @@ import base64
 import io
 import os
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import islice
+from queue import SimpleQueue
 
 import httpx
 from PIL import Image
 
 from vlm_lora.data.images import load_image
 from vlm_lora.errors import ConfigError, DataError, ModelError
-from vlm_lora.inference.captioner import Caption, Decoding, ImageSource, name_of, source_of
+from vlm_lora.inference.caption import Caption, Decoding, ImageSource, name_of, source_of
 
 ATTEMPTS = 6
 """How often a request is sent before its image gets an error."""
@@ -26,6 +28,8 @@ TIMEOUT = 120.0
 """Seconds in which the server must have answered."""
 HOPELESS = 16
 """So many images in a row without any answer: the server has gone."""
+BROKEN = 256
+"""So many images in a row that the server failed at (5xx, 429): it is not the images. Fewer may well be."""
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
 """Statuses that another attempt may mend."""
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -71,26 +75,53 @@ class Endpoint:
     ) -> Iterator[Caption]:
         """As `Captioner.caption`: in order, and an image that cannot be captioned gives its error.
 
+        Interrupted (Ctrl-C), it still gives the captions that are there, and waits for no answer.
+
         Raises:
             ModelError: the server refuses every request, or has gone.
         """
         decoding = decoding or Decoding()
-        unanswered = 0
-        pool = ThreadPoolExecutor(self.concurrency)
+        jobs: SimpleQueue[tuple[Future, ImageSource] | None] = SimpleQueue()
+
+        def work() -> None:
+            while job := jobs.get():
+                future, image = job
+                if future.set_running_or_notify_cancel():
+                    try:
+                        future.set_result(self._one(image, prompt, decoding))
+                    except BaseException as error:  # raised where the result is asked for
+                        future.set_exception(error)
+
+        def ask(image: ImageSource) -> Future[tuple[Caption, int]]:
+            future: Future[tuple[Caption, int]] = Future()
+            jobs.put((future, image))
+            return future
+
+        # Daemons, unlike the threads of an executor: the program may end while a server hangs.
+        for _ in range(self.concurrency):
+            threading.Thread(target=work, daemon=True).start()
+        asked = map(ask, images)
         # Twice as many as can be under way: one slow answer does not make the others wait.
-        waiting: deque[Future[tuple[Caption, bool]]] = deque()
-        ask = (pool.submit(self._one, image, prompt, decoding) for image in images)
+        waiting = deque(islice(asked, 2 * self.concurrency))
+        in_a_row = too_many = 0
         try:
-            waiting.extend(islice(ask, 2 * self.concurrency))
             while waiting:
-                caption, answered = waiting.popleft().result()
-                unanswered = 0 if answered else unanswered + 1
-                if unanswered == HOPELESS:
+                before = too_many
+                caption, too_many = waiting[0].result()
+                waiting.popleft()
+                in_a_row = in_a_row + 1 if too_many == before else 1
+                if too_many and in_a_row == too_many:
                     raise ModelError(f"--endpoint {self.url}: {caption.error}. Say the same again once it is back.")
                 yield caption
-                waiting.extend(islice(ask, 1))
+                waiting.extend(islice(asked, 1))
+        except KeyboardInterrupt:
+            yield from (each.result()[0] for each in waiting if each.done() and not each.exception())
+            raise
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in waiting:
+                future.cancel()
+            for _ in range(self.concurrency):
+                jobs.put(None)
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -110,8 +141,8 @@ class Endpoint:
             raise ModelError(f"--endpoint {self.url} serves {', '.join(served) or 'no model'}; name one with --model.")
         return served[0]
 
-    def _one(self, image: ImageSource, prompt: str, decoding: Decoding) -> tuple[Caption, bool]:
-        """The caption, and whether the server answered at all."""
+    def _one(self, image: ImageSource, prompt: str, decoding: Decoding) -> tuple[Caption, int]:
+        """The caption; and where the server failed, how many such in a row are too many, else 0."""
         name = name_of(image)
         try:
             content = [
@@ -130,19 +161,19 @@ class Endpoint:
             text = reply["choices"][0]["message"]["content"]
             if not isinstance(text, str):
                 raise TypeError("no text")
-            return Caption(name, text=text.strip()), True
+            return Caption(name, text=text.strip()), 0
         except DataError as error:
-            return Caption(name, error=str(error)), True
+            return Caption(name, error=str(error)), 0
         except httpx.HTTPStatusError as error:
             if error.response.status_code in (401, 403, 404):
                 raise ModelError(
                     f"--endpoint {self.url}: {_told(error)} (--model {self.model}; the key is read from {KEY_VARIABLE})"
                 ) from error
-            return Caption(name, error=_told(error)), error.response.status_code not in AGAIN
+            return Caption(name, error=_told(error)), BROKEN if error.response.status_code in AGAIN else 0
         except httpx.HTTPError as error:
-            return Caption(name, error=_told(error)), False
+            return Caption(name, error=_told(error)), HOPELESS
         except (ValueError, KeyError, IndexError, TypeError):
-            return Caption(name, error="the server's answer holds no text"), True
+            return Caption(name, error="the server's answer holds no text"), 0
 
     def _send(self, method: str, path: str, body: dict | None, attempts: int = ATTEMPTS) -> httpx.Response:
         """The server's answer, from one of several attempts. Raises httpx.HTTPError for the last one's failure."""

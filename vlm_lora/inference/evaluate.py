@@ -16,13 +16,19 @@ from vlm_lora.data.example import Example, ImageRef, Turn
 from vlm_lora.data.images import load_image
 from vlm_lora.errors import ConfigError, DataError
 from vlm_lora.inference import metrics
-from vlm_lora.inference.captioner import Captioner, Decoding
+from vlm_lora.inference.caption import Decoding
+from vlm_lora.inference.captioner import Captioner
 
 ROWS_AT_ONCE = 96
 """Questions decoded together."""
 
+FEW_IMAGES = 20
+"""Below this, an interval over images says little."""
+
 WHOLE_SCALE = {"cider_d": 10.0}
 """Metrics whose best value is not 1."""
+
+BLEU = tuple(f"bleu_{order}" for order in range(1, metrics.MAX_ORDER + 1))
 
 STATISTICS = (
     ("mean_words", "words per answer", "{:.1f}"),
@@ -58,9 +64,9 @@ class Evaluation:
 
     ``scores`` is what ``eval --json`` prints: numbers of ``examples`` and ``answers``; for each of ``base``,
     ``tuned``, ``blanked`` its metrics; ``intervals`` of each; ``gain`` of tuned over base with interval and p-value;
-    ``by_kind``, the exact match of each kind of question; ``tokens``, what the metrics took for a word; ``failed``,
-    the examples left out because an image cannot be used; ``also``, the scores on the other data;
-    ``base_in_four_bits``, where base and tuned are that base's.
+    ``by_kind``, for each kind of question the exact match of each, and their ``vqa_accuracy``; ``tokens``, what the
+    metrics took for a word; ``failed``, the examples left out because an image cannot be used; ``also``, the scores on
+    the other data; ``base_in_four_bits``, where base and tuned are that base's.
     """
 
     answered: tuple[Answered, ...]
@@ -98,7 +104,8 @@ class Evaluation:
             scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
             passes = [name for name in ("base", "tuned", "blanked") if name in scores]
             references = [row.references for row in answered]
-            values = {name: per_answer([row.said(name) for row in answered], references) for name in passes}
+            level = {tokens: level for level, tokens in metrics.TOKENIZER_ID.items()}[scores["tokens"]]
+            values = {name: per_answer([row.said(name) for row in answered], references, level) for name in passes}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             what = f"{type(error).__name__}: {error}"
             raise DataError(f"{folder}: holds no evaluation that can be read ({what}); run vlm-lora eval") from error
@@ -242,11 +249,12 @@ def summarize(
     groups = [row.example for row in answered]
     scores: dict = {"examples": len(set(groups)), "answers": len(answered), "tokens": metrics.TOKENIZER_ID[level]}
     scores["intervals"] = {}
+    counts: dict[str, list[metrics.BleuStats]] = {}
     for name in passes:
         candidates = [row.said(name) for row in answered]
+        counts[name] = [metrics.bleu_stats(c, r, level=level) for c, r in zip(candidates, references, strict=True)]
         scores[name] = {metric: sum(v) / len(v) for metric, v in values[name].items()}
-        for order, value in enumerate(metrics.bleu(candidates, references, level=level), start=1):
-            scores[name][f"bleu_{order}"] = value
+        scores[name] |= dict(zip(BLEU, metrics.bleu_from_stats(counts[name]), strict=True))
         scores[name]["mean_words"] = metrics.mean_length(candidates, level=level)
         scores[name]["distinct"] = metrics.distinct_share(candidates, level=level)
         repeated = [metrics.repetition(candidate, level=level) for candidate in candidates]
@@ -254,18 +262,24 @@ def summarize(
         scores["intervals"][name] = {
             metric: list(metrics.bootstrap_interval(v, groups=groups)) for metric, v in values[name].items()
         }
+        intervals = metrics.bleu_intervals(counts[name], groups=groups)
+        scores["intervals"][name] |= dict(zip(BLEU, map(list, intervals), strict=True))
     if "tuned" in passes:
         scores["gain"] = {
             metric: metrics.paired_bootstrap(values["base"][metric], values["tuned"][metric], groups=groups)._asdict()
             for metric in values["base"]
         }
+        gains = metrics.paired_bleu(counts["base"], counts["tuned"], groups=groups)
+        scores["gain"] |= {metric: gain._asdict() for metric, gain in zip(BLEU, gains, strict=True)}
     kinds = sorted({row.kind for row in answered if row.kind})
     scores["by_kind"] = {}
     for kind in kinds:
         of_kind = [i for i, row in enumerate(answered) if row.kind == kind]
-        scores["by_kind"][kind] = {"answers": len(of_kind)} | {
-            name: sum(values[name]["exact_match"][i] for i in of_kind) / len(of_kind) for name in passes
-        }
+        exact, vqa = (
+            {name: sum(values[name][metric][i] for i in of_kind) / len(of_kind) for name in passes}
+            for metric in ("exact_match", "vqa_accuracy")
+        )
+        scores["by_kind"][kind] = {"answers": len(of_kind), **exact, "vqa_accuracy": vqa}
     return scores
 
 
@@ -291,14 +305,17 @@ def table(scores: dict) -> str:
             )
         if gain := scores.get("gain", {}).get(metric):
             told = metric_text(metric, gain["gain"], points=True, sign=True)
-            line.append(f"{told} ({span(metric, gain['low'], gain['high'], sign=True)}), p {gain['p_value']:.3f}")
+            sure = f", p {gain['p_value']:.3f}" if scores["examples"] >= FEW_IMAGES else ""
+            line.append(f"{told} ({span(metric, gain['low'], gain['high'], sign=True)}){sure}")
         lines.append(line)
     for key, name, form in STATISTICS:
         lines.append([name, *[form.format(scores[who][key]) for who in passes]])
     for kind, row in scores["by_kind"].items():
-        lines.append(
-            [f"exact match, {kind} ({row['answers']})", *[metric_text("exact_match", row[name]) for name in passes]]
-        )
+        told = [
+            f"{metric_text('exact_match', row[name])} ({metric_text('vqa_accuracy', row['vqa_accuracy'][name])})"
+            for name in passes
+        ]
+        lines.append([f"exact match (VQA accuracy), {kind} ({row['answers']})", *told])
     widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(max(map(len, lines)))]
     rows = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=False)).rstrip() for line in lines)
     return "\n".join(rows).replace("\u00a0", " ")

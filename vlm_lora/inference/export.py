@@ -17,7 +17,8 @@ from PIL import Image
 from vlm_lora.data.example import Dialogue, ImageRef, Turn
 from vlm_lora.data.images import load_image
 from vlm_lora.errors import AdapterError, CheckpointError, ConfigError, ModelError
-from vlm_lora.inference.captioner import Captioner, Decoding
+from vlm_lora.inference.caption import Decoding
+from vlm_lora.inference.captioner import Captioner
 from vlm_lora.model.adapters.base import base_of, find_adapter, read_contract, read_settings
 from vlm_lora.model.adapters.lora import merged_weights
 from vlm_lora.model.backbone import load_backbone, saved_dtype
@@ -83,6 +84,8 @@ def merge(
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: is there already and not empty. Give a folder that is to be made.")
+    if target.exists() and os.path.samefile(target, os.getcwd()):
+        raise ConfigError(f"{target}: is the folder you are in, which cannot be replaced. Give another one.")
     model = model or base_of(found)
     contract = read_contract(found)
     pictures = [load_image(ImageRef(path=Path(image), name=str(image))) for image in images]

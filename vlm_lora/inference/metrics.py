@@ -261,28 +261,38 @@ def normalize_answer(answer: str) -> str:
     "none" and "zero" to "ten" as digits; no articles; forgotten apostrophes put back ("dont" is "don't").
     One difference: an answer of articles only, such as the choice "A", stays instead of becoming empty.
     """
-    answer = original = re.sub(r"[\n\t]", " ", answer).strip()
-    has_digit_comma = re.search(r"\d,\d", original) is not None
+    answer = _without_punctuation(re.sub(r"[\n\t]", " ", answer).strip())
+    words = [_NUMBER_WORDS.get(word, word) for word in answer.lower().split()]
+    kept = [word for word in words if word not in ("a", "an", "the")] or words
+    return " ".join(_APOSTROPHES.get(word, word) for word in kept)
+
+
+def _without_punctuation(original: str) -> str:
+    answer, has_digit_comma = original, re.search(r"\d,\d", original) is not None
     for mark in ';/[]"{}()=+\\_-><@`,?!':
         beside_space = f"{mark} " in original or f" {mark}" in original
         answer = answer.replace(mark, "" if beside_space or has_digit_comma else " ")
-    words = [_NUMBER_WORDS.get(word, word) for word in re.sub(r"\.(?!\d)", "", answer).lower().split()]
-    kept = [word for word in words if word not in ("a", "an", "the")] or words
-    return " ".join(_APOSTROPHES.get(word, word) for word in kept)
+    return re.sub(r"\.(?!\d)", "", answer)
 
 
 def vqa_accuracy(answer: str, human_answers: Sequence[str]) -> float:
     """VQA accuracy of one answer, 0 to 1 (Antol et al. 2015, "VQA: Visual Question Answering").
 
-    The mean, over leaving out each human in turn, of min(matches among the others / 3, 1), on normalised
-    answers. With a single human answer, where nobody would be left, it is 1.0 on a match and else 0.0. The
-    formula is made for ten humans: with two of them the most one can reach is 1/3, with three 2/3.
+    The mean, over leaving out each human in turn, of min(matches among the others / 3, 1). As in the official
+    code (vqaEval.py), the model's answer is normalised whole, but of the humans' only the punctuation goes, and
+    that only where they are not all alike: VQAv2's come in lower case, with digits and without articles. So ten
+    humans who say "three" are met by no answer, as "three" of the model is "3". The formula is made for ten
+    humans: with two of them the most one can reach is 1/3, with three 2/3.
+
+    One difference: a single human answer, of which leaving one out leaves nobody, is no VQA data. It is
+    normalised as the model's is, and a match is 1.0, else 0.0.
     """
     _check_texts(human_answers, "human_answers")
     given = normalize_answer(answer)
-    matches = [normalize_answer(human) == given for human in human_answers]
-    if len(matches) == 1:
-        return float(matches[0])
+    if len(human_answers) == 1:
+        return float(normalize_answer(human_answers[0]) == given)
+    alike = len(set(human_answers)) == 1
+    matches = [(human if alike else _without_punctuation(human)) == given for human in human_answers]
     total = sum(matches)
     return sum(min((total - matched) / 3, 1.0) for matched in matches) / len(matches)
 
@@ -366,8 +376,7 @@ def bootstrap_interval(
         groups: the image (or any key) of each sample. Answers about one image are not independent: whole
             groups are drawn, a mean stays a mean over samples. A single group gives an interval of no width.
     """
-    figures = _resample(values, groups, seed, resamples, level)
-    return _percentile(figures, (1 - level) / 2), _percentile(figures, (1 + level) / 2)
+    return _interval(_means(values, groups, seed, resamples, level), level)
 
 
 def paired_bootstrap(
@@ -388,37 +397,82 @@ def paired_bootstrap(
     if len(base) != len(tuned):
         raise ValueError(f"paired samples: {len(base)} of base, {len(tuned)} of tuned")
     gained = [float(after) - float(before) for before, after in zip(base, tuned, strict=True)]
-    gains = _resample(gained, groups, seed, resamples, level)
-    rounding = 1e-12  # sums that should be 0 and are not quite
-    tail = min(sum(gain <= rounding for gain in gains), sum(gain >= -rounding for gain in gains))
-    return Paired(
-        gain=sum(gained) / len(gained),
-        low=_percentile(gains, (1 - level) / 2),
-        high=_percentile(gains, (1 + level) / 2),
-        p_value=min(1.0, 2 * (tail + 1) / (resamples + 1)),
-    )
+    drawn = _means(gained, groups, seed, resamples, level)
+    return _paired(sum(gained) / len(gained), drawn, level)
+
+
+def bleu_intervals(
+    stats: Sequence[BleuStats],
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+    level: float = 0.95,
+    groups: Sequence[Hashable] | None = None,
+) -> list[tuple[float, float]]:
+    """The intervals of corpus BLEU-1, -2, -3, -4 from `bleu_stats` of each sample; else as `bootstrap_interval`."""
+    drawn = [bleu_from_stats([sums]) for sums in _resample(stats, groups, seed, resamples, level)]
+    return [_interval(of_order, level) for of_order in zip(*drawn, strict=True)]
+
+
+def paired_bleu(
+    base: Sequence[BleuStats],
+    tuned: Sequence[BleuStats],
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+    level: float = 0.95,
+    groups: Sequence[Hashable] | None = None,
+) -> list[Paired]:
+    """Two models' corpus BLEU-1, -2, -3, -4 from `bleu_stats` of the same samples; else as `paired_bootstrap`."""
+
+    def gains(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> list[float]:
+        return [t - b for b, t in zip(bleu_from_stats(before), bleu_from_stats(after), strict=True)]
+
+    both = [(*before, *after) for before, after in zip(base, tuned, strict=True)]
+    middle = len(base[0])
+    drawn = [gains([s[:middle]], [s[middle:]]) for s in _resample(both, groups, seed, resamples, level)]
+    return [
+        _paired(gain, of_order, level)
+        for gain, of_order in zip(gains(base, tuned), zip(*drawn, strict=True), strict=True)
+    ]
+
+
+def _means(
+    values: Sequence[float], groups: Sequence[Hashable] | None, seed: int, resamples: int, level: float
+) -> list[float]:
+    """The mean of each resample."""
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError("cannot bootstrap values that are not finite")
+    drawn = _resample([(value, 1) for value in values], groups, seed, resamples, level)
+    return [total / count for total, count in drawn]
 
 
 def _resample(
-    values: Sequence[float], groups: Sequence[Hashable] | None, seed: int, resamples: int, level: float
-) -> list[float]:
-    """The mean of each resample, sorted. Values are summed by group first: groups are then cheap to draw."""
-    if not values or resamples < 1 or not 0 < level < 1:
-        raise ValueError(f"cannot bootstrap {len(values)} samples, {resamples} resamples, level {level}")
-    if not all(math.isfinite(value) for value in values):
-        raise ValueError("cannot bootstrap values that are not finite")
-    if groups is not None and len(groups) != len(values):
-        raise ValueError(f"{len(groups)} groups for {len(values)} samples")
+    rows: Sequence[Sequence[float]], groups: Sequence[Hashable] | None, seed: int, resamples: int, level: float
+) -> list[list[float]]:
+    """The sum of the rows of each resample. Rows are summed by group first: groups are then cheap to draw."""
+    if not rows or resamples < 1 or not 0 < level < 1:
+        raise ValueError(f"cannot bootstrap {len(rows)} samples, {resamples} resamples, level {level}")
+    if groups is not None and len(groups) != len(rows):
+        raise ValueError(f"{len(groups)} groups for {len(rows)} samples")
     sums: dict[Hashable, list[float]] = {}
-    for group, value in zip(range(len(values)) if groups is None else groups, values, strict=True):
-        of_group = sums.setdefault(group, [0.0, 0])
-        of_group[0] += value
-        of_group[1] += 1
+    for group, row in zip(range(len(rows)) if groups is None else groups, rows, strict=True):
+        sums[group] = [a + b for a, b in zip(sums[group], row, strict=True)] if group in sums else list(row)
     import numpy as np  # here, so that scores alone need the standard library alone
 
-    table, random = np.array(list(sums.values())), np.random.default_rng(seed)
-    drawn = (table[random.integers(len(table), size=len(table))].sum(0) for _ in range(resamples))
-    return sorted(float(total / count) for total, count in drawn)
+    table, random = np.array(list(sums.values()), dtype=float), np.random.default_rng(seed)
+    return [table[random.integers(len(table), size=len(table))].sum(0).tolist() for _ in range(resamples)]
+
+
+def _interval(figures: Iterable[float], level: float) -> tuple[float, float]:
+    ordered = sorted(figures)
+    return _percentile(ordered, (1 - level) / 2), _percentile(ordered, (1 + level) / 2)
+
+
+def _paired(gain: float, gains: Sequence[float], level: float) -> Paired:
+    rounding = 1e-12  # sums that should be 0 and are not quite
+    tail = min(sum(drawn <= rounding for drawn in gains), sum(drawn >= -rounding for drawn in gains))
+    return Paired(gain, *_interval(gains, level), min(1.0, 2 * (tail + 1) / (len(gains) + 1)))
 
 
 def _percentile(ordered: Sequence[float], share: float) -> float:

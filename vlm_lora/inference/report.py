@@ -19,7 +19,16 @@ from vlm_lora.data.images import load_image
 from vlm_lora.data.sheet import HEAD
 from vlm_lora.errors import DataError
 from vlm_lora.inference import metrics
-from vlm_lora.inference.evaluate import STATISTICS, WHOLE_SCALE, Answered, Evaluation, headline, metric_text, span
+from vlm_lora.inference.evaluate import (
+    FEW_IMAGES,
+    STATISTICS,
+    WHOLE_SCALE,
+    Answered,
+    Evaluation,
+    headline,
+    metric_text,
+    span,
+)
 
 PICTURES = 24
 """Cards in the gallery."""
@@ -27,9 +36,6 @@ THUMBNAIL = 256
 """Longest side of a picture in the report, in pixels."""
 CRISP = 128
 """Pictures up to this side are shown enlarged with their pixels sharp."""
-FEW_IMAGES = 20
-"""Below this, an interval over images says little."""
-
 NAMES = {
     "exact_match": "Exact match",
     "vqa_accuracy": "VQA accuracy",
@@ -150,12 +156,15 @@ def _score_table(scores: dict) -> str:
 
 def _gain_cell(metric: str, scores: dict) -> str:
     gain = scores["gain"].get(metric)
-    if gain is None:  # a score of the whole set, such as BLEU, has no interval
+    if gain is None:  # BLEU of an earlier version's evaluation
         difference = scores["tuned"][metric] - scores["base"][metric]
         return _cell(metric_text(metric, difference, points=True, sign=True))
     shown = metric_text(metric, gain["gain"], points=True, sign=True)
+    around = span(metric, gain["low"], gain["high"], sign=True)
+    if scores["examples"] < FEW_IMAGES:  # as the lead says, too few to tell: no colour, no p
+        return _cell(shown, around)
     kind = "good" if gain["low"] > 0 else "bad" if gain["high"] < 0 else ""
-    return _cell(shown, f"{span(metric, gain['low'], gain['high'], sign=True)}, p {gain['p_value']:.3f}", kind)
+    return _cell(shown, f"{around}, p {gain['p_value']:.3f}", kind)
 
 
 def _forgetting(scores: dict) -> str:
@@ -171,7 +180,13 @@ def _kind_table(scores: dict) -> str:
         return ""
     rows = "".join(
         f"<tr><th scope=row><bdi>{escape(kind)}</bdi> <small>{row['answers']:,}</small></th>"
-        + "".join(_cell(metric_text("exact_match", row[who])) for who in passes)
+        + "".join(
+            _cell(
+                metric_text("exact_match", row[who]),
+                f"VQA accuracy {metric_text('vqa_accuracy', row['vqa_accuracy'][who])}",
+            )
+            for who in passes
+        )
         + "</tr>"
         for kind, row in scores["by_kind"].items()
     )

@@ -1,0 +1,162 @@
+"""What `caption` writes: nothing that was there is lost, and what cannot be written is said."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import picture
+from vlm_lora.data.readers import read_dataset
+from vlm_lora.errors import ConfigError, DataError
+from vlm_lora.inference.sinks import NotWritten, Rows, Sidecars, one_line, printable
+
+MADE_WITH = {"--prompt": None, "--adapter": ["runs/a"]}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def rows(paths, format="jsonl", file="out", made_with=MADE_WITH, **how) -> Rows:
+    return Rows([Path(path) for path in paths], format, file and Path(file), made_with=made_with, **how)
+
+
+def write(sink, *names: str, text: str = "said") -> None:
+    for name in names:
+        sink.write(Path(name), [text])
+    sink.close()
+
+
+@pytest.mark.parametrize("format", ["text", "jsonl", "metadata"])
+@pytest.mark.parametrize("foreign", ["my only line", "my only line\n", '{"mine": 1', "a.png is a picture"])
+def test_a_file_that_is_not_ours_stays(here, format, foreign):
+    (here / "out").write_text(foreign)
+    with pytest.raises(ConfigError, match=f"out:1: is not a line that `caption --format {format}` wrote"):
+        rows(["a.png"], format)
+    assert (here / "out").read_text() == foreign
+    write(rows(["a.png"], format, overwrite=True), "a.png")
+    assert "only" not in (here / "out").read_text()
+
+
+@pytest.mark.parametrize("format", ["text", "jsonl", "metadata"])
+def test_a_line_of_ours_that_was_cut_off_is_written_again(here, format):
+    write(rows(["a.png", "b.png"], format), "a.png", "b.png")
+    whole = (here / "out").read_text()
+    for cut in range(whole.index("\n") + 1, len(whole)):
+        (here / "out").write_text(whole[:cut])
+        sink = rows(["a.png", "b.png"], format)
+        assert sink.has(Path("a.png"))
+        if not sink.has(Path("b.png")):
+            write(sink, "b.png")
+            assert (here / "out").read_text() == whole
+
+
+def test_overwriting_one_image_keeps_the_rows_of_the_others(here):
+    write(rows(["a.png", "b.png"]), "a.png", "b.png")
+    write(rows(["b.png"], overwrite=True), "b.png", text="anew")
+    told = [json.loads(line) for line in (here / "out").read_text().splitlines()]
+    assert told == [{"image": "a.png", "caption": "said"}, {"image": "b.png", "caption": "anew"}]
+
+
+def test_devices_and_folders_are_refused_and_links_are_followed(here):
+    for wrong in ("/dev/null", "."):
+        with pytest.raises(ConfigError, match="is not a regular file"):
+            rows(["a.png"], file=wrong, overwrite=True)
+    os.mkfifo("pipe")
+    with pytest.raises(ConfigError, match="is not a regular file"):
+        rows(["a.png"], file="pipe")
+    (here / "link").symlink_to("target")
+    write(rows(["a.png"], file="link"), "a.png")
+    assert (here / "link").is_symlink()
+    assert json.loads((here / "target").read_text()) == {"image": "a.png", "caption": "said"}
+    (here / "a.png").write_bytes(b"")
+    (here / "a.txt").symlink_to("mine")
+    write(Sidecars([Path("a.png")], overwrite=True), "a.png")
+    assert (here / "a.txt").is_symlink()
+    assert (here / "mine").read_text() == "said\n"
+
+
+def test_captions_made_with_something_else_are_not_mixed_in(here):
+    write(rows(["a.png"]), "a.png")
+    for other in ({"--prompt": "Why?", "--adapter": ["runs/a"]}, {"--prompt": None, "--adapter": ["runs/b"]}):
+        with pytest.raises(ConfigError, match=r"out: its captions were made with --(prompt|adapter)"):
+            rows(["b.png"], made_with=other)
+        rows(["b.png"], made_with=other, overwrite=True)
+    assert rows(["b.png"]).has(Path("a.png"))
+
+
+def test_names_with_line_breaks_and_those_that_look_so_are_two(here):
+    names = ["a\nb.png", "a\\nb.png", "a\\\nb.png", "a\\\\nb.png"]
+    assert len({one_line(name) for name in names}) == len(names)
+    write(rows(names[:1], "text"), names[0])
+    assert [rows(names, "text").has(Path(name)) for name in names] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("name", ["a b.png", "Foo12:30.png", "IMG: 1.png", "file:x.png", "sub/c#?.png", "~$x.png"])
+def test_metadata_loads_again(here, name):
+    file = here / "in" / name
+    file.parent.mkdir(parents=True)
+    picture(0).save(here / "plain.png")
+    (here / "plain.png").rename(file)
+    write(rows([f"in/{name}"], "metadata", "in/metadata.jsonl"), f"in/{name}")
+    read = read_dataset(here / "in", prompt="What?")
+    assert [(e.images[0].path, e.dialogues[0].turns[0].assistant) for e in read.examples] == [(file, "said")]
+
+
+def test_metadata_holds_no_name_that_cannot_be_read_back(here):
+    sink = rows(["\udcff.png", "a.png"], "metadata", "metadata.jsonl")
+    with pytest.raises(NotWritten, match="its name is not UTF-8, so that no training set can name it; rename it"):
+        sink.write(Path("\udcff.png"), ["said"])
+    write(sink, "a.png")
+    assert (here / "metadata.jsonl").read_text() == '{"file_name": "a.png", "text": "said"}\n'
+
+
+def test_a_full_disk_is_said_in_one_line(here):
+    sink, out = rows(["a.png", "b.png"]), rows(["a.png"], file=None)
+    sink.write(Path("a.png"), ["said"])
+    full = pytest.raises(DataError, match=r"^out: cannot be written \(No space left on device\)\.$")
+    with open("/dev/full", "w") as sink.stream, full:
+        sink.write(Path("b.png"), ["said"])
+    with open("/dev/full", "w") as out.stream, pytest.raises(DataError, match=r"^stdout: cannot be written"):
+        out.write(Path("a.png"), ["said"])  # and closed without a second failure
+    assert json.loads((here / "out").read_text())["image"] == "a.png"
+
+
+def test_stdout_of_another_encoding_and_what_steers_terminals(capsys, monkeypatch):
+    assert printable("æ 🦊 \udcff", "latin-1") == "æ ? ?"
+    rows(["a.png"], "text", None).write(Path("a.png"), ["one\ntwo \x1b[31m"], alone=True)
+    assert capsys.readouterr().out == "one\ntwo  [31m\n"
+
+
+def test_a_caption_file_that_cannot_be_written_is_that_image_alone(here, monkeypatch):
+    long = "x" * 250 + ".png"
+    images = [Path(name) for name in ("folder.png", "latin.png", long, "full.png")]
+    (here / "folder.txt").mkdir()
+    (here / "latin.txt").write_bytes("mine: é\n".encode("latin-1"))
+    sink = Sidecars(images, append=True)
+    with pytest.raises(NotWritten, match=r"folder.txt cannot be written: Is a directory"):
+        sink.write(images[0], ["said"])
+    with pytest.raises(NotWritten, match=r"latin.txt is not UTF-8 \(byte 0xe9 at position 6\); save it as UTF-8"):
+        sink.write(images[1], ["said"])
+    sink.write(images[2], ["said"])
+    assert (here / ("x" * 250 + ".txt")).read_text() == "said\n"
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(NotWritten, match=r"full.txt cannot be written: No space left on device"):
+            sink.write(images[3], ["said"])
+    assert sorted(os.listdir()) == ["folder.txt", "latin.txt", "x" * 250 + ".txt"]
+    assert not Sidecars(images).has(images[0])
+
+
+def test_an_image_never_becomes_its_caption(here):
+    for images in (["pic.txt"], ["pic.txt", "pic.png"]):
+        with pytest.raises(ConfigError, match=r"^pic.txt would hold a caption, and is an image to caption; rename it"):
+            Sidecars([Path(name) for name in images], overwrite=True)
