@@ -1,7 +1,7 @@
 """Training speed and memory beside other tools: the same work, by turns, on one core of one machine.
 
     python -m bench.speed                         the main table: a plain loop, TRL, vlm-lora (about 30 minutes)
-    python -m bench.speed peers                   LLaMA-Factory and ms-swift, at one workload
+    python -m bench.speed peers                   TRL, LLaMA-Factory and ms-swift, at one workload
     python -m bench.speed techniques growth       each technique by itself; cost over tokens and data size
     python -m bench.speed --table                 the record as Markdown
     python -m bench.speed --plots                 and as drawings
@@ -52,7 +52,7 @@ SUITES = {
         ["plain", "trl", COLD, OURS],
         [("1 caption", 256, 40), ("5 captions", 256, 40), ("10 questions", 256, 40)],
     ),
-    "peers": (["plain", "llamafactory", "swift"], [("5 captions", 256, 20)]),
+    "peers": (["plain", "trl", "llamafactory", "swift"], [("5 captions", 256, 20)]),
     "techniques": (["plain", COLD, *TECHNIQUES], [("5 captions", 256, 20)]),
     "growth": (
         ["plain", COLD],
