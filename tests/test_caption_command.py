@@ -154,7 +154,8 @@ def test_bad_images_each_have_their_error(caption, tmp_path, capsys):
     for name, (_, message) in bad.items():
         assert set(told[name]) == {"image", "error"}
         assert told[name]["error"].startswith(message)
-    assert told["huge.png"]["error"] == "'huge.png' has 9000x9000 = 81 megapixels, the limit is 50; scale it down"
+    huge = "'huge.png' has 9000x9000 = 81 megapixels, the limit is 50; scale it down, or set VLM_LORA_MAX_MEGAPIXELS"
+    assert told["huge.png"]["error"] == f"{huge} (up to 178)"
     assert told["pipe.png"]["error"] == "'pipe.png' is not a regular file; expected an image file"
     assert err.splitlines()[-1] == "6 of 7 images could not be captioned."
     assert caption("empty.png") == 1

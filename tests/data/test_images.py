@@ -17,7 +17,7 @@ from PIL import Image, ImageFile
 
 from vlm_lora.data.example import ImageRef
 from vlm_lora.data.images import image_size, load_image
-from vlm_lora.errors import DataError
+from vlm_lora.errors import ConfigError, DataError
 
 
 def encoded(image, format="PNG", **options):
@@ -205,6 +205,24 @@ def test_f13_a_bomb_is_not_decoded(monkeypatch):
         load_image(png_of_size(12000, 12000))
     with pytest.raises(DataError, match="the limit is 0; scale it down"):
         load_image(PNG, max_decoded_pixels=1000)
+
+
+def test_the_limit_can_be_raised(monkeypatch):
+    picture = png_of_size(9000, 6000)  # 54 megapixels; it holds no pixels
+    with pytest.raises(
+        DataError, match="54 megapixels, the limit is 50; scale it down, or set VLM_LORA_MAX_MEGAPIXELS"
+    ):
+        image_size(picture, "a.png")
+    monkeypatch.setenv("VLM_LORA_MAX_MEGAPIXELS", "61.5")
+    assert image_size(picture, "a.png") == (9000, 6000)
+    with pytest.raises(DataError, match="damaged"):  # so it was decoded
+        load_image(picture)
+    for wrong in ("many", "0", "nan", "200"):
+        monkeypatch.setenv("VLM_LORA_MAX_MEGAPIXELS", wrong)
+        with pytest.raises(
+            ConfigError, match=f"VLM_LORA_MAX_MEGAPIXELS is '{wrong}'; expected megapixels, above 0 and"
+        ):
+            load_image(PNG)
 
 
 def test_f13_pillow_prints_no_warning_of_its_own(tmp_path):

@@ -19,10 +19,12 @@ from urllib.parse import unquote
 from PIL import Image, UnidentifiedImageError
 
 from vlm_lora.data.example import ImageRef, read_regular_file
-from vlm_lora.errors import DataError
+from vlm_lora.errors import ConfigError, DataError
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit below is asked for each image
-MAX_DECODED_PIXELS = 50_000_000  # a 17 KB PNG can be 144 megapixels and 430 MB when decoded
+MAX_MEGAPIXELS = 50.0  # a 17 KB PNG can be 144 megapixels and 430 MB when decoded
+MOST_MEGAPIXELS = 178.0  # where Pillow itself refuses
+LIMIT_VARIABLE = "VLM_LORA_MAX_MEGAPIXELS"
 
 # An explicit list: among the rest of Pillow's formats are some that run other programs (EPS calls
 # Ghostscript) and some without a signature (TGA takes arbitrary bytes for a picture).
@@ -53,11 +55,20 @@ def content_hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def decoding_limit() -> int:
+    """Pixels of the largest image that is decoded: ``$VLM_LORA_MAX_MEGAPIXELS`` million, else 50 million."""
+    text = os.environ.get(LIMIT_VARIABLE, str(MAX_MEGAPIXELS))
+    with suppress(ValueError):
+        if 0 < float(text) <= MOST_MEGAPIXELS:
+            return int(float(text) * 1e6)
+    raise ConfigError(f"{LIMIT_VARIABLE} is {text!r}; expected megapixels, above 0 and up to {MOST_MEGAPIXELS:g}.")
+
+
 def load_image(
     source: ImageRef | Path | str | bytes | Image.Image,
     *,
     name: str | None = None,
-    max_decoded_pixels: int = MAX_DECODED_PIXELS,
+    max_decoded_pixels: int | None = None,
 ) -> Image.Image:
     """Upright RGB image of any size from 1x1, without metadata (so that nobody rotates it a second time).
 
@@ -65,9 +76,10 @@ def load_image(
 
     Transparency is composited on white; 16-bit and float images are scaled to 8 bits, not clipped; of an
     animation the first frame is taken. Raises DataError, with the image's name, for whatever is not a whole
-    image of at most `max_decoded_pixels` (checked before decoding; Pillow itself refuses 178 megapixels). `name` is
+    image of at most `max_decoded_pixels` (by default `decoding_limit`; checked before decoding). `name` is
     that of bytes, which have none.
     """
+    max_decoded_pixels = max_decoded_pixels or decoding_limit()
     if isinstance(source, Image.Image):
         return _decode(source, getattr(source, "filename", "") or "the image", max_decoded_pixels)
     if isinstance(source, bytes):
@@ -82,7 +94,7 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
 
     Raises DataError for what is no image, or too large a one. Damage behind the header goes unnoticed.
     """
-    return _open(data, repr(name), MAX_DECODED_PIXELS, _measure)
+    return _open(data, repr(name), decoding_limit(), _measure)
 
 
 def _open(data: bytes, name: str, limit: int, take: Callable[[Image.Image, str, int], Any] | None = None) -> Any:
@@ -199,7 +211,8 @@ def _register_heif(name: str) -> None:
 
 
 def _too_large(name: str, megapixels: str, limit: int) -> DataError:
-    return DataError(f"{name} has {megapixels} megapixels, the limit is {limit / 1e6:,.0f}; scale it down")
+    more = f", or set {LIMIT_VARIABLE} (up to {MOST_MEGAPIXELS:g})"
+    return DataError(f"{name} has {megapixels} megapixels, the limit is {limit / 1e6:,.0f}; scale it down{more}")
 
 
 def _damaged(name: str, error: Exception) -> DataError:
