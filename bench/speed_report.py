@@ -143,8 +143,8 @@ def plots(record: dict, folder: Path) -> list[Path]:
             panels.append(("epochs done (5 captions, 256 tokens)", per_epoch(five)))
     if growth:
         least = min(int(workload.split(", ")[2].split()[0]) for workload in growth)
-        both = growth | {w: m for w, m in main.items() if w.startswith("5 ")}
-        by_tokens = lines(both, lambda said, tokens, answers: tokens if answers == least else None)
+        of_large_images = medians(record, "techniques")
+        by_tokens = lines(growth | of_large_images, lambda said, tokens, answers: tokens if answers == least else None)
         panels.append(("image tokens (5 captions an image)", by_tokens))
         panels.append(("answers in the data (5 captions, 64 tokens)",
                        lines(growth, lambda said, tokens, answers: answers if tokens == 64 else None)))  # fmt: skip
