@@ -51,10 +51,10 @@ def one(order: str, seed: int, steps: int, every: int, output: Path) -> dict:
         return adapter
 
     @cache
-    def shuffled(plan: Plan, epoch: int) -> list[tuple[int, int]]:
-        line = list(line_of(plan, epoch))
-        random.Random(f"{seed}/{epoch}/shuffled").shuffle(line)
-        return line
+    def shuffled(plan: Plan, epoch: int) -> list[tuple[int, int, int]]:
+        answers = [(example, dialogue) for example, dialogue, _ in line_of(plan, epoch)]
+        random.Random(f"{seed}/{epoch}/shuffled").shuffle(answers)
+        return [(*answer, place) for place, answer in enumerate(answers)]  # each by itself in the step of its place
 
     def accuracy() -> float:
         right = []

@@ -2,6 +2,7 @@
 
 import base64
 import importlib.util
+import itertools
 import json
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from tests.conftest import ROOT, picture
 from vlm_lora import Captioner, Decoding, TrainConfig, train
 from vlm_lora.cli import main
 from vlm_lora.errors import ModelError
-from vlm_lora.inference.endpoint import ATTEMPTS, BROKEN, HOPELESS, Endpoint
+from vlm_lora.inference.endpoint import ATTEMPTS, HOPELESS, Endpoint
 
 PROMPT = "What is it?"
 SHORT = Decoding(max_new_tokens=8)
@@ -189,7 +190,8 @@ def stub():
     server.server_close()
 
 
-def test_images_that_a_server_always_fails_at_do_not_stop_the_others(stub, tmp_path):
+def test_images_that_a_server_always_fails_at_do_not_stop_the_others(stub, tmp_path, monkeypatch):
+    monkeypatch.setattr("vlm_lora.inference.endpoint.BROKEN", 2 * HOPELESS)
     bad = []
     for i in range(HOPELESS + 4):
         picture(i, (32, 32)).save(tmp_path / f"{i}.png")
@@ -203,19 +205,38 @@ def test_images_that_a_server_always_fails_at_do_not_stop_the_others(stub, tmp_p
     assert told[-1].text == "said"
     assert all("answered 500" in caption.error for caption in told[:-1])
     with pytest.raises(ModelError, match="answered 500"):
-        list(endpoint.caption(bad[:1] * BROKEN, PROMPT))
+        list(endpoint.caption(bad[:1] * 2 * HOPELESS, PROMPT))
+    # A cut connection among them is one more failure, and no new beginning.
+    one = iter([httpx.ConnectError("cut off")])
+    send = endpoint._send
+
+    def cut_once(*args):
+        if error := next(one, None):
+            raise error
+        return send(*args)
+
+    endpoint._send = cut_once
+    with pytest.raises(ModelError):
+        list(endpoint.caption(bad[:1] * 2 * HOPELESS, PROMPT))
 
 
 def test_ctrl_c_does_not_wait_for_a_server_that_hangs(stub, tmp_path):
     for i in range(4):
         picture(i, (32, 32)).save(tmp_path / f"{i}.png")
-    asked = []
-    hangs = lambda body: None if asked.append(body) or len(asked) == 2 else 200  # noqa: E731
-    stub.answers = hangs
+    asked, numbers = [], itertools.count(1)
+
+    def answers(body):
+        number = next(numbers)
+        asked.append(body)
+        return None if number == 2 else 200
+
+    stub.answers = answers
     command = [sys.executable, "-m", "vlm_lora", "caption", str(tmp_path), "--format", "jsonl", "--concurrency", "2"]
     command += ["--model", "photos", "--endpoint", f"http://127.0.0.1:{stub.server_port}/v1"]
     command += ["--output", str(tmp_path / "out.jsonl")]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    # What starts the tests in the background may have Ctrl-C ignored, and so would the process.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     until = time.monotonic() + 60
     while len(asked) < 4 and time.monotonic() < until:
         time.sleep(0.05)

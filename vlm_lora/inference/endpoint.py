@@ -103,14 +103,14 @@ class Endpoint:
         asked = map(ask, images)
         # Twice as many as can be under way: one slow answer does not make the others wait.
         waiting = deque(islice(asked, 2 * self.concurrency))
-        in_a_row = too_many = 0
+        failed = unanswered = 0  # in a row
         try:
             while waiting:
-                before = too_many
                 caption, too_many = waiting[0].result()
                 waiting.popleft()
-                in_a_row = in_a_row + 1 if too_many == before else 1
-                if too_many and in_a_row == too_many:
+                failed = failed + 1 if too_many else 0
+                unanswered = unanswered + 1 if too_many == HOPELESS else 0
+                if failed >= BROKEN or unanswered >= HOPELESS:
                     raise ModelError(f"--endpoint {self.url}: {caption.error}. Say the same again once it is back.")
                 yield caption
                 waiting.extend(islice(asked, 1))
