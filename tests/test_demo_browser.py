@@ -315,9 +315,9 @@ def test_several_pictures_become_training_data(open_page, pictures, tmp_path, sa
     cell = page.locator("#table [role=gridcell]").nth(1)
     expect(cell).to_contain_text("<img src=x")
     cell.dblclick()
-    page.keyboard.press("Control+a")
-    page.keyboard.type("Corrected by hand.")
-    page.keyboard.press("Enter")
+    editor = page.locator("#table :is(textarea, input):focus")  # keys pressed before it has the focus go elsewhere
+    editor.fill("Corrected by hand.")
+    editor.press("Enter")
     page.get_by_role("listbox", name="As training data").or_(page.get_by_label("As training data")).first.click()
     page.get_by_role("option", name=re.compile("Zip")).click()
     page.get_by_role("button", name="Make the file").click()
