@@ -64,7 +64,7 @@ def app(run):
 
 
 def is_wrong(message) -> bool:
-    """Gradio's page may ask to cancel what the server has not numbered yet, and is told so by 422: on a busy machine."""
+    """Gradio's page may cancel what the server has not numbered yet, and is told so by 422: on a busy machine."""
     early = "status of 422" in message.text and message.location["url"].endswith("/cancel")
     return message.type == "error" and not early
 
