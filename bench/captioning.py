@@ -28,8 +28,9 @@ import transformers
 from PIL import Image
 
 from vlm_lora import Captioner, Decoding, __version__
-from vlm_lora.model.backbone import Backbone, load_backbone, tiny_path
+from vlm_lora.model.backbone import Backbone, load_backbone
 from vlm_lora.model.features import FeatureCache
+from vlm_lora.model.folder import tiny_path
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "Describe this image."

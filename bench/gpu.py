@@ -50,10 +50,13 @@ from vlm_lora.cli.console import say
 from vlm_lora.config import DEFAULT_PROMPT, TrainConfig
 from vlm_lora.inference.captioner import Decoding
 from vlm_lora.model.adapters.lora import attach_lora
-from vlm_lora.model.backbone import Backbone, best_device, load_backbone, load_shapes, tiny_path
+from vlm_lora.model.backbone import Backbone, load_backbone
+from vlm_lora.model.device import best_device
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache
+from vlm_lora.model.folder import tiny_path
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded, pack_apart
+from vlm_lora.model.shapes import load_shapes
 from vlm_lora.training.batches import micro_batches
 from vlm_lora.training.loop import MicroBatch, loss_sum
 from vlm_lora.training.plan import TRAINED, CostModel, micro_shape

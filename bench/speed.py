@@ -255,8 +255,9 @@ def predicted(job: dict) -> dict[str, float]:
     import torch
 
     from vlm_lora import TrainConfig, read_dataset
-    from vlm_lora.model.backbone import load_preprocessor, load_shapes
     from vlm_lora.model.encode import Encoder
+    from vlm_lora.model.preprocess import load_preprocessor
+    from vlm_lora.model.shapes import load_shapes
     from vlm_lora.training.batches import Plan
     from vlm_lora.training.plan import CostModel, micro_shapes
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from vlm_lora.config import DEFAULT_PROMPT
-from vlm_lora.model.backbone import tiny_path
+from vlm_lora.model.folder import tiny_path
 
 PATCH = 14
 

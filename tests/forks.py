@@ -65,7 +65,7 @@ def serve() -> None:
 
     import vlm_lora.inference.report
     import vlm_lora.training.run  # noqa: F401
-    from vlm_lora.model.backbone import tiny_path
+    from vlm_lora.model.folder import tiny_path
 
     transformers.AutoProcessor.from_pretrained(tiny_path())
     _ = transformers.Qwen2VLForConditionalGeneration

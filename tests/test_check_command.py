@@ -11,9 +11,10 @@ import torch
 from tests.conftest import picture
 from vlm_lora.cli import main
 from vlm_lora.data.readers import read_dataset
-from vlm_lora.model.backbone import load_backbone, load_preprocessor
+from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache
+from vlm_lora.model.preprocess import load_preprocessor
 from vlm_lora.model.tokens import count_tokens, longest_sequence
 
 

@@ -1,6 +1,7 @@
 """Imports go downwards only, and the light commands stay light."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,21 @@ def test_imports_go_downwards(path):
         other = wing(module)
         allowed = other == own or level(other) < level(own)
         assert allowed, f"{own} must not know {other} ({path.name} imports {module})"
+
+
+def test_no_module_needs_itself():
+    """Within a wing too, imports go one way, also those that wait in a function."""
+    files = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    needs = {
+        module.removesuffix(".__init__"): {
+            deeper if (deeper := f"{other}.{name}") in files else other
+            for other, names in imports(path)
+            for name in names or [""]
+        }
+        for module, path in files.items()
+        if path != PACKAGE / "__init__.py"  # names the public ones, for type checkers
+    }
+    assert tuple(graphlib.TopologicalSorter(needs).static_order())
 
 
 def test_the_demo_uses_the_public_names_only():

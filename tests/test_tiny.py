@@ -9,7 +9,7 @@ from tests.conftest import ROOT, TINY
 from vlm_lora.data.images import load_image
 from vlm_lora.data.readers import read_dataset
 from vlm_lora.inference.captioner import Captioner, Decoding
-from vlm_lora.model.backbone import tiny_path
+from vlm_lora.model.folder import tiny_path
 
 
 def test_it_is_a_plain_qwen2_vl_and_small():

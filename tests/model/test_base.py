@@ -11,21 +11,11 @@ from safetensors.torch import load_file, save_file
 from tests.model.test_qlora import needs_bitsandbytes
 from vlm_lora.config import TrainConfig
 from vlm_lora.errors import AdapterError, ConfigError, ModelError
-from vlm_lora.model import backbone as bases
 from vlm_lora.model.adapters.lora import merged_weights
 from vlm_lora.model.adapters.methods import attach_adapter, load_adapter
-from vlm_lora.model.backbone import (
-    LAYOUTS,
-    Backbone,
-    check_model_folder,
-    is_out_of_memory,
-    load_backbone,
-    resolve_dtype,
-)
-
-
-def fingerprint(folder) -> str:
-    return Backbone(model=None, processor=None, name="x", folder=folder).base_fingerprint
+from vlm_lora.model.backbone import load_backbone
+from vlm_lora.model.device import is_out_of_memory, resolve_dtype
+from vlm_lora.model.folder import LAYOUTS, check_model_folder, fingerprint
 
 
 @pytest.fixture
@@ -118,13 +108,13 @@ def test_a_folder_that_is_not_a_plain_base_is_refused_in_one_line(base, file, te
 
 def test_bfloat16_is_refused_where_the_device_cannot_do_it(monkeypatch):
     gpu = torch.device("cuda")
-    monkeypatch.setattr(bases.torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
-    monkeypatch.setattr(bases.torch.cuda, "get_device_name", lambda device: "GeForce GTX 750")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GeForce GTX 750")
     with pytest.raises(ConfigError, match="--dtype bfloat16: GeForce GTX 750 cannot compute in it"):
         resolve_dtype("bfloat16", gpu)
     assert resolve_dtype("auto", gpu) == resolve_dtype("float32", gpu) == torch.float32
     assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
-    monkeypatch.setattr(bases.torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert resolve_dtype("bfloat16", gpu) == torch.bfloat16
 
 

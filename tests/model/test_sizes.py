@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlm_lora.errors import ModelError
-from vlm_lora.model.backbone import load_preprocessor
+from vlm_lora.model.preprocess import load_preprocessor
 
 SIDES = st.one_of(st.integers(1, 300), st.integers(1, 50_000_000))
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 import transformers
 
-from vlm_lora.model.backbone import _without_weights, load_backbone
+from vlm_lora.model.backbone import load_backbone
+from vlm_lora.model.shapes import _without_weights
 
 MODEL = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}
 ARGUMENTS = {
@@ -68,8 +69,8 @@ def missing(owner, path: str, arguments: str = "") -> list[str]:
 
 
 def require_none(gone: list[str]) -> None:
-    told = f"transformers {transformers.__version__} has no longer what vlm_lora.model.backbone relies on"
-    assert not gone, f"{told}: {'; '.join(gone)}. Mend backbone.py, or bound the version in pyproject.toml."
+    told = f"transformers {transformers.__version__} has no longer what vlm_lora.model relies on"
+    assert not gone, f"{told}: {'; '.join(gone)}. Mend vlm_lora/model, or bound the version in pyproject.toml."
 
 
 @pytest.mark.parametrize("family", MODEL)

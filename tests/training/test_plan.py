@@ -18,9 +18,10 @@ from vlm_lora.cli import main
 from vlm_lora.cli.console import TrainReport
 from vlm_lora.errors import DataError
 from vlm_lora.model.adapters.methods import attach_adapter
-from vlm_lora.model.backbone import load_backbone, load_shapes, shapes_of
+from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, cache_folder, cache_use
+from vlm_lora.model.shapes import load_shapes, shapes_of
 from vlm_lora.training.batches import Plan
 from vlm_lora.training.loop import Lesson, fetch_batches, fetch_own, loss_sum, place
 from vlm_lora.training.plan import CostModel, MicroShape, _waited_for, make_plan, micro_shapes, predict, read_data

@@ -21,8 +21,8 @@ from tests.conftest import ROOT, picture
 from tests.forks import Forks
 from vlm_lora.config import TrainConfig
 from vlm_lora.errors import ConfigError, TrainingError
-from vlm_lora.model.backbone import load_shapes
 from vlm_lora.model.packing import IGNORE_INDEX, Branch, Encoded
+from vlm_lora.model.shapes import load_shapes
 from vlm_lora.training.batches import deal
 from vlm_lora.training.plan import CostModel
 from vlm_lora.training.processes import Processes, require_possible

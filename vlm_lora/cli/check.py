@@ -129,8 +129,8 @@ def _counting(progress: Progress, what: str):
 
 def _count_tokens(options: argparse.Namespace, check, counting):
     """`TokenCount` of what is to be learnt, and of what is held out."""
-    from vlm_lora.model.backbone import load_preprocessor
     from vlm_lora.model.encode import Encoder
+    from vlm_lora.model.preprocess import load_preprocessor
     from vlm_lora.model.tokens import count_tokens
 
     base = load_preprocessor(options.model, min_pixels=options.min_pixels, max_pixels=options.max_pixels)

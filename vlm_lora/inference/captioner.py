@@ -19,7 +19,8 @@ from vlm_lora.errors import AdapterError, ConfigError, DataError
 from vlm_lora.inference.caption import Caption, Decoding, ImageSource, name_of, source_of
 from vlm_lora.model.adapters.base import Adapter, Contract, base_of, find_adapter, read_contract
 from vlm_lora.model.adapters.methods import load_adapter
-from vlm_lora.model.backbone import Backbone, is_out_of_memory, load_backbone
+from vlm_lora.model.backbone import Backbone, load_backbone
+from vlm_lora.model.device import is_out_of_memory
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, ImageFeatures, cache_folder
 from vlm_lora.model.packing import Encoded

@@ -21,8 +21,9 @@ from vlm_lora.inference.caption import Decoding
 from vlm_lora.inference.captioner import Captioner
 from vlm_lora.model.adapters.base import base_of, find_adapter, read_contract, read_settings
 from vlm_lora.model.adapters.lora import merged_weights
-from vlm_lora.model.backbone import load_backbone, saved_dtype
+from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.features import FeatureCache
+from vlm_lora.model.folder import saved_dtype
 from vlm_lora.model.packing import IGNORE_INDEX, pack
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

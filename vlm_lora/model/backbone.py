@@ -1,4 +1,4 @@
-"""The base model: found, checked, loaded, and run in pieces. The only module that names Hugging Face internals.
+"""The base model loaded, and run in pieces.
 
 A Qwen2-VL model is a vision tower (``visual.blocks``), a projector that merges each 2x2 patches into one token
 (``visual.merger``), and a language model. The tower is frozen here, so what it gives for an image is a constant;
@@ -10,264 +10,28 @@ import hashlib
 import importlib.util
 import json
 import math
-import re
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
 
 import torch
-from PIL import Image
-from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vlm_lora.errors import ConfigError, ModelError
+from vlm_lora.errors import ModelError
 from vlm_lora.model.attention import use_packed_attention
-
-FAMILIES = {
-    "qwen2_vl": "Qwen2VLForConditionalGeneration",
-    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
-}
+from vlm_lora.model.device import best_device, resolve_dtype
+from vlm_lora.model.folder import FAMILIES, cannot_be_loaded, check_model_folder, find_model, fingerprint
+from vlm_lora.model.preprocess import FITTING, Preprocessor, read_preprocessor
 
 # Anchored at both ends: "all-linear" would also adapt the tower. merger.mlp.1 is the activation.
 LANGUAGE_LINEARS = r"model\.language_model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
 MERGER_LINEARS = r"model\.visual\.merger\.mlp\.(?:0|2)"
 # The tower's own, of either family; an adapter goes there on request only.
 VISION_LINEARS = r"model\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.(?:fc1|fc2|(?:gate|up|down)_proj))"
-MAX_ASPECT = 200  # of transformers' smart_resize, which raises beyond it
-FITTING = "fit 1"  # goes into the fingerprint of features: change it with what `Preprocessor.preprocess` does
-LAYOUTS = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?")
-"""What stands before a weight's name in the files of one release of transformers and not in those of another."""
-
 TOWER_PREFIXES = ("model.visual.patch_embed.", "model.visual.blocks.", "model.visual.rotary_pos_emb.")
-
-
-def tiny_path() -> Path:
-    """Folder of the embedded base model: inside an installed wheel, or in the clone this package is run from."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "tiny"
-    return installed if installed.is_dir() else package.parent / "data" / "tiny" / "model"
-
-
-def find_model(name: str, *, weights: bool = True) -> Path:
-    """The local folder of a base model: ``tiny``, a folder, or a hub name (downloaded if it is not in the hub's cache).
-
-    Without ``weights`` a download leaves them out.
-
-    Raises:
-        ModelError: one line saying what was looked for and what else can be done.
-    """
-    if name == "tiny":
-        return tiny_path()
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(
-            f"--model {name}: there is no such folder, and a hub name looks like 'owner/name'. "
-            "Give a folder that holds config.json and *.safetensors, or --model tiny (embedded, needs no network)."
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    wanted = ["*.json", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"--model {name}: not on this machine, and the model hub gave no copy ({type(error).__name__}). "
-            "Use --model tiny (embedded, needs no network), or download the model elsewhere and give its folder: "
-            "--model path/to/folder."
-        ) from error
-
-
-def _json(file: Path) -> dict:
-    try:
-        read = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: cannot be read ({error}). Download the base model again.") from error
-    if not isinstance(read, dict):
-        raise ModelError(f"{file}: holds {str(read)[:20]!r}; expected {{...}}. Download the base model again.")
-    return read
-
-
-def _weight_map(index: Path) -> dict:
-    """Which file each weight is in."""
-    weight_map = _json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ModelError(f"{index}: weight_map is {str(weight_map)[:20]!r}; expected {{weight: file, ...}}.")
-    return weight_map
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Those that transformers loads."""
-    whole = folder / "model.safetensors"
-    if whole.exists():
-        return [whole]
-    return sorted({folder / part for part in _weight_map(folder / "model.safetensors.index.json").values()})
-
-
-def _asks_for_code(file: Path) -> bool:
-    """Whether there is an ``auto_map`` at any depth: transformers would import the modules that it names."""
-
-    def found(value) -> bool:
-        if isinstance(value, dict):
-            return "auto_map" in value or any(found(part) for part in value.values())
-        return isinstance(value, list) and any(found(part) for part in value)
-
-    return found(_json(file))
-
-
-def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> dict:
-    """Its ``config.json``, once it is sure that loading the folder runs no code and opens no pickle."""
-    if not (folder / "config.json").exists():
-        raise ModelError(
-            f"--model {name}: {folder} holds no config.json. "
-            "A base model's folder holds config.json, tokenizer files and *.safetensors."
-        )
-    config = _json(folder / "config.json")
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(
-            f"--model {name}: {folder} holds an adapter too (adapter_config.json), which would be loaded with the base "
-            "unasked. Move adapter_config.json and adapter_model.* to a folder of their own, to be given by --adapter."
-        )
-    for file in sorted(folder.glob("*config.json")):
-        if _asks_for_code(file):
-            raise ModelError(f"--model {name}: {file.name} asks for code of its own (auto_map), which is never run.")
-    for file in folder.glob("*.safetensors.index.json"):
-        odd = [part for part in _weight_map(file).values() if not str(part).endswith(".safetensors")]
-        if odd:
-            raise ModelError(
-                f"--model {name}: {file.name} names {odd[0]}; only *.safetensors are read, never a pickle."
-            )
-    if config.get("model_type") not in FAMILIES:
-        raise ModelError(
-            f"--model {name}: its model_type is {config.get('model_type')!r}; supported are {', '.join(FAMILIES)}."
-        )
-    if weights and not any(folder.glob("*.safetensors")):
-        found = sorted(p.name for p in folder.iterdir())[:8]
-        raise ModelError(f"--model {name}: {folder} holds no *.safetensors weights (it holds {', '.join(found)}).")
-    return config
-
-
-def best_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("cpu")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device had no room left. The CPU's says so as a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 where the device computes it natively and fast, float32 elsewhere.
-
-    Raises:
-        ConfigError: bfloat16 is asked for, and the device cannot do it.
-    """
-    if dtype == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if fast else torch.float32
-    if dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ConfigError(
-            f"--dtype bfloat16: {torch.cuda.get_device_name(device)} cannot compute in it. Give --dtype float32, or "
-            "leave --dtype out."
-        )
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-
-
-def saved_dtype(name: str) -> torch.dtype:
-    """The number format that a base model's files are in, as its config.json says; float32 if it does not."""
-    config = check_model_folder(find_model(name), name)
-    saved = config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("dtype")
-    return getattr(torch, str(saved), torch.float32)
-
-
-@dataclass(kw_only=True)
-class Preprocessor:
-    """A base model's processor without its weights: pictures to patches, sizes to grids, texts to tokens.
-
-    ``name`` is what the user called the model. ``num_prompt_tokens`` tokens, -1, -2 and so on, begin each prefix.
-    """
-
-    processor: object
-    name: str
-    num_prompt_tokens: int = 0
-
-    @property
-    def tokenizer(self):
-        return self.processor.tokenizer
-
-    @property
-    def image_token_id(self) -> int:
-        return self.tokenizer.convert_tokens_to_ids(self.processor.image_token)
-
-    @property
-    def merge_size(self) -> int:
-        return self.processor.image_processor.merge_size
-
-    @property
-    def pixel_limits(self) -> tuple[int, int]:
-        """Smallest and largest image area, in pixels, that the processor resizes to."""
-        size = self.processor.image_processor.size
-        return size["shortest_edge"], size["longest_edge"]
-
-    def preprocess(self, images: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
-        """``pixel_values`` (patches, 3 * 2 * patch * patch) of all images, and their ``image_grid_thw`` (n, 3).
-
-        The one place where a picture is given the model's size, in training, evaluation, captioning and the
-        demo. It takes any size from 1x1. Pictures so long and thin that the processor would refuse them (one
-        side more than 200 times the other) or overshoot ``max_pixels`` stand centred on white, just wide
-        enough that it does not.
-        """
-        fitted = []
-        for image in images:
-            wide, high, padded = self._fit(*image.size)
-            fitted.append(_on_white(image, padded, (wide, high)) if padded else image)
-        batch = self.processor.image_processor(images=fitted, return_tensors="pt")
-        return batch["pixel_values"], batch["image_grid_thw"]
-
-    def grid(self, width: int, height: int) -> tuple[int, int, int]:
-        """The ``image_grid_thw`` that `preprocess` gives for a picture of this size; no picture is needed."""
-        wide, high, _ = self._fit(width, height)
-        patch = self.processor.image_processor.patch_size
-        return 1, high // patch, wide // patch
-
-    def _fit(self, width: int, height: int) -> tuple[int, int, tuple[int, int] | None]:
-        """Width and height that a picture is resized to, and the size it is first padded to, or None.
-
-        The processor works to whole merged patches, so the area may be above ``max_pixels`` by one row of
-        them (of a square picture); where it would be more, the shorter side is padded until it is none.
-        """
-        smart_resize = _smart_resize()
-        factor = self.processor.image_processor.patch_size * self.merge_size
-        least, most = self.pixel_limits
-
-        def resized(size: tuple[int, int]) -> tuple[int, int]:
-            high, wide = smart_resize(size[1], size[0], factor=factor, min_pixels=least, max_pixels=most)
-            return wide, high
-
-        long, short = max(width, height), min(width, height)
-        if long <= MAX_ASPECT * short:
-            wide, high = resized((width, height))
-            if wide * high <= most + factor * (math.isqrt(most) + 1):
-                return wide, high, None
-        side = max(short, -(-long // MAX_ASPECT))
-        while True:
-            padded = (long, side) if width >= height else (side, long)
-            target = resized(padded)
-            # What is pasted must be a size that the processor leaves as it is. So not too long either, and
-            # resized twice: with limits close together the first result may be below the lower one.
-            if max(target) <= MAX_ASPECT * min(target):
-                wide, high = resized(target)
-                if least <= wide * high <= most or side >= long:
-                    return wide, high, padded
-            side = min(long, side + max(1, side // 16))
 
 
 @dataclass(kw_only=True)
@@ -396,28 +160,8 @@ class Backbone(Preprocessor):
 
     @cached_property
     def base_fingerprint(self) -> str:
-        """Tells one base from another: a hash of its weights' names and shapes, then one of a row of each weight.
-
-        Of the files, so that neither how they were loaded (number format, four bits, in pieces) nor the release of
-        transformers is in it; a copy in a wider number format is the same base. Random weights have none: "".
-        """
-        if self.folder is None:
-            return ""
-        shapes, values = hashlib.sha256(), hashlib.sha256()
-        with ExitStack() as opened:
-            paths = _weight_files(self.folder) if self.folder else []  # random weights are nobody's
-            files = [opened.enter_context(safe_open(path, framework="pt")) for path in paths]
-            found = {LAYOUTS.sub("", name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118
-            for plain, (file, name) in sorted(found.items()):
-                if plain == "lm_head.weight" or not plain.endswith((".weight", ".bias")):
-                    continue  # the head, where it is the embeddings again, is in some copies and not in others
-                weight = file.get_slice(name)
-                shape = weight.get_shape()
-                shapes.update(f"{plain} {shape}".encode())
-                middle = shape[0] // 2
-                part = weight[middle : middle + 1] if len(shape) > 1 else weight[:]
-                values.update(part.float().contiguous().numpy().data)
-        return shapes.hexdigest()[:32] + values.hexdigest()[:32]
+        """The `fingerprint` of the folder; random weights have none: ""."""
+        return fingerprint(self.folder) if self.folder else ""
 
     # -- language ------------------------------------------------------------------------------------------------
 
@@ -574,8 +318,8 @@ def load_backbone(
             **(_four_bits(resolve_dtype(dtype, device), device) if quantise else {}),
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise _cannot_be_loaded(name, folder, error) from error
-    preprocessor = _preprocessor(folder, config, name, min_pixels, max_pixels)
+        raise cannot_be_loaded(name, folder, error) from error
+    preprocessor = read_preprocessor(folder, config, name, min_pixels, max_pixels)
     missing = sorted(set(report["missing_keys"]) | set(report["mismatched_keys"]))
     if missing:
         raise ModelError(f"--model {name}: {len(missing)} weights are missing or misshapen, first {missing[0]}.")
@@ -586,132 +330,6 @@ def load_backbone(
     if quantise:
         _keep_as_quantised(model)
     return Backbone(model=model, processor=preprocessor.processor, name=name, folder=folder, quantised=quantise)
-
-
-def load_preprocessor(name: str, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Preprocessor:
-    """A base model's processor alone, in a second where the model takes minutes: enough to count tokens."""
-    folder = find_model(name, weights=False)
-    return _preprocessor(folder, check_model_folder(folder, name, weights=False), name, min_pixels, max_pixels)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shapes:
-    """Sizes of a base model, from its config alone. ``linears`` of a part are (inputs, outputs) of each of its linears,
-    those of all its layers."""
-
-    parameters: int
-    language_linears: tuple[tuple[int, int], ...]
-    tower_linears: tuple[tuple[int, int], ...]
-    merger_linears: tuple[tuple[int, int], ...]
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    tower_width: int
-    tower_windows: tuple[int | None, ...]
-    """Patches that see each other, for each layer of the tower; None: all of an image's."""
-
-
-def load_shapes(name: str) -> Shapes:
-    """A base model's sizes; no weights are read."""
-    return shapes_of(_without_weights(name))
-
-
-def shapes_of(model: nn.Module) -> Shapes:
-    """The sizes of a model that no adapter sits in yet."""
-    text, vision, visual = model.config.text_config, model.config.vision_config, model.model.visual
-    head_dim = model.model.language_model.layers[0].self_attn.head_dim
-    if model.config.model_type == "qwen2_5_vl":
-        whole, window = vision.fullatt_block_indexes, (vision.window_size // vision.patch_size) ** 2
-        windows = tuple(None if i in whole else window for i in range(len(visual.blocks)))
-    else:
-        windows = (None,) * len(visual.blocks)
-    patch = visual.patch_embed.proj.weight
-    return Shapes(
-        parameters=sum(map(num_numbers, model.parameters())),
-        language_linears=_linears(model.model.language_model.layers),
-        tower_linears=(*_linears(visual.blocks), (patch[0].numel(), len(patch))),
-        merger_linears=_linears(visual.merger),
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head_dim=head_dim,
-        vocabulary=text.vocab_size,
-        tower_width=len(patch),
-        tower_windows=windows,
-    )
-
-
-def num_numbers(parameter: nn.Parameter) -> int:
-    """How many it holds, also where two of them are kept in a byte."""
-    state = getattr(parameter, "quant_state", None)
-    return state.shape.numel() if state else parameter.numel()
-
-
-def _linears(part: nn.Module) -> tuple[tuple[int, int], ...]:
-    return tuple((m.in_features, m.out_features) for m in part.modules() if isinstance(m, nn.Linear))
-
-
-def _without_weights(name: str, device: torch.device | str = "meta", dtype=torch.float32, layers=None) -> nn.Module:
-    """The model with random weights, which on the meta device are shapes alone; with fewer ``layers``, few tokens."""
-    import transformers
-
-    folder = find_model(name, weights=False)
-    model_class = getattr(transformers, FAMILIES[check_model_folder(folder, name, weights=False)["model_type"]])
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise _cannot_be_loaded(name, folder, error) from error
-    if layers:
-        text, vision = config.text_config, config.vision_config
-        text.num_hidden_layers, text.layer_types = layers, text.layer_types[:layers]
-        text.vocab_size, text.pad_token_id, vision.depth = 1024, None, layers
-    with torch.device(device):
-        model = model_class._from_config(config, attn_implementation="sdpa", dtype=dtype)
-    use_packed_attention(model)
-    return model
-
-
-def load_sample(name: str, *, dtype: str, device: torch.device) -> Backbone:
-    """One random layer of language and of tower each, as wide as the base's, to measure how fast they are here."""
-    model = _without_weights(name, device, resolve_dtype(dtype, device), layers=1)
-    processor = load_preprocessor(name).processor
-    return Backbone(model=model.requires_grad_(False), processor=processor, name=name)
-
-
-def _preprocessor(
-    folder: Path, config: dict, name: str, min_pixels: int | None, max_pixels: int | None
-) -> Preprocessor:
-    from transformers import AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise _cannot_be_loaded(name, folder, error) from error
-    images = processor.image_processor
-    least, most = min_pixels or images.size["shortest_edge"], max_pixels or images.size["longest_edge"]
-    cell = images.patch_size * images.merge_size
-    if least > most or most < cell**2:
-        raise ModelError(
-            f"--model {name}: images cannot be at least {least} and at most {most} pixels; one token is "
-            f"{cell**2}. Give both --min-pixels and --max-pixels."
-        )
-    # Sizes are whole tokens. Where no square of them lies between the limits, the upper one holds.
-    # One less than the square: the processor rounds up, and would make 224.00000001 pixels a token more.
-    least = min(least, (math.isqrt(most) // cell * cell) ** 2 - 1)
-    images.size = dict(images.size) | {"shortest_edge": least, "longest_edge": most}
-    image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    if image_token != config.get("image_token_id"):
-        raise ModelError(
-            f"--model {name}: the tokenizer's {processor.image_token} is token {image_token}, but config.json says "
-            f"image_token_id {config.get('image_token_id')}. Model and tokenizer are not of one checkpoint."
-        )
-    return Preprocessor(processor=processor, name=name)
 
 
 def require_bitsandbytes() -> None:
@@ -740,23 +358,3 @@ def _keep_as_quantised(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def _cannot_be_loaded(name: str, folder: Path, error: Exception) -> ModelError:
-    return ModelError(f"--model {name}: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}")
-
-
-@cache
-def _smart_resize():
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
-    return smart_resize
-
-
-def _on_white(image: Image.Image, padded: tuple[int, int], target: tuple[int, int]) -> Image.Image:
-    """The image as if padded with white and then resized; the padded one, perhaps terabytes, is not made."""
-    size = [max(1, round(side * t / p)) for side, p, t in zip(image.size, padded, target, strict=True)]
-    canvas = Image.new("RGB", target, "white")
-    corner = ((target[0] - size[0]) // 2, (target[1] - size[1]) // 2)
-    canvas.paste(image.resize(size, Image.Resampling.BICUBIC), corner)
-    return canvas

@@ -13,8 +13,8 @@ import torch
 
 from vlm_lora.data.example import Dialogue, Example, Turn
 from vlm_lora.errors import ModelError
-from vlm_lora.model.backbone import Preprocessor
 from vlm_lora.model.packing import IGNORE_INDEX, Branch, Encoded, mrope_positions
+from vlm_lora.model.preprocess import Preprocessor
 
 # Stand-ins for users' texts while the template is rendered: private-use characters no template contains.
 USER_TEXT, ANSWER_TEXT = TEXTS = ("\ue000", "\ue001")

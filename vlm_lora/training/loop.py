@@ -27,7 +27,8 @@ from vlm_lora.config import TrainConfig, write_yaml
 from vlm_lora.data.example import Example
 from vlm_lora.errors import ModelError, Stopped, TrainingError
 from vlm_lora.model.adapters.base import ADAPTED, PARTS, Adapter, part_of
-from vlm_lora.model.backbone import Backbone, is_out_of_memory
+from vlm_lora.model.backbone import Backbone
+from vlm_lora.model.device import is_out_of_memory
 from vlm_lora.model.features import FeatureCache, ImageFeatures, Pixels
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded, Packed, pack_apart, padded_tokens
 from vlm_lora.training.batches import Plan, deal, micro_batches, split_long

@@ -24,17 +24,12 @@ from vlm_lora.data.readers import Dataset, read_dataset
 from vlm_lora.data.split import split_examples, without_held_out
 from vlm_lora.errors import DataError
 from vlm_lora.model.adapters.methods import attach_adapter
-from vlm_lora.model.backbone import (
-    Shapes,
-    best_device,
-    load_preprocessor,
-    load_sample,
-    load_shapes,
-    resolve_dtype,
-)
+from vlm_lora.model.device import best_device, resolve_dtype
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import cache_folder, cache_use, room_for
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded, padded_tokens
+from vlm_lora.model.preprocess import load_preprocessor
+from vlm_lora.model.shapes import Shapes, load_sample, load_shapes
 from vlm_lora.model.tokens import encode_fitting
 from vlm_lora.training.batches import Plan, micro_batches
 from vlm_lora.training.loop import LOGITS_AT_ONCE, Lesson, share_out

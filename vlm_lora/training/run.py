@@ -22,17 +22,11 @@ from vlm_lora.data.split import split_examples, without_held_out
 from vlm_lora.errors import CheckpointError, ConfigError, DataError, TrainingError
 from vlm_lora.model.adapters.base import Adapter
 from vlm_lora.model.adapters.methods import attach_adapter
-from vlm_lora.model.backbone import (
-    Backbone,
-    Shapes,
-    is_out_of_memory,
-    load_backbone,
-    require_bitsandbytes,
-    resolve_dtype,
-    shapes_of,
-)
+from vlm_lora.model.backbone import Backbone, load_backbone, require_bitsandbytes
+from vlm_lora.model.device import is_out_of_memory, resolve_dtype
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, cache_folder
+from vlm_lora.model.shapes import Shapes, shapes_of
 from vlm_lora.model.tokens import encode_fitting
 from vlm_lora.training.checkpoint import LOCK, locked, writing
 from vlm_lora.training.loop import OUT_OF_MEMORY, Lesson, Report, run_steps

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vlm_lora.errors import AdapterError
-from vlm_lora.model.backbone import TOWER_PREFIXES, Backbone, num_numbers
+from vlm_lora.model.backbone import TOWER_PREFIXES, Backbone
+from vlm_lora.model.shapes import num_numbers
 
 WEIGHTS, CONFIG, CONTRACT = "adapter_model.safetensors", "adapter_config.json", "contract.json"
 FORMAT = 1

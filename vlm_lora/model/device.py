@@ -1,0 +1,33 @@
+"""What a device can do: the number format it computes in, and whether it ran out of memory."""
+
+import torch
+
+from vlm_lora.errors import ConfigError
+
+
+def best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device had no room left. The CPU's says so as a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where the device computes it natively and fast, float32 elsewhere.
+
+    Raises:
+        ConfigError: bfloat16 is asked for, and the device cannot do it.
+    """
+    if dtype == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    if dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError(
+            f"--dtype bfloat16: {torch.cuda.get_device_name(device)} cannot compute in it. Give --dtype float32, or "
+            "leave --dtype out."
+        )
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]

@@ -1,0 +1,162 @@
+"""Folders of base models: found or downloaded, checked before anything in them is loaded, and told apart."""
+
+import hashlib
+import json
+import re
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from vlm_lora.errors import ModelError
+
+FAMILIES = {
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+}
+
+LAYOUTS = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?")
+"""What stands before a weight's name in the files of one release of transformers and not in those of another."""
+
+
+def tiny_path() -> Path:
+    """Folder of the embedded base model: inside an installed wheel, or in the clone this package is run from."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "tiny"
+    return installed if installed.is_dir() else package.parent / "data" / "tiny" / "model"
+
+
+def find_model(name: str, *, weights: bool = True) -> Path:
+    """The local folder of a base model: ``tiny``, a folder, or a hub name (downloaded if it is not in the hub's cache).
+
+    Without ``weights`` a download leaves them out.
+
+    Raises:
+        ModelError: one line saying what was looked for and what else can be done.
+    """
+    if name == "tiny":
+        return tiny_path()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"--model {name}: there is no such folder, and a hub name looks like 'owner/name'. "
+            "Give a folder that holds config.json and *.safetensors, or --model tiny (embedded, needs no network)."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    wanted = ["*.json", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"--model {name}: not on this machine, and the model hub gave no copy ({type(error).__name__}). "
+            "Use --model tiny (embedded, needs no network), or download the model elsewhere and give its folder: "
+            "--model path/to/folder."
+        ) from error
+
+
+def _json(file: Path) -> dict:
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read ({error}). Download the base model again.") from error
+    if not isinstance(read, dict):
+        raise ModelError(f"{file}: holds {str(read)[:20]!r}; expected {{...}}. Download the base model again.")
+    return read
+
+
+def _weight_map(index: Path) -> dict:
+    """Which file each weight is in."""
+    weight_map = _json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ModelError(f"{index}: weight_map is {str(weight_map)[:20]!r}; expected {{weight: file, ...}}.")
+    return weight_map
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Those that transformers loads."""
+    whole = folder / "model.safetensors"
+    if whole.exists():
+        return [whole]
+    return sorted({folder / part for part in _weight_map(folder / "model.safetensors.index.json").values()})
+
+
+def _asks_for_code(file: Path) -> bool:
+    """Whether there is an ``auto_map`` at any depth: transformers would import the modules that it names."""
+
+    def found(value) -> bool:
+        if isinstance(value, dict):
+            return "auto_map" in value or any(found(part) for part in value.values())
+        return isinstance(value, list) and any(found(part) for part in value)
+
+    return found(_json(file))
+
+
+def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> dict:
+    """Its ``config.json``, once it is sure that loading the folder runs no code and opens no pickle."""
+    if not (folder / "config.json").exists():
+        raise ModelError(
+            f"--model {name}: {folder} holds no config.json. "
+            "A base model's folder holds config.json, tokenizer files and *.safetensors."
+        )
+    config = _json(folder / "config.json")
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"--model {name}: {folder} holds an adapter too (adapter_config.json), which would be loaded with the base "
+            "unasked. Move adapter_config.json and adapter_model.* to a folder of their own, to be given by --adapter."
+        )
+    for file in sorted(folder.glob("*config.json")):
+        if _asks_for_code(file):
+            raise ModelError(f"--model {name}: {file.name} asks for code of its own (auto_map), which is never run.")
+    for file in folder.glob("*.safetensors.index.json"):
+        odd = [part for part in _weight_map(file).values() if not str(part).endswith(".safetensors")]
+        if odd:
+            raise ModelError(
+                f"--model {name}: {file.name} names {odd[0]}; only *.safetensors are read, never a pickle."
+            )
+    if config.get("model_type") not in FAMILIES:
+        raise ModelError(
+            f"--model {name}: its model_type is {config.get('model_type')!r}; supported are {', '.join(FAMILIES)}."
+        )
+    if weights and not any(folder.glob("*.safetensors")):
+        found = sorted(p.name for p in folder.iterdir())[:8]
+        raise ModelError(f"--model {name}: {folder} holds no *.safetensors weights (it holds {', '.join(found)}).")
+    return config
+
+
+def saved_dtype(name: str) -> torch.dtype:
+    """The number format that a base model's files are in, as its config.json says; float32 if it does not."""
+    config = check_model_folder(find_model(name), name)
+    saved = config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("dtype")
+    return getattr(torch, str(saved), torch.float32)
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells one base from another: a hash of its weights' names and shapes, then one of a row of each weight.
+
+    Of the files, so that neither how they were loaded (number format, four bits, in pieces) nor the release of
+    transformers is in it; a copy in a wider number format is the same base.
+    """
+    shapes, values = hashlib.sha256(), hashlib.sha256()
+    with ExitStack() as opened:
+        files = [opened.enter_context(safe_open(path, framework="pt")) for path in _weight_files(folder)]
+        found = {LAYOUTS.sub("", name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118
+        for plain, (file, name) in sorted(found.items()):
+            if plain == "lm_head.weight" or not plain.endswith((".weight", ".bias")):
+                continue  # the head, where it is the embeddings again, is in some copies and not in others
+            weight = file.get_slice(name)
+            shape = weight.get_shape()
+            shapes.update(f"{plain} {shape}".encode())
+            middle = shape[0] // 2
+            part = weight[middle : middle + 1] if len(shape) > 1 else weight[:]
+            values.update(part.float().contiguous().numpy().data)
+    return shapes.hexdigest()[:32] + values.hexdigest()[:32]
+
+
+def cannot_be_loaded(name: str, folder: Path, error: Exception) -> ModelError:
+    """What is raised where transformers gives up on a folder: its own words, in one line."""
+    return ModelError(f"--model {name}: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}")

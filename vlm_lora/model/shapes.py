@@ -1,0 +1,102 @@
+"""The sizes of a base model, and random models of these sizes: what its config tells, without its weights."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vlm_lora.model.attention import use_packed_attention
+from vlm_lora.model.backbone import Backbone
+from vlm_lora.model.device import resolve_dtype
+from vlm_lora.model.folder import FAMILIES, cannot_be_loaded, check_model_folder, find_model
+from vlm_lora.model.preprocess import load_preprocessor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shapes:
+    """Sizes of a base model, from its config alone. ``linears`` of a part are (inputs, outputs) of each of its linears,
+    those of all its layers."""
+
+    parameters: int
+    language_linears: tuple[tuple[int, int], ...]
+    tower_linears: tuple[tuple[int, int], ...]
+    merger_linears: tuple[tuple[int, int], ...]
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tower_width: int
+    tower_windows: tuple[int | None, ...]
+    """Patches that see each other, for each layer of the tower; None: all of an image's."""
+
+
+def load_shapes(name: str) -> Shapes:
+    """A base model's sizes; no weights are read."""
+    return shapes_of(_without_weights(name))
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    """The sizes of a model that no adapter sits in yet."""
+    text, vision, visual = model.config.text_config, model.config.vision_config, model.model.visual
+    head_dim = model.model.language_model.layers[0].self_attn.head_dim
+    if model.config.model_type == "qwen2_5_vl":
+        whole, window = vision.fullatt_block_indexes, (vision.window_size // vision.patch_size) ** 2
+        windows = tuple(None if i in whole else window for i in range(len(visual.blocks)))
+    else:
+        windows = (None,) * len(visual.blocks)
+    patch = visual.patch_embed.proj.weight
+    return Shapes(
+        parameters=sum(map(num_numbers, model.parameters())),
+        language_linears=_linears(model.model.language_model.layers),
+        tower_linears=(*_linears(visual.blocks), (patch[0].numel(), len(patch))),
+        merger_linears=_linears(visual.merger),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=head_dim,
+        vocabulary=text.vocab_size,
+        tower_width=len(patch),
+        tower_windows=windows,
+    )
+
+
+def num_numbers(parameter: nn.Parameter) -> int:
+    """How many it holds, also where two of them are kept in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return state.shape.numel() if state else parameter.numel()
+
+
+def _linears(part: nn.Module) -> tuple[tuple[int, int], ...]:
+    return tuple((m.in_features, m.out_features) for m in part.modules() if isinstance(m, nn.Linear))
+
+
+def load_sample(name: str, *, dtype: str, device: torch.device) -> Backbone:
+    """One random layer of language and of tower each, as wide as the base's, to measure how fast they are here."""
+    model = _without_weights(name, device, resolve_dtype(dtype, device), layers=1)
+    processor = load_preprocessor(name).processor
+    return Backbone(model=model.requires_grad_(False), processor=processor, name=name)
+
+
+def _without_weights(name: str, device: torch.device | str = "meta", dtype=torch.float32, layers=None) -> nn.Module:
+    """The model with random weights, which on the meta device are shapes alone; with fewer ``layers``, few tokens."""
+    import transformers
+
+    folder = find_model(name, weights=False)
+    model_class = getattr(transformers, FAMILIES[check_model_folder(folder, name, weights=False)["model_type"]])
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise cannot_be_loaded(name, folder, error) from error
+    if layers:
+        text, vision = config.text_config, config.vision_config
+        text.num_hidden_layers, text.layer_types = layers, text.layer_types[:layers]
+        text.vocab_size, text.pad_token_id, vision.depth = 1024, None, layers
+    with torch.device(device):
+        model = model_class._from_config(config, attn_implementation="sdpa", dtype=dtype)
+    use_packed_attention(model)
+    return model
