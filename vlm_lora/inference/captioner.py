@@ -23,6 +23,7 @@ from vlm_lora.model.backbone import Backbone, load_backbone
 from vlm_lora.model.device import is_out_of_memory
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, ImageFeatures, cache_folder
+from vlm_lora.model.linears import pack_linears
 from vlm_lora.model.packing import Encoded
 
 MOST_ROWS = 32
@@ -50,6 +51,7 @@ class Captioner:
         self.prompt = prompt
         self.encoder = Encoder(backbone)
         self._base: Captioner | None = None  # of one that `with_adapter` made
+        pack_linears(backbone.model)
 
     @classmethod
     def load(

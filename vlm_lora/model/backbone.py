@@ -24,6 +24,7 @@ from vlm_lora.errors import ModelError
 from vlm_lora.model.attention import use_packed_attention
 from vlm_lora.model.device import best_device, resolve_dtype
 from vlm_lora.model.folder import FAMILIES, cannot_be_loaded, check_model_folder, find_model, fingerprint
+from vlm_lora.model.linears import PackedLinear
 from vlm_lora.model.preprocess import FITTING, Preprocessor, read_preprocessor
 
 # Anchored at both ends: "all-linear" would also adapt the tower. merger.mlp.1 is the activation.
@@ -78,6 +79,7 @@ class Backbone(Preprocessor):
         """The same base for another adapter: modules of its own around the very same weights, and pixel limits."""
         weights = [*self.model.parameters(), *self.model.buffers()]
         weights += [weight.quant_state for weight in weights if hasattr(weight, "quant_state")]
+        weights += [module.packed for module in self.model.modules() if isinstance(module, PackedLinear)]
         processor = copy.copy(self.processor)
         processor.image_processor = copy.copy(processor.image_processor)
         processor.image_processor.size = dict(self.processor.image_processor.size) | {
