@@ -1,13 +1,20 @@
-"""What sharing an image within a step costs in learning: held-out accuracy over steps and seconds, both ways.
+"""Time to equal quality on held-out images, beside a careful plain loop; and what sharing an image in a step costs.
 
     python -m bench.quality
 
-Trains the embedded model on data/easy_vqa twice from the same start, with the same answers a step: once as vlm-lora
+Trains the embedded model on data/easy_vqa twice from the same start, with as many answers a step: once as vlm-lora
 does, all questions of an image side by side in one step ("shared"), and once with the answers of all images shuffled
 ("shuffled"), as other trainers do, where a step sees about as many images as answers. A step that shares is cheaper
 but its gradient is noisier; what counts is when a run first answers --goal of the held-out questions right, and keeps
-to it. Images are held out, questions about them too; seconds are those of training alone, from a full cache, and CPU
-seconds tell more where other programs run. The record goes to bench/results/quality.json; the last line is JSON.
+to it. Images are held out, questions about them too.
+
+The plain loop of bench/peers ("plain") learns the shuffled order too, and the same from it: its losses must be those
+of "shuffled" step by step, or the bench stops. So only its first --plain-steps steps are run, and timed; its curve is
+that of "shuffled" at its own seconds a step, which is the mean of those. It is not trained to the end.
+
+Seconds are all that come once the model is loaded (tokens, filling an empty cache, steps), but for the looks at the
+held-out questions; CPU seconds tell more where other programs run. The record goes to bench/results/quality.json; the
+last line is JSON.
 """
 
 import argparse
@@ -19,18 +26,20 @@ import shutil
 import subprocess
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 import torch
 
+from bench.speed import cpu_name, parity, peer_job, run_once
+from bench.work import ending_with_its_turn
 from vlm_lora import Captioner, TrainConfig, __version__, read_dataset, train
 from vlm_lora.cli.console import say
 from vlm_lora.config import DEFAULT_PROMPT
 from vlm_lora.inference.captioner import Decoding
 from vlm_lora.inference.metrics import exact_match
+from vlm_lora.model.backbone import tiny_path
 from vlm_lora.model.features import FeatureCache, cache_folder
-from vlm_lora.training import run
+from vlm_lora.training import loop, run
 from vlm_lora.training.batches import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,9 +48,25 @@ HELD_OUT = 50  # images, with some nine questions each
 ORDERS = ("shared", "shuffled")
 
 
+class Shuffled(Plan):
+    """The answers of all images in a random order, each by itself in the step of its place."""
+
+    def _line(self, epoch: int) -> list[tuple[int, int, int]]:
+        if epoch not in self._lines:
+            answers = [(example, dialogue) for example, dialogue, _ in super()._line(epoch)]
+            random.Random(f"{self.seed}/{epoch}/shuffled").shuffle(answers)
+            self._lines[epoch] = [(*answer, place) for place, answer in enumerate(answers)]
+        return self._lines[epoch]
+
+
+def config_of(seed: int, steps: int, output: Path) -> TrainConfig:
+    data = str(ROOT / "data/easy_vqa/train.jsonl")
+    return TrainConfig(data=data, output=str(output), seed=seed, epochs=1000.0, max_steps=steps, **SETTINGS)
+
+
 def one(order: str, seed: int, steps: int, every: int, output: Path) -> dict:
-    """Train once; accuracy on the test images behind every ``every`` steps."""
-    attach, line_of = run.attach_adapter, Plan._line
+    """Train once; accuracy on the test images behind every ``every`` steps, and the loss of each step."""
+    attach = run.attach_adapter
     test = read_dataset(ROOT / "data/easy_vqa/test.jsonl", prompt=DEFAULT_PROMPT).examples[:HELD_OUT]
     captioner: list[Captioner] = []
 
@@ -49,12 +74,6 @@ def one(order: str, seed: int, steps: int, every: int, output: Path) -> dict:
         adapter = attach(backbone, config)
         captioner.append(Captioner(backbone, adapter, FeatureCache(backbone, cache_folder()), DEFAULT_PROMPT))
         return adapter
-
-    @cache
-    def shuffled(plan: Plan, epoch: int) -> list[tuple[int, int, int]]:
-        answers = [(example, dialogue) for example, dialogue, _ in line_of(plan, epoch)]
-        random.Random(f"{seed}/{epoch}/shuffled").shuffle(answers)
-        return [(*answer, place) for place, answer in enumerate(answers)]  # each by itself in the step of its place
 
     def accuracy() -> float:
         right = []
@@ -72,29 +91,53 @@ def one(order: str, seed: int, steps: int, every: int, output: Path) -> dict:
 
     run.attach_adapter = attach_and_keep
     if order == "shuffled":
-        Plan._line = shuffled
+        loop.Plan = Shuffled
     curve: list[dict] = []
+    losses: list[float] = []
     spent = {"seconds": 0.0, "cpu": 0.0}
     since = [0.0, 0.0]
 
     def report(kind: str, **values) -> None:
-        if kind == "step":
+        if kind in ("start", "step"):  # what was done since "parts", or since the last of these
             spent["seconds"] += time.perf_counter() - since[0]
             spent["cpu"] += time.process_time() - since[1]
+        if kind == "step":
+            losses.append(values["loss"])
             if values["step"] % every == 0 or values["step"] == values["num_steps"]:
                 point = {"step": values["step"], **{name: round(value, 2) for name, value in spent.items()}}
                 curve.append(point | {"accuracy": round(accuracy(), 4), "loss": round(values["loss"], 4)})
                 say(f"{order}, seed {seed}: {json.dumps(curve[-1])}")
-        if kind in ("start", "step"):
+        if kind in ("parts", "start", "step"):
             since[:] = time.perf_counter(), time.process_time()
 
     shutil.rmtree(output, ignore_errors=True)
-    config = TrainConfig(
-        data=str(ROOT / "data/easy_vqa/train.jsonl"),
-        output=str(output), seed=seed, epochs=1000.0, max_steps=steps, **SETTINGS,
-    )  # fmt: skip
-    train(config, report=report)
-    return {"order": order, "seed": seed, "curve": curve}
+    train(config_of(seed, steps, output), report=report)
+    return {"order": order, "seed": seed, "curve": curve, "losses": losses}
+
+
+def plain(shuffled: dict, steps: int, timed: int, output: Path) -> dict:
+    """The plain loop beside a run of the shuffled order: that run's curve at the seconds a step of its first steps.
+
+    Raises:
+        SystemExit: a loss differs from that run's.
+    """
+    config = config_of(shuffled["seed"], steps, output)
+    examples = read_dataset(config.data, prompt=config.prompt).examples
+    answers = [len(example.dialogues) for example in examples]
+    plan = Shuffled(answers, batch_size=config.batch_size, epochs=config.epochs, seed=config.seed, max_steps=steps)
+    shutil.rmtree(output, ignore_errors=True)
+    model = shutil.copytree(tiny_path(), output / "model")
+    template = model / "chat_template.jinja"
+    template.write_text(ending_with_its_turn(template.read_text(encoding="utf-8")), encoding="utf-8")
+    settings = {name: getattr(config, name) for name in ("batch_size", "rank", "lr", "seed")}
+    job = peer_job(output / "rows.jsonl", examples, plan, min(timed, steps), settings)
+    job |= {"model": str(model), "dtype": "float32", "folder": str(output / "run"), "cache": str(output / "cache")}
+    done = run_once("plain", job, output)
+    count = len(done["losses"])
+    apart = parity({"plain": done, "shuffled": shuffled}, 1e-4)
+    a_step = {"seconds": done["steps"][-1] / count, "cpu": done["cpu"] / count}
+    curve = [p | {name: round(p["step"] * value, 2) for name, value in a_step.items()} for p in shuffled["curve"]]
+    return {"order": "plain", "seed": config.seed, "timed_steps": count, "losses_apart": apart, "curve": curve}
 
 
 def reached(curve: list[dict], goal: float) -> dict | None:
@@ -112,6 +155,7 @@ def main() -> None:
     parser.add_argument("--goal", type=float, default=0.95, help="share of held-out questions answered right")
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--every", type=int, default=20, help="steps between two looks at the held-out questions")
+    parser.add_argument("--plain-steps", type=int, default=10, help="steps of the plain loop that are timed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "quality", help="folder of the run folders")
     parser.add_argument("--record", type=Path, default=ROOT / "bench/results/quality.json")
@@ -120,18 +164,22 @@ def main() -> None:
     if args.order:
         print(json.dumps(one(args.order, args.seeds[0], args.steps, args.every, args.output)))
         return
-    with_cache = os.environ | {"VLM_LORA_CACHE": str(args.output / "cache")}
     runs = []
     for seed in args.seeds:
         for order in ORDERS:
+            output = args.output / order
+            alone = os.environ | {"VLM_LORA_CACHE": str(output / "cache"), "OMP_NUM_THREADS": "1"}
             command = [sys.executable, "-m", "bench.quality", "--order", order, "--seeds", str(seed)]
-            command += ["--steps", str(args.steps), "--every", str(args.every), "--output", args.output / order]
-            done = subprocess.run(command, cwd=ROOT, env=with_cache, stdout=subprocess.PIPE, text=True, check=True)
+            command += ["--steps", str(args.steps), "--every", str(args.every), "--output", output]
+            done = subprocess.run(command, cwd=ROOT, env=alone, stdout=subprocess.PIPE, text=True, check=True)
             runs.append(json.loads(done.stdout.splitlines()[-1]))
+        runs.append(plain(runs[-1], args.steps, args.plain_steps, args.output / "plain"))
+    for run_ in runs:
+        run_.pop("losses", None)
     record = {
         "command": "python -m bench.quality" + "".join(f" {a}" for a in sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{cpu_name()}, 1 thread",
         "versions": {"vlm-lora": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "settings": SETTINGS | {"steps": args.steps, "held_out_images": HELD_OUT, "goal": args.goal},
         "reached": {f"{run['order']}, seed {run['seed']}": reached(run["curve"], args.goal) for run in runs},
@@ -147,14 +195,15 @@ def table(record: dict) -> str:
     """As Markdown."""
     goal = f"{100 * record['settings']['goal']:g} %"
     lines = [
-        f"| order | {goal} reached at step | training, s | CPU, s | accuracy at the end |",
+        f"| order | {goal} reached at step | seconds | CPU seconds | accuracy at the end |",
         "|---|---:|---:|---:|---:|",
     ]
     for run_ in record["runs"]:
         name, last = f"{run_['order']}, seed {run_['seed']}", run_["curve"][-1]
         at = record["reached"][name]
         cells = f"{at['step']} | {at['seconds']:.0f} | {at['cpu']:.0f}" if at else f"not in {last['step']} | |"
-        lines.append(f"| {name} | {cells} | {100 * last['accuracy']:.1f} % |")
+        told = f" (steps x the mean of {run_['timed_steps']})" if run_["order"] == "plain" else ""
+        lines.append(f"| {name}{told} | {cells} | {100 * last['accuracy']:.1f} % |")
     return "\n".join(lines)
 
 

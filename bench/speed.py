@@ -197,9 +197,7 @@ def prepare(work: Path, shape: str, dtype: str, said: str, tokens: int, answers:
     from bench.work import write_checkpoint, write_data
     from vlm_lora import read_dataset
     from vlm_lora.config import DEFAULT_PROMPT
-    from vlm_lora.model.backbone import LANGUAGE_LINEARS, MERGER_LINEARS
     from vlm_lora.training.batches import Plan
-    from vlm_lora.training.loop import learning_rate
 
     model = work / shape
     if not model.exists():
@@ -212,28 +210,38 @@ def prepare(work: Path, shape: str, dtype: str, said: str, tokens: int, answers:
     table = write_data(data, images=answers // count, said=said, tokens=tokens)
     examples = read_dataset(table, prompt=DEFAULT_PROMPT).examples
     plan = Plan([count] * len(examples), batch_size=SETTINGS["batch_size"], epochs=epochs, seed=SETTINGS["seed"])
+    return {
+        "model": str(model),
+        "dtype": dtype,
+        "data": str(table),
+        "techniques": TECHNIQUES[OURS],
+        "epochs": epochs,
+        "image_tokens": tokens,
+        "cache": str(data / "cache"),
+        **peer_job(data / "rows.jsonl", examples, plan, plan.num_steps, SETTINGS),
+    }
+
+
+def peer_job(path: Path, examples, plan, steps: int, settings: dict) -> dict:
+    """What another tool needs to learn the plan's first ``steps`` steps in their order, an answer a line of ``path``,
+    with these ``settings``: batch_size, rank, lr, seed."""
+    from vlm_lora.model.backbone import LANGUAGE_LINEARS, MERGER_LINEARS
+    from vlm_lora.training.loop import learning_rate
+
     rows = []
-    for step in range(plan.num_steps):
+    for step in range(steps):
         for example, dialogues in plan.step(step):
             for dialogue in dialogues:
                 (turn,) = examples[example].dialogues[dialogue].turns
                 image = str(examples[example].images[0].path)
                 rows.append({"image": image, "question": turn.user, "answer": turn.assistant})
-    (data / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return {
-        "model": str(model),
-        "dtype": dtype,
-        "data": str(table),
-        "rows": str(data / "rows.jsonl"),
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return settings | {
+        "rows": str(path),
         "targets": f"(?:.*\\.)?(?:{LANGUAGE_LINEARS}|{MERGER_LINEARS})",
-        "alpha": 2 * SETTINGS["rank"],
+        "alpha": 2 * settings["rank"],
         # The other tools that allow it are given these very rates.
-        "rates": [learning_rate(step, plan.num_steps, SETTINGS["lr"], 0.05) for step in range(plan.num_steps)],
-        "techniques": TECHNIQUES[OURS],
-        "epochs": epochs,
-        "image_tokens": tokens,
-        "cache": str(data / "cache"),
-        **SETTINGS,
+        "rates": [learning_rate(step, plan.num_steps, settings["lr"], 0.05) for step in range(plan.num_steps)],
     }
 
 

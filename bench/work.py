@@ -38,11 +38,7 @@ def write_checkpoint(folder: Path, shape: str) -> None:
 
     size, head = SHAPES[shape], HEAD[shape]
     tokenizer = AutoTokenizer.from_pretrained(tiny_path())
-    # The tools differ in whether they learn the line break behind the last turn. Without one they cannot.
-    end, newline = "{{- '<|im_end|>' -}}", "{%- if not loop.last or add_generation_prompt -%}{{- '\\n' -}}{%- endif -%}"
-    template = tokenizer.chat_template.replace("{{- '<|im_end|>\\n' -}}", end + newline)
-    assert template != tokenizer.chat_template, "the embedded model's chat template is not as it was"
-    tokenizer.chat_template = template
+    tokenizer.chat_template = ending_with_its_turn(tokenizer.chat_template)
     ids = tokenizer.convert_tokens_to_ids
     config = Qwen2VLConfig(
         vision_config={
@@ -75,6 +71,15 @@ def write_checkpoint(folder: Path, shape: str) -> None:
     )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def ending_with_its_turn(template: str) -> str:
+    """The embedded model's chat template without the line break behind the last turn: the tools differ in whether they
+    learn it."""
+    end, newline = "{{- '<|im_end|>' -}}", "{%- if not loop.last or add_generation_prompt -%}{{- '\\n' -}}{%- endif -%}"
+    changed = template.replace("{{- '<|im_end|>\\n' -}}", end + newline)
+    assert changed != template, "the embedded model's chat template is not as it was"
+    return changed
 
 
 # Words that are one token each here, as most are to the tokenizer of the big models.

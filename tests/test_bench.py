@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import distributed, methods, speed
+from bench import distributed, methods, quality, speed
 from bench.quality import reached
 from bench.speed import COLD, EPOCHS, OURS
 from bench.speed_report import plots, summary, table
@@ -137,6 +137,44 @@ def test_quality_is_reached_where_it_stays():
     curve = [{"step": step, "accuracy": accuracy} for step, accuracy in enumerate((0.5, 0.96, 0.94, 0.95, 0.97))]
     assert reached(curve, 0.95)["step"] == 3
     assert reached(curve, 0.98) is None
+
+
+def test_the_plain_loop_learns_what_the_shuffled_order_does(tmp_path, monkeypatch):
+    def here(method, job, _):
+        """`speed.run_once` without a process of its own."""
+        import plain
+
+        assert method == "plain"
+        result = tmp_path / "result.json"
+        (tmp_path / "job.json").write_text(json.dumps(job | {"result": str(result), "spawned": time.time()}))
+        monkeypatch.setattr(sys, "argv", ["plain.py", str(tmp_path / "job.json")])
+        plain.main()
+        return json.loads(result.read_text()) | {"steps": [3.0, 6.0], "cpu": 4.0}
+
+    monkeypatch.syspath_prepend(str(speed.PEERS))
+    monkeypatch.setenv("VLM_LORA_CACHE", str(tmp_path / "run" / "cache"))
+    monkeypatch.setattr(quality, "run_once", here)
+    monkeypatch.setattr(quality, "HELD_OUT", 2)
+    monkeypatch.setattr(quality, "SETTINGS", quality.SETTINGS | {"batch_size": 6})
+    monkeypatch.setattr(run, "attach_adapter", run.attach_adapter)  # put back at the end
+    monkeypatch.setattr(loop, "Plan", loop.Plan)
+    shuffled = quality.one("shuffled", 0, 3, 2, tmp_path / "run")
+    plain = quality.plain(shuffled, 3, 2, tmp_path / "plain")
+
+    assert [point["step"] for point in plain["curve"]] == [2, 3]
+    assert [point["seconds"] for point in plain["curve"]] == [6.0, 9.0]
+    assert [point["cpu"] for point in plain["curve"]] == [4.0, 6.0]
+    assert [p["accuracy"] for p in plain["curve"]] == [p["accuracy"] for p in shuffled["curve"]]
+    record = {"settings": {"goal": 0.0}, "runs": [plain], "reached": {"plain, seed 0": plain["curve"][0]}}
+    assert "| plain, seed 0 (steps x the mean of 2) | 2 | 6 | 4 |" in quality.table(record)
+
+    rows = [json.loads(line)["image"] for line in (tmp_path / "plain/rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 6
+    assert len(set(rows[:6])) > 2  # side by side, six answers would be of two images at most
+
+    apart = [shuffled["losses"][0], shuffled["losses"][1] + 1e-3]
+    with pytest.raises(SystemExit, match="differ"):
+        quality.plain(shuffled | {"losses": apart}, 3, 2, tmp_path / "plain")
 
 
 def test_the_bench_of_two_processes_reads_its_runs(photo_folder, tmp_path, monkeypatch):
