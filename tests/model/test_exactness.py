@@ -137,6 +137,19 @@ def assert_equal(ours, reference, tolerance: float) -> None:
         assert error < tolerance, f"{name}: {error:.2e}"
 
 
+def assert_checkpointing_changes_nothing(adapter, examples, tolerance: float) -> None:
+    backbone, runs = adapter.backbone, []
+    backbone.model.train()
+    backbone.language_model.layers[1].input_layernorm.register_forward_hook(lambda *_: runs.append(1))
+    wanted = fast(backbone, examples, 4096)
+    expected, before = gradients(adapter, wanted), len(runs)
+    backbone.checkpoint_layers()
+    loss = fast(backbone, examples, 4096)
+    torch.testing.assert_close(loss, wanted, rtol=tolerance, atol=0)
+    assert_equal(gradients(adapter, loss), expected, tolerance)
+    assert len(runs) == 3 * before, "nothing was computed again"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_prefixes_and_cached_features_equal_naive(checkpoints, examples, tmp_path, family):
     backbone, adapter = load(checkpoints, family)

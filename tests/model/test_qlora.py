@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.conftest import picture
-from tests.model.test_exactness import assert_equal, fast, gradients, lessons_of
+from tests.model.test_exactness import assert_checkpointing_changes_nothing, assert_equal, fast, gradients, lessons_of
 from tests.model.test_exactness import examples as examples
 from tests.training.test_train import _stop_behind, adapter_of, assert_same, config
 from vlm_lora.config import TrainConfig
@@ -148,17 +148,7 @@ def test_the_paged_optimizer_is_for_qlora_on_a_gpu_and_resumes_exactly(
 @needs_bitsandbytes
 def test_gradient_checkpointing_changes_nothing(checkpoints, examples):
     backbone = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32", quantise=True)
-    adapter = shaken(backbone, "plain")
-    backbone.model.train()
-    runs = []
-    backbone.language_model.layers[1].input_layernorm.register_forward_hook(lambda *_: runs.append(1))
-    wanted = fast(backbone, examples, 4096)
-    expected, before = gradients(adapter, wanted), len(runs)
-    backbone.checkpoint_layers()
-    loss = fast(backbone, examples, 4096)
-    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
-    assert_equal(gradients(adapter, loss), expected, 1e-6)
-    assert len(runs) == 3 * before, "nothing was computed again"
+    assert_checkpointing_changes_nothing(shaken(backbone, "plain"), examples, 1e-6)
 
 
 @needs_bitsandbytes
