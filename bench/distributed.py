@@ -19,9 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
-from vlm_lora import __version__
+from bench.origin import origin
 from vlm_lora.cli.console import say
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,10 +65,7 @@ def main() -> None:
             say(f"Round {number + 1}: two processes are {ratio:.2f} times as fast as one.")
     ratios = [r["1"]["step_seconds"] / r["2"]["step_seconds"] for r in rounds]
     record = {
-        "command": "python -m bench.distributed" + "".join(f" {a}" for a in sys.argv[1:]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, gloo, one thread a process",
-        "versions": {"vlm-lora": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        **origin("distributed", f"{platform.machine()}, {os.cpu_count()} cores, gloo, one thread a process"),
         "settings": FLAGS,
         "beside": args.beside,
         "speed_of_two_over_one": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},

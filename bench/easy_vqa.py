@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from vlm_lora import Captioner, Dialogue, Example, TrainConfig, Turn, __version__, evaluate, read_dataset, train
+from bench.origin import origin
+from vlm_lora import Captioner, Dialogue, Example, TrainConfig, Turn, evaluate, read_dataset, train
 from vlm_lora.cli.console import Progress, StopSignals, TrainReport, say
 from vlm_lora.config import DEFAULT_PROMPT
 
@@ -100,10 +101,7 @@ def main() -> None:
         "tuned": by_kind(evaluation.scores, "tuned"),
     }
     record = {
-        "command": "python -m bench.easy_vqa" + "".join(f" {a}" for a in sys.argv[1:]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {captioner.backbone.device}",
-        "versions": {"vlm-lora": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        **origin("easy_vqa", f"{platform.machine()}, {torch.get_num_threads()} threads, {captioner.backbone.device}"),
         "settings": settings,
         "training_seconds": round(training, 1),
         "evaluation_seconds": round(evaluating, 1),

@@ -19,8 +19,6 @@ import argparse
 import copy
 import json
 import platform
-import shlex
-import sys
 import time
 import weakref
 from contextlib import contextmanager
@@ -32,7 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.easy_vqa import asking_for_one_word
-from vlm_lora import Captioner, TrainConfig, __version__, evaluate, read_dataset, train
+from bench.origin import origin
+from vlm_lora import Captioner, TrainConfig, evaluate, read_dataset, train
 from vlm_lora.cli.console import Progress, say
 from vlm_lora.config import DEFAULT_PROMPT
 from vlm_lora.model.adapters.base import Adapter, new_contract
@@ -260,14 +259,7 @@ def main() -> None:
                 "steps": steps,
                 "settings": SETTINGS,
                 **row,
-                "command": shlex.join(["python", "-m", "bench.methods", *sys.argv[1:]]),
-                "date": time.strftime("%Y-%m-%d"),
-                "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-                "versions": {
-                    "vlm-lora": __version__,
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
-                },
+                **origin("methods", f"{platform.machine()}, {torch.get_num_threads()} threads"),
             }
         # After each method: a stop loses nothing, and a search of other methods may run beside.
         args.record.parent.mkdir(exist_ok=True)

@@ -20,7 +20,6 @@ last line is JSON.
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import subprocess
@@ -28,11 +27,10 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
+from bench.origin import origin
 from bench.speed import cpu_name, parity, peer_job, run_once
 from bench.work import ending_with_its_turn
-from vlm_lora import Captioner, TrainConfig, __version__, read_dataset, train
+from vlm_lora import Captioner, TrainConfig, read_dataset, train
 from vlm_lora.cli.console import say
 from vlm_lora.config import DEFAULT_PROMPT
 from vlm_lora.inference.captioner import Decoding
@@ -177,10 +175,7 @@ def main() -> None:
     for run_ in runs:
         run_.pop("losses", None)
     record = {
-        "command": "python -m bench.quality" + "".join(f" {a}" for a in sys.argv[1:]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{cpu_name()}, 1 thread",
-        "versions": {"vlm-lora": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        **origin("quality", f"{cpu_name()}, 1 thread"),
         "settings": SETTINGS | {"steps": args.steps, "held_out_images": HELD_OUT, "goal": args.goal},
         "reached": {f"{run['order']}, seed {run['seed']}": reached(run["curve"], args.goal) for run in runs},
         "runs": runs,
