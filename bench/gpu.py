@@ -181,19 +181,19 @@ class Work:
 
     def loss(self, shared: bool, cached: bool, sparse: bool) -> float:
         """Mean loss of the step; leaves its gradients."""
-        total = 0.0
         rows, groups = self.groups(shared)
         device = self.backbone.device
+        total = torch.zeros((), device=device)
         for group in groups:
             packed = pack_apart([rows[i][1] for i in group], self.backbone.pad_token_id)
             seen = [self.features[rows[i][0]] if cached else self._see(rows[i][0]) for i in group]
-            tensors = (packed.input_ids, packed.labels, packed.position_ids, packed.attention_mask)
+            placed = [t.to(device) for t in (packed.position_ids, packed.attention_mask)]
             features = torch.cat([each.to(device) for each in seen])
-            batch = MicroBatch(*[t.to(device) for t in tensors], features, 0)
+            batch = MicroBatch(packed.input_ids, packed.labels, *placed, features, 0)
             value = (loss_sum if sparse else full_logits)(self.backbone, batch) / self.num_labels
             value.backward()
-            total += value.item()
-        return total
+            total += value.detach()
+        return total.item()
 
     def _see(self, image: int) -> torch.Tensor:
         return self.backbone.tower(*self.patches[image])
@@ -217,7 +217,8 @@ class Work:
 def full_logits(backbone: Backbone, batch: MicroBatch) -> torch.Tensor:
     hidden = backbone.forward(batch.input_ids, batch.attention_mask, batch.position_ids, batch.features)
     logits = backbone.logits(hidden)[:, :-1].float().flatten(0, 1)
-    return F.cross_entropy(logits, batch.labels[:, 1:].flatten(), reduction="sum", ignore_index=IGNORE_INDEX)
+    labels = batch.labels[:, 1:].flatten().to(logits.device)
+    return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX)
 
 
 def seconds(device: torch.device, work: Callable[[], object]) -> float:

@@ -232,6 +232,37 @@ def test_a_step_equals_naive_however_it_is_cut_up(checkpoints, examples, family,
     assert off_by(learnt(backbone, adapter, examples, 90)[1], expected) > 1e-3
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_waits_for_no_device(checkpoints, examples, family):
+    """A tensor on the meta device has a shape and no numbers: what a GPU would be waited for raises here."""
+    backbone, adapter = load(checkpoints, family, torch.float32)
+    features = FeatureCache(backbone, None)
+    lessons = lessons_of(backbone, features, examples)
+    fetched = loop.fetch_batches(backbone, features, lessons, 700)
+    assert len(fetched) > 1
+    backbone.model.to("meta")
+    loss = loop.learn(backbone, features, lessons, fetched, 0, Progress(micro_batch_tokens=700), ALONE, pytest.fail)
+    trained = [parameter for _, parameter in adapter.named_parameters()]
+    norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    assert all(tensor.is_meta for tensor in (loss, norm, *(parameter.grad for parameter in trained)))
+    with pytest.raises(RuntimeError, match="meta"):
+        loss.item()
+
+
+def test_what_goes_to_a_gpu_is_pinned(checkpoints, examples, monkeypatch):
+    """From other memory a copy to a GPU waits until that has computed what it was given before."""
+    backbone, _ = load(checkpoints, "qwen2_vl", torch.float32)
+    features = FeatureCache(backbone, None)
+    lessons, pinned = lessons_of(backbone, features, examples), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.data_ptr()) or tensor)
+    (fetched,) = loop.fetch_batches(backbone, features, lessons, 10**6)
+    assert pinned == []
+    monkeypatch.setattr(type(backbone), "device", torch.device("cuda"))
+    (fetched,) = loop.fetch_batches(backbone, features, lessons, 10**6)
+    large = [fetched.packed.attention_mask, fetched.packed.position_ids, *(each.features for each in fetched.images)]
+    assert {tensor.data_ptr() for tensor in large} <= set(pinned)
+
+
 def _one_row(backbone, examples, fault: str | None = None) -> torch.Tensor:
     """The loss with all examples in one row, under a mask of all tokens by all tokens."""
     features = FeatureCache(backbone, None)

@@ -17,7 +17,7 @@ from vlm_lora.model.shapes import _without_weights
 
 MODEL = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}
 ARGUMENTS = {
-    "model.forward": "input_ids attention_mask position_ids use_cache mm_encoder_outputs",
+    "model.forward": "inputs_embeds attention_mask position_ids use_cache",
     "model.get_rope_index": "input_ids mm_token_type_ids image_grid_thw",
     "model.visual.forward": "grid_thw",
     "_from_config": "config",
@@ -41,7 +41,6 @@ FUNCTIONS = {
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.get_vision_window_index": (
         "grid_thw spatial_merge_size window_size patch_size"
     ),
-    "transformers.modeling_outputs.BaseModelOutputWithPooling": "pooler_output",
     "transformers.DynamicCache": "config",
     "transformers.DynamicCache.update": "key_states value_states layer_idx",
     "transformers.DynamicCache.get_seq_length": "",
@@ -118,4 +117,4 @@ def test_a_change_would_be_named(checkpoints):
     with pytest.raises(
         AssertionError, match=r"transformers [\d.]+ has no longer .*: argument features of model\.forward"
     ):
-        require_none(missing(model, "model.forward", "input_ids features"))
+        require_none(missing(model, "model.forward", "inputs_embeds features"))

@@ -209,7 +209,7 @@ class Backbone(Preprocessor):
         """Last hidden states ``(B, T, hidden)``, through the live merger and the public forward.
 
         Args:
-            input_ids: ``(B, T)``, image placeholders included.
+            input_ids: ``(B, T)``, image placeholders included. Where they are on the CPU, no GPU is waited for.
             attention_mask: boolean ``(B, 1, W, T)``, that of the last ``W`` tokens, those before being causal; or
                 ``(B, T)`` of ones and zeros.
             position_ids: ``(3, B, T)``; always given, as the model would work out others for packed rows.
@@ -217,15 +217,15 @@ class Backbone(Preprocessor):
                 input holds no image.
 
         Raises:
-            ModelError: image placeholders and features do not match: going on would scatter them wrongly, in silence.
+            IndexError: not as many image placeholders as features.
         """
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-        encoded = None
+        vectors = self.language_model.embed_tokens(input_ids.to(self.device, non_blocking=True))
         if features is not None:
             features = self._live_features(features) if self.tower_adapted else features
-            merged = self.model.model.visual.merger(features)
-            encoded = {"image": BaseModelOutputWithPooling(pooler_output=(merged,))}
+            merged = self.model.model.visual.merger(features).to(vectors.dtype)
+            # The stock forward would ask the device how many they are, and its backward pass again.
+            places = (input_ids == self.image_token_id).flatten().nonzero()[:, 0].to(self.device, non_blocking=True)
+            vectors = vectors.flatten(0, 1).index_copy(0, places, merged).view_as(vectors)
         if self.prefix is not None:
             cache = self.new_cache() if past_key_values is None else past_key_values
             attention_mask, position_ids = self._behind_prefix(attention_mask, position_ids, cache)
@@ -235,10 +235,9 @@ class Backbone(Preprocessor):
             empty = torch.zeros_like(attention_mask, dtype=self.dtype)
             attention_mask = empty.masked_fill_(~attention_mask, float("-inf"))
         return self.model.model(
-            input_ids=input_ids,
+            inputs_embeds=vectors,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            mm_encoder_outputs=encoded,
             use_cache=past_key_values is not None,
             **{self._cache_argument: past_key_values},
         ).last_hidden_state

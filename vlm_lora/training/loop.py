@@ -14,9 +14,9 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,7 @@ from vlm_lora.training.checkpoint import (
 )
 from vlm_lora.training.processes import Processes
 
+T = TypeVar("T")
 Report = Callable[..., None]
 """Called as ``report(kind, **values)`` with what a run has to tell; see `train` for the kinds."""
 
@@ -84,7 +85,7 @@ class Fetched:
 class MicroBatch:
     """Rows of tokens and, in the same order, the features of their images; ``num_labels`` tokens carry loss.
 
-    All on the device but the labels.
+    All on the device but the tokens and labels, of which something is asked.
     """
 
     input_ids: torch.Tensor
@@ -110,11 +111,19 @@ def fetch_batches(
     groups = micro_batches([encoded for _, encoded in rows], max_tokens)
     return [
         Fetched(
-            pack_apart([rows[i][1] for i in group], backbone.pad_token_id),
-            [entry for i in group for entry in features.fetch(rows[i][0].example.images)],
+            _pinned(pack_apart([rows[i][1] for i in group], backbone.pad_token_id), backbone.device),
+            [_pinned(entry, backbone.device) for i in group for entry in features.fetch(rows[i][0].example.images)],
         )
         for group in groups
     ]
+
+
+def _pinned(tensors: T, device: torch.device) -> T:
+    """The dataclass with its tensors where a GPU can fetch them from while it computes: copies from elsewhere wait."""
+    if device.type != "cuda":
+        return tensors
+    members = ((each.name, getattr(tensors, each.name)) for each in fields(tensors))
+    return replace(tensors, **{name: value.pin_memory() for name, value in members if torch.is_tensor(value)})
 
 
 def place(backbone: Backbone, features: FeatureCache, fetched: Fetched) -> MicroBatch:
@@ -125,7 +134,7 @@ def place(backbone: Backbone, features: FeatureCache, fetched: Fetched) -> Micro
     if placeholders != sum(map(len, seen)):
         raise ModelError(f"{placeholders} patches are expected by the tokens, {sum(map(len, seen))} were computed.")
     return MicroBatch(
-        packed.input_ids.to(device, non_blocking=True),
+        packed.input_ids,
         packed.labels,
         packed.position_ids.to(device, non_blocking=True),
         packed.attention_mask.to(device, non_blocking=True),
