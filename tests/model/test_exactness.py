@@ -249,6 +249,20 @@ def test_a_step_waits_for_no_device(checkpoints, examples, family):
         loss.item()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_next_step_can_be_fetched_while_the_tower_runs(checkpoints, examples, family):
+    backbone, _ = load(checkpoints, family, torch.float32)
+    features = FeatureCache(backbone, None)
+    lessons, fetched = lessons_of(backbone, features, examples), []
+
+    def fetch(*_) -> None:
+        fetched.append(loop.fetch_batches(backbone, features, lessons, 4096))
+
+    backbone.model.model.visual.blocks[0].register_forward_pre_hook(fetch)
+    backbone.tower(*backbone.preprocess([picture_of(examples[0].images[0])]))
+    assert len(fetched) == 1
+
+
 def test_what_goes_to_a_gpu_is_pinned(checkpoints, examples, monkeypatch):
     """From other memory a copy to a GPU waits until that has computed what it was given before."""
     backbone, _ = load(checkpoints, "qwen2_vl", torch.float32)

@@ -55,11 +55,11 @@ class Backbone(Preprocessor):
     @property
     def device(self) -> torch.device:
         """Where it computes. Not `model.device`: that is the tower's, which may be parked."""
-        return self.model.model.visual.merger.ln_q.weight.device
+        return self.language_model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.model.visual.merger.ln_q.weight.dtype
+        return self.language_model.norm.weight.dtype
 
     def feature_bytes(self, grid_thw: Sequence[int]) -> int:
         """Size of what `tower` gives for an image of this grid."""
