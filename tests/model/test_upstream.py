@@ -1,7 +1,7 @@
 """What we rely on in transformers, by name. If one of these has gone in a new release, this says which.
 
 Run: pytest tests/model/test_upstream.py
-Passed with transformers 5.24.0 (torch 2.14).
+With the oldest and the newest release: python -m bench.upstream, which records it in bench/results/upstream.json.
 """
 
 import importlib
