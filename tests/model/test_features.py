@@ -5,6 +5,7 @@ Run: pytest tests/model/test_features.py
 
 import multiprocessing
 import os
+import random
 import resource
 import threading
 
@@ -16,7 +17,7 @@ from vlm_lora.cli import main
 from vlm_lora.data.example import ImageRef
 from vlm_lora.errors import DataError
 from vlm_lora.model.backbone import load_backbone
-from vlm_lora.model.features import FeatureCache, ImageFeatures, cache_use, room_for
+from vlm_lora.model.features import FeatureCache, ImageFeatures, cache_use, found_again, room_for
 
 SIZES = [(64, 64), (96, 48), (48, 80), (80, 80), (33, 70), (64, 64)]
 
@@ -143,6 +144,23 @@ def test_room_is_foretold(backbone, images, tmp_path, limit):
     found = FeatureCache(backbone, tmp_path, limit_gb=limit / 1e9).survey(images[3:]).room
     assert foretold <= found < foretold + 13_000  # what goes, goes by whole entries
     assert min(limit, wanted) <= foretold <= limit
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.8, 1.0])
+def test_what_main_memory_still_holds_is_foretold(backbone, monkeypatch, tmp_path, share):
+    """Forty images, eight epochs, each in an order of its own."""
+    for i in range(40):
+        picture(i).save(tmp_path / f"{i}.png")
+    images = [ImageRef(path=path, name=path.name) for path in tmp_path.glob("*.png")]
+    cache, draw = FeatureCache(backbone, None), random.Random(0)
+    num_bytes = cache.survey(images).num_bytes
+    monkeypatch.setattr("vlm_lora.model.features.IN_MEMORY_BYTES", round(share * num_bytes))
+    for _ in range(8):
+        draw.shuffle(images)
+        for image in images:
+            cache.get([image])
+    assert abs(cache.read / (40 * 7) - found_again(num_bytes)) < 0.06
+    assert share not in (0.5, 0.8) or abs(found_again(num_bytes) - share) > 0.3  # negative control
 
 
 def test_a_running_run_keeps_its_own(backbone, images, tmp_path):

@@ -68,15 +68,17 @@ def run(options: argparse.Namespace) -> int:
     print(
         f"activations {cost.activations / gb:,.2f} (at most {cost.largest.rows} rows of {cost.largest.width:,} tokens)"
     )
+    in_memory = f"main memory still holds {cost.found:.0%} when they come again"
     if not config.cache or "vision" in config.lora_targets:
-        print(f"disk:       no features are kept ({'LoRA is in the tower' if config.cache else '--no-cache'})")
+        again = "" if "vision" in config.lora_targets or plan.seen_once else f"; {in_memory}"
+        print(f"disk:       no features are kept ({'LoRA is in the tower' if config.cache else '--no-cache'}){again}")
     else:
         others = "each other image is seen once" if plan.seen_once else f"{plan.images:,} to learn from"
         print(f"disk:       {cost.features / gb:,.3f} GB of features, computed once and kept: ", end="")
         print(f"{plan.held_out:,} held-out images; {others}")
         if plan.room < cost.features:
             room = f"room for {plan.room / gb:,.3f} GB of it"
-            print(f"            {room} (--cache-gb {config.cache_gb:g}, free disk); the rest is computed each time")
+            print(f"            {room} (--cache-gb {config.cache_gb:g}, free disk); of the rest, {in_memory}")
         if plan.cached:
             print(f"            {plan.cached:,} images are in the cache: those of this run spare it the tower ", end="")
             print("(which they are, only the base's weights tell)")

@@ -414,6 +414,13 @@ def room_for(folder: Path, limit: int, wanted: int) -> int:
     return max(0, min(limit - left, int(DISK_SHARE * (_free(folder) + used - left))))
 
 
+def found_again(num_bytes: int) -> float:
+    """The share of images that main memory still holds when they come again in the next epoch, in another order, if the
+    features of all are so many bytes: those between whose two turns fewer others came than it has room for."""
+    share = min(1.0, IN_MEMORY_BYTES / max(1, num_bytes))
+    return share + (1 - share) * math.log1p(-share) if share < 1 else 1.0
+
+
 def _free(folder: Path) -> int:
     """Bytes of its disk; the folder need not be there yet."""
     return shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free

@@ -26,7 +26,7 @@ from vlm_lora.errors import DataError
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.device import best_device, resolve_dtype
 from vlm_lora.model.encode import Encoder
-from vlm_lora.model.features import cache_folder, cache_use, room_for
+from vlm_lora.model.features import cache_folder, cache_use, found_again, room_for
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded, padded_tokens
 from vlm_lora.model.preprocess import load_preprocessor
 from vlm_lora.model.shapes import Shapes, load_sample, load_shapes
@@ -84,6 +84,7 @@ class Prediction:
     """What a run costs. Sizes in bytes, on each device; operations of all devices together.
 
     ``imbalance`` is how much more the steps' busiest devices compute than the mean of all: the others wait for them.
+    ``found`` is the share of images whose features main memory still holds when they come again.
     ``first`` are the operations of each of the first three steps, with the tower's where it runs in them.
     """
 
@@ -96,6 +97,7 @@ class Prediction:
     trained: int
     activations: int
     features: int
+    found: float
     largest: MicroShape
     first: tuple[float, ...]
 
@@ -234,7 +236,8 @@ def predict(
         patches: of every image, before the 2x2 merge.
         gpus: devices that share each step.
         sharded: whether FSDP2 keeps the language layers in pieces over them.
-        kept: the share of the images whose features are kept; the others go through the tower in each step.
+        kept: the share of the images whose features are kept on disk; the others go through the tower whenever they
+            are not in main memory.
     """
     cost = CostModel(shapes, config, resolve_dtype(config.dtype, device))
     plan = Plan(
@@ -246,31 +249,44 @@ def predict(
     )
     looked_at = range(0, plan.num_steps, math.ceil(plan.num_steps / STEPS_LOOKED_AT))
     steps = [micro_shapes(config, plan, lessons, patches, step, gpus) for step in looked_at]
-    found = [shape for shares in steps for share in shares for shape in share]
-    operations = sum(map(cost.step_operations, found))
+    seen = [shape for shares in steps for share in shares for shape in share]
+    operations = sum(map(cost.step_operations, seen))
     busiest = sum(_waited_for(cost, shares, sharded) for shares in steps)
     scale = plan.num_steps / len(looked_at)
-    each = scale * sum(cost.tower_operations(n) for shape in found for n in shape.patches)
-    largest = max(found, key=cost.activation_bytes)
-
-    def operations_of(step: int) -> float:
-        own = [shape for share in micro_shapes(config, plan, lessons, patches, step, gpus) for shape in share]
-        live = sum(cost.tower_operations(n) for shape in own for n in shape.patches)
-        return sum(map(cost.step_operations, own)) + (1 - kept) * live
+    each = scale * sum(cost.tower_operations(n) for shape in seen for n in shape.patches)
+    once = sum(map(cost.tower_operations, patches.values()))
+    num_bytes = sum(patches.values()) * shapes.tower_width * cost.bytes
+    again = 0.0 if cost.tower_lora else found_again(num_bytes)
+    largest = max(seen, key=cost.activation_bytes)
+    first, met = [], set()
+    for step in range(min(3, plan.num_steps)):
+        own = itertools.chain(*micro_shapes(config, plan, lessons, patches, step, gpus))
+        images = [image for example, _ in plan.step(step) for image in lessons[example][0].images]
+        live = sum(cost.tower_operations(patches[i]) * (1 - again if i in met else 1) for i in images)
+        first.append(sum(map(cost.step_operations, own)) + (1 - kept) * live)
+        met.update(images)
 
     return Prediction(
         steps=plan.num_steps,
         answers=min(plan.total_answers, plan.num_steps * plan.batch_size),
         operations=scale * operations,
         imbalance=busiest * gpus / operations,
-        tower_operations=(1 - kept) * each,
+        tower_operations=(1 - kept) * once * _passes(each / once if once else 0.0, again, gpus),
         weights=cost.weight_bytes(gpus if sharded else 1),
         trained=TRAINED * cost.trained_numbers(),
         activations=cost.activation_bytes(largest),
-        features=sum(patches.values()) * shapes.tower_width * cost.bytes,
+        features=num_bytes,
+        found=again,
         largest=largest,
-        first=tuple(map(operations_of, range(min(3, plan.num_steps)))),
+        first=tuple(first),
     )
+
+
+def _passes(turns: float, found: float, gpus: int) -> float:
+    """How often an image that is not kept on disk goes through the tower, if it has so many turns, each on any of the
+    devices, whose processes keep in main memory what they have computed themselves."""
+    first = min(turns, gpus * (1 - (1 - 1 / gpus) ** turns))
+    return first + (turns - first) * (1 - found)
 
 
 def _waited_for(cost: CostModel, shares: Sequence[Sequence[MicroShape]], sharded: bool) -> float:
@@ -457,14 +473,13 @@ def make_plan(
     learnt_bytes, held_bytes = (sum(n.values()) * shapes.tower_width * dtype.itemsize for n in (learnt, held))
     room = room_for(cache_folder(), round(config.cache_gb * 1e9), learnt_bytes + held_bytes)
     kept = min(1.0, room / learnt_bytes) if learnt else 0.0  # these come first
-    held_kept = min(1.0, (room - kept * learnt_bytes) / held_bytes) if held else 0.0
 
     def cost_of(config: TrainConfig, sharded: bool = sharded) -> Prediction:
         return predict(config, shapes, lessons, patches, device=device, gpus=gpus, sharded=sharded, kept=kept)
 
     cost = cost_of(config)
     through_tower = CostModel(shapes, config, dtype).tower_operations
-    filling = sum(share * sum(map(through_tower, n.values())) for share, n in ((kept, learnt), (held_kept, held)))
+    filling = kept * sum(map(through_tower, learnt.values())) + sum(map(through_tower, held_patches.values()))
     cost = replace(cost, features=learnt_bytes + held_bytes, tower_operations=cost.tower_operations + filling)
     rates = (tflops * 1e12,) * 2 if tflops else measure_rates(config, shapes, cost.largest, device)
     memory = device_memory or device_memory_of(device)
