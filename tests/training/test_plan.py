@@ -106,9 +106,10 @@ def test_operations_are_those_that_torch_counts(checkpoints, photo_folder, tmp_p
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_activations_are_what_autograd_keeps(checkpoints, photo_folder, tmp_path, family, dtype, dropout):
+@pytest.mark.parametrize("targets", ["language,projector", "vision,language,projector"])
+def test_activations_are_what_autograd_keeps(checkpoints, photo_folder, tmp_path, family, dtype, dropout, targets):
     settings, backbone, _, features, lessons, _ = prepared(
-        checkpoints, photo_folder, tmp_path, family, dtype=dtype, dropout=dropout
+        checkpoints, photo_folder, tmp_path, family, dtype=dtype, dropout=dropout, targets=targets
     )
     (fetched,) = fetch_batches(backbone, features, lessons, 4096)
     batch = place(backbone, features, fetched)

@@ -212,7 +212,23 @@ class CostModel:
         layers = s.layers * token
         if self.config.gradient_checkpointing:  # each layer's input, and all of the one that is computed again
             layers = s.layers * self.bytes * s.hidden + token
-        return int((layers + outside) * shape.rows * shape.width + merger + mask + max(head, behind))
+        tower = self._tower_bytes() * sum(shape.patches)
+        return int((layers + outside) * shape.rows * shape.width + tower + merger + mask + max(head, behind))
+
+    def _tower_bytes(self) -> float:
+        """What a patch keeps where LoRA sits in the tower. In each layer: the input of both norms; queries and keys, all
+        three as they come from one linear, and the attention's output; two or, gated, three tensors of the MLP; and each
+        LoRA's input, as in the language layers."""
+        if not self.tower_lora:
+            return 0
+        s, dropout = self.shapes, self.config.dropout > 0
+        layer = self.tower_lora[: len(self.tower_lora) // len(s.tower_windows)]
+        gated, inputs = len(layer) == 5, sum(i for i, _ in layer)
+        shared = gated and self.bytes == 4 and not dropout  # the gate's input and that of the linear beside it
+        token = self.bytes * (6 * s.tower_width + (2 + gated) * layer[-1][0])
+        token += 2 * s.tower_width * (4 if gated else self.bytes)  # RMSNorm keeps float32
+        token += 4 * (inputs - shared * s.tower_width + dropout * inputs + len(layer) * self.rank)
+        return len(s.tower_windows) * token
 
 
 def _multiply_adds(linears: Sequence[tuple[int, int]]) -> int:
