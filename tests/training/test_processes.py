@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -361,34 +362,37 @@ def test_the_recipes_are_right_in_form():
         compile(text, "docs/distributed.md", "exec")
 
 
-def recipe(program: str, module: str, data: str, *flags: str) -> list[str]:
-    """The first recipe that ``program`` starts, for two processes on a CPU."""
-    line = next(text for text in blocks("sh") if text.startswith(program)).replace(program, "", 1)
-    words = ["2" if word == "8" else word for word in shlex.split(line)]
-    words[words.index("photos")] = data
-    words = words[: words.index("train") + 2]
-    return [sys.executable, "-m", module, *words, *flags]
+def recipe(program: str, module: str, data: str, *flags: str, **changes: str) -> list[str]:
+    """The first recipe that begins with ``program``, for a CPU: with words of it changed."""
+    line = next(text for text in blocks("sh") if text.startswith(program)).partition(program.split(" -")[0])[2]
+    words = [changes.get(word, word) for word in shlex.split(line)]
+    head = words[: words.index("train") + 1]
+    return [sys.executable, "-m", module, *head, data, *flags]
 
 
 @pytest.mark.slow
 def test_the_recipes_lines_run_and_one_killed_process_ends_the_run(forks, command, tmp_path):
-    """Killed under torchrun; gone on with to the end under accelerate, sharded."""
+    """Killed on one of two machines, which are this one; gone on with to the end under accelerate, sharded."""
     changes = "--save-every 10 --max-steps 30 --epochs 100"
     flags = [*command[2:], *changes.split(), "--output", str(tmp_path / "run")]
     settings = {"cwd": ROOT, "text": True, "env": os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}}
-    line = recipe("torchrun", "torch.distributed.run", command[1], *flags)
-    run = subprocess.Popen(line, stderr=subprocess.PIPE, **settings)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        here = {"8": "1", "first-machine:29500": f"127.0.0.1:{probe.getsockname()[1]}"}
+    line = recipe("torchrun --nnodes", "torch.distributed.run", command[1], *flags, **here)
+    machines = [subprocess.Popen(line, stderr=subprocess.PIPE, **settings) for _ in range(2)]
     log = tmp_path / "run/metrics.jsonl"
     while not (log.exists() and len(log.read_text().splitlines()) > 4):
-        assert run.poll() is None, run.stderr.read()
+        assert [m.poll() for m in machines] == [None, None], [m.communicate() for m in machines]
         time.sleep(0.02)
-    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    os.kill(int(workers[1]), signal.SIGKILL)
-    _, said = run.communicate(timeout=120)
-    assert run.returncode != 0
-    assert said.count("2 processes share each step") == 1
+    (worker,) = Path(f"/proc/{machines[1].pid}/task/{machines[1].pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    said = [machine.communicate(timeout=120)[1] for machine in machines]
+    assert all(machine.returncode for machine in machines)
+    assert "".join(said).count("2 processes share each step") == 1
+    assert "lost the others" in said[0]
 
-    line = recipe("accelerate launch", "accelerate.commands.launch", command[1], *flags, "--resume")
+    line = recipe("accelerate launch", "accelerate.commands.launch", command[1], *flags, "--resume", **{"8": "2"})
     ended = subprocess.run(line, capture_output=True, timeout=900, **settings)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("2 processes share each step, the base's layers in pieces (FSDP2);") == 1

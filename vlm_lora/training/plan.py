@@ -216,9 +216,11 @@ class CostModel:
         return int((layers + outside) * shape.rows * shape.width + tower + merger + mask + max(head, behind))
 
     def _tower_bytes(self) -> float:
-        """What a patch keeps where LoRA sits in the tower. In each layer: the input of both norms; queries and keys, all
-        three as they come from one linear, and the attention's output; two or, gated, three tensors of the MLP; and each
-        LoRA's input, as in the language layers."""
+        """What a patch keeps where LoRA sits in the tower.
+
+        In each layer: the input of both norms; queries and keys, all three as they come from one linear, and the
+        attention's output; two or, gated, three tensors of the MLP; and each LoRA's input, as in the language layers.
+        """
         if not self.tower_lora:
             return 0
         s, dropout = self.shapes, self.config.dropout > 0
