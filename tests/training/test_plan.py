@@ -251,11 +251,16 @@ def test_the_command_needs_no_weights(checkpoints, photo_folder, tmp_path, capsy
     assert told["rate"] > 0
     assert told["memory"] == told["cost"]["weights"] + told["cost"]["trained"] + told["cost"]["activations"]
 
-    assert main([*command, "--tflops", "2", "--gpus", "4", "--json"]) == 0
+    card = ["--gpus", "4", "--tflops", "2", "--device-memory", "24"]
+    assert main([*command, *card, "--json"]) == 0
     four = json.loads(capsys.readouterr().out)
     imbalance = four["cost"]["imbalance"]
     assert 1 < imbalance < 4
     assert four["step_seconds"] == pytest.approx(four["cost"]["operations"] * imbalance / 2e12 / 4)
+    assert (four["device"], four["dtype"]) == ("cuda", "bfloat16")
+    if not torch.cuda.is_available():
+        assert main([*command, "--gpus", "4", "--tflops", "2"]) == 2
+        assert "no GPU here" in capsys.readouterr().err
 
     assert main([*command, "--tflops", "2", "--epochs", "1"]) == 0
     assert "each other image is seen once" in capsys.readouterr().out
@@ -266,7 +271,7 @@ def test_the_command_needs_no_weights(checkpoints, photo_folder, tmp_path, capsy
     assert "--micro-batch-tokens" in out
     assert "--fsdp" not in out
 
-    several = ["plan", str(photo_folder), "--model", "tiny", "--tflops", "2", "--gpus", "4"]  # it has four layers
+    several = ["plan", str(photo_folder), "--model", "tiny", *card]  # it has four layers
     assert main([*several, "--json"]) == 0
     short = ["--device-memory", str(1.11 * json.loads(capsys.readouterr().out)["memory"] / 1e9)]
     assert main([*several, *short]) == 0

@@ -365,7 +365,7 @@ def test_the_recipes_are_right_in_form():
 def recipe(program: str, module: str, data: str, *flags: str, **changes: str) -> list[str]:
     """The first recipe that begins with ``program``, for a CPU: with words of it changed."""
     line = next(text for text in blocks("sh") if text.startswith(program)).partition(program.split(" -")[0])[2]
-    words = [changes.get(word, word) for word in shlex.split(line)]
+    words = [changes.get(word, word) for word in shlex.split(line.replace("\\\n", ""))]
     head = words[: words.index("train") + 1]
     return [sys.executable, "-m", module, *head, data, *flags]
 

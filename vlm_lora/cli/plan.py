@@ -17,7 +17,7 @@ from vlm_lora.errors import ConfigError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_knobs(parser)
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="devices that share each step (default: 1)")
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs that share each step (default: this machine)")
     parser.add_argument("--fsdp", action="store_true", help="the base's layers in pieces over the devices (FSDP2)")
     parser.add_argument(
         "--tflops", type=float, metavar="X", help="10^12 operations a second of a device (default: measured here)"
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None and getattr(options, name) <= 0:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} {getattr(options, name)}: expected a number above 0")
-    if options.fsdp and options.gpus == 1:
+    if options.fsdp and options.gpus in (None, 1):
         raise ConfigError("--fsdp shares the base out over several GPUs; say how many with --gpus.")
     config = config_of(options)
 
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"operations: {steps:,.3g} TFLOP in the steps, {tower:,.3g} in the vision tower")
     whose = "given" if options.tflops else "measured with one layer here"
     waits = f"; the busiest has {cost.imbalance:.2f} times the mean to do, and the others wait"
-    shared = f", shared by {options.gpus}{waits}" if options.gpus > 1 else ""
+    shared = f", shared by {options.gpus}{waits}" if options.gpus and options.gpus > 1 else ""
     tower = duration(plan.tower_seconds)
     print(f"time:       {duration(plan.step_seconds + plan.tower_seconds)}, {tower} of it in the tower")
     print(f"            at {plan.rate / 1e12:,.3g} TFLOP/s, {whose} ({plan.device}, {plan.dtype}){shared}")

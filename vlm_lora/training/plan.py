@@ -22,7 +22,7 @@ from vlm_lora.data.example import Example, ImageRef
 from vlm_lora.data.images import content_hash, image_size
 from vlm_lora.data.readers import Dataset, read_dataset
 from vlm_lora.data.split import split_examples, without_held_out
-from vlm_lora.errors import DataError
+from vlm_lora.errors import ConfigError, DataError
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.device import best_device, resolve_dtype
 from vlm_lora.model.encode import Encoder
@@ -424,7 +424,7 @@ class RunPlan:
 def make_plan(
     config: TrainConfig,
     *,
-    gpus: int = 1,
+    gpus: int | None = None,
     sharded: bool = False,
     tflops: float | None = None,
     device_memory: float | None = None,
@@ -433,19 +433,28 @@ def make_plan(
     """Predict a run from its data's texts and image headers and the base's config.
 
     Args:
-        gpus: devices that share each step.
+        gpus: that share each step; by default this machine's device, which may be a CPU.
         sharded: whether FSDP2 is to keep the base's layers in pieces over them.
         tflops: 10^12 operations a second of a device; by default measured here.
         device_memory: of a device, in bytes; by default this one's.
         progress: called with the number of examples that are in tokens, and of all.
 
     Raises:
-        VlmLoraError: data or model cannot be used.
+        VlmLoraError: data or model cannot be used, or there is no GPU here to be measured.
     """
     if sharded:
         require_shardable(config.method)
     device = best_device()
-    config = config.on(device.type)
+    target = "cuda" if gpus else device.type
+    if target != device.type:
+        if not (tflops and device_memory):
+            raise ConfigError(
+                f"--gpus {gpus}: there is no GPU here to be measured. Say what one has: --tflops (a third of its data "
+                "sheet's is usual) and --device-memory (GB)."
+            )
+        config = config.replace(dtype="bfloat16") if config.dtype == "auto" else config
+    gpus = gpus or 1
+    config = config.on(target)
     dtype = resolve_dtype(config.dtype, device)
     shapes = load_shapes(config.model)
     base = load_preprocessor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
@@ -510,7 +519,7 @@ def make_plan(
         kept=kept,
         room=room,
         cached=cache_use(cache_folder()).entries,
-        device=device.type,
+        device=target,
         dtype=str(dtype).removeprefix("torch."),
         device_memory=memory,
         rate=rates[0],
