@@ -1,7 +1,7 @@
 """Say what a training run will cost: operations, memory, disk, time. It takes the same flags as `train`.
 
   vlm-lora plan ./photos
-  vlm-lora plan ./photos --gpus 4 --tflops 200 --device-memory 24 --dtype bfloat16      for another machine than this
+  vlm-lora plan ./photos --gpus 4 --tflops 200 --device-memory 24      for another machine than this
 
 No weights are read. The time is at the rate that one random layer reaches here, or at --tflops.
 """

@@ -449,8 +449,8 @@ def make_plan(
     if target != device.type:
         if not (tflops and device_memory):
             raise ConfigError(
-                f"--gpus {gpus}: there is no GPU here to be measured. Say what one has: --tflops (a third of its data "
-                "sheet's is usual) and --device-memory (GB)."
+                f"--gpus {gpus}: there is no GPU here to be measured. Say what one has: --tflops (attained, which is "
+                "well below its data sheet's) and --device-memory (GB)."
             )
         config = config.replace(dtype="bfloat16") if config.dtype == "auto" else config
     gpus = gpus or 1
