@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -154,11 +155,14 @@ def test_captions_are_ranked_by_cider_and_compared_by_word(tmp_path):
         ("图中有一个蓝色的圆", "图中有一个红色的圆", ["图中有一个红色的圆"]),
         ("A tree stands in the snow.", "A house stands in the snow.", ["A tree stands in the snow."]),
     ]
-    page = Page(write_report(tmp_path, evaluated(tmp_path, rows), title="captions"))
-    assert "CIDEr-D" in page.text
+    evaluation = evaluated(tmp_path, rows)
+    page = Page(write_report(tmp_path, evaluation, title="captions"))
     assert "Something else that" in page.marked
     assert "蓝" in page.marked  # Han characters one by one
     assert page.text.index("Gained most") < page.text.index("红") < page.text.index("Lost most")
+    assert page.text.count("What is it?") == 1  # asked of all, said once
+    scored = [f"CIDEr-D {score:.2f}" for who in ("base", "tuned") for score in evaluation.values[who]["cider_d"]]
+    assert sorted(re.findall(r"CIDEr-D [\d.]+", page.text[page.text.index("Gained most") :])) == sorted(scored)
 
 
 def test_what_was_forgotten_is_told_apart(tmp_path):

@@ -164,7 +164,7 @@ def _gain_cell(metric: str, scores: dict) -> str:
     if scores["examples"] < FEW_IMAGES:  # as the lead says, too few to tell: no colour, no p
         return _cell(shown, around)
     kind = "good" if gain["low"] > 0 else "bad" if gain["high"] < 0 else ""
-    return _cell(shown, f"{around}, p {gain['p_value']:.3f}", kind)
+    return _cell(shown, f"{around}, p\u00a0{gain['p_value']:.3f}", kind)
 
 
 def _forgetting(scores: dict) -> str:
@@ -312,13 +312,22 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _gallery(evaluation: Evaluation) -> str:
     rows = evaluation.answered
+    asked = {row.question.strip() for row in rows}
+    # What is asked of every picture is said once, and by no card.
+    once = f"<p dir=auto>Asked of each: <b>{escape(*asked)}</b></p>" if len(asked) == 1 and all(asked) else ""
+
+    def cards(title: str, chosen: Sequence[int]) -> str:
+        if not chosen:
+            return ""
+        made = "".join(_card(evaluation, i, question=not once) for i in chosen)
+        return f"<h3>{title}</h3><div class=cards>{made}</div>"
+
     if "tuned" not in evaluation.scores:
         base = evaluation.ranks("base")
         order = sorted(range(len(rows)), key=base.__getitem__, reverse=True)
         chosen = _spread(rows, order, PICTURES // 2)
         worst = _spread(rows, order[::-1], PICTURES // 2, chosen)
-        best = _cards("Best answers", rows, chosen)
-        return "<h2>Pictures</h2>" + best + _cards("Worst answers", rows, worst)
+        return f"<h2>Pictures</h2>{once}" + cards("Best answers", chosen) + cards("Worst answers", worst)
     gain = evaluation.gains()
     nothing = (0.0,) * len(gain[0])
     order = sorted(range(len(rows)), key=gain.__getitem__, reverse=True)
@@ -331,12 +340,12 @@ def _gallery(evaluation: Evaluation) -> str:
     room = min(6, PICTURES - len(gains) - len(losses))
     same = _spread(rows, equal, room, gains + losses)
     return (
-        "<h2>Pictures</h2>"
+        f"<h2>Pictures</h2>{once}"
         f"<p>Of {len(rows):,} answers, tuning made {len(better):,} better and {len(worse):,} worse; "
         f"{len(equal):,} score the same. <mark>Marked</mark> words occur in none of the references.</p>"
-        + _cards("Gained most", rows, gains)
-        + _cards("Lost most", rows, losses)
-        + _cards("Unchanged", rows, same)
+        + cards("Gained most", gains)
+        + cards("Lost most", losses)
+        + cards("Unchanged", same)
     )
 
 
@@ -353,24 +362,23 @@ def _spread(rows: Sequence[Answered], order: list[int], most: int, taken: Sequen
     return chosen
 
 
-def _cards(title: str, rows: Sequence[Answered], chosen: Sequence[int]) -> str:
-    if not chosen:
-        return ""
-    return f"<h3>{title}</h3><div class=cards>{''.join(_card(rows[i]) for i in chosen)}</div>"
-
-
-def _card(row: Answered) -> str:
+def _card(evaluation: Evaluation, index: int, question: bool) -> str:
+    row = evaluation.answered[index]
     pictures = "".join(_picture(image) for image in row.images[:4])
     references = list(dict.fromkeys(row.references))[:5]
     known = _tokens(" \n ".join(row.references))
-    lines = [("Reference" if len(references) == 1 else "References", "<br>".join(map(escape, references)))]
-    for who, name in (("base", "Base"), ("tuned", "Tuned"), ("blanked", "Greyed out")):
+    captions = headline(evaluation.scores)[0] == "cider_d"
+    lines = []
+    for who, name in (("tuned", "Tuned"), ("base", "Base"), ("blanked", "Greyed out")):
         text = row.said(who)
         if text is not None:
-            lines.append((name, _marked(text, known) if text.strip() else "<i>nothing</i>"))
-    told = "".join(f"<dt>{name}</dt><dd dir=auto>{text}</dd>" for name, text in lines)
-    question = f"<p class=question dir=auto>{escape(row.question)}</p>" if row.question.strip() else ""
-    return f"<article><div class=pictures>{pictures}</div>{question}<dl>{told}</dl></article>"
+            # Whether a short answer is right, the reader sees.
+            score = f" <small>CIDEr-D {evaluation.values[who]['cider_d'][index]:.2f}</small>" if captions else ""
+            lines.append((name + score, _marked(text, known) if text.strip() else "<i>nothing</i>"))
+    lines.append(("Reference" if len(references) == 1 else "References", "<br>".join(map(escape, references))))
+    told = "".join(f"<div><dt>{name}</dt><dd dir=auto>{text}</dd></div>" for name, text in lines)
+    asked = f"<p class=question dir=auto>{escape(row.question)}</p>" if question and row.question.strip() else ""
+    return f"<article><div class=pictures>{pictures}</div>{asked}<dl>{told}</dl></article>"
 
 
 def _picture(image: ImageRef) -> str:
