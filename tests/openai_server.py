@@ -58,6 +58,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif body["model"] != NAME:
             self.reply(404, {"error": {"message": f"there is no model {body['model']}"}})
+        elif not 0 < body.get("top_p", 0.5) < 1:  # as TGI has it
+            self.reply(422, {"error": {"message": "`top_p` must be > 0.0 and < 1.0"}})
         elif fault:
             self.reply(int(fault), {"error": {"message": f"made to fail with {fault}"}}, {"Retry-After": "0"})
         else:
@@ -67,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
             decoding = Decoding(
                 max_new_tokens=body["max_tokens"],
                 temperature=body["temperature"],
-                top_p=body["top_p"],
+                top_p=body.get("top_p", 1.0),
                 seed=body["seed"],
             )
             with self.server.thinking:

@@ -154,9 +154,10 @@ class Endpoint:
                 "messages": [{"role": "user", "content": content}],
                 "max_tokens": decoding.max_new_tokens,
                 "temperature": decoding.temperature,
-                "top_p": decoding.top_p,
                 "seed": decoding.seed,
             }
+            if decoding.top_p < 1:  # TGI refuses 1, which is everyone's default
+                body["top_p"] = decoding.top_p
             reply = self._send("POST", "/chat/completions", body).json()
             text = reply["choices"][0]["message"]["content"]
             if not isinstance(text, str):
