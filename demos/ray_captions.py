@@ -43,7 +43,7 @@ def main() -> None:
         fn_constructor_kwargs={"adapter": options.adapter, "model": options.model},
         batch_size=256,
         num_gpus=options.gpus,
-        concurrency=options.workers,
+        compute=ray.data.ActorPoolStrategy(size=options.workers),
     )
     captioned.write_json(str(options.output.absolute()))
 
