@@ -113,3 +113,5 @@ def test_the_licence_is_asked_of_the_hub_and_may_stay_unknown(tmp_path, monkeypa
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
     monkeypatch.setattr(module, "hf_hub_download", lambda *_: tmp_path / "README.md")
     assert module._licence("any/model") == "mit"
+    assert module._licence(str(tmp_path)) == "mit"
+    assert module._licence("tiny") == "apache-2.0"

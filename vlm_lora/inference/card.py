@@ -14,6 +14,7 @@ from vlm_lora.config import TrainConfig
 from vlm_lora.inference.evaluate import headline, metric_text, span
 from vlm_lora.inference.report import NAMES, summary
 from vlm_lora.model.adapters.base import read_contract
+from vlm_lora.model.folder import tiny_path
 
 TASK = "image-text-to-text"
 CARD = "README.md"
@@ -82,7 +83,7 @@ def write_card(
     contract = read_contract(folder)
     assert contract is not None, "train writes the contract"
     on_hub = HUB_NAME.fullmatch(contract.base) is not None and not Path(contract.base).exists()
-    licence = _licence(contract.base) if on_hub else None
+    licence = _licence(contract.base)
     card_data = ModelCardData(
         library_name="peft" if contract.method in ("lora", "qlora") else "vlm-lora",  # what can load it
         pipeline_tag=TASK,
@@ -169,8 +170,9 @@ def _section(scores: dict, data: str) -> str:
 
 
 def _licence(base: str) -> str | None:
-    """The licence that the base's own card names; None where the hub cannot be asked."""
+    """The licence that the base's own card names; None where it has no card, or the hub cannot be asked."""
+    folder = tiny_path() if base == "tiny" else Path(base).expanduser()
     try:
-        return ModelCard.load(hf_hub_download(base, CARD)).data.license
+        return ModelCard.load(folder / CARD if folder.is_dir() else hf_hub_download(base, CARD)).data.license
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError):
         return None
