@@ -61,6 +61,8 @@ def test_merged_says_what_the_adapter_says(checkpoints, tmp_path, method, family
     assert merged.error < 1e-5
     assert all(tuned == again for tuned, again in merged.captions)
     assert not list(tmp_path.glob(".out*"))
+    modes = {file.stat().st_mode for folder in (adapter, merged.folder) for file in folder.iterdir()}
+    assert len(modes) == 1, "who may read the configs may read the weights: an engine is often another user"
     tuned, plain = Captioner.load(adapter=adapter), Captioner.load(str(tmp_path / "out"))
     said = [c.text for c in tuned.caption(PICTURES, decoding=SHORT)]
     assert [c.text for c in plain.caption(PICTURES, decoding=SHORT)] == said

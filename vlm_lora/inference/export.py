@@ -124,6 +124,8 @@ def merge(
         temporary.mkdir(parents=True)
         backbone.model.to(kept_in).save_pretrained(temporary, max_shard_size="5GB")
         backbone.processor.save_pretrained(temporary)
+        for file in temporary.glob("*.safetensors"):  # written for their owner alone; an engine may be another user
+            shutil.copymode(temporary / "config.json", file)
         del merged, backbone
         reloaded = Captioner.load(
             str(temporary), prompt=prompt, dtype=precision, min_pixels=limits[0], max_pixels=limits[1]

@@ -10,6 +10,7 @@ as they are in the model they sit in, such as
 
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -109,6 +110,7 @@ class Adapter:
         """Write the adapter folder. ``contract`` must be known."""
         folder.mkdir(parents=True, exist_ok=True)
         self.write(folder)
+        shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors writes for the owner alone; engines read too
         if self.contract is not None:
             text = json.dumps(asdict(self.contract), indent=2, ensure_ascii=False)
             (folder / CONTRACT).write_text(text + "\n", encoding="utf-8")
