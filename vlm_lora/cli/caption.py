@@ -156,7 +156,8 @@ def _sink(options: argparse.Namespace, adapters: list[str], paths: Sequence[Path
         file = folders[0] / "metadata.jsonl"
     made_with = {"--model": options.model, "--prompt": options.prompt, "--endpoint": options.endpoint}
     made_with |= {"--adapter": [os.path.realpath(a) if os.path.isdir(a) else a for a in adapters]}
-    made_with |= {"--prefix": options.prefix, "--suffix": options.suffix}
+    for name in ("prefix", "suffix", "max_new_tokens", "num_beams", "temperature", "top_p", "seed"):
+        made_with[f"--{name.replace('_', '-')}"] = getattr(options, name)
     return Rows(paths, options.format, file, made_with=made_with, adapters=adapters, overwrite=options.overwrite)
 
 
