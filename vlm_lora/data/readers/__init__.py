@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,6 @@ MAX_WEIGHT = 1000
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 IMAGE_FOLDERS = ("images", "Images", "image", "imgs", "img", "pictures", "photos", "train", "val")
 IMAGE_FOLDERS += ("train2014", "val2014", "train2017", "val2017", "flickr30k_images", "Flicker8k_Dataset")
-Fetch = Callable[[str], ImageRef] | None
 
 
 def read_dataset(
@@ -86,7 +85,6 @@ def read_dataset(
     check_columns(columns)
     if format is not None and format not in FORMATS:
         raise ConfigError(f"--format {format}: unknown; expected one of {', '.join(FORMATS)}")
-    fetch = fetch_image if allow_urls else None
     sources = [path] if isinstance(path, str | Path) else list(path)
     weighed = [_weighed(source) for source in sources]
     places = [os.path.realpath(place) for place, _ in weighed]
@@ -95,7 +93,8 @@ def read_dataset(
     if images is not None and not Path(images).is_dir():
         raise ConfigError(f"--images {images}: there is no such folder; check the name")
     images = images and Path(images).resolve()
-    found = [_read(place, format, prompt, columns, allow_outside, fetch, images, progress) for place, _ in weighed]
+    how = _Reading(prompt, columns, allow_outside, fetch_image if allow_urls else None, images, progress)
+    found = [_read(place, format, how) for place, _ in weighed]
     if len(found) == 1 and weighed[0][1] == 1:
         return found[0]
     return join((place, folder_of(place), weight, part) for (place, weight), part in zip(weighed, found, strict=True))
@@ -120,59 +119,22 @@ def folder_of(place: str) -> str:
     return "" if hub.is_hub_name(place) else (path if path.is_dir() else path.parent).as_posix()
 
 
-def _read(
-    path: str,
-    format: str | None,
-    prompt: str,
-    columns: dict[str, str],
-    allow_outside: bool,
-    fetch: Fetch,
-    images: Path | None,
-    progress: Callable[[int], None],
-) -> Dataset:
-    if format in (None, "hub") and hub.is_hub_name(path):
-        name, found = hub.read_hub(path)
-        reader = RowReader(prompt, partial(hub.find_in_row, fetch=fetch), columns)
-        said, note = _understood(name, _counted(found, progress), reader)
-        return replace(gather("hub", said), note=note)
-    path = Path(path)
-    try:
-        if not path.exists():
-            raise DataError(f"{str(path)!r}: there is no such folder or file; check the name")
-        path = path.resolve()
-        reading = _Reading(path, prompt, columns, allow_outside, fetch, images, progress)
-        if not path.is_dir() and not path.is_file():
-            raise DataError(f"{path.name}: is not a regular file; expected a folder or one of {_suffixes()}")
-        dataset = (_read_folder if path.is_dir() else _read_file)(path, format, reading)
-        return replace(dataset, note=reading.note, unread=reading.unread)
-    except OSError as error:
-        reason = f"cannot be read: {error.strerror or error}; check its permissions"
-        raise DataError(f"{error.filename or path.name}: {reason}") from error
-
-
+@dataclass
 class _Reading:
-    """What holds for one call: the root that images may not leave, where they are looked for."""
+    """How a source is read, the root that its images may not leave, where they are looked for."""
 
-    def __init__(
-        self,
-        path: Path,
-        prompt: str,
-        columns: dict[str, str],
-        allow_outside: bool,
-        fetch: Fetch,
-        images: Path | None,
-        progress: Callable[[int], None],
-    ):
-        real_folder.cache_clear()
-        self.root = path if path.is_dir() else path.parent
-        if path.is_file() and self.root.name == "annotations":  # COCO's own layout has images beside it
-            self.root = self.root.parent
-        self.prompt, self.columns, self.allow_outside, self.fetch = prompt, columns, allow_outside, fetch
-        self.images, self.progress = images, progress
-        self.folders: tuple[Path, ...] = (self.root,)
-        self.found: dict[str, ImageRef] = {}
-        self.asked: set[str] = set()
-        self.note = self.unread = ""
+    prompt: str
+    columns: dict[str, str]
+    allow_outside: bool
+    fetch: Callable[[str], ImageRef] | None
+    images: Path | None
+    progress: Callable[[int], None]
+    root: Path = Path()
+    folders: tuple[Path, ...] = ()
+    found: dict[str, ImageRef] = field(init=False, default_factory=dict)
+    asked: set[str] = field(init=False, default_factory=set)
+    note: str = field(init=False, default="")
+    unread: str = field(init=False, default="")
 
     def took(self, taken: Path, others: list[Path]) -> None:
         """Remember what else is in the folder."""
@@ -220,6 +182,31 @@ class _Reading:
         reader = RowReader(self.prompt, self.find, self.columns, shape)
         said, self.note = _understood(source, _counted(found, self.progress), reader)
         return said
+
+
+def _read(path: str, format: str | None, how: _Reading) -> Dataset:
+    if format in (None, "hub") and hub.is_hub_name(path):
+        name, found = hub.read_hub(path)
+        reader = RowReader(how.prompt, partial(hub.find_in_row, fetch=how.fetch), how.columns)
+        said, note = _understood(name, _counted(found, how.progress), reader)
+        return replace(gather("hub", said), note=note)
+    path = Path(path)
+    try:
+        if not path.exists():
+            raise DataError(f"{str(path)!r}: there is no such folder or file; check the name")
+        path = path.resolve()
+        if not path.is_dir() and not path.is_file():
+            raise DataError(f"{path.name}: is not a regular file; expected a folder or one of {_suffixes()}")
+        real_folder.cache_clear()
+        root = path if path.is_dir() else path.parent
+        if path.is_file() and root.name == "annotations":  # COCO's own layout has images beside it
+            root = root.parent
+        reading = replace(how, root=root, folders=(root,))
+        dataset = (_read_folder if path.is_dir() else _read_file)(path, format, reading)
+        return replace(dataset, note=reading.note, unread=reading.unread)
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or error}; check its permissions"
+        raise DataError(f"{error.filename or path.name}: {reason}") from error
 
 
 def _counted(rows: Iterable, progress: Callable[[int], None]) -> Iterator:
