@@ -457,6 +457,27 @@ def test_multi_turn_and_multi_image(pictures):
     assert two.id == "b.png+a.png"
 
 
+def test_file_names_in_several_columns_are_several_images(pictures):
+    """Hugging Face's convention for a row of several; one that is null is none."""
+    folder = pictures(*NAMES)
+    rows = [{"left_file_name": "b.png", "right_file_name": "a.png", "text": "two"}]
+    rows += [{"left_file_name": "c.png", "right_file_name": None, "text": "one"}]
+    (folder / "metadata.jsonl").write_text(lines(rows))
+    dataset = read_dataset(folder, prompt=PROMPT)
+    assert dataset.bad == ()
+    assert [example.id for example in dataset.examples] == ["b.png+a.png", "c.png"]
+    assert dataset.note == "captions: image from 'left_file_name', 'right_file_name', caption from 'text'"
+
+
+def test_the_input_of_an_instruction_is_a_part_of_the_question(pictures):
+    folder = pictures("a.png")
+    asked = {"images": ["a.png"], "instruction": "<image>Translate.", "output": "x"}
+    rows = [asked | {"input": text} for text in ("b", "")]
+    (folder / "x.json").write_text(json.dumps(rows))
+    (example,) = read_dataset(folder, prompt=PROMPT).examples
+    assert [dialogue.turns[0].user for dialogue in example.dialogues] == ["Translate.\nb", "Translate."]
+
+
 def test_a_system_message_is_kept_in_front_of_the_question(pictures):
     folder = pictures("a.png")
     row = {

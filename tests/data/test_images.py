@@ -128,6 +128,8 @@ def test_f19_transparency_is_composited_on_white():
         assert [image.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 0, 255)]
     keyed = load_image(encoded(Image.new("RGB", (1, 1), (9, 9, 9)), transparency=(9, 9, 9)))
     assert keyed.getpixel((0, 0)) == (255, 255, 255)
+    deep = load_image(encoded(Image.fromarray(np.array([[0, 300, 32768]], np.uint16)), transparency=300))
+    assert [deep.getpixel((x, 0)) for x in range(3)] == [(0, 0, 0), (255, 255, 255), (128, 128, 128)]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"])

@@ -1,6 +1,8 @@
 """A run from a folder on disk to an adapter that plain PEFT loads; resuming; what is refused."""
 
 import json
+import re
+import shlex
 import shutil
 import time
 
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import picture
+from vlm_lora.cli import main
 from vlm_lora.config import TrainConfig
 from vlm_lora.errors import AdapterError, CheckpointError, DataError
 from vlm_lora.model.adapters import lora
@@ -341,6 +344,22 @@ def test_bad_rows_stop_the_run_or_are_quarantined(checkpoints, photo_folder, tmp
     assert len(rows) == len(result.bad) == 2
     assert len(result.train_examples) + len(result.held_out) + len(rows) == 12
     assert any("05.png" in row["reason"] for row in rows)
+
+
+def test_the_check_that_a_stopped_run_names_finds_what_stopped_it(checkpoints, photo_folder, tmp_path, capsys):
+    """With the run's own columns and held-out data: without these it would find other rows, or none."""
+    val = tmp_path / "val: 1"
+    val.mkdir()
+    (val / "same.png").write_bytes((photo_folder / "03.png").read_bytes())
+    (val / "rows.csv").write_text("bild,text\nsame.png,x\n")
+    (photo_folder / "rows.csv").write_text("bild,text\n03.png,x\n04.png,y\n")
+    settings = {"val": str(val), "columns": "image=bild,caption=text", "format": "csv", "max_tokens": 100}
+    with pytest.raises(DataError, match="1 rows cannot be used") as told:
+        train(config(checkpoints, photo_folder, tmp_path / "run", **settings))
+    command = re.search(r"\((vlm-lora check .*) lists all\)", str(told.value)).group(1)
+    assert main([*shlex.split(command)[1:], "--json"]) == 1
+    (bad,) = json.loads(capsys.readouterr().out)["bad"]
+    assert (bad["source"], bad["line"]) == ("rows.csv", 2)
 
 
 def test_an_answer_that_is_too_long_is_reported_before_the_tower_runs(checkpoints, photo_folder, tmp_path, monkeypatch):

@@ -190,6 +190,7 @@ def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
     values = np.asarray(image.convert("I") if image.mode.startswith("I;") else image).astype(np.float64)
     if not np.isfinite(values).all():
         raise DataError(f"{name} holds NaN or infinite pixel values; write it with finite ones")
+    clear = values == image.info.get("transparency")  # PNG's one gray that is none, where it has no alpha
     low, high = float(values.min()), float(values.max())
     tops = (1.0, 255.0) if image.mode == "F" else (255.0, 1023.0, 4095.0, 16383.0, 65535.0)
     spare = 0.1 if image.mode == "F" else 0.0
@@ -197,7 +198,8 @@ def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
     if top is None or low < -spare * high:
         values, top = values - low, (high - low) or 1.0
     values = values.clip(0, top)
-    return Image.fromarray(np.rint(values * (255.0 / top)).astype(np.uint8))
+    pixels = np.rint(values * (255.0 / top)).astype(np.uint8)
+    return Image.fromarray(np.where(clear, np.uint8(255), pixels))
 
 
 def _register_heif(name: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from vlm_lora.config import TrainConfig
+from vlm_lora.config import TrainConfig, default_of
 from vlm_lora.data.example import Example
 from vlm_lora.data.readers import BadRow, Dataset, bad_rows
 from vlm_lora.data.split import split_examples, without_held_out
@@ -32,6 +32,10 @@ from vlm_lora.training.checkpoint import LOCK, locked, writing
 from vlm_lora.training.loop import OUT_OF_MEMORY, Lesson, Report, run_steps
 from vlm_lora.training.plan import Prediction, predict, read_data, sees_each_image_once
 from vlm_lora.training.processes import Processes
+
+READ_WITH = ("val", "format", "columns", "images", "allow_outside", "allow_urls", "prompt")
+READ_WITH += ("min_pixels", "max_pixels", "max_tokens")
+"""The settings that decide which rows are bad; `vlm-lora check` has a flag for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,10 +276,14 @@ def _prediction(
 
 def _settle_bad_rows(config: TrainConfig, bad: Sequence[BadRow]) -> None:
     if bad and config.on_bad_row == "stop":
-        check = shlex.join(["vlm-lora", "check", *config.sources, "--model", config.model])
+        check = ["vlm-lora", "check", *config.sources, "--model", config.model]
+        for name in READ_WITH:
+            flag, value = "--" + name.replace("_", "-"), getattr(config, name)
+            if value != default_of(name):
+                check += [flag] if value is True else [f"{flag}={value}"]
         raise DataError(
             f"{', '.join(config.sources)}: {len(bad)} rows cannot be used, and nothing was trained. {_listed(bad)} "
-            f"Mend them ({check} lists all), or leave them out with --on-bad-row quarantine "
+            f"Mend them ({shlex.join(check)} lists all), or leave them out with --on-bad-row quarantine "
             "(they are listed in the run folder)."
         )
 

@@ -61,9 +61,8 @@ class RowReader:
             if shape is None:
                 names = ", ".join(map(repr, list(row)[:20])) or "no fields"
                 raise DataError(f"has {names}; expected messages, conversations, a question or a caption")
-            named = self._value(row, "image")
-            named = named if isinstance(named, list) else [] if named is None else [named]
-            images = tuple(self.find(value) for value in named)
+            named = [row[name] for name in self._names(row, "image") if row[name] is not None]
+            images = tuple(self.find(v) for value in named for v in (value if isinstance(value, list) else [value]))
             if shape == "captions":
                 said: list[Dialogue | str] = self._of_captions(row, len(images))
             elif shape == "qa":
@@ -105,17 +104,22 @@ class RowReader:
         parts = {"qa": ("question", "answer"), "captions": ("caption",), "query-response": ()}.get(shape, (shape,))
         if shape == "qa" and self._caption_beside_question(row):
             parts += ("caption",)
-        named = [(what, self._name(row, what)) for what in ("image", *parts)]
-        return f"{shape}: " + ", ".join(f"{what} from {name!r}" for what, name in named if name is not None)
+        named = [(what, ", ".join(map(repr, self._names(row, what)))) for what in ("image", *parts)]
+        return f"{shape}: " + ", ".join(f"{what} from {names}" for what, names in named if names)
+
+    def _names(self, row: dict, what: str) -> list[str]:
+        """The field that holds it, if there is one; of images several, "left_file_name" and "right_file_name"."""
+        if what in self.columns:
+            return [self.columns[what]] if self.columns[what] in row else []
+        # A column that is null in this row does not hide a filled one behind it
+        filled = [name for name in NAMES[what] if row.get(name) is not None][:1]
+        if what == "image" and not filled:  # the convention of Hugging Face's imagefolder
+            ends = ("_file_name", "_file_names")
+            filled = [name for name, value in row.items() if value is not None and str(name).endswith(ends)]
+        return filled or [name for name in NAMES[what] if name in row][:1]
 
     def _name(self, row: dict, what: str) -> str | None:
-        if what in self.columns:
-            return self.columns[what] if self.columns[what] in row else None
-        names = [name for name in NAMES[what] if name in row]
-        if what == "image":  # "left_file_name": the imagefolder convention for several images
-            names += [name for name in row if str(name).endswith(("_file_name", "_file_names"))]
-        # A column that is null in this row does not hide a filled one behind it
-        return next((name for name in names if row[name] is not None), names[0] if names else None)
+        return next(iter(self._names(row, what)), None)
 
     def _caption_beside_question(self, row: dict) -> str | None:
         """`text`, `label` and the like may be anything there."""
@@ -156,6 +160,8 @@ class RowReader:
 
     def _of_question(self, row: dict, num_images: int) -> Dialogue:
         question = text_of(self._value(row, "question"), "question")
+        if self._name(row, "question") == "instruction" and row.get("input") not in (None, ""):  # Alpaca's second half
+            question += "\n" + text_of(row["input"], "input")
         _check_marks(question.count(MARK), num_images)
         answer, best = self._value(row, "answer"), row.get("multiple_choice_answer")
         if "answer" not in self.columns and isinstance(row.get("answers"), list) and row["answers"]:
