@@ -309,6 +309,7 @@ def test_f34_a_name_that_is_no_utf8_is_named_and_breaks_no_output(folder, capsys
     assert b"bad: \\udcff.png: " in capsysbinary.readouterr().out
     command = ["train", str(folder), "--model", "tiny", "--max-steps", "1", "--no-eval", "--val-split", "0"]
     assert main([*command, "--on-bad-row", "quarantine", "--output", str(folder.parent / "run")]) == 0
+    assert b"Rows: trained 1, held out 0, quarantined 5 (" in capsysbinary.readouterr().err
     rows = (folder.parent / "run/quarantined.jsonl").read_text(encoding="utf-8").splitlines()
     assert "\udcff.png" in {json.loads(row)["source"] for row in rows}
 

@@ -133,18 +133,20 @@ def _compare_and_describe(result: "RunResult", config: TrainConfig, options: arg
         return told
     from vlm_lora.inference.card import write_card
 
+    learnt, held_out = (
+        sum(len(example.dialogues) for example in side) for side in (result.train_examples, result.held_out)
+    )
     write_card(
         result.folder / "adapter",
         config,
         name=result.folder.name,
         data=", ".join(name if name.startswith("hf") else Path(name).name for name in config.sources),
-        counts=f"{len(result.train_examples):,} images learnt with "
-        f"{sum(len(example.dialogues) for example in result.train_examples):,} answers, "
+        counts=f"{len(result.train_examples):,} images learnt with {learnt:,} answers, "
         f"{len(result.held_out):,} held out, {len(result.bad):,} rows left out",
         fingerprint=result.fingerprint,
         command=command,
         scores=scores,
     )
-    if result.bad:
-        say(f"{len(result.bad):,} rows were left out: {result.folder / 'quarantined.jsonl'}")
+    listed = f" ({result.folder / 'quarantined.jsonl'})" if result.bad else ""
+    say(f"Rows: trained {learnt:,}, held out {held_out:,}, quarantined {len(result.bad):,}{listed}.")
     return told
