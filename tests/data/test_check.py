@@ -4,6 +4,7 @@ Run: pytest tests/data/test_check.py
 """
 
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -22,9 +23,10 @@ from tests.data.test_formats import (
     qa_csv,
     vqav2,
 )
-from vlm_lora.data.check import NEAR_BITS, NEAR_COLOUR, Seen, check_dataset, near_duplicates, scripts
+from vlm_lora.data.check import NEAR_BITS, NEAR_COLOUR, Seen, check_dataset, near_duplicates
 from vlm_lora.data.clean import clean_example, write_clean
 from vlm_lora.data.images import content_hash
+from vlm_lora.data.languages import WORDS, languages, scripts
 from vlm_lora.data.readers import read_dataset
 from vlm_lora.data.sheet import write_sheet
 from vlm_lora.data.split import split_examples
@@ -212,6 +214,30 @@ def test_scripts():
         "hiragana": 0.2222,
         "cjk": 0.1111,
     }
+
+
+SAID = {
+    "english": ["A red fox", "Two dogs playing in the snow", "A man riding a horse on a beach."],
+    "german": ["ein roter Fuchs", "Eine Katze sitzt auf dem Dach.", "Der Hund ist braun."],
+    "french": ["Un homme à cheval sur la plage", "Deux chiens jouent dans la neige"],
+    "spanish": ["Un hombre montando a caballo en la playa", "Hay un gato sobre el tejado."],
+    "portuguese": ["uma raposa vermelha", "A menina está na praia", "Há um gato no telhado."],
+    "italian": ["Due cani giocano nella neve", "C'è un gatto sul tetto."],
+    "dutch": ["een rode vos", "Een man rijdt paard op het strand", "Twee honden spelen in de sneeuw"],
+    "polish": ["Dwa psy bawią się w śniegu", "To jest kot na dachu."],
+    "turkish": ["kırmızı bir tilki", "Çatıda bir kedi var"],
+    "vietnamese": ["Một người đàn ông cưỡi ngựa trên bãi biển"],
+    "indonesian": ["Seorang pria menunggang kuda di pantai"],
+    "swedish": ["En man rider på en häst på stranden", "Två hundar leker i snön"],
+    "undecided": ["yes", "un renard roux", "un zorro rojo"],  # "un" is French, Spanish and Italian
+}
+
+
+def test_languages():
+    assert {*WORDS, "undecided"} == set(SAID)
+    for language, texts in SAID.items():
+        assert languages([unicodedata.normalize("NFD", text) for text in texts]) == {language: 1.0}, language
+    assert languages(["a fox", "der Hund", "a cat", "зима", "7", "雪"]) == {"english": 0.6667, "german": 0.3333}
 
 
 def without_place(examples):

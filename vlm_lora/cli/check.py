@@ -159,8 +159,10 @@ def _told(facts: dict) -> Iterator[str]:
         yield f"image sizes: {', '.join(named)}"
     if frames := facts["several_frames"]:
         yield f"animations and the like, of which only the first picture is taken: {frames:,}"
-    if facts["scripts"]:
-        yield "scripts of the letters: " + ", ".join(f"{name} {share:.1%}" for name, share in facts["scripts"].items())
+    mixes = {"scripts of the letters": facts["scripts"], "languages, by their commonest words": facts["languages"]}
+    for what, shares in mixes.items():
+        if shares:
+            yield f"{what}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
     cleaning = facts["cleaning"]
     if cleaning["texts"]:
         why = ", ".join(f"{name} {times:,}" for name, times in cleaning.items() if name != "texts")

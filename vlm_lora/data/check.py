@@ -6,18 +6,17 @@ Knows neither tokens nor training: what an image costs in tokens is `model.token
 import io
 import math
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from typing import Any
 
 from PIL import Image
 
 from vlm_lora.data.example import Example, ImageRef
 from vlm_lora.data.images import SEVERAL_FRAMES, content_hash, load_image
+from vlm_lora.data.languages import languages, scripts
 from vlm_lora.data.readers import BadRow, Dataset, bad_rows
 from vlm_lora.data.split import split_examples
 from vlm_lora.data.texts import clean_text
@@ -99,6 +98,7 @@ class Check:
             "leaks": {"count": len(self.leaks), "first": self.leaks[:LISTED]},
             "repeated": [[text, times] for text, times in repeated.most_common(LISTED) if times > 1],
             "scripts": scripts(turn.assistant for d in said for turn in d.turns),
+            "languages": languages(turn.assistant for d in said for turn in d.turns),
             "cleaning": dict(self.cleaned),
         }
 
@@ -231,25 +231,6 @@ def _groups_with_equal_bits(bits: Any) -> Iterator[Any]:
         borders = np.concatenate([[0], np.nonzero(np.diff(band[order]))[0] + 1, [len(order)]])
         for which in np.nonzero(np.diff(borders) > 1)[0]:
             yield order[borders[which] : borders[which + 1]]
-
-
-def scripts(texts: Iterable[str]) -> dict[str, float]:
-    """Share of the letters by Unicode script ("latin", "cyrillic", "cjk"), the commonest first."""
-    letters: Counter = Counter()
-    for text in texts:
-        letters.update(text)
-    found: Counter = Counter()
-    for letter, times in letters.items():
-        if script := _script(letter):
-            found[script] += times
-    total = sum(found.values())
-    return {name: round(times / total, 4) for name, times in found.most_common()}
-
-
-@cache
-def _script(letter: str) -> str | None:
-    # The standard library has no table of scripts; the first word of a letter's name is one
-    return unicodedata.name(letter, "other").split()[0].split("-")[0].lower() if letter.isalpha() else None
 
 
 def num_workers() -> int:
