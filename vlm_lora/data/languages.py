@@ -34,14 +34,14 @@ def languages(texts: Iterable[str]) -> dict[str, float]:
     That of which a text has most of WORDS; "undecided" where it has none of them, or as many of two languages.
     """
     found: Counter = Counter()
-    for text in texts:
+    for text, times in Counter(texts).items():
         text = unicodedata.normalize("NFC", text).lower()
         if not _LATIN.search(text):
             continue
         votes = Counter(name for word in _WORD.findall(text) for name in LANGUAGES_OF.get(word, ()))
         most = max(votes.values(), default=0)
         best = [name for name in votes if votes[name] == most]
-        found[best[0] if len(best) == 1 else "undecided"] += 1
+        found[best[0] if len(best) == 1 else "undecided"] += times
     return _shares(found)
 
 
