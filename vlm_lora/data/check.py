@@ -24,6 +24,8 @@ from vlm_lora.errors import DataError
 
 NEAR_BITS = 4
 """Two images are near-duplicates where at most so many of the 64 bits of their hashes differ, and"""
+NEAR_GREY = 2.0
+"""A place counts as darker than its right neighbour where it is so by more than this, of 255: flat ground is noisy."""
 NEAR_COLOUR = 10.0
 """their 9x8 miniatures differ by at most this, of 255, on average: by the hash alone flat images are one."""
 MAX_PAIRS = 100_000
@@ -191,7 +193,7 @@ def near_duplicates(looks: Sequence[Seen]) -> tuple[list[tuple[Seen, Seen]], boo
     minis = np.frombuffer(b"".join(look.miniature for look in looks), np.uint8).reshape(len(looks), 8, 9, 3)
     grey = minis @ np.array([0.299, 0.587, 0.114], np.float32)
     # dHash: whether each of 8x8 places is darker than its right neighbour; scale and contrast do not matter
-    darker = (grey[:, :, :-1] < grey[:, :, 1:]).reshape(len(looks), 64)
+    darker = (grey[:, :, :-1] + NEAR_GREY < grey[:, :, 1:]).reshape(len(looks), 64)
     bits = np.packbits(darker, axis=1).view(np.uint64)[:, 0]
     flat = minis.reshape(len(looks), -1).astype(np.int16)
     found: set[tuple[int, int]] = set()
