@@ -371,8 +371,10 @@ def run_steps(
             with writing(folder / "metrics.jsonl"):
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-        numbers = {name: value for name, value in line.items() if name not in ("step", "examples")}
-        processes.accelerator.log(numbers, step=line["step"])
+        if config.report_to:
+            numbers = {name: value for name, value in line.items() if name not in ("step", "examples")}
+            with writing(folder / config.report_to):
+                processes.accelerator.log(numbers, step=line["step"])
 
     def save() -> None:
         save_checkpoint(checkpoints, progress, parameters, optimizer, identity, config.keep_checkpoints)
@@ -470,8 +472,6 @@ def run_steps(
 
     if log:
         log.close()
-    for tracker in processes.accelerator.trackers:  # and not end_training, which would also part the processes
-        tracker.finish()
     if (config.patience or config.load_best_at_end) and progress.best_step is not None:
         processes.on_main(lambda: load_weights(checkpoints, progress.best_step, parameters))
         processes.copy_from_main(tensors)

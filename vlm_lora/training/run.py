@@ -1,19 +1,20 @@
 """A training run from data to adapter: read, split, load, attach, see every image once, train, save."""
 
 import hashlib
-import importlib.util
 import json
 import re
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 
 from vlm_lora.config import TrainConfig, default_of
 from vlm_lora.data.example import Example
@@ -77,7 +78,7 @@ def train(
     """
     if config.method == "qlora":
         require_bitsandbytes()
-    if config.report_to and importlib.util.find_spec(config.report_to) is None:
+    if config.report_to and config.report_to not in map(str, get_available_trackers()):
         raise ConfigError(f"--report-to {config.report_to}: is not installed: pip install {config.report_to}.")
     folder = Path(config.output or (_newest_unfinished(config) if resume else _new_run_name(config)))
     processes = Processes(config.method, log_with=config.report_to, project_dir=str(folder))
@@ -111,6 +112,7 @@ def train(
 
         folder = processes.on_main(take)
         report("folder", folder=folder)
+        processes.on_main(lambda: held.enter_context(_tracked(config, processes.accelerator, folder, resume)))
         backbone = load_backbone(
             config.model,
             dtype=str(resolve_dtype(config.dtype, processes.device)).removeprefix("torch."),
@@ -162,7 +164,6 @@ def train(
                 _write_quarantine(folder, bad)
 
         processes.on_main(describe)
-        _start_tracker(config, processes.accelerator, folder)
         identity = _identity(config, dataset, held_dataset, adapter)
         processes.require_same(identity)
         lessons = [lesson for lesson in lessons for _ in range(lesson.example.weight)]
@@ -363,15 +364,45 @@ def _require_room(folder: Path, adapter: Adapter, config: TrainConfig) -> None:
         )
 
 
-def _start_tracker(config: TrainConfig, accelerator: Accelerator, folder: Path) -> None:
+@contextmanager
+def _tracked(config: TrainConfig, accelerator: Accelerator, folder: Path, resume: bool) -> Iterator[None]:
+    """Inside, what is logged goes to the tracker too. It starts before the model is loaded, so that it is not found out
+    hours later that nobody is logged in.
+
+    A run that is gone on with goes on in the tracker: Weights & Biases notes in the run folder which of its runs that
+    is, and forgets it when the run has ended well.
+    """
     if config.report_to is None:
+        yield
         return
-    own = {"wandb": {"name": folder.name, "dir": str(folder)}, "trackio": {"name": folder.name}}
+    own = {
+        "wandb": {"name": folder.name, "dir": str(folder), "resume": "auto"},
+        "trackio": {"name": folder.name, "resume": "allow" if resume else "never"},
+    }
     settings = {name: value for name, value in config.to_dict().items() if value is not None}
     settings["data"] = ", ".join(config.sources)  # TensorBoard takes no tuple
     # TensorBoard is given a folder and takes the name as one in it; the others know projects that hold runs.
     project = "tensorboard" if config.report_to == "tensorboard" else "vlm-lora"
-    accelerator.init_trackers(project, settings, {config.report_to: own.get(config.report_to, {})})
+    # trackio prints where results go; wandb would keep each line twice if that were turned round for it too.
+    aside = redirect_stdout(sys.stderr) if config.report_to == "trackio" else nullcontext()
+    try:
+        with aside:
+            accelerator.init_trackers(project, settings, {config.report_to: own.get(config.report_to, {})})
+    except Exception as error:  # each tracker has classes of its own
+        raise ConfigError(
+            f"--report-to {config.report_to}: could not be started ({' '.join(str(error).split())}). Settle that and "
+            "go on with --resume, or leave --report-to out."
+        ) from error
+    well = False
+    try:
+        yield
+        well = True
+    finally:
+        with aside:
+            if config.report_to == "wandb":  # else the next run in this Python program would be logged as this one
+                accelerator.get_tracker("wandb", unwrap=True).finish(exit_code=0 if well else 1)
+            elif well:
+                accelerator.trackers[0].finish()  # and not end_training, which would also part the processes
 
 
 def _identity(config: TrainConfig, dataset: Dataset, held: Dataset | None, adapter: Adapter) -> dict:
