@@ -72,8 +72,8 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"{path}: could not be written ({reason}). The checkpoints before are intact. Make room, or see that the "
-            "folder is there and writable; then go on with --resume."
+            f"{path}: could not be written ({reason}). The checkpoints before were not touched. Make room, or see that "
+            "the folder is there and writable; then go on with --resume."
         ) from error
 
 
