@@ -227,12 +227,19 @@ def test_the_limit_can_be_raised(monkeypatch):
             load_image(PNG)
 
 
-def test_f13_pillow_prints_no_warning_of_its_own(tmp_path):
+def test_f13_f17_pillow_prints_no_warning_of_its_own(tmp_path):
+    """A bomb, and EXIF data whose directory begins behind their end: the picture is whole, and stands as it is."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.new("RGB", (40, 30)), "JPEG", exif=exif)
+    (tmp_path / "exif.jpg").write_bytes(data.replace(b"MM\0*\0\0\0\x08", b"MM\0*\0\0\0\xf0", 1))
     (tmp_path / "bomb.png").write_bytes(png_of_size(10500, 10000))
     code = "import sys; from vlm_lora.data.check import look_at; from vlm_lora.data.images import find_image, Path\n"
-    code += "print(look_at(find_image('bomb.png', Path(sys.argv[1]).resolve())).error)"
+    code += "for name in ('bomb.png', 'exif.jpg'):\n"
+    code += "    seen = look_at(find_image(name, Path(sys.argv[1]).resolve())); print(seen.error, seen.size)"
     ran = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     assert "105 megapixels, the limit is 50" in ran.stdout
+    assert "None (40, 30)" in ran.stdout
     assert ran.stderr == ""
 
 

@@ -21,6 +21,8 @@ from PIL import Image, UnidentifiedImageError
 from vlm_lora.data.example import ImageRef, read_regular_file
 from vlm_lora.errors import ConfigError, DataError
 
+# What Pillow warns of, damaged EXIF data mostly, leaves the picture as it is, and names no file
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit below is asked for each image
 MAX_MEGAPIXELS = 50.0  # a 17 KB PNG can be 144 megapixels and 430 MB when decoded
 MOST_MEGAPIXELS = 178.0  # where Pillow itself refuses
