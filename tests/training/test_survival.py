@@ -365,8 +365,14 @@ def test_evaluation_disturbs_nothing(checkpoints, straight, tmp_path):
     every = config(checkpoints, photos, tmp_path / "every", val=str(val), save_every=1)
     one, other = train(without), train(every)
     assert not [line for line in log_of(one.folder) if "held_out_loss" in line]
-    assert len([line for line in log_of(other.folder) if "held_out_loss" in line]) == other.steps == 9
+    losses = [line["held_out_loss"] for line in log_of(other.folder) if "held_out_loss" in line]
+    assert len(losses) == other.steps == 9
     assert_same(adapter_of(one.folder), adapter_of(other.folder))
+    backbone = other.adapter.backbone
+    assert not backbone.model.training
+    lessons, _ = run._lessons(every, backbone, other.features, other.held_out, Told())
+    again = loop.mean_loss(backbone, other.features, lessons, 1024, other.processes)
+    assert losses[-1] == pytest.approx(again, rel=1e-6), "it was computed with dropout"
 
 
 def test_early_stopping_needs_held_out_data():
