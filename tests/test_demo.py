@@ -372,6 +372,9 @@ def test_ipv6_loopback_is_served_and_a_foreign_name_refused(captioner, tmp_path,
         (["--host", "300.1.1.1", "--no-auth"], "--host 300.1.1.1: is no address of this machine."),
         (["--adapter", "nowhere"], "--adapter nowhere: there is no such folder."),
         (["--adapter", "data"], "--adapter data: holds no adapter."),
+        (["--adapter", "no/such/run"], "--adapter no/such/run: there is no such folder."),
+        (["--adapter", "./no/run"], "--adapter ./no/run: there is no such folder."),
+        (["--adapter", "/no/run"], "--adapter /no/run: there is no such folder."),
     ],
 )
 def test_what_cannot_be_served_is_told_before_anything_is_loaded(flags, told, capsys, monkeypatch):
@@ -483,6 +486,9 @@ def test_runs_are_found_beside_the_one_that_is_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert set(find_runs(None)) == {"a", "b"}
     assert find_runs(None, beside="nowhere") == {}
+    with pytest.raises(AdapterError, match="no such folder"):
+        find_runs("nowhere/a", beside="nowhere")
+    assert list(find_runs("owner/name", beside="nowhere")) == ["name"]  # may be the hub's
 
 
 def test_examples_are_held_out_pictures_with_references(tmp_path):

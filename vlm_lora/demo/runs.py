@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -34,12 +35,13 @@ def find_runs(adapter: str | Path | None, beside: str | Path = "runs") -> dict[s
     An adapter folder that is in no run stands for itself.
 
     Raises:
-        AdapterError: ``adapter`` holds none, or is no folder and the place for it is there. (A name of the hub
-            is looked up when it is loaded.)
+        AdapterError: ``adapter`` holds none, or is no folder. (What can only be a name of the hub, two words with a
+            slash, is looked up when it is loaded.)
     """
     given = Path(adapter).expanduser().resolve() if adapter else None
     held = given and any((given / place / "adapter_config.json").is_file() for place in ("", "adapter"))
-    if given and given.parent.is_dir() and not held:
+    here = given and (given.parent.is_dir() or given.parent == Path(beside).resolve())
+    if given and not held and (here or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(adapter))):
         what = "holds no adapter" if given.exists() else "there is no such folder"
         raise AdapterError(f"--adapter {adapter}: {what}. Give a run folder or an adapter folder.")
     if given and given.name == "adapter" and (given.parent / "config.yaml").is_file():
