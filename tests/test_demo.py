@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import signal
 import threading
@@ -14,6 +15,7 @@ import httpx
 import pytest
 from PIL import Image
 
+gradio = pytest.importorskip("gradio")
 gradio_client = pytest.importorskip("gradio_client")
 
 from tests.conftest import ROOT  # noqa: E402
@@ -246,7 +248,7 @@ def test_an_upload_that_is_gone_is_to_be_chosen_again(app, picture):
 def test_who_has_to_wait_is_told_once(picture, monkeypatch):
     told, loaded = [], Future()
     loaded.set_result(Parrot())
-    monkeypatch.setattr(demo.gr, "Info", told.append)
+    monkeypatch.setattr(gradio, "Info", told.append)
     speaker = Speaker(loaded, {}, "")
     numbers = {"max_new_tokens": 8}
     with speaker.decoding:  # somebody else's turn
@@ -341,6 +343,19 @@ def test_an_adapter_is_chosen_and_one_of_another_base_is_refused_in_a_sentence(c
     assert "event: error" in call(app, given(upload(app, picture.read_bytes())), "", *NUMBERS[:-1], "../etc")
 
 
+def test_nothing_of_the_process_stays_changed(picture, monkeypatch):
+    monkeypatch.setattr("vlm_lora.Captioner", type("Loads", (), {"load": lambda *_: Parrot()}), raising=False)
+    monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
+    before = dict(os.environ)
+    app = launch(port=None, block=False)
+    place = Path(os.environ["GRADIO_TEMP_DIR"])
+    assert upload(app, picture.read_bytes()).startswith(str(place))
+    app.close(verbose=False)
+    assert dict(os.environ) == before
+    assert not place.exists()
+
+
 @pytest.mark.parametrize("host", ["127.0.0.2", "::1", "localhost"])
 def test_loopback_has_other_addresses_too(asked_for, host):
     launch(host=host, block=False)
@@ -388,7 +403,7 @@ def test_what_cannot_be_served_is_told_before_anything_is_loaded(flags, told, ca
 
 
 def test_a_name_behind_a_proxy_is_allowed(asked_for, monkeypatch):
-    monkeypatch.setattr(demo.gr.Blocks, "block_thread", lambda app: None)
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda app: None)
     assert main(["demo", "--allowed-host", "demo.example"]) == 0
     allowed = asked_for["app_kwargs"]["middleware"][0].kwargs["allowed_hosts"]
     assert set(allowed) == {*LOOPBACK, "demo.example"}
@@ -425,9 +440,9 @@ def asked_for(monkeypatch):
     """What `launch` would have gradio and the captioner do, without either."""
     found = {}
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
-    monkeypatch.setattr(demo.gr.Blocks, "launch", lambda app, **settings: found.update(settings))
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda app, **settings: found.update(settings))
     monkeypatch.setattr(demo.signal, "signal", lambda which, _: found.update(caught=which))
-    monkeypatch.setattr(demo.gr.Blocks, "close", lambda app, **_: found.update(closed=True))
+    monkeypatch.setattr(gradio.Blocks, "close", lambda app, **_: found.update(closed=True))
     monkeypatch.setattr("vlm_lora.Captioner", type("Loads", (), {"load": lambda *_: Parrot()}), raising=False)
     return found
 
@@ -437,7 +452,7 @@ def test_being_told_to_end_while_it_starts_leaves_nothing(asked_for, monkeypatch
         assert asked_for["caught"] == signal.SIGTERM
         raise KeyboardInterrupt  # as the handler does
 
-    monkeypatch.setattr(demo.gr.Blocks, "launch", terminated)
+    monkeypatch.setattr(gradio.Blocks, "launch", terminated)
     with pytest.raises(KeyboardInterrupt):
         launch()
     assert asked_for["closed"]
@@ -445,7 +460,7 @@ def test_being_told_to_end_while_it_starts_leaves_nothing(asked_for, monkeypatch
 
 def test_user_and_password_come_from_the_environment_too(asked_for, monkeypatch):
     monkeypatch.setenv("VLM_LORA_DEMO_AUTH", "me:se:cret")
-    monkeypatch.setattr(demo.gr.Blocks, "block_thread", lambda app: None)
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda app: None)
     assert main(["demo", "--host", "0.0.0.0"]) == 0
     assert asked_for["auth"] == ("me", "se:cret")
     assert (asked_for["server_name"], asked_for["share"]) == ("0.0.0.0", False)

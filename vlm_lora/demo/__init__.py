@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-import gradio as gr
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from vlm_lora.demo.page import SCRIPT, STYLE, build_app
+from vlm_lora.demo.page import SCRIPT, STYLE, Page, build_app, set_variable
 from vlm_lora.demo.runs import find_runs
 from vlm_lora.errors import ConfigError
 
@@ -41,7 +40,7 @@ def launch(
     without_auth: bool = False,
     allowed_hosts: Sequence[str] = (),
     block: bool = True,
-) -> gr.Blocks:
+) -> Page:
     """Serve the demo; the page is up before the model is loaded.
 
     Args:
@@ -75,13 +74,15 @@ def launch(
     if block and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # else uploads would stay behind
     folder = tempfile.TemporaryDirectory(prefix="vlm-lora-demo-", ignore_cleanup_errors=True)
-    os.environ["GRADIO_TEMP_DIR"] = folder.name  # by default uploads lie in a folder that outlives the demo
+    place, before = "GRADIO_TEMP_DIR", os.environ.get("GRADIO_TEMP_DIR")
+    os.environ[place] = folder.name  # by default uploads lie in a folder that outlives the demo
     loading: Future = Future()
     base = Path(model).name if model else "the base model"  # names alone: the page shows no path
     chosen = next(iter(runs)) if adapter else ""
     what = f"{base} with {chosen}" if adapter else base
     app = build_app(loading, runs=runs, chosen=chosen, loading=what)
-    app.folder = folder  # deleted with the app
+    app.at_close.enter_context(folder)
+    app.at_close.callback(set_variable, place, before)
     name = f"[{host}]" if ":" in host else host  # as in an address
     hosts = [*({*LOOPBACK, name} if local else LOOPBACK), *allowed_hosts, *([SHARED] if share else [])]
     if not local and not allowed_hosts:
@@ -105,6 +106,7 @@ def launch(
         print("Ready.", file=sys.stderr, flush=True)
         if block:
             app.block_thread()
+            app.close(verbose=False)
     except BaseException:
         app.close(verbose=False)
         raise

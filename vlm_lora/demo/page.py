@@ -1,9 +1,11 @@
 """The page: an adapter to choose, and tabs over one model."""
 
+import os
 import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,13 +60,34 @@ IF_OPEN = """adapter => {
 }"""
 
 
+class Page(gr.Blocks):
+    """Gradio's blocks, whose `close` also undoes what ``at_close`` was told to: folders, the environment."""
+
+    def __init__(self, **settings):
+        self.at_close = ExitStack()
+        telemetry = "HF_HUB_DISABLE_TELEMETRY"  # gradio switches it off for the whole process
+        self.at_close.callback(set_variable, telemetry, os.environ.get(telemetry))
+        super().__init__(**settings)
+
+    def close(self, verbose: bool = True) -> None:
+        super().close(verbose=verbose)
+        self.at_close.close()
+
+
+def set_variable(name: str, value: str | None) -> None:
+    """Set an environment variable, or remove it."""
+    os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
+
+
 def build_app(
     captioner: "Captioner | Future[Captioner]",
     *,
     runs: Mapping[str, Path] | None = None,
     chosen: str = "",
     loading: str = "the model",
-) -> gr.Blocks:
+) -> Page:
     """The page, to be launched with `safe_settings`.
 
     Args:
@@ -78,9 +101,10 @@ def build_app(
         future.set_result(captioner)
     runs = dict(runs or {})
     started = time.monotonic()
-    files = tempfile.TemporaryDirectory(prefix="vlm-lora-pictures-", ignore_cleanup_errors=True)
 
-    with gr.Blocks(title="vlm-lora", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as app:
+    with Page(title="vlm-lora", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as app:
+        files = tempfile.TemporaryDirectory(prefix="vlm-lora-pictures-", ignore_cleanup_errors=True)
+        app.at_close.enter_context(files)
         gr.Markdown("# What does the model say?")
         status = gr.Textbox(
             f"Loading {loading}. You can choose a picture already.",
@@ -130,5 +154,4 @@ def build_app(
         evaluation_opened.select(**shown, show_progress="minimal", api_visibility="private")
         adapter.change(**shown, js=IF_OPEN, **QUIETLY)
     app.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
-    app.files = files  # deleted with the app
     return app
