@@ -264,11 +264,45 @@ def test_the_evaluation_is_not_drawn_before_somebody_looks(app):
     assert "look" not in drawn
 
 
-@pytest.mark.parametrize("numbers", [(100_000, 0, 1, 0), (32, -1, 1, 0), (32, 0, 5, 0), (32, 0, 1, -1)])
-def test_numbers_out_of_bounds_are_refused(app, captioner, picture, numbers):
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"max_new_tokens": 0}, "--max-new-tokens is 0; expected 1 or more."),
+        ({"max_new_tokens": 513}, "--max-new-tokens is 513; the demo gives 512 or fewer."),
+        ({"max_new_tokens": None}, "--max-new-tokens is empty; expected a whole number."),
+        ({"max_new_tokens": "many"}, "--max-new-tokens is 'many'; expected a whole number."),
+        ({"max_new_tokens": 2.5}, "--max-new-tokens is 2.5; expected a whole number."),
+        ({"max_new_tokens": True}, "--max-new-tokens is True; expected a whole number."),
+        ({"temperature": -1}, "--temperature is -1; expected 0 (greedy) or a number from"),
+        ({"temperature": [0]}, "--temperature is [0]; expected a number."),
+        ({"top_p": 5}, "--top-p is 5; expected above 0 and up to 1."),
+        ({"seed": "x" * 999}, "'; expected a whole number."),
+        ({"adapter": None}, "--adapter is None; expected one of: run, "),
+        ({"adapter": ["run"]}, "--adapter is ['run']; expected one of: run, "),
+        ({"image": "cat.jpg"}, "The picture is no file. From Python send it as handle_file('cat.jpg')."),
+        ({"image": None}, "Choose a picture first."),
+    ],
+    ids=str,
+)
+def test_what_is_sent_wrongly_is_told_in_a_sentence(client, captioner, picture, given, told):
     before = len(captioner.asked)
-    assert "event: error" in call(app, given(upload(app, picture.read_bytes())), "", *numbers, "run")
+    with pytest.raises(gradio_client.exceptions.AppError) as error:
+        client.predict(**{"image": gradio_client.handle_file(picture)} | given, api_name="/caption")
+    assert told in str(error.value)
+    assert len(str(error.value)) < 200
     assert len(captioner.asked) == before
+
+
+def test_the_bounds_are_those_of_the_command_line(client, captioner, picture):
+    numbers = {"max_new_tokens": 512, "temperature": 3.5, "top_p": 0.01, "seed": -7}
+    client.predict(gradio_client.handle_file(picture), **numbers, api_name="/caption")
+    decoding = captioner.asked[-1][2]
+    assert {name: getattr(decoding, name) for name in numbers} == numbers
+
+
+def test_an_emptied_seed_is_none_at_all(client, captioner, picture):
+    client.predict(gradio_client.handle_file(picture), seed=None, api_name="/caption")
+    assert captioner.asked[-1][2].seed == 0
 
 
 @pytest.mark.parametrize(
@@ -595,6 +629,55 @@ def test_a_download_is_training_data(kind, captions, tmp_path):
     assert len(said) == 5
     if file.suffix == ".csv":
         assert (place / file.name).read_text().startswith("image,caption")
+
+
+def sent(path: Path) -> dict:
+    return {"path": str(path), "orig_name": path.name, "meta": {"_type": "gradio.FileData"}}
+
+
+def taken_away(app, kind: str, pictures: list[Path], rows: list[list]) -> bytes | str:
+    """What the button gives for a table and the pictures above it: the file, or the sentence why not."""
+    (number,) = (number for number, fn in app.fns.items() if fn.name == "download")
+    given = [sent(Path(upload(app, path.read_bytes(), path.name))) for path in pictures]
+    table = {"headers": ["File", "Caption"], "data": rows, "metadata": None}
+    asked = {"data": [kind, given, table], "fn_index": number, "session_hash": "s"}
+    assert httpx.post(f"{app.local_url}gradio_api/queue/join", json=asked).status_code == 200
+    events = httpx.get(f"{app.local_url}gradio_api/queue/data?session_hash=s", timeout=20).text
+    last = [
+        json.loads(line[6:]) for line in events.split("\n\n") if "process_generating" in line or "completed" in line
+    ]
+    if "error" in last[0]["output"]:
+        return last[0]["output"]["error"]
+    return httpx.get(last[0]["output"]["data"][0]["value"]["url"]).content
+
+
+@pytest.fixture
+def twins(tmp_path):
+    """Three pictures: two of one name, and one of the name that the second of them would get."""
+    for i, name in enumerate(("x/a.png", "y/a.png", "x/a-2.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 6), (80 * i, 0, 0)).save(tmp_path / name)
+    return [tmp_path / name for name in ("x/a.png", "y/a.png", "x/a-2.png")]
+
+
+def test_pictures_of_one_name_are_not_mixed_up(app, twins, tmp_path):
+    rows = [["a-2-2.png", "third"], ["a-2.png", "second"], ["a.png", "first"]]  # sorted by hand
+    for kind in ("JSONL", "CSV"):  # beside the pictures a-2.png is the third one
+        assert "Several pictures are called 'a.png'" in taken_away(app, kind, twins, rows)
+    file = io.BytesIO(taken_away(app, "Zip of pictures and captions", twins, rows))
+    zipfile.ZipFile(file).extractall(tmp_path / "data")
+    data = read_dataset(tmp_path / "data", prompt="Describe.")
+    said = {load_image(e.images[0]).getpixel((0, 0))[0]: e.dialogues[0].turns[0].assistant for e in data.examples}
+    assert said == {0: "first", 80: "second", 160: "third"}
+
+
+def test_a_row_of_no_picture_is_told_and_an_empty_one_left_out(app, twins):
+    rows = [["a.png", "first"], ["", ""], ["a-2.png", " "]]
+    for name, told in (("renamed.png", "'renamed.png'"), ("", "'second'"), (None, "'second'")):
+        assert f"The row of {told} belongs to no picture" in taken_away(
+            app, "JSONL", twins[::2], [*rows, [name, "second"]]
+        )
+    assert taken_away(app, "JSONL", twins[::2], rows) == b'{"image": "a.png", "caption": "first"}\n'
 
 
 def test_names_that_are_alike_get_numbers():

@@ -17,6 +17,8 @@ FORMATS = {
     "CSV": "captions.csv",
     "Zip of pictures and captions": "captions.zip",
 }
+BESIDE = ("JSONL", "CSV")
+"""Those that are put beside the pictures, and name them."""
 
 
 def unlike(names: Sequence[str], stems: bool = False) -> list[str]:

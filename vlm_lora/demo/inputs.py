@@ -1,16 +1,20 @@
-"""What comes in: pictures, through the loader that training uses, and through no other."""
+"""What comes in: pictures, through the loader that training uses and through no other, and numbers."""
 
 import re
+import reprlib
 from abc import ABCMeta
 from pathlib import Path
 
 import gradio as gr
+from gradio.data_classes import ImageData
+from pydantic import ValidationError
 
 from vlm_lora import ImageRef, load_image
 from vlm_lora.errors import DataError
 
 MAX_FILES = 50
 """Pictures captioned in one go."""
+MAX_NEW_TOKENS = 512
 
 
 def plain(text: str) -> gr.Error:
@@ -43,10 +47,20 @@ def _reference(file) -> ImageRef:
     return ImageRef(path=Path(file.path), name=name or "the picture")
 
 
+class _SentImage(ImageData):
+    @classmethod
+    def model_validate(cls, given, **how):
+        try:
+            return super().model_validate(given, **how)
+        except ValidationError:
+            raise plain("The picture is no file. From Python send it as handle_file('cat.jpg')") from None
+
+
 class SafeImage(gr.Image, metaclass=_WithoutStub):
     """An image input whose pictures go through our loader: a bad one gives a plain sentence."""
 
     is_template = True  # drawn in the browser as gr.Image is
+    data_model = _SentImage
     async_move_resource_to_block_cache = _from_their_machine
 
     def preprocess(self, payload) -> ImageRef | None:
@@ -71,3 +85,38 @@ class SafeFiles(gr.File, metaclass=_WithoutStub):
         if len(given) > MAX_FILES:
             raise plain(f"{len(given)} pictures are too many at once; choose {MAX_FILES} or fewer")
         return [_reference(file) for file in given]
+
+
+class Slider(gr.Slider, metaclass=_WithoutStub):
+    """Gives what was sent as it is, for `decoding` to check: gradio's own errors do not say which number they mean."""
+
+    is_template = True
+    api_info = gr.Number.api_info
+
+    def preprocess(self, payload):
+        return payload
+
+
+class Number(gr.Number, metaclass=_WithoutStub):
+    """As `Slider`."""
+
+    is_template = True
+
+    def preprocess(self, payload):
+        return payload
+
+
+def decoding(max_new_tokens, temperature, top_p, seed) -> dict:
+    """What was sent, as numbers; the bounds are `Decoding`'s, but for those of the demo."""
+    seed = 0 if seed is None else seed  # an emptied field
+    numbers = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    for name, number in numbers.items():
+        flag, whole = "--" + name.replace("_", "-"), name in ("max_new_tokens", "seed")
+        if type(number) not in (int, float) or (whole and number % 1 != 0):
+            found = "empty" if number is None else reprlib.repr(number)
+            raise plain(f"{flag} is {found}; expected a {'whole ' * whole}number")
+        if whole:
+            numbers[name] = int(number)
+    if numbers["max_new_tokens"] > MAX_NEW_TOKENS:
+        raise plain(f"--max-new-tokens is {max_new_tokens:.0f}; the demo gives {MAX_NEW_TOKENS} or fewer")
+    return numbers

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS
+from vlm_lora.demo.inputs import MAX_NEW_TOKENS, Number, Slider
 from vlm_lora.demo.runs import Evaluations, Pictures
 from vlm_lora.demo.speaker import Speaker
 from vlm_lora.demo.tabs import QUIETLY, Desk, evaluation_tab, one_picture_tab, several_pictures_tab
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 MAX_WAITING = 16
 """Requests in the queue; whoever comes then is told so."""
-MAX_NEW_TOKENS = 512
 KEPT_SECONDS = 3600
 """Uploaded pictures are deleted after that long, and when the demo ends."""
 
@@ -122,10 +122,10 @@ def build_app(
             visible=[*runs] != [chosen] and bool(runs),
         )
         numbers = [  # of all tabs, and so below them
-            gr.Slider(1, MAX_NEW_TOKENS, DEFAULT_MAX_NEW_TOKENS, step=1, label="Most tokens", render=False),
-            gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: always the likeliest word)", render=False),
-            gr.Slider(0.05, 1, 1, step=0.05, label="Top p (only with a temperature)", render=False),
-            gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, render=False),
+            Slider(1, MAX_NEW_TOKENS, DEFAULT_MAX_NEW_TOKENS, step=1, precision=0, label="Most tokens", render=False),
+            Slider(0, 2, 0, step=0.05, label="Temperature (0: always the likeliest word)", render=False),
+            Slider(0.05, 1, 1, step=0.05, label="Top p (only with a temperature)", render=False),
+            Number(0, label="Seed", precision=0, render=False),
         ]
         desk = Desk(Speaker(future, runs, chosen), Evaluations(runs), Pictures(Path(files.name)), adapter, numbers)
         with gr.Tab("Picture"):

@@ -1,6 +1,7 @@
 """The models behind the page: one base, loaded once, the adapters that were chosen, and one answer at a time."""
 
 import logging
+import reprlib
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -70,8 +71,10 @@ class Speaker:
         """The base with the adapter of that name; waits until the base is loaded.
 
         Raises:
-            ConfigError: it was made for another base, or cannot be read; the sentence names no path.
+            ConfigError: there is none, it was made for another base, or cannot be read; the sentence names no path.
         """
+        if name not in (self.chosen, *self.runs):
+            raise ConfigError(f"--adapter is {reprlib.repr(name)}; expected one of: {', '.join(self.runs)}")
         first = self.first.result()
         if name == self.chosen:
             return first

@@ -10,8 +10,8 @@ import pandas as pd
 
 from vlm_lora import ImageRef
 from vlm_lora.config import DEFAULT_PROMPT
-from vlm_lora.demo.downloads import FORMATS, unlike, write_captions
-from vlm_lora.demo.inputs import MAX_FILES, SafeFiles, SafeImage, plain
+from vlm_lora.demo.downloads import BESIDE, FORMATS, unlike, write_captions
+from vlm_lora.demo.inputs import MAX_FILES, SafeFiles, SafeImage, decoding, plain
 from vlm_lora.demo.runs import Evaluations, Pictures, read_losses
 from vlm_lora.demo.speaker import Speaker
 
@@ -80,7 +80,7 @@ def one_picture_tab(desk: Desk) -> Tab:
     def caption(image, prompt, max_new_tokens, temperature, top_p, seed, adapter) -> Iterator[tuple[str, str]]:
         if image is None:
             raise plain("Choose a picture first.")
-        numbers = _decoding(max_new_tokens, temperature, top_p, seed)
+        numbers = decoding(max_new_tokens, temperature, top_p, seed)
         who = ("tuned", "base") if adapter else ("base",)
         yield from desk.speaker.say(image, _asked(prompt), numbers, adapter, who)
 
@@ -159,7 +159,7 @@ def several_pictures_tab(desk: Desk) -> Tab:
     def caption_all(images, prompt, max_new_tokens, temperature, top_p, seed, adapter):
         if not images:
             raise plain("Choose some pictures first.")
-        asked, numbers = _asked(prompt), _decoding(max_new_tokens, temperature, top_p, seed)
+        asked, numbers = _asked(prompt), decoding(max_new_tokens, temperature, top_p, seed)
         yield [], "Waiting for the model."
         desk.speaker.prompt(adapter)  # an adapter that does not fit is told once, not for each picture
         rows, wrong = [], []
@@ -188,10 +188,17 @@ def several_pictures_tab(desk: Desk) -> Tab:
 
     def download(kind, images, table) -> Iterator[gr.File]:
         by_name = _by_name(images)
-        rows = [(str(name), str(text or "").strip()) for name, text in table]
-        captions = [(name, text, by_name[name]) for name, text in rows if text and name in by_name]
-        if not captions:
+        rows = [(str(name or ""), str(text or "").strip()) for name, text in table]
+        rows = [(name, text) for name, text in rows if text]
+        if not rows:
             raise plain("There are no captions yet.")
+        strange = [name or text for name, text in rows if name not in by_name]
+        if strange:
+            raise plain(f"The row of {strange[0]!r} belongs to no picture above. Put its file name back, or remove it")
+        alike = [image.name for name, image in by_name.items() if name != image.name]
+        if alike and kind in BESIDE:  # under its number a row would be taken for another picture, or for none
+            raise plain(f"Several pictures are called {alike[0]!r}, which a table cannot tell apart. Take the zip")
+        captions = [(name, text, by_name[name]) for name, text in rows]
         with tempfile.TemporaryDirectory(dir=desk.pictures.folder) as folder:
             yield gr.File(str(write_captions(kind, captions, Path(folder))), visible=True)  # gradio takes a copy
 
@@ -307,15 +314,6 @@ def _asked(prompt: str | None) -> str | None:
     if len(prompt or "") > MAX_PROMPT:
         raise plain(f"The question is longer than {MAX_PROMPT:,} characters.")
     return (prompt or "").strip() or None
-
-
-def _decoding(max_new_tokens: float, temperature: float, top_p: float, seed: float | None) -> dict:
-    return {
-        "max_new_tokens": int(max_new_tokens),
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": int(seed or 0),
-    }
 
 
 def _references(row) -> str:
