@@ -1,5 +1,6 @@
 """The web demo over HTTP, with a stand-in for the model: what it answers, and what it refuses."""
 
+import asyncio
 import io
 import json
 import os
@@ -245,17 +246,39 @@ def test_an_upload_that_is_gone_is_to_be_chosen_again(app, picture):
     assert "Choose it again." in call(app, given(path), "", *NUMBERS)
 
 
-def test_who_has_to_wait_is_told_once(picture, monkeypatch):
-    told, loaded = [], Future()
-    loaded.set_result(Parrot())
-    monkeypatch.setattr(gradio, "Info", told.append)
+def test_who_has_to_wait_is_told_and_blocks_nobody(picture):
+    """The loop that serves everybody goes on, and whoever gives up while waiting is gone at once."""
+    loaded = Future()
+    captioner = Parrot()
     speaker = Speaker(loaded, {}, "")
-    numbers = {"max_new_tokens": 8}
-    with speaker.decoding:  # somebody else's turn
-        said = speaker.say(ImageRef(path=picture, name="a.png"), "Red?", numbers, "", ("base",))
-        assert [next(said), next(said)] == [("", "")] * 2
-    assert list(said)[-1] == (f"base {HTML} Red?", "")
-    assert told == ["The model is busy with another request; yours comes after it."]
+
+    def asks(what: str):
+        return speaker.say(ImageRef(path=picture, name="a.png"), what, {"max_new_tokens": 8}, "", ("base",))
+
+    async def whole(answer) -> list:
+        return [texts async for texts in answer]
+
+    async def gives_up(what: str):
+        answer = asyncio.ensure_future(whole(asks(what)))
+        await asyncio.sleep(0.05)
+        answer.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(answer, 1)
+
+    async def visit() -> list:
+        await gives_up("while it loads")
+        loaded.set_result(captioner)
+        with speaker.decoding:  # somebody else's turn
+            said = asks("Red?")
+            told = [await asyncio.wait_for(anext(said), 20)]
+            await gives_up("while another speaks")
+        return told + await whole(said)
+
+    told = asyncio.run(visit())
+    assert told[0] is None
+    assert told[-1] == (f"base {HTML} Red?", "")
+    assert None not in told[1:]
+    assert [request for _, request, _ in captioner.asked] == ["Red?"]
 
 
 def test_the_evaluation_is_not_drawn_before_somebody_looks(app):

@@ -37,14 +37,19 @@ STYLE = """
 """
 
 # Gradio's names for screen readers are thin: a thumbnail's is its number, a box with a copy button has none.
-# And nothing says when a request that was cancelled is over in the page: see `_ended` of the tabs.
+# And nothing says when a request has its number and so can be cancelled, nor when one that was cancelled is over
+# in the page: see `_ended` of the tabs.
 SCRIPT = """() => {
 const fetch = window.fetch;
-window.cancelling = 0;
+window.unsettled = 0;
 window.fetch = async (...asked) => {
-  const ends = /\\/(cancel|reset)$/.test(asked[0]);
-  window.cancelling += ends;
-  try { return await fetch(...asked); } finally { if (ends) setTimeout(() => window.cancelling--, 20); }
+  const begins = /\\/queue\\/join(\\?|$)/.test(asked[0]), counts = begins || /\\/(cancel|reset)(\\?|$)/.test(asked[0]);
+  window.unsettled += counts;
+  try {
+    const answer = await fetch(...asked);
+    if (begins) await answer.clone().text();  // it holds the number by which a request is cancelled
+    return answer;
+  } finally { if (counts) setTimeout(() => window.unsettled--, 20); }
 };
 new MutationObserver(() => {
   const name = (element, text) => { if (text && element.ariaLabel !== text) element.ariaLabel = text; };

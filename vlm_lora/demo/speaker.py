@@ -1,11 +1,13 @@
 """The models behind the page: one base, loaded once, the adapters that were chosen, and one answer at a time."""
 
+import asyncio
 import logging
 import reprlib
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,23 +37,28 @@ def plainly(error: Exception) -> gr.Error:
 
 @dataclass
 class _Answer:
-    """What was said so far, written by the thread that decodes and read by the page."""
+    """What was said so far, written by the thread that decodes and read by the page, in whose loop it is made."""
 
     base: str = ""
     tuned: str = ""
-    begun: bool = False
+    waits: bool = False
+    done: bool = False
     cut: bool = False
     error: Exception | None = None
-    changed: threading.Event = field(default_factory=threading.Event)
     stopped: threading.Event = field(default_factory=threading.Event)
-    done: threading.Event = field(default_factory=threading.Event)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+
+    def tell(self) -> None:
+        with suppress(RuntimeError):  # the page was closed, and nobody listens
+            self.loop.call_soon_threadsafe(self.changed.set)
 
 
 class Speaker:
     """The captioners, one answer at a time, each decoded from first to last token in a thread of its own.
 
-    Gradio takes each step of a generator in whatever thread is free, no faster than the page does, and may
-    leave it half-way. The model is spared all of that: it decodes at its own pace until done or stopped.
+    Gradio takes the steps of a generator no faster than the page does, and may leave it half-way. The model is
+    spared that: it decodes at its own pace until done or stopped. The page waits for it without blocking anything.
 
     Args:
         first: the captioner that is being loaded.
@@ -97,28 +104,29 @@ class Speaker:
         except Exception as error:
             raise plainly(error) from None
 
-    def say(
+    async def say(
         self, image: ImageRef, prompt: str | None, numbers: dict, name: str, who: tuple[str, ...]
-    ) -> Iterator[tuple[str, str]]:
-        """(base, tuned) so far, whenever there is more; the decoding stops when the generator is closed."""
+    ) -> AsyncIterator[tuple[str, str] | None]:
+        """(base, tuned) so far, whenever there is more; None where another answer comes first.
+
+        The decoding stops when the generator is closed or cancelled.
+        """
         answer = _Answer()
         threading.Thread(target=self._decode, args=(answer, image, prompt, numbers, name, who), daemon=True).start()
-        told = False
+        done = False
         try:
-            while not answer.done.is_set():
-                answer.changed.wait(0.5)  # and not longer: only at a yield can Gradio close a generator
+            while not done:
+                await answer.changed.wait()
                 answer.changed.clear()
-                if self.decoding.locked() and not (answer.begun or told):
-                    gr.Info("The model is busy with another request; yours comes after it.")
-                    told = True
-                yield answer.base, answer.tuned
+                done = answer.done  # read before the texts, which are whole then
+                if answer.error is None:
+                    yield None if answer.waits else (answer.base, answer.tuned)
         finally:
             answer.stopped.set()
         if answer.error is not None:
-            raise plainly(answer.error) from None
+            raise plainly(answer.error) from answer.error
         if answer.cut:
             gr.Warning(f"Stopped after {MAX_SECONDS} seconds.")
-        yield answer.base, answer.tuned
 
     def _decode(
         self, answer: _Answer, image: ImageRef, prompt: str | None, numbers: dict, name: str, who: tuple[str, ...]
@@ -128,20 +136,23 @@ class Speaker:
             from vlm_lora import Decoding  # here, as it brings torch, which the page does not wait for
 
             decoding = Decoding(**numbers)
+            if self.decoding.locked():
+                answer.waits = True
+                answer.tell()
             with self.decoding:
-                answer.begun = True
+                answer.waits = False
                 end = time.monotonic() + MAX_SECONDS
                 for speaker in who:
                     if answer.stopped.is_set():
                         return
                     for text in captioner.stream(image, prompt, tuned=speaker == "tuned", decoding=decoding):
                         setattr(answer, speaker, text)
-                        answer.changed.set()
+                        answer.tell()
                         answer.cut = time.monotonic() > end
                         if answer.cut or answer.stopped.is_set():
                             return
         except Exception as error:
             answer.error = error
         finally:
-            answer.done.set()
-            answer.changed.set()
+            answer.done = True
+            answer.tell()

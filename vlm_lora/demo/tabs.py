@@ -1,7 +1,8 @@
 """The tabs. What a person types, what data holds and what a model says is shown as plain text alone."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from vlm_lora.demo.downloads import BESIDE, FORMATS, unlike, write_captions
 from vlm_lora.demo.inputs import MAX_FILES, SafeFiles, SafeImage, decoding, plain
 from vlm_lora.demo.runs import Evaluations, Pictures, read_losses
 from vlm_lora.demo.speaker import Speaker
+from vlm_lora.errors import ConfigError
 
 MAX_PROMPT = 2000
 """Characters."""
 EXAMPLES = 8
 GALLERY = 60
 """Held-out pictures shown at once."""
+COMES_FIRST = "request comes first"
 GAINED, WORSE = "Gained most first", "Only where tuned is worse"
 
 QUIETLY = {"show_progress": "hidden", "api_visibility": "private"}
@@ -77,12 +80,26 @@ def one_picture_tab(desk: Desk) -> Tab:
                 visible=False,
             )
 
-    def caption(image, prompt, max_new_tokens, temperature, top_p, seed, adapter) -> Iterator[tuple[str, str]]:
+    async def caption(
+        image,
+        prompt,
+        max_new_tokens,
+        temperature,
+        top_p,
+        seed,
+        adapter,
+        progress=gr.Progress(),  # noqa: B008
+    ) -> AsyncIterator[tuple[str, str]]:
         if image is None:
             raise plain("Choose a picture first.")
         numbers = decoding(max_new_tokens, temperature, top_p, seed)
         who = ("tuned", "base") if adapter else ("base",)
-        yield from desk.speaker.say(image, _asked(prompt), numbers, adapter, who)
+        async with aclosing(desk.speaker.say(image, _asked(prompt), numbers, adapter, who)) as answer:
+            async for texts in answer:
+                if texts is None:
+                    progress((1, None), unit=COMES_FIRST)  # reads "1 request comes first"
+                else:
+                    yield texts
 
     begin = gr.on([go.click, prompt.submit], None, None, [base, tuned], js=_ended("picture", "['', '']"), **QUIETLY)
     running = begin.success(
@@ -156,20 +173,23 @@ def several_pictures_tab(desk: Desk) -> Tab:
         make = gr.Button("Make the file", min_width=120)
     file = gr.File(label="Download", interactive=False, visible=False, elem_id="download")
 
-    def caption_all(images, prompt, max_new_tokens, temperature, top_p, seed, adapter):
+    async def caption_all(images, prompt, max_new_tokens, temperature, top_p, seed, adapter):
         if not images:
             raise plain("Choose some pictures first.")
         asked, numbers = _asked(prompt), decoding(max_new_tokens, temperature, top_p, seed)
         yield [], "Waiting for the model."
-        desk.speaker.prompt(adapter)  # an adapter that does not fit is told once, not for each picture
         rows, wrong = [], []
         for name, image in _by_name(images).items():
             try:
                 said = desk.speaker.say(image, asked, numbers, adapter, ("tuned",) if adapter else ("base",))
-                for texts in said:  # a caption that was stopped half-way never gets into the table
-                    yield rows, f"{len(rows)} of {len(images)} captioned. {name}: {''.join(texts)}"
-                rows = [*rows, [name, "".join(texts)]]
+                async with aclosing(said):
+                    async for texts in said:  # a caption that was stopped half-way never gets into the table
+                        caption = f"1 {COMES_FIRST}" if texts is None else "".join(texts)
+                        yield rows, f"{len(rows)} of {len(images)} captioned. {name}: {caption}"
+                rows = [*rows, [name, caption]]
             except gr.Error as error:
+                if isinstance(error.__cause__, ConfigError):  # of the adapter or a number, and so of all pictures
+                    raise
                 wrong.append(str(error.message))
         yield rows, "\n".join([f"{len(rows)} of {len(images)} captioned.", *wrong])
 
@@ -264,16 +284,17 @@ def evaluation_tab(desk: Desk) -> Tab:
 def _ended(tab: str, then: str = "given") -> str:
     """JavaScript of an event that first ends what is running in the tab, and waits until that is over in the page too.
 
-    Gradio drops a click while an answer is open in the page, and cancels without waiting: what was on its way
-    would still be shown. Of several such events the last one goes on, with ``then`` as its values.
+    Gradio drops a click while an answer is open in the page. It cancels in vain what the server has not numbered
+    yet, and without waiting: what was on its way would still be shown. So no cancelling before, and nothing new
+    until, all is settled. Of several such events the last one goes on, with ``then`` as its values.
     """
     return f"""async (...given) => {{
         const events = window.events ??= {{}}, mine = events.{tab} = (events.{tab} ?? 0) + 1;
         const settled = async () => {{
-            do await new Promise(done => setTimeout(done, 20)); while (window.cancelling);
+            do await new Promise(done => setTimeout(done, 20)); while (window.unsettled);
             if (mine !== events.{tab}) throw new Error('a later one goes on');
         }};
-        if (window.cancelling) await settled();  // one at a time: a second cancel fails on the server
+        if (window.unsettled) await settled();
         document.getElementById('{tab}-end').click();
         await settled();
         return {then};
