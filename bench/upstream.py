@@ -13,11 +13,10 @@ import re
 import subprocess
 import sys
 import sysconfig
-import time
 import venv
 from pathlib import Path
 
-import torch
+from bench.origin import origin
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = [
@@ -61,9 +60,7 @@ def main() -> int:
     args = parser.parse_args()
     runs = [outcome(python_with(version, args.environments / str(i))) for i, version in enumerate(args.versions)]
     record = {
-        "command": "python -m bench.upstream",
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        **origin("upstream", platform.machine()),
         "tests": TESTS,
         "runs": runs,
     }

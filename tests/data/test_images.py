@@ -256,7 +256,7 @@ def test_what_is_gone_or_no_file_is_refused(tmp_path):
     st.sampled_from([b"", PNG[:33], JPEG[:40], b"GIF89a", b"RIFF\0\0\0\0WEBPVP8 ", b"II*\0"]),
 )
 def test_random_bytes_raise_nothing_but_ours(data, start):
-    _image_or_data_error(start + data)
+    assert outcome(start + data) in ("an image", "refused")
 
 
 @settings(max_examples=300, deadline=None)
@@ -265,13 +265,14 @@ def test_mutated_images_raise_nothing_but_ours(format, data):
     image = bytearray(encoded(noise(size=(12, 9)), format))
     for _ in range(data.draw(st.integers(1, 6))):
         image[data.draw(st.integers(0, len(image) - 1))] = data.draw(st.integers(0, 255))
-    _image_or_data_error(bytes(image[: data.draw(st.integers(1, len(image)))]))
+    assert outcome(bytes(image[: data.draw(st.integers(1, len(image)))])) in ("an image", "refused")
 
 
-def _image_or_data_error(data):
+def outcome(data: bytes) -> str:
+    """Any other error than ours is the test's failure."""
     try:
         image = load_image(data, max_decoded_pixels=1_000_000)
     except DataError:
-        return
-    assert image.mode == "RGB"
+        return "refused"
     image.getpixel((0, 0))
+    return "an image" if image.mode == "RGB" else image.mode

@@ -39,6 +39,8 @@ EVEN = 1.25
 class Captioner:
     """A base model, with an adapter or without, that speaks about images.
 
+    From here on the base's weights must not change: on a CPU a second copy of them may be read (`pack_linears`).
+
     >>> captioner = Captioner.load(adapter="runs/photos")
     >>> captioner.answer("cat.jpg", "What colour is the cat?")
     >>> for caption in captioner.caption(Path("photos").glob("*.jpg")): print(caption.image, caption.text)
@@ -312,7 +314,7 @@ class Captioner:
             mask = torch.ones(len(encoded), head, dtype=torch.long, device=device)
             if head:
                 ids, positions = encoded[0].prefix_ids[None, :head], encoded[0].prefix_positions[:, None, :head]
-                backbone.forward(ids.to(device), mask[:1], positions.to(device), None, cache)
+                backbone.forward(ids, mask[:1], positions.to(device), None, cache)
                 cache.batch_select_indices(torch.zeros(len(encoded), dtype=torch.long, device=device))
             ids, prefix_mask = _left_pad([e.prefix_ids[head:] for e in encoded], backbone.pad_token_id)
             positions = torch.zeros(3, *ids.shape, dtype=torch.long)
@@ -322,7 +324,7 @@ class Captioner:
             seen = [entry.features for entries in images for entry in entries]
             features = torch.cat(seen).to(device) if seen else None
             mask = torch.cat([mask, prefix_mask.to(device)], dim=1)
-            hidden = backbone.forward(ids.to(device), mask, positions, features, cache)[:, -1]
+            hidden = backbone.forward(ids, mask, positions, features, cache)[:, -1]
             position = positions[0, :, -1:]
 
         # 2. Every branch behind its image's keys and values.
@@ -336,7 +338,7 @@ class Captioner:
             branch_mask = branch_mask.to(device)
             mask = torch.cat([mask, branch_mask], dim=1)
             position = start[:, None] + (branch_mask.cumsum(1) - 1).clamp(min=0)
-            hidden = backbone.forward(ids.to(device), mask, position.expand(3, -1, -1), None, cache)[:, -1]
+            hidden = backbone.forward(ids, mask, position.expand(3, -1, -1), None, cache)[:, -1]
             position = position[:, -1:]
 
         # 3. A token at a time, for the rows that go on.
