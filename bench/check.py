@@ -79,7 +79,7 @@ def main() -> None:
     record = {
         "command": f"python -m bench.check --images {args.images} --size {args.size[0]} {args.size[1]}",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {num_workers()} threads; others were at work on it",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {num_workers()} threads",
         "versions": {
             "vlm-lora": __version__,
             "pillow": PIL.__version__,
