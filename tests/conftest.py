@@ -21,7 +21,18 @@ VISION = {
         "depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "patch_size": 8, "out_hidden_size": 48,
         "window_size": 32, "fullatt_block_indexes": [1],
     },
+    "qwen3_vl": {
+        "depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "patch_size": 8, "out_hidden_size": 48,
+        "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1],
+    },
 }  # fmt: skip
+TEXT = {  # what differs from the others'
+    "qwen3_vl": {
+        "num_hidden_layers": 3,  # behind the last one nothing would look at what the tower shows
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+    }
+}
 
 
 @pytest.fixture(autouse=True)
@@ -43,13 +54,19 @@ def write_checkpoint(folder: Path, family: str, tokenizer_folder: Path = TINY) -
         Qwen2VLImageProcessor,
         Qwen2VLProcessor,
         Qwen2VLVideoProcessor,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
     )
 
     classes = {
         "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor),
         "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor),
+        "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor),
     }
     config_class, model_class, processor_class = classes[family]
+    video_processor_class = Qwen3VLVideoProcessor if family == "qwen3_vl" else Qwen2VLVideoProcessor
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     ids = tokenizer.convert_tokens_to_ids
     config = config_class(
@@ -59,7 +76,7 @@ def write_checkpoint(folder: Path, family: str, tokenizer_folder: Path = TINY) -
             "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2,
             "bos_token_id": None, "eos_token_id": ids("<|im_end|>"), "pad_token_id": ids("<|endoftext|>"),
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
-        },
+        } | TEXT.get(family, {}),
         image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
         vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
     )  # fmt: skip
@@ -70,7 +87,7 @@ def write_checkpoint(folder: Path, family: str, tokenizer_folder: Path = TINY) -
     size = {"shortest_edge": 32 * 32, "longest_edge": 96 * 96}
     processor = processor_class(
         image_processor=Qwen2VLImageProcessor(patch_size=8, size=size),
-        video_processor=Qwen2VLVideoProcessor(patch_size=8, size=size),
+        video_processor=video_processor_class(patch_size=8, size=size),
         tokenizer=tokenizer,
         chat_template=tokenizer.chat_template,
     )

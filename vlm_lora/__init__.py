@@ -1,4 +1,4 @@
-"""Teach a Qwen2-VL model your own pictures.
+"""Teach a Qwen-VL model your own pictures.
 
 The public names load on first use, so that ``import vlm_lora`` needs neither torch nor transformers.
 """

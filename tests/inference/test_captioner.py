@@ -24,7 +24,7 @@ SHORT = Decoding(max_new_tokens=12)
 ONE_FAMILY = pytest.mark.parametrize("captioner", ["qwen2_vl"], indirect=True)
 
 
-@pytest.fixture(params=["qwen2_vl", "qwen2_5_vl"])
+@pytest.fixture(params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def captioner(checkpoints, request) -> Captioner:
     """With a random adapter strong enough to change what is said."""
     backbone = load_backbone(str(checkpoints[request.param]))

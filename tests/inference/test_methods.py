@@ -49,7 +49,11 @@ def said_by_hand(captioner, method: str, image, question: str) -> str:
 
 @pytest.mark.parametrize(
     ("method", "family"),
-    [*[(m, "qwen2_vl") for m in METHODS], *[(m, "qwen2_5_vl") for m in ("vision too", "adapter", "prompt", "prefix")]],
+    [
+        *[(method, "qwen2_vl") for method in METHODS],
+        *[(method, "qwen2_5_vl") for method in ("vision too", "adapter", "prompt", "prefix")],
+        *[(method, "qwen3_vl") for method in METHODS],
+    ],
 )
 def test_batched_shared_and_single_equal_decoding_by_hand(checkpoints, monkeypatch, method, family):
     backbone, adapter = attach(checkpoints, method, family, dtype=torch.float32)

@@ -161,7 +161,7 @@ def full_tokenizer(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_the_real_tokenizer_and_its_ids(full_tokenizer, tmp_path, family):
     """The published ids: those of transformers' own Qwen2-VL integration test, special tokens from 151643 on."""
     backbone = load_backbone(str(write_checkpoint(tmp_path / "model", family, full_tokenizer)))

@@ -1,5 +1,6 @@
 """Everything fast equals `naive`, in loss and in every gradient, from non-zero adapters; and would notice if not."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 from tests.conftest import picture
 from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
+from vlm_lora.model import backbone as backbone_module
 from vlm_lora.model.adapters.lora import attach_lora
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.encode import Encoder
@@ -18,7 +20,7 @@ from vlm_lora.training import loop
 from vlm_lora.training.checkpoint import Progress
 from vlm_lora.training.loop import Lesson, MicroBatch, loss_sum, make_batches
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 ALONE = SimpleNamespace(index=0, count=1, sharded=False, highest=int)
 FP64 = 2e-6  # rotary angles are float32 upstream, whatever the weights are; measured: 6e-8
 
@@ -194,6 +196,23 @@ def test_faults_would_be_noticed(checkpoints, examples, family):
         assert off_by(gradients(adapter, _one_row(backbone, examples, fault)), expected) > 1e-3, fault
     for fault in ("padding", "siblings", "positions"):
         assert off_by(gradients(adapter, _rows_apart(backbone, examples, fault)), expected) > 1e-3, fault
+
+
+@pytest.mark.parametrize("fault", ["unseen", "swapped"])
+def test_the_inner_layers_of_the_tower_are_seen_where_they_belong(checkpoints, examples, monkeypatch, fault):
+    """Negative control of Qwen3-VL's DeepStack; above, both are equal."""
+    backbone, adapter = load(checkpoints, "qwen3_vl")
+    expected = gradients(adapter, naive(backbone, examples))
+    added = backbone_module._added_behind
+    changed = {
+        "unseen": lambda *_: nullcontext(),
+        "swapped": lambda layers, at, deeper: added(layers, at, deeper[::-1]),
+    }
+    monkeypatch.setattr(backbone_module, "_added_behind", changed[fault])
+    backbone.model.zero_grad()
+    fast(backbone, examples, 4096).backward()
+    found = {name: p.grad for name, p in adapter.named_parameters() if p.grad is not None}
+    assert off_by(found, {name: expected[name] for name in found}) > 1e-3
 
 
 def learnt(backbone, adapter, examples, max_tokens: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -94,19 +94,24 @@ def by_hand(backbone, examples, row_loss) -> torch.Tensor:
     return total / count
 
 
-def embedded(backbone, ids, pixel_values, grid) -> torch.Tensor:
-    """``(1, T, hidden)``: the base's embeddings with each image's tokens in their places."""
+def embedded(backbone, ids, pixel_values, grid, before=()) -> dict:
+    """What the language model takes: vectors ``(1, len(before) + T, hidden)``, those of images in their places; and of
+    Qwen3-VL what its tower's inner layers show."""
     table = dict(backbone.model.named_parameters())
     table = table.get(
         "model.language_model.embed_tokens.base.weight", table.get("model.language_model.embed_tokens.weight")
     )
-    vectors = table[ids]
-    if pixel_values is None:
-        return vectors
-    visual = backbone.model.model.visual
-    merged = visual(pixel_values.to(table.dtype), grid_thw=grid).pooler_output
-    merged = torch.cat(merged) if isinstance(merged, tuple | list) else merged
-    return vectors.masked_scatter((ids == backbone.image_token_id)[..., None], merged)
+    vectors, more = table[ids], {}
+    places = ids == backbone.image_token_id
+    if pixel_values is not None:
+        given = backbone.model.model.visual(pixel_values.to(table.dtype), grid_thw=grid)
+        merged = given.pooler_output
+        merged = torch.cat(merged) if isinstance(merged, tuple | list) else merged
+        vectors = vectors.masked_scatter(places[..., None], merged)
+        if backbone.model.config.model_type == "qwen3_vl":
+            places = torch.cat([torch.zeros(1, len(before), dtype=torch.bool), places], 1)
+            more = {"visual_pos_masks": places, "deepstack_visual_embeds": given.deepstack_features}
+    return {"inputs_embeds": torch.cat([before[None], vectors], 1) if len(before) else vectors} | more
 
 
 def positions_behind(backbone, count: int, ids, grid) -> torch.Tensor:
@@ -119,11 +124,10 @@ def positions_behind(backbone, count: int, ids, grid) -> torch.Tensor:
 
 
 def prompt_logits(backbone, vectors, ids, pixel_values, grid) -> torch.Tensor:
-    inputs = torch.cat([vectors[None], embedded(backbone, ids, pixel_values, grid)], 1)
     hidden = backbone.language_model(
-        inputs_embeds=inputs,
+        **embedded(backbone, ids, pixel_values, grid, before=vectors),
         position_ids=positions_behind(backbone, len(vectors), ids, grid),
-        attention_mask=torch.ones(inputs.shape[:2]),
+        attention_mask=torch.ones(1, len(vectors) + ids.shape[1]),
         use_cache=False,
     ).last_hidden_state
     return backbone.model.lm_head(hidden)
@@ -134,11 +138,10 @@ def prefix_logits(backbone, keys, values, ids, pixel_values, grid) -> torch.Tens
     cache = DynamicCache()
     for layer in range(len(keys)):
         cache.update(keys[layer][None], values[layer][None], layer)
-    inputs = embedded(backbone, ids, pixel_values, grid)
     hidden = backbone.language_model(
-        inputs_embeds=inputs,
+        **embedded(backbone, ids, pixel_values, grid),
         position_ids=positions_behind(backbone, count, ids, grid)[:, :, count:],
-        attention_mask=torch.ones(1, count + inputs.shape[1]),
+        attention_mask=torch.ones(1, count + ids.shape[1]),
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state

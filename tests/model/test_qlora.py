@@ -81,7 +81,13 @@ def test_the_language_linears_are_in_four_bits_and_nothing_else(checkpoints):
 @needs_bitsandbytes
 @pytest.mark.parametrize(
     ("variant", "family"),
-    [("plain", "qwen2_vl"), ("rslora", "qwen2_vl"), ("dora", "qwen2_vl"), ("plain", "qwen2_5_vl")],
+    [
+        ("plain", "qwen2_vl"),
+        ("rslora", "qwen2_vl"),
+        ("dora", "qwen2_vl"),
+        ("plain", "qwen2_5_vl"),
+        ("plain", "qwen3_vl"),
+    ],
 )
 def test_loss_and_gradients_are_the_dequantised_dense_models(checkpoints, examples, variant, family):
     from bitsandbytes.functional import dequantize_4bit

@@ -16,27 +16,38 @@ import transformers
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.shapes import _without_weights
 
-MODEL = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}
+MODEL = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
 ARGUMENTS = {
-    "model.forward": "inputs_embeds attention_mask position_ids use_cache",
+    "model.forward": "inputs_embeds attention_mask position_ids",
+    "model.language_model.forward": "use_cache",
     "model.get_rope_index": "input_ids mm_token_type_ids image_grid_thw",
     "model.visual.forward": "grid_thw",
     "_from_config": "config",
 }
 PLACES = """
-    lm_head.weight model.visual.patch_embed.proj.weight model.visual.blocks model.visual.merger.ln_q.weight
-    model.visual.merger.mlp.0.weight model.visual.merger.mlp.2.weight model.language_model.embed_tokens.weight
+    lm_head.weight model.visual.patch_embed.proj.weight model.visual.blocks model.visual.rotary_pos_emb
+    model.visual.merger model.language_model.embed_tokens.weight
     model.language_model.norm.weight model.language_model.layers.0.input_layernorm.weight
     model.language_model.layers.0.self_attn.q_proj.weight model.language_model.layers.0.self_attn.k_proj.weight
     model.language_model.layers.0.self_attn.v_proj.weight model.language_model.layers.0.self_attn.o_proj.weight
     model.language_model.layers.0.self_attn.head_dim model.language_model.layers.0.mlp.gate_proj.weight
     model.language_model.layers.0.mlp.up_proj.weight model.language_model.layers.0.mlp.down_proj.weight
-    config.vision_config.depth config.vision_config.patch_size config.text_config.layer_types
-    config.text_config.num_key_value_heads config.text_config.vocab_size config.image_token_id
-    generation_config.eos_token_id
+    config.vision_config.depth config.vision_config.patch_size config.text_config.num_key_value_heads
+    config.text_config.vocab_size config.image_token_id generation_config.eos_token_id
 """
-WINDOWS = "model.visual.window_size model.visual.patch_size model.visual.spatial_merge_size"
-WINDOWS += " config.vision_config.fullatt_block_indexes config.vision_config.window_size"
+QWEN2 = "model.visual.merger.mlp.0.weight model.visual.merger.mlp.2.weight config.text_config.layer_types"
+OWN_PLACES = {
+    "qwen2_vl": QWEN2,
+    "qwen2_5_vl": f"""
+        {QWEN2} model.visual.window_size model.visual.patch_size model.visual.spatial_merge_size
+        config.vision_config.fullatt_block_indexes config.vision_config.window_size
+    """,
+    "qwen3_vl": """
+        model.visual.merger.linear_fc1.weight model.visual.merger.linear_fc2.weight model.visual.pos_embed.weight
+        model.visual.deepstack_merger_list.0.linear_fc1.weight model.visual.deepstack_merger_list.0.linear_fc2.weight
+        model.language_model.layers.0.self_attn.q_norm.weight config.vision_config.deepstack_visual_indexes
+    """,
+}
 FUNCTIONS = {
     "transformers.models.qwen2_vl.image_processing_qwen2_vl.smart_resize": "factor min_pixels max_pixels",
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.get_vision_window_index": (
@@ -78,9 +89,7 @@ def test_modules_and_arguments_have_their_names(checkpoints, family):
     assert hasattr(transformers, f"{MODEL[family]}ForConditionalGeneration")
     model = _without_weights(str(checkpoints[family]))
     gone = [text for path, arguments in ARGUMENTS.items() for text in missing(model, path, arguments)]
-    gone += [text for path in PLACES.split() for text in missing(model, path)]
-    if family == "qwen2_5_vl":
-        gone += [text for path in WINDOWS.split() for text in missing(model, path)]
+    gone += [text for path in (PLACES + OWN_PLACES[family]).split() for text in missing(model, path)]
     assert not gone, told(gone)
 
 

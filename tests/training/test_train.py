@@ -39,28 +39,30 @@ def assert_same(one: dict, other: dict) -> None:
         assert torch.equal(one[name], other[name]), name
 
 
-def test_a_run_trains_lora_and_nothing_else(checkpoints, photo_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "layers", "mergers"), [("qwen2_vl", 2, 1), ("qwen2_5_vl", 2, 1), ("qwen3_vl", 3, 3)]
+)
+def test_a_run_trains_lora_and_nothing_else(checkpoints, photo_folder, tmp_path, family, layers, mergers):
     told = {}
-    result = train(
-        config(checkpoints, photo_folder, tmp_path / "run"), report=lambda kind, **v: told.setdefault(kind, v)
-    )
+    settings = config(checkpoints, photo_folder, tmp_path / "run", model=str(checkpoints[family]))
+    result = train(settings, report=lambda kind, **v: told.setdefault(kind, v))
     assert (len(result.train_examples), len(result.held_out)) == (10, 2)
     assert result.steps == 8
 
-    fresh = load_backbone(str(checkpoints["qwen2_vl"])).model.state_dict()
+    fresh = load_backbone(str(checkpoints[family])).model.state_dict()
     trained = {n.replace(".base_layer.", "."): t for n, t in result.adapter.backbone.model.state_dict().items()}
     for name, tensor in fresh.items():
         assert torch.equal(trained[name], tensor), f"{name} of the base has changed"
     lora = {name: tensor for name, tensor in trained.items() if "lora_" in name}
-    assert len(lora) == 2 * (2 * 7 + 2)
+    assert len(lora) == 2 * (layers * 7 + mergers * 2)
     for name, tensor in lora.items():
         if "lora_B" in name:
             assert tensor.any(), f"{name} has not moved"
 
     parts = {part.name: part for part in told["parts"]["parts"]}
     assert parts["vision tower"].trained == 0
-    assert parts["language layers"].modules == 14
-    assert parts["merger (projector)"].modules == 2
+    assert parts["language layers"].modules == layers * 7
+    assert parts["merger (projector)"].modules == mergers * 2
     assert "warning" not in told
 
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -91,14 +93,15 @@ def test_the_projector_learns_at_its_own_rate(checkpoints, photo_folder, tmp_pat
             assert tensor.abs().max().item() == pytest.approx(expected, rel=1e-3), name
 
 
-def test_plain_peft_loads_the_adapter(checkpoints, photo_folder, tmp_path):
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_plain_peft_loads_the_adapter(checkpoints, photo_folder, tmp_path, family):
     from peft import PeftModel
-    from transformers import Qwen2VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
-    result = train(config(checkpoints, photo_folder, tmp_path / "run"))
-    base = Qwen2VLForConditionalGeneration.from_pretrained(checkpoints["qwen2_vl"], dtype=torch.float32)
+    result = train(config(checkpoints, photo_folder, tmp_path / "run", model=str(checkpoints[family])))
+    base = AutoModelForImageTextToText.from_pretrained(checkpoints[family], dtype=torch.float32)
     plain = PeftModel.from_pretrained(base, tmp_path / "run/adapter").eval()
-    ours = load_backbone(str(checkpoints["qwen2_vl"]))
+    ours = load_backbone(str(checkpoints[family]))
     adapter = load_adapter(ours, tmp_path / "run/adapter")
 
     text = ours.processor.apply_chat_template(

@@ -17,7 +17,7 @@ from vlm_lora.errors import ConfigError, Stopped, VlmLoraError
 VERBS = (train, caption, evaluate, check, plan, merge, demo, cache)
 
 DESCRIPTION = """\
-Teach a Qwen2-VL vision-language model your own pictures.
+Teach a Qwen-VL vision-language model your own pictures.
 
   vlm-lora train ./photos                                 learn from a folder of images and captions
   vlm-lora caption ./more --adapter runs/photos-...       caption other images with what was learnt

@@ -12,7 +12,7 @@ NAME = "vlm_lora_packed"
 
 
 def use_packed_attention(model: nn.Module) -> None:
-    """Have the language layers of a Qwen2-VL model attend by `packed_attention`."""
+    """Have the language layers of a Qwen-VL model attend by `packed_attention`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

@@ -1,8 +1,11 @@
 """The base model loaded, and run in pieces.
 
-A Qwen2-VL model is a vision tower (``visual.blocks``), a projector that merges each 2x2 patches into one token
+A Qwen-VL model is a vision tower (``visual.blocks``), a projector that merges each 2x2 patches into one token
 (``visual.merger``), and a language model. The tower is frozen here, so what it gives for an image is a constant;
 `Backbone.tower` computes it and `Backbone.forward` starts behind it, with the live merger.
+
+Qwen3-VL shows its language layers some of the tower's inner layers too (DeepStack, arXiv:2406.04334): each goes through
+a merger of its own (``visual.deepstack_merger_list``), and is added to what one of the first language layers gives.
 """
 
 import copy
@@ -10,7 +13,8 @@ import hashlib
 import importlib.util
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from inspect import signature
@@ -27,12 +31,14 @@ from vlm_lora.model.folder import FAMILIES, cannot_be_loaded, check_model_folder
 from vlm_lora.model.linears import PackedLinear
 from vlm_lora.model.preprocess import FITTING, Preprocessor, read_preprocessor
 
-# Anchored at both ends: "all-linear" would also adapt the tower. merger.mlp.1 is the activation.
+# Anchored at both ends: "all-linear" would also adapt the tower. merger.mlp.1 is the activation; Qwen3-VL's two linears
+# have names instead.
 LANGUAGE_LINEARS = r"model\.language_model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
-MERGER_LINEARS = r"model\.visual\.merger\.mlp\.(?:0|2)"
-# The tower's own, of either family; an adapter goes there on request only.
-VISION_LINEARS = r"model\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.(?:fc1|fc2|(?:gate|up|down)_proj))"
-TOWER_PREFIXES = ("model.visual.patch_embed.", "model.visual.blocks.", "model.visual.rotary_pos_emb.")
+MERGER_LINEARS = r"model\.visual\.(?:merger\.mlp\.(?:0|2)|(?:merger|deepstack_merger_list\.\d+)\.linear_fc[12])"
+# The tower's own, of any family; an adapter goes there on request only.
+VISION_LINEARS = r"model\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.(?:(?:linear_)?fc[12]|(?:gate|up|down)_proj))"
+TOWER_PARTS = ("patch_embed", "pos_embed", "rotary_pos_emb", "blocks")
+TOWER_PREFIXES = tuple(f"model.visual.{part}." for part in TOWER_PARTS)
 
 
 @dataclass(kw_only=True)
@@ -63,7 +69,7 @@ class Backbone(Preprocessor):
 
     def feature_bytes(self, grid_thw: Sequence[int]) -> int:
         """Size of what `tower` gives for an image of this grid."""
-        return math.prod(grid_thw) * self.model.model.visual.merger.ln_q.weight.shape[0] * self.dtype.itemsize
+        return math.prod(grid_thw) * self._tower_width * len(mergers_of(self.model)) * self.dtype.itemsize
 
     @property
     def pad_token_id(self) -> int:
@@ -91,9 +97,14 @@ class Backbone(Preprocessor):
 
     # -- pictures ------------------------------------------------------------------------------------------------
 
+    @property
+    def _tower_width(self) -> int:
+        return len(self.model.model.visual.patch_embed.proj.weight)
+
     @torch.no_grad()
     def tower(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
         """The frozen tower's output before the merger, ``(patches, width)``; each 4 patches in a row are one token.
+        Qwen3-VL's has its inner layers beside the last one.
 
         Its value depends on the image and the base alone: `Backbone.forward` runs the merger, which an adapter changes.
         Where one changes the tower too, its value is the pixels, each patch with its image's grid behind it, and
@@ -107,21 +118,21 @@ class Backbone(Preprocessor):
 
     def _through_blocks(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
         pixel_values, grid = pixel_values.to(self.device, self.dtype), image_grid_thw.to(self.device)
-        visual = self.model.model.visual
-        # The stock forward would run the merger too, to no use, and its dropout would draw random numbers.
-        merger, visual.merger = visual.merger, nn.Identity()
-        try:
-            features = visual(pixel_values, grid_thw=grid).last_hidden_state
-        finally:
-            visual.merger = merger
-        if self.model.config.model_type == "qwen2_5_vl":
-            features = self._leave_windows(features, grid)
-        return features
+        visual, family = self.model.model.visual, self.model.config.model_type
+        with _without_mergers(visual):
+            given = visual(pixel_values, grid_thw=grid)
+        if family == "qwen2_5_vl":
+            return self._leave_windows(given.last_hidden_state, grid)
+        if family == "qwen3_vl":
+            return torch.cat([given.last_hidden_state, *given.deepstack_features], 1)
+        return given.last_hidden_state
 
     def park_tower(self, device: torch.device | str = "cpu") -> None:
         """Have the tower's weights elsewhere while they are not needed; `tower` takes them back by itself."""
-        self.model.model.visual.patch_embed.to(device)
-        self.model.model.visual.blocks.to(device)
+        visual = self.model.model.visual
+        for part in TOWER_PARTS:
+            if hasattr(visual, part):  # an embedding of positions is Qwen3-VL's alone
+                getattr(visual, part).to(device)
 
     def _live_features(self, patches: torch.Tensor) -> torch.Tensor:
         """Through the adapted tower, from pixels with their grids behind them."""
@@ -220,9 +231,11 @@ class Backbone(Preprocessor):
             IndexError: not as many image placeholders as features.
         """
         vectors = self.language_model.embed_tokens(input_ids.to(self.device, non_blocking=True))
+        places, deeper = None, []
         if features is not None:
             features = self._live_features(features) if self.tower_adapted else features
-            merged = self.model.model.visual.merger(features).to(vectors.dtype)
+            parts = zip(mergers_of(self.model), features.split(self._tower_width, 1), strict=True)
+            merged, *deeper = (merger(part.contiguous()).to(vectors.dtype) for merger, part in parts)
             # The stock forward would ask the device how many they are, and its backward pass again.
             places = (input_ids == self.image_token_id).flatten().nonzero()[:, 0].to(self.device, non_blocking=True)
             vectors = vectors.flatten(0, 1).index_copy(0, places, merged).view_as(vectors)
@@ -234,13 +247,14 @@ class Backbone(Preprocessor):
             # What SDPA makes of a boolean mask, anew in each layer, and keeps for each layer's backward pass.
             empty = torch.zeros_like(attention_mask, dtype=self.dtype)
             attention_mask = empty.masked_fill_(~attention_mask, float("-inf"))
-        return self.model.model(
-            inputs_embeds=vectors,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=past_key_values is not None,
-            **{self._cache_argument: past_key_values},
-        ).last_hidden_state
+        with _added_behind(self.language_model.layers, places, deeper):
+            return self.model.model(
+                inputs_embeds=vectors,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=past_key_values is not None,
+                **{self._cache_argument: past_key_values},
+            ).last_hidden_state
 
     def shard(self, group, device: torch.device) -> None:
         """Keep the language layers' frozen weights in pieces over the processes of ``group``, the rest on ``device``.
@@ -265,6 +279,46 @@ class Backbone(Preprocessor):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``(..., hidden)`` to ``(..., vocabulary)``."""
         return self.model.lm_head(hidden)
+
+
+def mergers_of(model: nn.Module) -> list[nn.Module]:
+    """The projector's: of the tower's last layer, then of those inside it that are shown too."""
+    visual = model.model.visual
+    return [visual.merger, *(visual.deepstack_merger_list if model.config.model_type == "qwen3_vl" else ())]
+
+
+@contextmanager
+def _without_mergers(visual: nn.Module) -> Iterator[None]:
+    """Inside, the stock forward of the tower ends before the mergers. It would run them to no use, and the dropout of
+    an adapter in them would draw random numbers."""
+    kept = {name: getattr(visual, name) for name in ("merger", "deepstack_merger_list") if hasattr(visual, name)}
+    for name, module in kept.items():
+        several = isinstance(module, nn.ModuleList)
+        setattr(visual, name, nn.ModuleList(nn.Identity() for _ in module) if several else nn.Identity())
+    try:
+        yield
+    finally:
+        for name, module in kept.items():
+            setattr(visual, name, module)
+
+
+@contextmanager
+def _added_behind(layers: nn.ModuleList, places: torch.Tensor | None, deeper: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside, the first layers' outputs get each its own of ``deeper`` added at ``places``.
+
+    As the stock forward does, which is not asked to: it would wait for the device in each layer, to count the places.
+    """
+
+    def add(vectors: torch.Tensor, layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output.flatten(0, 1).index_add(0, places, vectors).view_as(output)
+
+    added = zip(layers, deeper, strict=False)
+    hooks = [layer.register_forward_hook(partial(add, vectors)) for layer, vectors in added]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _run_again(layer: nn.Module, forward, *args, **kwargs):

@@ -14,6 +14,7 @@ from vlm_lora.errors import ModelError
 FAMILIES = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
 
 LAYOUTS = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from vlm_lora.model.attention import use_packed_attention
-from vlm_lora.model.backbone import Backbone
+from vlm_lora.model.backbone import Backbone, mergers_of
 from vlm_lora.model.device import resolve_dtype
 from vlm_lora.model.folder import FAMILIES, cannot_be_loaded, check_model_folder, find_model
 from vlm_lora.model.preprocess import load_preprocessor
@@ -27,8 +27,12 @@ class Shapes:
     heads: int
     kv_heads: int
     head_dim: int
+    query_norms: bool
+    """Whether queries and keys go through norms of their own."""
     vocabulary: int
     tower_width: int
+    feature_width: int
+    """Numbers that the tower gives for a patch."""
     tower_windows: tuple[int | None, ...]
     """Patches that see each other, for each layer of the tower; None: all of an image's."""
 
@@ -41,26 +45,29 @@ def load_shapes(name: str) -> Shapes:
 def shapes_of(model: nn.Module) -> Shapes:
     """The sizes of a model that no adapter sits in yet."""
     text, vision, visual = model.config.text_config, model.config.vision_config, model.model.visual
-    head_dim = model.model.language_model.layers[0].self_attn.head_dim
+    attention = model.model.language_model.layers[0].self_attn
     if model.config.model_type == "qwen2_5_vl":
         whole, window = vision.fullatt_block_indexes, (vision.window_size // vision.patch_size) ** 2
         windows = tuple(None if i in whole else window for i in range(len(visual.blocks)))
     else:
         windows = (None,) * len(visual.blocks)
+    mergers = mergers_of(model)
     patch = visual.patch_embed.proj.weight
     return Shapes(
         parameters=sum(map(num_numbers, model.parameters())),
         language_linears=_linears(model.model.language_model.layers),
         tower_linears=(*_linears(visual.blocks), (patch[0].numel(), len(patch))),
-        merger_linears=_linears(visual.merger),
+        merger_linears=tuple(each for merger in mergers for each in _linears(merger)),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
         heads=text.num_attention_heads,
         kv_heads=text.num_key_value_heads,
-        head_dim=head_dim,
+        head_dim=attention.head_dim,
+        query_norms=hasattr(attention, "q_norm"),
         vocabulary=text.vocab_size,
         tower_width=len(patch),
+        feature_width=len(patch) * len(mergers),
         tower_windows=windows,
     )
 
@@ -94,8 +101,11 @@ def _without_weights(name: str, device: torch.device | str = "meta", dtype=torch
         raise cannot_be_loaded(name, folder, error) from error
     if layers:
         text, vision = config.text_config, config.vision_config
-        text.num_hidden_layers, text.layer_types = layers, text.layer_types[:layers]
-        text.vocab_size, text.pad_token_id, vision.depth = 1024, None, layers
+        text.num_hidden_layers, text.vocab_size, text.pad_token_id, vision.depth = layers, 1024, None, layers
+        if config.model_type == "qwen3_vl":
+            vision.deepstack_visual_indexes = []
+        else:
+            text.layer_types = text.layer_types[:layers]
     with torch.device(device):
         model = model_class._from_config(config, attn_implementation="sdpa", dtype=dtype)
     use_packed_attention(model)

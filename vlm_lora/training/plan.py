@@ -141,8 +141,9 @@ class CostModel:
         pairs = shape.prefix * (shape.prefix + before) + (shape.width - shape.prefix) * (shape.width + before)
         attention = (3.5 + again) * 2 * s.layers * s.heads * s.head_dim * shape.rows * pairs
         head = (3 if shape.labels > LOGITS_AT_ONCE else 2) * s.hidden * s.vocabulary * shape.labels
-        first, last = (i * o for i, o in s.merger_linears)
-        merger = merged * (first + 2 * last)  # the gradient of features is nobody's
+        sizes = [i * o for i, o in s.merger_linears]
+        wanted = sizes if self.tower_lora else sizes[1::2]  # the gradient of cached features is nobody's
+        merger = merged * (sum(sizes) + sum(wanted))
         total = 2 * ((2 + again) * linears + attention + head + merger)
         total += (6 + 2 * again) * self.rank * tokens * sum(map(sum, self.language_lora))
         total += 6 * self.merger_rank * merged * sum(map(sum, self.merger_lora))
@@ -187,12 +188,15 @@ class CostModel:
         """What the forward pass keeps for the backward pass.
 
         In each layer: the input of both norms and their scale in float32; queries, keys, values (as they are, and
-        repeated for all heads), the attention's output and its sums; three or four tensors of the MLP; and each LoRA's
-        input, in float32, which in float32 three of them share and two of them share.
+        repeated for all heads), the attention's output and its sums; where queries and keys have norms too, both before
+        them, in float32, and behind them; three or four tensors of the MLP; and each LoRA's input, in float32, which in
+        float32 three of them share and two of them share.
         """
         s, wide = self.shapes, self.shapes.heads * self.shapes.head_dim
         once = 2 * s.kv_heads * s.head_dim
         token = 4 * (2 * s.hidden + 2 + s.heads) + self.bytes * (4 * wide + once + 3 * s.intermediate)
+        if s.query_norms:
+            token += (4 + self.bytes) * (wide + once // 2) + 4 * (s.heads + s.kv_heads)
         if self.language_lora:
             inputs = 5 * s.hidden + wide + s.intermediate
             dropout = self.config.dropout > 0  # an input and a mask each; the CPU's masks are float32
@@ -208,7 +212,7 @@ class CostModel:
         # While a layer's gradients are computed, its MLP's stand beside what was kept.
         behind = shape.rows * shape.width * 3 * s.intermediate * self.bytes
         outside = 4 * s.hidden + 2 * self.bytes * s.head_dim  # the last norm; rotary angles
-        merger = 3 * 4 * sum(shape.patches) * s.tower_width
+        merger = 3 * 4 * sum(shape.patches) * s.feature_width
         layers = s.layers * token
         if self.config.gradient_checkpointing:  # each layer's input, and all of the one that is computed again
             layers = s.layers * self.bytes * s.hidden + token
@@ -273,7 +277,7 @@ def predict(
     scale = plan.num_steps / len(looked_at)
     each = scale * sum(cost.tower_operations(n) for shape in seen for n in shape.patches)
     once = sum(map(cost.tower_operations, patches.values()))
-    num_bytes = sum(patches.values()) * shapes.tower_width * cost.bytes
+    num_bytes = sum(patches.values()) * shapes.feature_width * cost.bytes
     again = 0.0 if cost.tower_lora else found_again(num_bytes)
     largest = max(seen, key=cost.activation_bytes)
     first, met = [], set()
@@ -497,7 +501,7 @@ def make_plan(
     seen_once = sees_each_image_once(config, [example for example, _ in lessons])
     learnt = learnt_patches if can_be_kept and not seen_once else {}
     held = held_patches if can_be_kept else {}
-    learnt_bytes, held_bytes = (sum(n.values()) * shapes.tower_width * dtype.itemsize for n in (learnt, held))
+    learnt_bytes, held_bytes = (sum(n.values()) * shapes.feature_width * dtype.itemsize for n in (learnt, held))
     room = room_for(cache_folder(), round(config.cache_gb * 1e9), learnt_bytes + held_bytes)
     kept = min(1.0, room / learnt_bytes) if learnt else 0.0  # these come first
 

@@ -1,5 +1,4 @@
-"""LoRA (arXiv:2106.09685) on every linear of the language layers and on the merger's two, as a plain PEFT
-adapter.
+"""LoRA (arXiv:2106.09685) on every linear of the language layers and of the mergers, as a plain PEFT adapter.
 
 QLoRA (arXiv:2305.14314) is the same on a base whose language linears are kept in four bits; `load_backbone`
 sees to that. The variants: ``rslora`` scales by alpha over the root of the rank (arXiv:2312.03732), ``dora``
