@@ -495,10 +495,10 @@ def test_half_a_password_is_refused(flags, told, capsys):
 @pytest.fixture
 def asked_for(monkeypatch):
     """What `launch` would have gradio and the captioner do, without either."""
-    found = {}
+    found = {"caught": set()}
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     monkeypatch.setattr(gradio.Blocks, "launch", lambda app, **settings: found.update(settings))
-    monkeypatch.setattr(demo.signal, "signal", lambda which, _: found.update(caught=which))
+    monkeypatch.setattr(demo.signal, "signal", lambda which, _: found["caught"].add(which))
     monkeypatch.setattr(gradio.Blocks, "close", lambda app, **_: found.update(closed=True))
     monkeypatch.setattr("vlm_lora.Captioner", type("Loads", (), {"load": lambda *_: Parrot()}), raising=False)
     return found
@@ -506,7 +506,7 @@ def asked_for(monkeypatch):
 
 def test_being_told_to_end_while_it_starts_leaves_nothing(asked_for, monkeypatch):
     def terminated(app, **_):
-        assert asked_for["caught"] == signal.SIGTERM
+        assert asked_for["caught"] == {signal.SIGTERM, signal.SIGINT}
         raise KeyboardInterrupt  # as the handler does
 
     monkeypatch.setattr(gradio.Blocks, "launch", terminated)

@@ -72,7 +72,8 @@ def launch(
         raise ConfigError(f"--port {port}: is no port. Give one from 1 to 65535.")
     runs = find_runs(adapter)
     if block and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # else uploads would stay behind
+        for number in (signal.SIGTERM, signal.SIGINT):  # a script's background job begins with the latter ignored
+            signal.signal(number, signal.default_int_handler)  # else uploads would stay behind
     folder = tempfile.TemporaryDirectory(prefix="vlm-lora-demo-", ignore_cleanup_errors=True)
     place, before = "GRADIO_TEMP_DIR", os.environ.get("GRADIO_TEMP_DIR")
     os.environ[place] = folder.name  # by default uploads lie in a folder that outlives the demo
