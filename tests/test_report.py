@@ -14,7 +14,7 @@ from vlm_lora.cli import main
 from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
 from vlm_lora.errors import DataError
 from vlm_lora.inference.captioner import Captioner
-from vlm_lora.inference.evaluate import FEW_IMAGES, Answered, Evaluation, evaluate, table
+from vlm_lora.inference.evaluate import FEW_IMAGES, Answered, Evaluation, evaluate, headline, table
 from vlm_lora.inference.report import PICTURES, write_report
 
 NASTY = "<img src=x onerror=alert(1)> </dd><script>alert('x')</script> & \"quoted\""
@@ -251,6 +251,14 @@ def test_chinese_is_compared_by_character(tmp_path):
     assert scores["tokens"] == "vlm-lora-char-1"
     assert scores["tuned"]["mean_words"] == 9
     assert 0.8 < scores["tuned"]["rouge_l"] < 1  # 0 or 1 if words were compared
+
+
+def test_the_data_decide_which_metrics_are_shown_not_how_much_the_model_says(tmp_path):
+    wordy = "I think that this picture shows a cat"
+    short = evaluated(tmp_path, [(wordy, wordy, ["cat"])] * 2)
+    captions = evaluated(tmp_path, [("cat", "cat", [wordy])] * 2)
+    assert headline(short.scores)[0] == "exact_match"
+    assert headline(captions.scores)[0] == "cider_d"
 
 
 def test_the_report_opens_in_a_browser_without_a_complaint(tmp_path, browser):
