@@ -13,6 +13,7 @@ tolerances below (where plain itself runs out of memory, those of the first that
   live tower     the tower computes in every step
   full logits    logits for every token
   plain          none of the three
+  all, compiled  the language layers through torch.compile, with --compiled; the first step, not timed, compiles
 
 The share of the matrix product is the arithmetic that the model's matrices need for the tokens of that variant (2
 operations a weight forward, 2 backward; the base's weights get no gradient), over what one large matrix product attains
@@ -35,7 +36,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,6 +92,7 @@ VARIANTS = {  # (shared prefix, cached tower output, logits where there are labe
     "full logits": (True, True, False),
     "all": (True, True, True),
 }
+COMPILED = "all, compiled"
 TOLERANCES = {  # of the loss, and of the gradients' difference over their norm
     "float32": (1e-5, 1e-4),
     "bfloat16": (1e-3, 5e-2),
@@ -155,6 +158,7 @@ class Work:
         for (_, grid), texts in zip(self.patches, said, strict=True):
             dialogues = tuple(Dialogue((Turn(DEFAULT_PROMPT, text),)) for text in texts)
             self.items.append(encoder.encode(dialogues, grid))
+        self.compiled: list[Callable] = []
         self.num_answers = images * captions
         self.num_labels = sum(int((b.labels != IGNORE_INDEX).sum()) for item in self.items for b in item.branches)
 
@@ -167,6 +171,19 @@ class Work:
         """The step's rows (image, tokens), and the indices of those in each micro-batch."""
         rows = self.rows(shared)
         return rows, micro_batches([item for _, item in rows], self.max_tokens)
+
+    @contextmanager
+    def compiled_layers(self) -> Iterator[None]:
+        """Inside, the language layers compute by torch.compile, which knows the shapes."""
+        layers = self.backbone.language_model.layers
+        self.compiled = self.compiled or [torch.compile(layer.forward, dynamic=False) for layer in layers]
+        for layer, forward in zip(layers, self.compiled, strict=True):
+            layer.forward = forward
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
 
     def predicted_bytes(self, base: str, model: str) -> int:
         """Of the step with every technique, as `vlm-lora plan` counts them."""
@@ -262,14 +279,15 @@ def measure(backbone: Backbone, base: str, model: str, args: argparse.Namespace)
     adapter = attach_lora(backbone, rank=RANK, alpha=2 * RANK, dropout=0.0, seed=0, prompt=DEFAULT_PROMPT)
     predicted = work.predicted_bytes(base, model)
     product = attainable(device, backbone.dtype)
-    rows = measure_training(work, [p for _, p in adapter.named_parameters()], args.rounds)
+    variants = VARIANTS | ({COMPILED: VARIANTS["all"]} if args.compiled else {})
+    rows = measure_training(work, variants, [p for _, p in adapter.named_parameters()], args.rounds)
     reference = next((name for name, row in rows.items() if "failed" not in row), None)
     published = peak_rate(device_name(device)) if backbone.dtype == torch.bfloat16 else None
     for name, row in rows.items():
         if "failed" in row:
             continue
         median = statistics.median(row["seconds"])
-        rate = work.operations(*VARIANTS[name]) / median
+        rate = work.operations(*variants[name]) / median
         row["answers_per_second"] = work.num_answers / median
         row["share_of_matrix_product"] = rate / product
         if published:
@@ -299,7 +317,9 @@ def measure(backbone: Backbone, base: str, model: str, args: argparse.Namespace)
     return result
 
 
-def measure_training(work: Work, tensors: list[torch.nn.Parameter], rounds: int) -> dict[str, dict]:
+def measure_training(
+    work: Work, variants: dict[str, tuple], tensors: list[torch.nn.Parameter], rounds: int
+) -> dict[str, dict]:
     """Of each variant: seconds of its steps, loss, difference of its gradients, and on a GPU the peak of memory."""
     device = work.backbone.device
     torch.manual_seed(1)
@@ -308,18 +328,19 @@ def measure_training(work: Work, tensors: list[torch.nn.Parameter], rounds: int)
             tensor.add_(0.02 * torch.randn_like(tensor))
     optimizer = torch.optim.AdamW(tensors, lr=0.0, weight_decay=0.0, fused=True)
     work.backbone.model.train()
-    rows: dict[str, dict] = {name: {"seconds": []} for name in VARIANTS}
+    rows: dict[str, dict] = {name: {"seconds": []} for name in variants}
     reference = None
     for number in range(rounds + 1):  # the first is the warm-up
-        for name, how in VARIANTS.items():
+        for name, how in variants.items():
             row = rows[name]
             if "failed" in row:
                 continue
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
 
-            def step(how=how, row=row) -> None:
-                row["loss"] = work.loss(*how)
+            def step(name=name, how=how, row=row) -> None:
+                with work.compiled_layers() if name == COMPILED else nullcontext():
+                    row["loss"] = work.loss(*how)
                 optimizer.step()
 
             try:
@@ -424,6 +445,7 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=8192, help="of a micro-batch")
     parser.add_argument("--new-tokens", type=int, default=64, help="of a generated caption")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compiled", action="store_true", help="also with torch.compile, which takes minutes first")
     args = parser.parse_args()
     device = best_device()
     name, wrong = device_name(device), []

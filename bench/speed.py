@@ -18,7 +18,7 @@ that stands before them once the model is loaded: reading, tokens, filling the c
 always the same work, so theirs is one measured epoch times three. Memory is the peak while training over what the
 loaded model takes; of LLaMA-Factory and ms-swift, which don't tell, only that of the whole process is known.
 The record goes to bench/results/speed.json, where a suite's runs take the place of its earlier ones; the last line of
-output is the summary as JSON.
+output is JSON: the summary of the main suite, and the medians of those that were run.
 """
 
 import argparse
@@ -352,12 +352,13 @@ def main() -> None:
     record = read_record(args)
     for name in args.suites or ["main"]:
         run_suite(name, args, record)
-    from bench.speed_report import summary, table
+    from bench.speed_report import medians, summary, table
 
     record["summary"] = summary(record)
     write_record(args.record, record)
     print(table(record))
-    print(json.dumps(record["summary"]))
+    run = {name: medians(record, name) for name in args.suites or ["main"]}
+    print(json.dumps({"summary": record["summary"], "medians": run}))
 
 
 def read_record(args: argparse.Namespace) -> dict:

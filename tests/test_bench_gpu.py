@@ -89,3 +89,19 @@ def test_what_runs_out_of_memory_loses_nothing_else(capsys, monkeypatch):
 def test_peaks_are_of_devices_by_name():
     assert gpu.peak_rate("NVIDIA H100 80GB HBM3") == 989e12
     assert gpu.peak_rate("x86_64 CPU") is None
+
+
+def test_compiled_layers_are_used_where_they_are_asked_for_and_nowhere_else(capsys, monkeypatch):
+    """With a compiler that only counts: the real one takes minutes, and not every machine has one."""
+    ran = []
+
+    def count(forward, **_):
+        return lambda *args, **more: ran.append(1) or forward(*args, **more)
+
+    monkeypatch.setattr(torch, "compile", count)
+    (record,) = measured(capsys, monkeypatch, "--size small --base float32 --compiled")
+    assert record["faults"] == []
+    rows = record["results"]["float32"]["training"]
+    assert list(rows) == [*gpu.VARIANTS, gpu.COMPILED]
+    layers, steps = gpu.SIZES["small"]["text"]["num_hidden_layers"], 2  # the warm-up and one round
+    assert len(ran) == layers * steps
