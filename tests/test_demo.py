@@ -77,7 +77,8 @@ def write_run(place: Path, name: str = "run", count: int = 3) -> Path:
         base, tuned = (f"picture {i}", f"{HTML} lost") if i % 3 == 1 else ("no", f"picture {i}")
         rows.append(fields | {"question": "What\u2028?", "base": base, "tuned": tuned})
     (run / "predictions.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    scores = {"tokens": "vlm-lora-ptb-1", "reference_words": 2.0} | {who: {"mean_words": 2.0} for who in ("base", "tuned")}
+    said = {who: {"mean_words": 2.0} for who in ("base", "tuned")}
+    scores = {"tokens": "vlm-lora-ptb-1", "reference_words": 2.0} | said
     (run / "scores.json").write_text(json.dumps(scores))
     losses = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "held_out_loss": 2.5}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in losses) + '{"step": 3, "lo')

@@ -177,10 +177,10 @@ def test_packed_and_cached_equal_unpacked(checkpoints, examples, tmp_path, metho
         assert_equal(gradients(adapter, loss), expected, FP64)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_gradient_checkpointing_changes_nothing(checkpoints, examples, method):
+@pytest.mark.parametrize(("method", "family"), [*[(m, "qwen2_vl") for m in METHODS], ("lora", "qwen3_vl")])
+def test_gradient_checkpointing_changes_nothing(checkpoints, examples, method, family):
     """Also not the prefix's pairs, which transformers' own checkpointing takes away."""
-    _, adapter = attach(checkpoints, method)
+    _, adapter = attach(checkpoints, method, family)
     assert_checkpointing_changes_nothing(adapter, examples, 1e-12)
 
 

@@ -159,6 +159,15 @@ def test_a_step_without_an_image_gives_the_projector_no_gradient(forks, command,
     assert 0 < norms.count(0) < len(norms) == 8
 
 
+def test_what_the_towers_inner_layers_show_reaches_layers_in_pieces(forks, command, checkpoints, tmp_path):
+    """Qwen3-VL's DeepStack is added behind layers that FSDP2 has just taken apart."""
+    flags = [*command, "--model", checkpoints["qwen3_vl"], "--max-steps", 6]
+    for name, count, env in (("one", 1, {}), ("pieces", 2, FSDP2)):
+        ended = forks.run(count, *flags, "--output", tmp_path / name, env=env, sabotage=TEXT_ONLY)
+        assert [e.code for e in ended] == [0] * count, ended
+    assert_same_run(tmp_path / "pieces", tmp_path / "one")
+
+
 def test_gradients_that_are_not_added_up_give_another_adapter(forks, command, alone, tmp_path):
     """Negative control."""
     sabotage = TEXT_ONLY + "import vlm_lora.training.processes as p; p.Processes.add_up = lambda self, each: list(each)"
