@@ -1,7 +1,7 @@
 """Everything fast equals `naive`, in loss and in every gradient, from non-zero adapters; and would notice if not."""
 
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import wraps
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from tests.conftest import picture
 from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
-from vlm_lora.model import backbone as backbone_module
 from vlm_lora.model.adapters.lora import attach_lora
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.encode import Encoder
@@ -203,12 +202,14 @@ def test_the_inner_layers_of_the_tower_are_seen_where_they_belong(checkpoints, e
     """Negative control of Qwen3-VL's DeepStack; above, both are equal."""
     backbone, adapter = load(checkpoints, "qwen3_vl")
     expected = gradients(adapter, naive(backbone, examples))
-    added = backbone_module._added_behind
-    changed = {
-        "unseen": lambda *_: nullcontext(),
-        "swapped": lambda layers, at, deeper: added(layers, at, deeper[::-1]),
-    }
-    monkeypatch.setattr(backbone_module, "_added_behind", changed[fault])
+    forward = backbone.language_model.forward
+
+    @wraps(forward)
+    def faulty(*, deepstack_visual_embeds=(), **given):
+        shown = deepstack_visual_embeds[::-1] if fault == "swapped" else ()
+        return forward(deepstack_visual_embeds=shown, **given)
+
+    monkeypatch.setattr(backbone.language_model, "forward", faulty)
     backbone.model.zero_grad()
     fast(backbone, examples, 4096).backward()
     found = {name: p.grad for name, p in adapter.named_parameters() if p.grad is not None}
@@ -280,6 +281,33 @@ def test_the_next_step_can_be_fetched_while_the_tower_runs(checkpoints, examples
     backbone.model.model.visual.blocks[0].register_forward_pre_hook(fetch)
     backbone.tower(*backbone.preprocess([picture_of(examples[0].images[0])]))
     assert len(fetched) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_twin_made_while_the_base_computes_is_the_base(checkpoints, examples, family):
+    """In the demo somebody chooses another adapter while somebody else is being answered."""
+    backbone = load_backbone(str(checkpoints[family]))
+    pixels = backbone.preprocess([picture_of(examples[0].images[0])])
+    features = FeatureCache(backbone, None)
+    (batch,) = make_batches(backbone, features, lessons_of(backbone, features, examples[:1]), 4096)
+    twins = []
+
+    def choose(*_) -> None:
+        if len(twins) < 2:  # twins have this hook too
+            twins.append(backbone.twin(*backbone.pixel_limits))
+
+    with torch.no_grad():
+        for busy, compute in (
+            (backbone.model.model.visual.blocks[0], lambda: backbone.tower(*pixels)),
+            (backbone.language_model.layers[0], lambda: loss_sum(backbone, batch)),
+        ):
+            hook = busy.register_forward_pre_hook(choose)
+            wanted = compute()
+            hook.remove()
+        assert len(twins) == 2
+        for twin in twins:
+            assert torch.equal(loss_sum(twin, batch), wanted)
+            assert torch.equal(twin.tower(*pixels), backbone.tower(*pixels))
 
 
 def test_what_goes_to_a_gpu_is_pinned(checkpoints, examples, monkeypatch):

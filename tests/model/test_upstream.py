@@ -18,12 +18,12 @@ from vlm_lora.model.shapes import _without_weights
 
 MODEL = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
 ARGUMENTS = {
-    "model.forward": "inputs_embeds attention_mask position_ids",
-    "model.language_model.forward": "use_cache",
+    "model.language_model.forward": "inputs_embeds attention_mask position_ids use_cache",
     "model.get_rope_index": "input_ids mm_token_type_ids image_grid_thw",
     "model.visual.forward": "grid_thw",
     "_from_config": "config",
 }
+OWN_ARGUMENTS = {"qwen3_vl": {"model.language_model.forward": "visual_pos_masks deepstack_visual_embeds"}}
 PLACES = """
     lm_head.weight model.visual.patch_embed.proj.weight model.visual.blocks model.visual.rotary_pos_emb
     model.visual.merger model.language_model.embed_tokens.weight
@@ -88,7 +88,8 @@ def told(gone: list[str]) -> str:
 def test_modules_and_arguments_have_their_names(checkpoints, family):
     assert hasattr(transformers, f"{MODEL[family]}ForConditionalGeneration")
     model = _without_weights(str(checkpoints[family]))
-    gone = [text for path, arguments in ARGUMENTS.items() for text in missing(model, path, arguments)]
+    arguments = [*ARGUMENTS.items(), *OWN_ARGUMENTS.get(family, {}).items()]
+    gone = [text for path, names in arguments for text in missing(model, path, names)]
     gone += [text for path in (PLACES + OWN_PLACES[family]).split() for text in missing(model, path)]
     assert not gone, told(gone)
 
@@ -115,7 +116,7 @@ def test_a_cache_is_seen(checkpoints, family):
         backbone.forward(ids[:, :6], mask[..., :6, :6], positions[..., :6], None, past_key_values=cache)
         behind = backbone.forward(ids[:, 6:], mask[..., 6:, :], positions[..., 6:], None, past_key_values=cache)
         alone = backbone.forward(ids[:, 6:], mask[..., 6:, 6:], positions[..., 6:], None)  # negative control
-    blind = f"transformers {transformers.__version__}: model.forward does not see the cache it is given"
+    blind = f"transformers {transformers.__version__}: language_model.forward does not see the cache it is given"
     assert torch.allclose(behind, whole, atol=1e-5), blind
     assert not torch.allclose(alone, whole, atol=1e-2)
 

@@ -1,4 +1,4 @@
-"""The model wing: the Qwen2-VL backbone, tokens, packing, frozen features, adapters."""
+"""The model wing: the Qwen-VL backbone, tokens, packing, frozen features, adapters."""
 
 import logging
 

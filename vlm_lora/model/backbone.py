@@ -13,8 +13,7 @@ import hashlib
 import importlib.util
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from inspect import signature
@@ -118,9 +117,8 @@ class Backbone(Preprocessor):
 
     def _through_blocks(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
         pixel_values, grid = pixel_values.to(self.device, self.dtype), image_grid_thw.to(self.device)
-        visual, family = self.model.model.visual, self.model.config.model_type
-        with _without_mergers(visual):
-            given = visual(pixel_values, grid_thw=grid)
+        family = self.model.config.model_type
+        given = _without_mergers(self.model.model.visual)(pixel_values, grid_thw=grid)
         if family == "qwen2_5_vl":
             return self._leave_windows(given.last_hidden_state, grid)
         if family == "qwen3_vl":
@@ -198,7 +196,7 @@ class Backbone(Preprocessor):
     @cached_property
     def _cache_argument(self) -> str:
         """The name of the cache in transformers' forward: ``cache`` since 5.24, which warns of the older one."""
-        return next(n for n in ("cache", "past_key_values") if n in signature(self.model.model.forward).parameters)
+        return next(n for n in ("cache", "past_key_values") if n in signature(self.language_model.forward).parameters)
 
     def _behind_prefix(self, attention_mask, position_ids, cache) -> tuple[torch.Tensor, torch.Tensor]:
         """Mask and positions with the prefix before them; an empty cache gets its keys and values."""
@@ -217,7 +215,7 @@ class Backbone(Preprocessor):
         features: torch.Tensor | None,
         past_key_values=None,
     ) -> torch.Tensor:
-        """Last hidden states ``(B, T, hidden)``, through the live merger and the public forward.
+        """Last hidden states ``(B, T, hidden)``, through the live merger and the language model's public forward.
 
         Args:
             input_ids: ``(B, T)``, image placeholders included. Where they are on the CPU, no GPU is waited for.
@@ -231,7 +229,7 @@ class Backbone(Preprocessor):
             IndexError: not as many image placeholders as features.
         """
         vectors = self.language_model.embed_tokens(input_ids.to(self.device, non_blocking=True))
-        places, deeper = None, []
+        shown = {}
         if features is not None:
             features = self._live_features(features) if self.tower_adapted else features
             parts = zip(mergers_of(self.model), features.split(self._tower_width, 1), strict=True)
@@ -239,6 +237,14 @@ class Backbone(Preprocessor):
             # The stock forward would ask the device how many they are, and its backward pass again.
             places = (input_ids == self.image_token_id).flatten().nonzero()[:, 0].to(self.device, non_blocking=True)
             vectors = vectors.flatten(0, 1).index_copy(0, places, merged).view_as(vectors)
+            if deeper:
+                # Whole rows, with zeros for all that is no image: from a mask of places, the stock forward would have
+                # the device count them in each layer.
+                empty = torch.zeros_like(vectors).flatten(0, 1)
+                shown = {
+                    "visual_pos_masks": torch.arange(len(vectors), device=vectors.device),
+                    "deepstack_visual_embeds": [empty.index_copy(0, places, d).view_as(vectors) for d in deeper],
+                }
         if self.prefix is not None:
             cache = self.new_cache() if past_key_values is None else past_key_values
             attention_mask, position_ids = self._behind_prefix(attention_mask, position_ids, cache)
@@ -247,14 +253,14 @@ class Backbone(Preprocessor):
             # What SDPA makes of a boolean mask, anew in each layer, and keeps for each layer's backward pass.
             empty = torch.zeros_like(attention_mask, dtype=self.dtype)
             attention_mask = empty.masked_fill_(~attention_mask, float("-inf"))
-        with _added_behind(self.language_model.layers, places, deeper):
-            return self.model.model(
-                inputs_embeds=vectors,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=past_key_values is not None,
-                **{self._cache_argument: past_key_values},
-            ).last_hidden_state
+        return self.language_model(
+            inputs_embeds=vectors,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=past_key_values is not None,
+            **{self._cache_argument: past_key_values},
+            **shown,
+        ).last_hidden_state
 
     def shard(self, group, device: torch.device) -> None:
         """Keep the language layers' frozen weights in pieces over the processes of ``group``, the rest on ``device``.
@@ -287,38 +293,18 @@ def mergers_of(model: nn.Module) -> list[nn.Module]:
     return [visual.merger, *(visual.deepstack_merger_list if model.config.model_type == "qwen3_vl" else ())]
 
 
-@contextmanager
-def _without_mergers(visual: nn.Module) -> Iterator[None]:
-    """Inside, the stock forward of the tower ends before the mergers. It would run them to no use, and the dropout of
-    an adapter in them would draw random numbers."""
-    kept = {name: getattr(visual, name) for name in ("merger", "deepstack_merger_list") if hasattr(visual, name)}
-    for name, module in kept.items():
-        several = isinstance(module, nn.ModuleList)
-        setattr(visual, name, nn.ModuleList(nn.Identity() for _ in module) if several else nn.Identity())
-    try:
-        yield
-    finally:
-        for name, module in kept.items():
-            setattr(visual, name, module)
+def _without_mergers(visual: nn.Module) -> nn.Module:
+    """The same tower, whose stock forward ends before the mergers. It would run them to no use, and the dropout of an
+    adapter in them would draw random numbers.
 
-
-@contextmanager
-def _added_behind(layers: nn.ModuleList, places: torch.Tensor | None, deeper: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Inside, the first layers' outputs get each its own of ``deeper`` added at ``places``.
-
-    As the stock forward does, which is not asked to: it would wait for the device in each layer, to count the places.
+    A shallow copy, as others may be at work with the whole one.
     """
-
-    def add(vectors: torch.Tensor, layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        return output.flatten(0, 1).index_add(0, places, vectors).view_as(output)
-
-    added = zip(layers, deeper, strict=False)
-    hooks = [layer.register_forward_hook(partial(add, vectors)) for layer, vectors in added]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    bare = copy.copy(visual)
+    bare._modules = dict(visual._modules)
+    bare.merger = nn.Identity()
+    if "deepstack_merger_list" in bare._modules:
+        bare.deepstack_merger_list = nn.ModuleList(nn.Identity() for _ in visual.deepstack_merger_list)
+    return bare
 
 
 def _run_again(layer: nn.Module, forward, *args, **kwargs):
