@@ -120,6 +120,19 @@ def test_a_template_that_drops_text_is_refused(checkpoints):
         Encoder(backbone).encode([Dialogue((Turn("a", "b"),))], torch.zeros(0, 3, dtype=torch.long))
 
 
+@pytest.mark.parametrize("learnt", ["", "<think>\n\n</think>\n\n"])
+def test_a_template_that_opens_an_answer_with_a_thought_is_refused(checkpoints, learnt):
+    """Of the "Thinking" models: a thought is open before what is asked for, and empty before what is learnt."""
+    backbone = load_backbone(str(checkpoints["qwen3_vl"]))
+    backbone.processor.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}LEARNT{% endif %}"
+        "{{ m['content'][0]['text'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    ).replace("LEARNT", learnt)
+    with pytest.raises(ModelError, match=r"<think>.* before an answer that is asked for, .* 'Instruct'"):
+        Encoder(backbone).encode([Dialogue((Turn("a", "b"),))], torch.zeros(0, 3, dtype=torch.long))
+
+
 def test_tokenizer_and_config_of_different_checkpoints_are_refused(checkpoints, tmp_path):
     import shutil
 

@@ -78,6 +78,15 @@ class Encoder:
             raise ModelError(
                 "The model's chat template leaves out a part of the conversation; it cannot be trained on."
             )
+        opening = rendered[rendered.rindex(USER_TEXT) + 1 : rendered.rindex(ANSWER_TEXT)]
+        asked = self.processor.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        if not asked.endswith(USER_TEXT + opening):
+            begun = asked[asked.rindex(USER_TEXT) + 1 :]
+            raise ModelError(
+                f"The model's chat template puts {begun!r} before an answer that is asked for, and {opening!r} before "
+                "one that is learnt: other tools would ask for what was never trained. "
+                "Of models that think before they answer take the 'Instruct' ones."
+            )
         skeleton = [
             part
             if part in (USER_TEXT, ANSWER_TEXT)
