@@ -4,7 +4,9 @@ import json
 import os
 import pickle
 import shutil
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -13,7 +15,7 @@ from tests.conftest import picture
 from vlm_lora.config import DEFAULT_PROMPT
 from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
 from vlm_lora.errors import AdapterError, ConfigError, ModelError
-from vlm_lora.inference.captioner import Captioner, Decoding
+from vlm_lora.inference.captioner import MEMORY_SHARE, Captioner, Decoding
 from vlm_lora.inference.evaluate import evaluate, table
 from vlm_lora.model.adapters.lora import attach_lora
 from vlm_lora.model.backbone import load_backbone
@@ -124,6 +126,21 @@ def test_sampling_is_seeded_and_narrow_nucleus_is_greedy(captioner, files):
     assert say(temperature=1.5, seed=3) == say(temperature=1.5, seed=3)
     assert len({say(temperature=1.5, seed=seed) for seed in range(4)}) > 1
     assert say(temperature=1.0, top_p=1e-6) == say()
+
+
+def test_rows_are_counted_by_what_is_kept_of_them(captioner, monkeypatch):
+    """Keys and values by a real cache, features by a real picture's."""
+    backbone = captioner.backbone
+    (entry,) = captioner.features.get([picture(1, (96, 96))])
+    cache, text = backbone.new_cache(), backbone.model.config.text_config
+    with torch.no_grad():
+        ids, positions = torch.arange(5, 15)[None], torch.arange(10).expand(3, 1, -1)
+        backbone.forward(ids, torch.ones(1, 10), positions, None, past_key_values=cache)
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / 10
+    tokens = len(entry.features) // 4 + 8 + 64
+    row = tokens * (kept + 4 * (3 * text.intermediate_size + 8 * text.hidden_size)) + entry.features.nbytes
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10.5 * row / MEMORY_SHARE))
+    assert captioner._rows_that_fit(len(entry.features), Decoding(max_new_tokens=8)) == 10
 
 
 @ONE_FAMILY
@@ -316,6 +333,12 @@ def test_folders_that_could_run_code_are_refused(checkpoints, tmp_path):
     (folder / "config.json").write_text(json.dumps(settings | {"auto_map": {"AutoModel": "evil.Model"}}))
     with pytest.raises(ModelError, match="code of its own"):
         Captioner.load(str(folder))
+    for place in (settings, settings["text_config"]):
+        place["quantization_config"] = {"quant_method": "fp8"}
+        (folder / "config.json").write_text(json.dumps(settings))
+        del place["quantization_config"]
+        with pytest.raises(ModelError, match=r"is quantised already.*--method qlora"):
+            Captioner.load(str(folder))
     (folder / "config.json").write_text(json.dumps(settings))
     for name in ("tokenizer_config.json", "processor_config.json"):
         kept = (folder / name).read_text()

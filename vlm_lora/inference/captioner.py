@@ -265,12 +265,14 @@ class Captioner:
     def _rows_that_fit(self, patches: int, decoding: Decoding) -> int:
         """How many images of so many patches can be decoded together in the memory that is free now."""
         text = self.backbone.model.config.text_config
-        kept = 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
+        head_dim = self.backbone.language_model.layers[0].self_attn.head_dim
+        kept = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
         passing = 3 * text.intermediate_size + 8 * text.hidden_size  # one layer's activations
         tokens = patches // self.backbone.merge_size**2 + decoding.max_new_tokens + 64  # 64: template and prompt
         on_gpu = self.backbone.device.type == "cuda"
         free = torch.cuda.mem_get_info(self.backbone.device)[0] if on_gpu else psutil.virtual_memory().available
         row = tokens * (kept * decoding.num_beams + passing) * self.backbone.dtype.itemsize
+        row += self.backbone.feature_bytes((1, 1, patches))
         return max(1, min(MOST_ROWS, int(MEMORY_SHARE * free / row)))
 
     def _tokens(self, asked, tuned: bool, decoding: Decoding) -> Iterator[tuple[int, int]]:
