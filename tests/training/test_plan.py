@@ -240,6 +240,13 @@ def test_a_long_run_is_looked_at_in_parts(checkpoints, photo_folder, tmp_path, m
     assert off(part.operations, whole.operations) < 0.03
 
 
+@pytest.mark.parametrize("method", ["prefix", "prompt", "adapter"])
+def test_every_methods_time_is_measured(photo_folder, capsys, method):
+    """With a vocabulary of 4,110, from which prefix and prompt draw words to start from."""
+    assert main(["plan", str(photo_folder), "--model", "tiny", "--method", method, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rate"] > 0
+
+
 def test_the_command_needs_no_weights(checkpoints, photo_folder, tmp_path, capsys):
     model = copy_checkpoint(checkpoints["qwen2_vl"], tmp_path / "bare")
     (model / "model.safetensors").unlink()

@@ -48,7 +48,8 @@ class PromptedEmbedding(nn.Module):
 def some_words(backbone: Backbone, count: int, seed: int) -> torch.Tensor:
     """``(count,)`` tokens drawn from the vocabulary, none of them a special one."""
     special = {*backbone.tokenizer.all_special_ids, *backbone.tokenizer.get_added_vocab().values()}
-    words = torch.tensor([i for i in range(len(backbone.tokenizer)) if i not in special])
+    known = min(len(backbone.tokenizer), backbone.language_model.embed_tokens.num_embeddings)
+    words = torch.tensor([i for i in range(known) if i not in special])
     draw = torch.Generator().manual_seed(seed)
     return words[torch.randint(len(words), (count,), generator=draw)].to(backbone.device)
 
