@@ -259,6 +259,11 @@ def test_the_data_decide_which_metrics_are_shown_not_how_much_the_model_says(tmp
     captions = evaluated(tmp_path, [("cat", "cat", [wordy])] * 2)
     assert headline(short.scores)[0] == "exact_match"
     assert headline(captions.scores)[0] == "cider_d"
+    captions.write(tmp_path / "out")
+    scores = json.loads((tmp_path / "out/scores.json").read_text())
+    del scores["reference_words"]  # as releases before this one wrote them
+    (tmp_path / "out/scores.json").write_text(json.dumps(scores))
+    assert Evaluation.read(tmp_path / "out").scores == captions.scores
 
 
 def test_the_report_opens_in_a_browser_without_a_complaint(tmp_path, browser):

@@ -65,8 +65,9 @@ class Evaluation:
     ``scores`` is what ``eval --json`` prints: numbers of ``examples`` and ``answers``; for each of ``base``,
     ``tuned``, ``blanked`` its metrics; ``intervals`` of each; ``gain`` of tuned over base with interval and p-value;
     ``by_kind``, for each kind of question the exact match of each, and their ``vqa_accuracy``; ``tokens``, what the
-    metrics took for a word; ``failed``, the examples left out because an image cannot be used; ``also``, the scores on
-    the other data; ``base_in_four_bits``, where base and tuned are that base's.
+    metrics took for a word; ``reference_words``, how many of them the data's answers have in the mean; ``failed``, the
+    examples left out because an image cannot be used; ``also``, the scores on the other data; ``base_in_four_bits``,
+    where base and tuned are that base's.
     """
 
     answered: tuple[Answered, ...]
@@ -106,7 +107,7 @@ class Evaluation:
             references = [row.references for row in answered]
             level = {tokens: level for level, tokens in metrics.TOKENIZER_ID.items()}[scores["tokens"]]
             values = {name: per_answer([row.said(name) for row in answered], references, level) for name in passes}
-            headline(scores)  # there, or they are of an older release
+            scores.setdefault("reference_words", _words_of_references(references, level))  # came later than the others
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             what = f"{type(error).__name__}: {error}"
             raise DataError(f"{folder}: holds no evaluation that can be read ({what}); run vlm-lora eval") from error
@@ -249,7 +250,7 @@ def summarize(
     references = [row.references for row in answered]
     groups = [row.example for row in answered]
     scores: dict = {"examples": len(set(groups)), "answers": len(answered), "tokens": metrics.TOKENIZER_ID[level]}
-    scores["reference_words"] = metrics.mean_length([text for texts in references for text in texts], level=level)
+    scores["reference_words"] = _words_of_references(references, level)
     scores["intervals"] = {}
     counts: dict[str, list[metrics.BleuStats]] = {}
     for name in passes:
@@ -283,6 +284,10 @@ def summarize(
         )
         scores["by_kind"][kind] = {"answers": len(of_kind), **exact, "vqa_accuracy": vqa}
     return scores
+
+
+def _words_of_references(references: Sequence[Sequence[str]], level: metrics.Level) -> float:
+    return metrics.mean_length([text for texts in references for text in texts], level=level)
 
 
 def headline(scores: dict) -> list[str]:
