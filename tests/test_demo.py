@@ -496,10 +496,10 @@ def test_half_a_password_is_refused(flags, told, capsys):
 @pytest.fixture
 def asked_for(monkeypatch):
     """What `launch` would have gradio and the captioner do, without either."""
-    found = {"caught": set()}
+    found = {"caught": []}
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     monkeypatch.setattr(gradio.Blocks, "launch", lambda app, **settings: found.update(settings))
-    monkeypatch.setattr(demo.signal, "signal", lambda which, _: found["caught"].add(which))
+    monkeypatch.setattr(demo.signal, "signal", lambda which, how: found["caught"].append((which, how)) or str(which))
     monkeypatch.setattr(gradio.Blocks, "close", lambda app, **_: found.update(closed=True))
     monkeypatch.setattr("vlm_lora.Captioner", type("Loads", (), {"load": lambda *_: Parrot()}), raising=False)
     return found
@@ -507,13 +507,15 @@ def asked_for(monkeypatch):
 
 def test_being_told_to_end_while_it_starts_leaves_nothing(asked_for, monkeypatch):
     def terminated(app, **_):
-        assert asked_for["caught"] == {signal.SIGTERM, signal.SIGINT}
+        assert asked_for["caught"] == [(number, signal.default_int_handler) for number in stopping]
         raise KeyboardInterrupt  # as the handler does
 
+    stopping = [signal.SIGTERM, signal.SIGINT]
     monkeypatch.setattr(gradio.Blocks, "launch", terminated)
     with pytest.raises(KeyboardInterrupt):
         launch()
     assert asked_for["closed"]
+    assert sorted(asked_for["caught"][2:]) == sorted((number, str(number)) for number in stopping), "not put back"
 
 
 def test_user_and_password_come_from_the_environment_too(asked_for, monkeypatch):

@@ -71,9 +71,10 @@ def launch(
     if port is not None and not 0 < port < 2**16:
         raise ConfigError(f"--port {port}: is no port. Give one from 1 to 65535.")
     runs = find_runs(adapter)
+    handlers = {}
     if block and threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):  # a script's background job begins with the latter ignored
-            signal.signal(number, signal.default_int_handler)  # else uploads would stay behind
+        # Else uploads would stay behind. A script's background job begins with the second one ignored.
+        handlers = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGTERM, signal.SIGINT)}
     folder = tempfile.TemporaryDirectory(prefix="vlm-lora-demo-", ignore_cleanup_errors=True)
     place, before = "GRADIO_TEMP_DIR", os.environ.get("GRADIO_TEMP_DIR")
     os.environ[place] = folder.name  # by default uploads lie in a folder that outlives the demo
@@ -84,6 +85,8 @@ def launch(
     app = build_app(loading, runs=runs, chosen=chosen, loading=what)
     app.at_close.enter_context(folder)
     app.at_close.callback(set_variable, place, before)
+    for number, handler in handlers.items():
+        app.at_close.callback(signal.signal, number, handler or signal.SIG_DFL)
     name = f"[{host}]" if ":" in host else host  # as in an address
     hosts = [*({*LOOPBACK, name} if local else LOOPBACK), *allowed_hosts, *([SHARED] if share else [])]
     if not local and not allowed_hosts:
