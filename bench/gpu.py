@@ -179,8 +179,11 @@ class Work:
         self.compiled = self.compiled or [torch.compile(layer.forward, dynamic=False) for layer in layers]
         for layer, forward in zip(layers, self.compiled, strict=True):
             layer.forward = forward
+        # Each layer may be compiled anew for each shape: what is beyond the limit would run as ever, in silence.
+        each = {"recompile_limit": 8 * len(layers), "fail_on_recompile_limit_hit": True}
         try:
-            yield
+            with torch._dynamo.config.patch(**each):
+                yield
         finally:
             for layer in layers:
                 del layer.forward
