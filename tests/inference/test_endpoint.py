@@ -179,9 +179,13 @@ class Stub(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128  # by default 5: on a busy machine, of 32 that come at once some would wait in vain
+
+
 @pytest.fixture
 def stub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
+    server = Server(("127.0.0.1", 0), Stub)
     server.daemon_threads, server.ended = True, threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -203,7 +207,7 @@ def test_images_that_a_server_always_fails_at_do_not_stop_the_others(stub, tmp_p
     endpoint = Endpoint(f"http://127.0.0.1:{stub.server_port}/v1", model="photos", pause=0.0)
     told = list(endpoint.caption([*bad, str(tmp_path / "good.png")], PROMPT))
     assert told[-1].text == "said"
-    assert all("answered 500" in caption.error for caption in told[:-1])
+    assert [caption.error for caption in told[:-1] if "answered 500" not in caption.error] == []
     with pytest.raises(ModelError, match="answered 500"):
         list(endpoint.caption(bad[:1] * 2 * HOPELESS, PROMPT))
     # A cut connection among them is one more failure, and no new beginning.
