@@ -8,6 +8,7 @@ vlm-lora cache --clear
 import argparse
 import time
 
+from vlm_lora.cli.console import size
 from vlm_lora.config import DEFAULT_CACHE_GB
 from vlm_lora.errors import ConfigError
 
@@ -26,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     if options.limit is not None:
         evict(folder, int(options.limit * 1e9))
     use = cache_use(folder)
-    print(f"{folder / 'features'}: {use.entries:,} images, {use.num_bytes / 1e9:,.3f} GB", end="")
+    print(f"{folder / 'features'}: {use.entries:,} images, {size(use.num_bytes)}", end="")
     since = f", last used since {time.strftime('%Y-%m-%d %H:%M', time.localtime(use.oldest))}" if use.oldest else ""
     print(f"{since}. A run lets it grow to {DEFAULT_CACHE_GB:,.0f} GB, or to its --cache-gb.")
     if options.clear:

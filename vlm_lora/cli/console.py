@@ -6,6 +6,14 @@ import sys
 import time
 
 
+def size(num_bytes: float) -> str:
+    """In the unit a person would take: "812 kB", "3.2 MB", "14.0 GB"."""
+    for unit, one in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= one:
+            return f"{num_bytes / one:,.1f} {unit}"
+    return f"{num_bytes / 1e3:,.0f} kB"
+
+
 def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -135,17 +143,17 @@ class TrainReport:
         self.progress.count("Examples in tokens:", done, total)
 
     def survey(self, survey, folder, seen_once) -> None:
-        size = f"{survey.images:,} images, {survey.num_bytes / 1e9:,.2f} GB"
+        images = f"{survey.images:,} images, {size(survey.num_bytes)}"
         if folder is None:
-            say(f"Vision tower: {size} of features, kept in memory only.")
+            say(f"Vision tower: {images} of features, kept in memory only.")
         elif seen_once:
-            say(f"Vision tower: each image is seen once, so that its features ({size}) are not kept.")
+            say(f"Vision tower: each image is seen once, so that its features ({images}) are not kept.")
         else:
-            say(f"Feature cache: {size} on disk in {folder}; {survey.missing:,} images are still to be computed.")
+            say(f"Feature cache: {images} on disk in {folder}; {survey.missing:,} images are still to be computed.")
             if survey.missing_bytes > survey.room:
                 say(
-                    f"  There is room for {survey.room / 1e9:,.2f} of {survey.missing_bytes / 1e9:,.2f} GB; the other "
-                    "images go through the tower each time. --cache-gb or a larger disk ($VLM_LORA_CACHE) saves that."
+                    f"  There is room for {size(survey.room)} of {size(survey.missing_bytes)}; the other images go "
+                    "through the tower each time. --cache-gb or a larger disk ($VLM_LORA_CACHE) saves that."
                 )
 
     def cache(self, done, total) -> None:
@@ -162,7 +170,8 @@ class TrainReport:
                 say("The others wait for it. A larger --batch-size spreads more evenly.")
 
     def step(self, step, num_steps, loss, lr, answers_per_second, seconds_left, **_) -> None:
-        text = f"step {step:,}/{num_steps:,}  loss {loss:.4f}  lr {lr:.1e}  {answers_per_second:,.0f} answers/s"
+        rate = f"{answers_per_second:,.0f}" if answers_per_second >= 10 else f"{answers_per_second:.2g}"
+        text = f"step {step:,}/{num_steps:,}  loss {loss:.4f}  lr {lr:.1e}  {rate} answers/s"
         self.progress.show(f"{text}  {duration(seconds_left)} left", last=step == num_steps)
 
     def held_out(self, step, loss) -> None:

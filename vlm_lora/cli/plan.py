@@ -10,7 +10,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from vlm_lora.cli.console import Progress, duration
+from vlm_lora.cli.console import Progress, duration, size
 from vlm_lora.cli.train import add_knobs, config_of
 from vlm_lora.errors import ConfigError
 
@@ -74,10 +74,10 @@ def run(options: argparse.Namespace) -> int:
         print(f"disk:       no features are kept ({'LoRA is in the tower' if config.cache else '--no-cache'}){again}")
     else:
         others = "each other image is seen once" if plan.seen_once else f"{plan.images:,} to learn from"
-        print(f"disk:       {cost.features / gb:,.3f} GB of features, computed once and kept: ", end="")
+        print(f"disk:       {size(cost.features)} of features, computed once and kept: ", end="")
         print(f"{plan.held_out:,} held-out images; {others}")
         if plan.room < cost.features:
-            room = f"room for {plan.room / gb:,.3f} GB of it"
+            room = f"room for {size(plan.room)} of it"
             print(f"            {room} (--cache-gb {config.cache_gb:g}, free disk); of the rest, {in_memory}")
         if plan.cached:
             print(f"            {plan.cached:,} images are in the cache: those of this run spare it the tower ", end="")
