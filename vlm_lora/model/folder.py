@@ -123,7 +123,7 @@ def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> dict
         raise ModelError(
             f"--model {name}: its model_type is {config.get('model_type')!r}; supported are {', '.join(FAMILIES)}."
         )
-    if any("quantization_config" in place for place in (config, config.get("text_config") or {})):
+    if any(place.get("quantization_config") for place in (config, config.get("text_config") or {})):
         raise ModelError(
             f"--model {name}: is quantised already. Give the plain checkpoint; --method qlora keeps it in four bits."
         )
