@@ -23,6 +23,10 @@ from vlm_lora.demo import launch  # noqa: E402
 
 HTML = "<img src=x onerror=alert(1)>${alert(1)}"
 SLOW = 180_000  # milliseconds; two cores may be busy
+LATE = """(() => { const fetch = window.fetch; window.fetch = async (...asked) => {
+    if (/queue.join/.test(asked[0])) await new Promise(done => setTimeout(done, 400));
+    return fetch(...asked); }; })()"""
+BUSY = pytest.mark.parametrize("busy", ["", LATE], ids=["at once", "late"])
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +162,10 @@ def asked(monkeypatch):
     return requests
 
 
-def test_a_new_question_ends_the_answer_before(open_page, pictures, asked):
+@BUSY
+def test_a_new_question_ends_the_answer_before(open_page, pictures, asked, busy):
     page = open_page()
+    page.evaluate(busy)
     upload(page, pictures[0])
     question = page.get_by_role("textbox", name="Question")
     question.fill("Long")
@@ -211,8 +217,11 @@ def no_longer_grows(page) -> bool:
     return False
 
 
-def test_stop_ends_all_that_was_asked(open_page, pictures, asked):
+@BUSY
+def test_stop_ends_all_that_was_asked(open_page, pictures, asked, busy):
+    """Also where a busy page sends a request long after it was asked for one."""
     page = open_page()
+    page.evaluate(busy)
     upload(page, pictures[0])
     question, stop = page.get_by_role("textbox", name="Question"), page.get_by_role("button", name="Stop").first
     for wait in (0, 100, 1000):

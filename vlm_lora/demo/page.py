@@ -38,13 +38,21 @@ STYLE = """
 
 # Gradio's names for screen readers are thin: a thumbnail's is its number, a box with a copy button has none.
 # And nothing says when a request has its number and so can be cancelled, nor when one that was cancelled is over
-# in the page: see `_ended` of the tabs.
+# in the page: see `_ended` of the tabs. A request counts from the moment it is asked for; a busy page sends it later.
 SCRIPT = """() => {
 const fetch = window.fetch;
 window.unsettled = 0;
+window.coming = () => {
+  const sent = () => { if (window.sent === sent) { window.sent = null; window.unsettled--; } };
+  window.sent?.();
+  window.sent = sent;
+  window.unsettled++;
+  setTimeout(sent, 5000);  // one that gradio does not send at all
+};
 window.fetch = async (...asked) => {
   const begins = /\\/queue\\/join(\\?|$)/.test(asked[0]), counts = begins || /\\/(cancel|reset)(\\?|$)/.test(asked[0]);
   window.unsettled += counts;
+  if (begins) window.sent?.();
   try {
     const answer = await fetch(...asked);
     if (begins) await answer.clone().text();  // it holds the number by which a request is cancelled

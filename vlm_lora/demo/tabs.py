@@ -101,7 +101,9 @@ def one_picture_tab(desk: Desk) -> Tab:
                 else:
                     yield texts
 
-    begin = gr.on([go.click, prompt.submit], None, None, [base, tuned], js=_ended("picture", "['', '']"), **QUIETLY)
+    begin = gr.on(
+        [go.click, prompt.submit], None, None, [base, tuned], js=_ended("picture", "['', '']", asks=True), **QUIETLY
+    )
     running = begin.success(
         caption,
         [image, prompt, *desk.numbers, desk.adapter],
@@ -193,7 +195,7 @@ def several_pictures_tab(desk: Desk) -> Tab:
                 wrong.append(str(error.message))
         yield rows, "\n".join([f"{len(rows)} of {len(images)} captioned.", *wrong])
 
-    running = go.click(None, js=_ended("several"), **QUIETLY).success(
+    running = go.click(None, js=_ended("several", asks=True), **QUIETLY).success(
         caption_all,
         [files, prompt, *desk.numbers, desk.adapter],
         [table, told],
@@ -281,12 +283,13 @@ def evaluation_tab(desk: Desk) -> Tab:
 # -- small parts ---------------------------------------------------------------------------------------------
 
 
-def _ended(tab: str, then: str = "given") -> str:
+def _ended(tab: str, then: str = "given", *, asks: bool = False) -> str:
     """JavaScript of an event that first ends what is running in the tab, and waits until that is over in the page too.
 
     Gradio drops a click while an answer is open in the page. It cancels in vain what the server has not numbered
     yet, and without waiting: what was on its way would still be shown. So no cancelling before, and nothing new
-    until, all is settled. Of several such events the last one goes on, with ``then`` as its values.
+    until, all is settled. Of several such events the last one goes on, with ``then`` as its values; whether it
+    ``asks`` for an answer then must be known, as that is not settled from here on.
     """
     return f"""async (...given) => {{
         const events = window.events ??= {{}}, mine = events.{tab} = (events.{tab} ?? 0) + 1;
@@ -297,6 +300,7 @@ def _ended(tab: str, then: str = "given") -> str:
         if (window.unsettled) await settled();
         document.getElementById('{tab}-end').click();
         await settled();
+        {"window.coming();" * asks}
         return {then};
     }}"""
 
