@@ -96,6 +96,13 @@ def upload(page, path: Path) -> None:
     page.locator("#picture img").wait_for(state="attached")
 
 
+def choose(page, files: list[Path]) -> None:
+    """Several pictures. A busy page may take notice of them after the next click, and then ends what that began."""
+    page.locator("#files input[type=file]").set_input_files(files)
+    expect(page.locator("#files").get_by_text(files[-1].stem)).to_be_visible(timeout=SLOW)
+    page.wait_for_function("window.events?.several")
+
+
 @pytest.fixture
 def says_html(monkeypatch):
     from vlm_lora import Captioner
@@ -187,8 +194,7 @@ def test_who_waits_sees_what_comes_first(open_page, pictures, asked):
     """Of requests of one tab gradio tells the place; one tab's and the other's share a model too."""
     several, single = open_page(), open_page()
     several.get_by_role("tab", name="Several").click()
-    several.locator("#files input[type=file]").set_input_files(pictures[:1])
-    expect(several.locator("#files").get_by_text(pictures[0].stem)).to_be_visible(timeout=SLOW)
+    choose(several, pictures[:1])
     told = several.get_by_label("How far it is")
     several.get_by_role("textbox", name="Question").locator("visible=true").fill("Long")
     several.get_by_role("button", name="Caption all").click()
@@ -336,8 +342,7 @@ def test_several_pictures_become_training_data(open_page, pictures, tmp_path, sa
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"nothing")
     page.get_by_role("tab", name="Several").click()
-    page.locator("#files input[type=file]").set_input_files([*pictures, bad])
-    expect(page.locator("#files").get_by_text("bad")).to_be_visible(timeout=SLOW)
+    choose(page, [*pictures, bad])
     page.get_by_role("button", name="Caption all").click()
     told = page.get_by_label("How far it is")
     expect(told).to_have_value(re.compile("^3 of 4 captioned.\n'bad.png' is not an image"), timeout=SLOW)
