@@ -160,7 +160,7 @@ def test_a_step_without_an_image_gives_the_projector_no_gradient(forks, command,
 
 
 def test_what_the_towers_inner_layers_show_reaches_layers_in_pieces(forks, command, checkpoints, tmp_path):
-    """Qwen3-VL's DeepStack is added behind layers that FSDP2 has just taken apart."""
+    """Qwen3-VL's DeepStack is added between layers that FSDP2 puts together and takes apart."""
     flags = [*command, "--model", checkpoints["qwen3_vl"], "--max-steps", 6]
     for name, count, env in (("one", 1, {}), ("pieces", 2, FSDP2)):
         ended = forks.run(count, *flags, "--output", tmp_path / name, env=env, sabotage=TEXT_ONLY)
