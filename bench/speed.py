@@ -1,6 +1,6 @@
 """Training speed and memory beside other tools: the same work, by turns, on one core of one machine.
 
-    python -m bench.speed                         the main table: a plain loop, TRL, vlm-lora (about 30 minutes)
+    python -m bench.speed                         the main table: a plain loop, ms-swift, vlm-lora (about 45 minutes)
     python -m bench.speed peers                   TRL, LLaMA-Factory and ms-swift, at one workload
     python -m bench.speed techniques growth       each technique by itself; cost over tokens and data size
     python -m bench.speed --table                 the record as Markdown
@@ -16,7 +16,7 @@ learns the line break behind each answer too: the same amount of work, other los
 "An epoch" is the time of an epoch's steps; for vlm-lora, from a full cache. "Whole training" is three epochs and all
 that stands before them once the model is loaded: reading, tokens, filling the cache. An epoch of the other tools is
 always the same work, so theirs is one measured epoch times three. Memory is the peak while training over what the
-loaded model takes; of LLaMA-Factory and ms-swift, which don't tell, only that of the whole process is known.
+loaded model takes; of LLaMA-Factory, which doesn't tell, only that of the whole process is known.
 The record goes to bench/results/speed.json, where a suite's runs take the place of its earlier ones; the last line of
 output is JSON: the summary of the main suite, and the medians of those that were run.
 """
@@ -49,7 +49,7 @@ TECHNIQUES = {
 SUITES = {
     # methods, [(what is said of an image, image tokens, answers an epoch)]
     "main": (
-        ["plain", "trl", COLD, OURS],
+        ["plain", "swift", COLD, OURS],
         [("1 caption", 256, 40), ("5 captions", 256, 40), ("10 questions", 256, 40)],
     ),
     "peers": (["plain", "trl", "llamafactory", "swift"], [("5 captions", 256, 20)]),

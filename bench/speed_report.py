@@ -34,6 +34,7 @@ def medians(record: dict, suite: str) -> dict[str, dict[str, dict]]:
         }
         if "peak_bytes" in runs[0]:
             row["peak"] = middle(lambda run: run["peak_bytes"] - run["base_bytes"])
+        if "cpu" in runs[0]:
             # By the processor's own clock, which other programs on the machine disturb less.
             row["cpu"] = middle(lambda run: run["cpu"])
             row["busy"] = min(run["cpu"] / (run["prepare"] + run["steps"][-1]) for run in runs)
@@ -51,7 +52,8 @@ def summary(record: dict) -> dict:
         ratios = {
             "epoch": min(row["epoch"] for row in others.values()) / methods[OURS]["epoch"],
             "whole": min(row["whole"] for row in others.values()) / methods[COLD]["whole"],
-            "memory": max(methods[OURS]["peak"], methods[COLD]["peak"]) / min(row["peak"] for row in others.values()),
+            "memory": max(methods[OURS]["peak"], methods[COLD]["peak"])
+            / min(row["peak"] for row in others.values() if "peak" in row),
         }
         row = {name: round(value, 3) for name, value in ratios.items()}
         wanted = TARGETS.get(workload.rpartition(",")[0])

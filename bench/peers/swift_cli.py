@@ -2,7 +2,7 @@
 
 Its data has its own form, its order is the rows' order, and its own schedule stands in for the job's learning rates.
 It takes the image placeholder's id to be that of the published checkpoints, and where it is another one it trains
-without the image's tokens, faster, and says nothing; `swift_ids.py` gives it the id and counts the tokens.
+without the image's tokens, faster, and says nothing; `swift_plugin.py` gives it the id and counts the tokens.
 """
 
 import json
@@ -29,7 +29,7 @@ def main() -> None:
         "model": job["model"],
         "model_type": "qwen2_vl",
         "template": "qwen2_vl",
-        "external_plugins": Path(__file__).with_name("swift_ids.py"),
+        "external_plugins": Path(__file__).with_name("swift_plugin.py"),
         "use_hf": "true",
         "attn_impl": "sdpa",
         "torch_dtype": "float32",
@@ -72,7 +72,10 @@ def main() -> None:
     command = [Path(sys.argv[2]) / "swift", "sft"]
     for name, value in settings.items():
         command += [f"--{name}", str(value)]
-    environment = os.environ | {"MAX_PIXELS": str(1024 * 28 * 28), "IMAGE_TOKENS": str(job["image_tokens"])}
+    memory = output / "memory.json"
+    environment = os.environ | {
+        "MAX_PIXELS": str(1024 * 28 * 28), "IMAGE_TOKENS": str(job["image_tokens"]), "MEMORY": str(memory),
+    }  # fmt: skip
     if code := subprocess.run(command, env=environment).returncode:
         sys.exit(code)
     (log,) = (output / "out").rglob("logging.jsonl")
@@ -81,6 +84,7 @@ def main() -> None:
         "prepare": 0.0,
         "steps": [next(line["train_runtime"] for line in lines if "train_runtime" in line)],
         "losses": [line["loss"] for line in lines if "loss" in line],
+        **json.loads(memory.read_text(encoding="utf-8")),
     }
     Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
 

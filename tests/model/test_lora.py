@@ -11,11 +11,16 @@ from vlm_lora.model.adapters.lora import attach_lora
 from vlm_lora.model.backbone import load_backbone
 
 
-@pytest.fixture(scope="module")
-def layer(checkpoints):
+@pytest.fixture(scope="module", params=[0.0, 0.3], ids=["no dropout", "dropout"])
+def backbone(checkpoints, request):
     backbone = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32")
-    attach_lora(backbone, rank=4, alpha=7, dropout=0.3, seed=1, prompt="Describe this image.")
-    layer = backbone.language_model.layers[0].mlp.gate_proj
+    attach_lora(backbone, rank=4, alpha=7, dropout=request.param, seed=1, prompt="Describe this image.")
+    return backbone
+
+
+@pytest.fixture(params=["mlp.gate_proj", "self_attn.k_proj"])  # without and with a bias
+def layer(backbone, request):
+    layer = backbone.language_model.layers[0].get_submodule(request.param)
     torch.nn.init.normal_(layer.lora_B["default"].weight)
     return layer.train()
 
@@ -48,6 +53,12 @@ def test_plain_lora_is_pefts(layer, base, lora, tolerance):
     layer.scaling["default"] *= 1.1  # negative control
     assert not torch.allclose(outcome(layer, layer)[0], theirs[0], rtol=1e-2)
     layer.scaling["default"] /= 1.1
+
+
+def test_an_input_that_wants_no_gradient_gets_none(layer):
+    layer.base_layer.to(torch.float32)
+    layer(torch.randn(2, 3, layer.in_features)).sum().backward()
+    assert all(layer_of["default"].weight.grad.norm() > 0 for layer_of in (layer.lora_A, layer.lora_B))
 
 
 def test_switched_off_it_is_the_base(layer):

@@ -106,10 +106,10 @@ def lines(run: Path) -> list[dict]:
 
 
 def difference(run: Path, other: Path) -> float:
-    """The largest difference of two runs' adapters, over the size of their tensors."""
+    """The largest difference of two runs' tensors, over their size."""
     one, two = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (run, other))
     assert one.keys() == two.keys()
-    return max(float((one[name] - two[name]).abs().max() / two[name].abs().max()) for name in one)
+    return max(float((one[name] - two[name]).norm() / two[name].norm()) for name in one)
 
 
 def assert_same_run(run: Path, alone: Path) -> None:
@@ -121,7 +121,7 @@ def assert_same_run(run: Path, alone: Path) -> None:
     for name in ("loss", "held_out_loss", "grad_norm"):
         ours, theirs = ([x[name] for x in several if name in x] for several in (here, there))
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-5)
-    assert difference(run, alone) < 2e-3
+    assert difference(run, alone) < 5e-4
 
 
 @pytest.mark.parametrize(("count", "env"), [(2, {}), (4, {}), (2, FSDP2), (4, FSDP2)], ids=str)
@@ -382,7 +382,8 @@ def recipe(program: str, module: str, data: str, *flags: str, **changes: str) ->
 @pytest.mark.slow
 def test_the_recipes_lines_run_and_one_killed_process_ends_the_run(forks, command, tmp_path):
     """Killed on one of two machines, which are this one; gone on with to the end under accelerate, sharded."""
-    changes = "--save-every 10 --max-steps 30 --epochs 100"
+    # At the other tests' 1e-2, rounding grows over 30 steps in some tensors: AdamW divides gradients by their own size.
+    changes = "--save-every 10 --max-steps 30 --epochs 100 --lr 1e-3"
     flags = [*command[2:], *changes.split(), "--output", str(tmp_path / "run")]
     settings = {"cwd": ROOT, "text": True, "env": os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}}
     with socket.socket() as probe:

@@ -189,20 +189,17 @@ class CostModel:
 
         In each layer: the input of both norms and their scale in float32; queries, keys, values (as they are, and
         repeated for all heads), the attention's output and its sums; where queries and keys have norms too, both before
-        them, in float32, and behind them; three or four tensors of the MLP; and each LoRA's input, in float32, which in
-        float32 three of them share and two of them share.
+        them, in float32; three or four tensors of the MLP; and each LoRA's input, which three of them
+        share and two of them share, unless each has its own, in float32, as with dropout.
         """
         s, wide = self.shapes, self.shapes.heads * self.shapes.head_dim
         once = 2 * s.kv_heads * s.head_dim
         token = 4 * (2 * s.hidden + 2 + s.heads) + self.bytes * (4 * wide + once + 3 * s.intermediate)
         if s.query_norms:
-            token += (4 + self.bytes) * (wide + once // 2) + 4 * (s.heads + s.kv_heads)
+            token += 4 * (wide + once // 2) + 4 * (s.heads + s.kv_heads)
         if self.language_lora:
-            inputs = 5 * s.hidden + wide + s.intermediate
-            dropout = self.config.dropout > 0  # an input and a mask each; the CPU's masks are float32
-            shared = self.bytes == 4 and not dropout
-            kept = 2 * s.hidden + wide + s.intermediate if shared else inputs
-            token += 4 * kept + 4 * dropout * inputs + 4 * 7 * self.rank
+            own, shared = 5 * s.hidden + wide + s.intermediate, 2 * s.hidden + wide + s.intermediate
+            token += self._lora_inputs(own, shared) + 4 * 7 * self.rank + self._dora(self.language_lora) / s.layers
         if self.config.method == "adapter":
             token += 2 * 4 * (s.hidden + 3 * self.config.bottleneck)
         mask = shape.rows * (shape.width - shape.prefix) * shape.width * (1 + self.bytes)
@@ -212,12 +209,33 @@ class CostModel:
         # While a layer's gradients are computed, its MLP's stand beside what was kept.
         behind = shape.rows * shape.width * 3 * s.intermediate * self.bytes
         outside = 4 * s.hidden + 2 * self.bytes * s.head_dim  # the last norm; rotary angles
-        merger = 3 * 4 * sum(shape.patches) * s.feature_width
+        merger = (self.bytes + self._lora_inputs(2, 2)) * s.feature_width + self._dora(self.merger_lora) / 4
         layers = s.layers * token
         if self.config.gradient_checkpointing:  # each layer's input, and all of the one that is computed again
             layers = s.layers * self.bytes * s.hidden + token
-        tower = self._tower_bytes() * sum(shape.patches)
-        return int((layers + outside) * shape.rows * shape.width + tower + merger + mask + max(head, behind))
+        seeing = (self._tower_bytes() + merger) * sum(shape.patches)
+        tokens = (layers + outside) * shape.rows * shape.width
+        return int(tokens + seeing + mask + self._dora_weights() + max(head, behind))
+
+    def _lora_inputs(self, own: int, shared: int) -> int:
+        """The bytes of LoRA's inputs: so many numbers where each LoRA has its own, and so many where some share one."""
+        if self.config.dropout > 0:
+            return 2 * 4 * own  # with a mask each; the CPU's are float32
+        if self.config.variant == "dora" and self.bytes < 4:  # PEFT's: converted in each
+            return 4 * own
+        return self.bytes * shared
+
+    def _dora(self, linears: Sequence[tuple[int, int]]) -> int:
+        """The bytes of what DoRA, as PEFT computes it, keeps of a token: its own output, in float32, and the base's."""
+        if self.config.variant != "dora":
+            return 0
+        return (8 if self.config.dropout > 0 else 4 + self.bytes) * sum(o for _, o in linears)
+
+    def _dora_weights(self) -> int:
+        """With dropout, DoRA computes the base's output again from a float32 copy of its weights, which are kept."""
+        if self.config.variant != "dora" or not self.config.dropout or self.bytes == 4:
+            return 0
+        return 4 * _multiply_adds((*self.language_lora, *self.merger_lora, *self.tower_lora))
 
     def _tower_bytes(self) -> float:
         """What a patch keeps where LoRA sits in the tower.
@@ -227,13 +245,14 @@ class CostModel:
         """
         if not self.tower_lora:
             return 0
-        s, dropout = self.shapes, self.config.dropout > 0
+        s = self.shapes
         layer = self.tower_lora[: len(self.tower_lora) // len(s.tower_windows)]
         gated, inputs = len(layer) == 5, sum(i for i, _ in layer)
-        shared = gated and self.bytes == 4 and not dropout  # the gate's input and that of the linear beside it
         token = self.bytes * (6 * s.tower_width + (2 + gated) * layer[-1][0])
         token += 2 * s.tower_width * (4 if gated else self.bytes)  # RMSNorm keeps float32
-        token += 4 * (inputs - shared * s.tower_width + dropout * inputs + len(layer) * self.rank)
+        # Shared is the gate's input, with the linear beside it.
+        token += self._lora_inputs(inputs, inputs - gated * s.tower_width) + 4 * len(layer) * self.rank
+        token += self._dora(layer)
         return len(s.tower_windows) * token
 
 
