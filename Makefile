@@ -10,7 +10,7 @@ help:
 	@echo "make install      make .venv with vlm-lora in it"
 	@echo "make test         install, run the tests"
 	@echo "make easy-vqa     install, train and score on the whole of easy-VQA (12 minutes)"
-	@echo "make bench        install, training speed and memory beside a plain loop and TRL (40 minutes, 6 GB)"
+	@echo "make bench        install, training speed and memory beside a plain loop and ms-swift (45 minutes, 6 GB)"
 	@echo "make lint         install, check style"
 
 install: $(VENV)/.installed

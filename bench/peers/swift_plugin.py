@@ -11,7 +11,7 @@ from swift.template.templates.qwen import Qwen2VLTemplate
 from transformers import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from meter import read_weights, resident  # noqa: E402
+from meter import read_weights, resident
 
 encode, train = Qwen2VLTemplate._encode, Trainer._inner_training_loop
 

@@ -108,7 +108,9 @@ def test_operations_are_those_that_torch_counts(checkpoints, photo_folder, tmp_p
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("variant", ["plain", "dora"])
 @pytest.mark.parametrize("targets", ["language,projector", "vision,language,projector"])
-def test_activations_are_what_autograd_keeps(checkpoints, photo_folder, tmp_path, family, dtype, variant, dropout, targets):
+def test_activations_are_what_autograd_keeps(
+    checkpoints, photo_folder, tmp_path, family, dtype, variant, dropout, targets
+):
     settings, backbone, _, features, lessons, _ = prepared(
         checkpoints, photo_folder, tmp_path, family, dtype=dtype, targets=targets, variant=variant, dropout=dropout
     )
