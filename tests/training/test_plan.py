@@ -52,7 +52,7 @@ FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 def prepared(checkpoints, photo_folder, tmp_path, family="qwen2_vl", **changes):
     settings = config(checkpoints, photo_folder, tmp_path / "run", **{"model": str(checkpoints[family])} | changes)
     settings = settings.on("cpu")
-    backbone = load_backbone(settings.model, dtype=settings.dtype)
+    backbone = load_backbone(settings.model, dtype=settings.dtype, quantise=settings.method == "qlora")
     adapter = attach_adapter(backbone, settings)
     if settings.gradient_checkpointing:
         backbone.checkpoint_layers()
@@ -103,17 +103,9 @@ def test_operations_are_those_that_torch_counts(checkpoints, photo_folder, tmp_p
     assert off(through_tower + cost.step_operations(more), steps.get_total_flops()) > 0.1
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("variant", ["plain", "dora"])
-@pytest.mark.parametrize("targets", ["language,projector", "vision,language,projector"])
-def test_activations_are_what_autograd_keeps(
-    checkpoints, photo_folder, tmp_path, family, dtype, variant, dropout, targets
-):
-    settings, backbone, _, features, lessons, _ = prepared(
-        checkpoints, photo_folder, tmp_path, family, dtype=dtype, targets=targets, variant=variant, dropout=dropout
-    )
+def predicted_and_kept(checkpoints, photo_folder, tmp_path, family, **changes) -> tuple[float, int]:
+    """Bytes of activations, by the plan and by autograd, behind the forward pass of a step."""
+    settings, backbone, _, features, lessons, _ = prepared(checkpoints, photo_folder, tmp_path, family, **changes)
     (fetched,) = fetch_batches(backbone, features, lessons, 4096)
     batch = place(backbone, features, fetched)
     kept: dict[int, int] = {}
@@ -132,8 +124,32 @@ def test_activations_are_what_autograd_keeps(
     layers = replace(shape, labels=0)
     passing = shape.rows * shape.width * 3 * cost.shapes.intermediate * cost.bytes
     passing += shape.rows * (shape.width - shape.prefix) * shape.width
-    predicted = cost.activation_bytes(layers) - passing + 4 * shape.labels * cost.shapes.vocabulary
-    assert off(predicted, real) < 0.03
+    return cost.activation_bytes(layers) - passing + 4 * shape.labels * cost.shapes.vocabulary, real
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("variant", ["plain", "dora"])
+@pytest.mark.parametrize("targets", ["language,projector", "vision,language,projector"])
+def test_activations_are_what_autograd_keeps(
+    checkpoints, photo_folder, tmp_path, family, dtype, variant, dropout, targets
+):
+    changes = {"dtype": dtype, "targets": targets, "variant": variant, "dropout": dropout}
+    assert off(*predicted_and_kept(checkpoints, photo_folder, tmp_path, family, **changes)) < 0.03
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_projector_that_is_not_trained_keeps_nothing(checkpoints, photo_folder, tmp_path, family):
+    changes = {"targets": "language", "dropout": 0.0}
+    assert off(*predicted_and_kept(checkpoints, photo_folder, tmp_path, family, **changes)) < 0.03
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dora_with_dropout_keeps_weights_unpacked_from_four_bits(checkpoints, photo_folder, tmp_path, dtype):
+    pytest.importorskip("bitsandbytes")
+    changes = {"method": "qlora", "variant": "dora", "dropout": 0.1, "dtype": dtype}
+    assert off(*predicted_and_kept(checkpoints, photo_folder, tmp_path, "qwen2_vl", **changes)) < 0.03
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].get("method") != "qlora"])

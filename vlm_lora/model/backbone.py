@@ -251,8 +251,8 @@ class Backbone(Preprocessor):
             past_key_values = _read_only(cache) if past_key_values is None else past_key_values
         if attention_mask.ndim == 4:
             # What SDPA makes of a boolean mask, anew in each layer, and keeps for each layer's backward pass.
-            nowhere = ~attention_mask
-            attention_mask = torch.zeros_like(nowhere, dtype=self.dtype).masked_fill_(nowhere, float("-inf"))
+            added = torch.zeros_like(attention_mask, dtype=self.dtype)
+            attention_mask = added.masked_fill_(~attention_mask, float("-inf"))
         return self.language_model(
             inputs_embeds=vectors,
             attention_mask=attention_mask,

@@ -209,7 +209,11 @@ class CostModel:
         # While a layer's gradients are computed, its MLP's stand beside what was kept.
         behind = shape.rows * shape.width * 3 * s.intermediate * self.bytes
         outside = 4 * s.hidden + 2 * self.bytes * s.head_dim  # the last norm; rotary angles
-        merger = (self.bytes + self._lora_inputs(2, 2)) * s.feature_width + self._dora(self.merger_lora) / 4
+        merger = 0
+        if self.merger_lora or self.tower_lora:  # through it goes a gradient
+            merger += self.bytes * s.feature_width
+        if self.merger_lora:
+            merger += self._lora_inputs(2, 2) * s.feature_width + self._dora(self.merger_lora) / 4
         layers = s.layers * token
         if self.config.gradient_checkpointing:  # each layer's input, and all of the one that is computed again
             layers = s.layers * self.bytes * s.hidden + token
@@ -232,10 +236,15 @@ class CostModel:
         return (8 if self.config.dropout > 0 else 4 + self.bytes) * sum(o for _, o in linears)
 
     def _dora_weights(self) -> int:
-        """With dropout, DoRA computes the base's output again from a float32 copy of its weights, which are kept."""
-        if self.config.variant != "dora" or not self.config.dropout or self.bytes == 4:
+        """With dropout, DoRA computes the base's output again from a float32 copy of its weights, which is kept."""
+        if self.config.variant != "dora" or self.config.dropout == 0:
             return 0
-        return 4 * _multiply_adds((*self.language_lora, *self.merger_lora, *self.tower_lora))
+        language = _multiply_adds(self.language_lora)
+        if self.config.gradient_checkpointing:  # a layer's at a time
+            language //= self.shapes.layers
+        if self.bytes == 4:  # then the weights themselves are what is kept, but those in four bits
+            return 4 * language if self.config.method == "qlora" else 0
+        return 4 * (language + _multiply_adds((*self.merger_lora, *self.tower_lora)))
 
     def _tower_bytes(self) -> float:
         """What a patch keeps where LoRA sits in the tower.
