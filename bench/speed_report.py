@@ -62,7 +62,7 @@ def summary(record: dict) -> dict:
             row["targets"] = dict(zip(ratios, wanted, strict=True))
             row["met"] = dict(zip(ratios, good, strict=True))
         model = record["predicted"].get(workload)
-        if model:  # of what the operation count promises, the part that was measured
+        if model:  # of what the operation count promises against the plain loop, what was measured against the best
             row["of_model"] = {name: round(ratios[name] / promised, 2) for name, promised in model.items()}
         row["least_busy"] = round(min(row["busy"] for row in methods.values() if "busy" in row), 2)
         found[workload] = row

@@ -22,8 +22,7 @@ class Meter:
     def begin(self) -> None:
         """Everything is loaded; from here on the time counts as training."""
         self.startup = time.time() - self.job["spawned"]
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        self.base = resident("VmRSS")
+        self.base = start_peak()
         self.clock, self.cpu = time.perf_counter(), time.process_time()
 
     def steps_begin(self) -> None:
@@ -52,6 +51,12 @@ def read_weights(model) -> None:
     """Have the weights in main memory. Loading only maps the file, and they would be counted to the first step."""
     for parameter in model.parameters():
         parameter.detach().sum()
+
+
+def start_peak() -> int:
+    """Have the highest memory of this process, ``VmHWM``, count from here on; the bytes that it has now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
 
 
 def resident(field: str) -> int:

@@ -11,7 +11,7 @@ from swift.template.templates.qwen import Qwen2VLTemplate
 from transformers import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from meter import read_weights, resident
+from meter import read_weights, resident, start_peak
 
 encode, train = Qwen2VLTemplate._encode, Trainer._inner_training_loop
 
@@ -29,8 +29,7 @@ def checked(self, inputs):
 
 def measured(self, *args, **kwargs):
     read_weights(self.model)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    base = resident("VmRSS")
+    base = start_peak()
     result = train(self, *args, **kwargs)
     memory = {"base_bytes": base, "peak_bytes": resident("VmHWM")}
     Path(os.environ["MEMORY"]).write_text(json.dumps(memory), encoding="utf-8")

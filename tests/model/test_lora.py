@@ -58,7 +58,7 @@ def test_plain_lora_is_pefts(layer, base, lora, tolerance):
 def test_it_learns_from_an_input_that_wants_no_gradient(layer):
     layer.base_layer.to(torch.float32)
     layer(torch.randn(2, 3, layer.in_features)).sum().backward()
-    assert all(layer_of["default"].weight.grad.norm() > 0 for layer_of in (layer.lora_A, layer.lora_B))
+    assert all(lora["default"].weight.grad.norm() > 0 for lora in (layer.lora_A, layer.lora_B))
 
 
 def test_switched_off_it_is_the_base(layer):

@@ -6,7 +6,8 @@ Run: pytest tests/training/test_plan.py
 import json
 import random
 import statistics
-from dataclasses import replace
+import weakref
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -103,19 +104,29 @@ def test_operations_are_those_that_torch_counts(checkpoints, photo_folder, tmp_p
     assert off(through_tower + cost.step_operations(more), steps.get_total_flops()) > 0.1
 
 
-def predicted_and_kept(checkpoints, photo_folder, tmp_path, family, **changes) -> tuple[float, int]:
-    """Bytes of activations, by the plan and by autograd, behind the forward pass of a step."""
+@dataclass(eq=False)
+class Saved:
+    """What autograd keeps, where it can be seen whether it still does."""
+
+    tensor: torch.Tensor
+
+
+def predicted_and_kept(checkpoints, photo_folder, tmp_path, family, examples=None, **changes) -> tuple[float, int]:
+    """Bytes of activations, by the plan and by autograd, behind the forward pass of a step of so many ``examples``."""
     settings, backbone, _, features, lessons, _ = prepared(checkpoints, photo_folder, tmp_path, family, **changes)
-    (fetched,) = fetch_batches(backbone, features, lessons, 4096)
+    (fetched,) = fetch_batches(backbone, features, lessons[:examples], 4096)
     batch = place(backbone, features, fetched)
-    kept: dict[int, int] = {}
+    held = weakref.WeakSet()  # without what nothing holds any more: DoRA makes a graph that leads nowhere
 
     def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        held.add(saved := Saved(tensor))
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss_sum(backbone, batch)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
+        loss = loss_sum(backbone, batch)
+    storages = [saved.tensor.untyped_storage() for saved in held]
+    kept = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    assert loss.requires_grad  # and so holds all of them
     weights = {p.untyped_storage().data_ptr() for p in backbone.model.parameters()}
     real = sum(size for pointer, size in kept.items() if pointer not in weights)
     cost = CostModel(load_shapes(settings.model), settings, backbone.dtype)
@@ -148,7 +159,7 @@ def test_a_projector_that_is_not_trained_keeps_nothing(checkpoints, photo_folder
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dora_with_dropout_keeps_weights_unpacked_from_four_bits(checkpoints, photo_folder, tmp_path, dtype):
     pytest.importorskip("bitsandbytes")
-    changes = {"method": "qlora", "variant": "dora", "dropout": 0.1, "dtype": dtype}
+    changes = {"method": "qlora", "variant": "dora", "dropout": 0.1, "dtype": dtype, "examples": 1}  # so they weigh
     assert off(*predicted_and_kept(checkpoints, photo_folder, tmp_path, "qwen2_vl", **changes)) < 0.03
 
 

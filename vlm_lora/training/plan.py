@@ -189,8 +189,8 @@ class CostModel:
 
         In each layer: the input of both norms and their scale in float32; queries, keys, values (as they are, and
         repeated for all heads), the attention's output and its sums; where queries and keys have norms too, both before
-        them, in float32; three or four tensors of the MLP; and each LoRA's input, which three of them
-        share and two of them share, unless each has its own, in float32, as with dropout.
+        them, in float32; three or four tensors of the MLP; and each LoRA's input, which three of them share and two of
+        them share, unless each has its own, in float32, as with dropout.
         """
         s, wide = self.shapes, self.shapes.heads * self.shapes.head_dim
         once = 2 * s.kv_heads * s.head_dim
@@ -222,7 +222,7 @@ class CostModel:
         return int(tokens + seeing + mask + self._dora_weights() + max(head, behind))
 
     def _lora_inputs(self, own: int, shared: int) -> int:
-        """The bytes of LoRA's inputs: so many numbers where each LoRA has its own, and so many where some share one."""
+        """The bytes of LoRA's inputs: ``own`` numbers if each LoRA keeps its own, ``shared`` if some keep one."""
         if self.config.dropout > 0:
             return 2 * 4 * own  # with a mask each; the CPU's are float32
         if self.config.variant == "dora" and self.bytes < 4:  # PEFT's: converted in each
@@ -244,7 +244,8 @@ class CostModel:
             language //= self.shapes.layers
         if self.bytes == 4:  # then the weights themselves are what is kept, but those in four bits
             return 4 * language if self.config.method == "qlora" else 0
-        return 4 * (language + _multiply_adds((*self.merger_lora, *self.tower_lora)))
+        merger = self.merger_lora if self.tower_lora else self.merger_lora[1::2]  # cached features get no gradient
+        return 4 * (language + _multiply_adds((*merger, *self.tower_lora)))
 
     def _tower_bytes(self) -> float:
         """What a patch keeps where LoRA sits in the tower.
