@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import picture
 from vlm_lora.data.readers import read_dataset, tables
 from vlm_lora.errors import DataError
 
@@ -462,3 +463,25 @@ def test_a_file_with_a_colon_in_its_name_is_no_url(pictures):
     assert [example.id for example in dataset.examples] == ["scan:1.png"]
     assert [bad.line for bad in dataset.bad] == [3, 4]
     assert all("is a URL, which is not fetched" in bad.reason for bad in dataset.bad)
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, "0"])
+@pytest.mark.parametrize("field", ["answer", "answers", "response", "multiple_choice_answer"])
+def test_a_count_of_zero_is_an_answer(tmp_path, field, zero):
+    picture(0).save(tmp_path / "a.png")
+    asked = {"image": "a.png", "question": "How many?"}
+    rows = [asked | {field: zero}, asked | {field: [zero, zero, 2]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = read(tmp_path)
+    answers = [d.turns[-1].assistant for e in dataset.examples for d in e.dialogues]
+    assert (answers, dataset.bad) == ([str(zero)] * 2, ())
+
+
+def test_zero_is_learnt_where_people_disagree(tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    asked = {"image": "a.png", "question": "How many?", "answers": [0, 1, 1]}
+    rows = [asked | {"answer": 0}, asked | {"multiple_choice_answer": 0}, asked]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = read(tmp_path)
+    answers = [d.turns[-1].assistant for e in dataset.examples for d in e.dialogues]
+    assert (answers, dataset.bad) == (["0", "0", "1"], ())

@@ -364,3 +364,17 @@ def test_folders_that_could_run_code_are_refused(checkpoints, tmp_path):
     assert not (tmp_path / "exploded").exists()
     pickle.loads((tmp_path / "adapter/adapter_model.bin").read_bytes())
     assert (tmp_path / "exploded").exists(), "the bomb is a dud, and shows nothing"
+
+
+@ONE_FAMILY
+def test_a_replaced_file_is_looked_at_again(captioner, tmp_path):
+    file = tmp_path / "f.png"
+    answers = []
+    for seed in (1, 2):
+        picture(seed, (64, 64)).save(file)
+        answers.append((captioner.answer(file, "Why?", decoding=SHORT), *captioner.stream(file, decoding=SHORT)))
+        (caption,) = captioner.caption([file], decoding=SHORT)
+        answers[-1] += (caption.text,)
+    again = Captioner(captioner.backbone, captioner.adapter, FeatureCache(captioner.backbone, None), DEFAULT_PROMPT)
+    assert answers[0] != answers[1]
+    assert answers[1][0] == again.answer(file, "Why?", decoding=SHORT)

@@ -37,9 +37,9 @@ def test_a_file_that_is_not_ours_stays(here, format, foreign):
     (here / "out").write_text(foreign)
     with pytest.raises(ConfigError, match=f"out:1: is not a line that `caption --format {format}` wrote"):
         rows(["a.png"], format)
+    with pytest.raises(ConfigError, match="this file stays as it is"):
+        rows(["a.png"], format, overwrite=True)
     assert (here / "out").read_text() == foreign
-    write(rows(["a.png"], format, overwrite=True), "a.png")
-    assert "only" not in (here / "out").read_text()
 
 
 @pytest.mark.parametrize("format", ["text", "jsonl", "metadata"])
@@ -60,6 +60,73 @@ def test_overwriting_one_image_keeps_the_rows_of_the_others(here):
     write(rows(["b.png"], overwrite=True), "b.png", text="anew")
     told = [json.loads(line) for line in (here / "out").read_text().splitlines()]
     assert told == [{"image": "a.png", "caption": "said"}, {"image": "b.png", "caption": "anew"}]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_row_of_a_person_stays_until_its_image_has_a_new_caption(here, overwrite):
+    own = [
+        {"file_name": "gone.png", "text": "not here today", "error": None},
+        {"file_name": "a.png", "text": "mine", "error": False},
+        {"file_name": "a.png", "text": "mine too", "error": "what a tool wrote"},
+        {"file_name": "damaged.png", "text": "all there is", "error": 0},
+    ]
+    file = here / "metadata.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in own))
+    sink = rows(["a.png", "b.png", "damaged.png"], "metadata", "metadata.jsonl", overwrite=overwrite)
+    if overwrite:
+        sink.write(Path("a.png"), ["anew"])
+    sink.write(Path("damaged.png"), None, "is damaged")
+    write(sink, "b.png")
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    replaced = [own[0], {"file_name": "a.png", "text": "anew"}, own[3]]
+    assert found == [*(replaced if overwrite else own), {"file_name": "b.png", "text": "said"}]
+
+
+def test_stopped_while_overwriting_the_rest_is_as_it_was(here):
+    names = ["a.png", "b.png", "c.png"]
+    write(rows(names), *names)
+    before = (here / "out").read_text().splitlines()
+    write(rows(names, overwrite=True), "a.png", text="anew")
+    assert (here / "out").read_text().splitlines() == ['{"image": "a.png", "caption": "anew"}', *before[1:]]
+
+
+def test_of_many_overwritten_none_is_missing_at_any_moment(here):
+    names = [f"{i}.png" for i in range(50)]
+    write(rows(names), *names)
+    sink = rows(names, overwrite=True)
+    for i, name in enumerate(names):
+        sink.write(Path(name), ["anew"])
+        lines = [json.loads(line) for line in (here / "out").read_text().splitlines()]
+        assert [line["image"] for line in lines] == names
+        assert lines[0]["caption"] == "anew"
+        assert all(line["caption"] == "said" for line in lines[i + 1 :])
+    sink.close()
+    assert (here / "out").read_text().count("anew") == 50
+
+
+def test_an_image_that_failed_is_tried_again_and_its_line_stays_until_then(here):
+    sink = rows(["a.png", "b.png"])
+    sink.write(Path("a.png"), None, "is damaged")
+    sink.write(Path("b.png"), None, "is damaged")
+    sink.close()
+    again = rows(["a.png"])
+    assert not again.has(Path("a.png"))
+    write(again, "a.png")
+    found = [json.loads(line) for line in (here / "out").read_text().splitlines()]
+    assert found == [{"image": "a.png", "caption": "said"}, {"image": "b.png", "error": "is damaged"}]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("format", ["text", "jsonl", "metadata"])
+def test_an_input_is_no_output(here, format, overwrite):
+    for name in ("a.png", "list"):
+        (here / name).write_text("")
+    (here / "linked.png").symlink_to("a.png")
+    for file in ("a.png", "linked.png", "list"):
+        with pytest.raises(ConfigError, match="is one of the inputs, and would be overwritten; name another file"):
+            rows(["b.png", "a.png"], format, file, overwrite=overwrite, inputs=[Path("list")])
+    with pytest.raises(ConfigError, match=r"^cat.txt would hold a caption, and is one of the inputs"):
+        Sidecars([Path("cat.jpg")], overwrite=overwrite, inputs=[Path("cat.txt")])
 
 
 def test_devices_and_folders_are_refused_and_links_are_followed(here):
@@ -158,5 +225,5 @@ def test_a_caption_file_that_cannot_be_written_is_that_image_alone(here, monkeyp
 
 def test_an_image_never_becomes_its_caption(here):
     for images in (["pic.txt"], ["pic.txt", "pic.png"]):
-        with pytest.raises(ConfigError, match=r"^pic.txt would hold a caption, and is an image to caption; rename it"):
+        with pytest.raises(ConfigError, match=r"^pic.txt would hold a caption, and is one of the inputs; rename it"):
             Sidecars([Path(name) for name in images], overwrite=True)

@@ -71,6 +71,32 @@ def test_the_size_is_told_before_the_tower_runs(checkpoints, images, tmp_path, m
     assert (again.images, again.missing, again.num_bytes) == (len(SIZES), 0, survey.num_bytes)
 
 
+def test_what_is_read_is_what_is_there_now(backbone, images, tmp_path):
+    for folder in (None, tmp_path):
+        cache = FeatureCache(backbone, folder)
+        before = cache.get(images[:1])
+        picture(77, SIZES[0]).save(images[0].path)
+        assert not equal(cache.get(images[:1]), before)
+        assert equal(cache.get(images[:1]), FeatureCache(backbone, None).get(images[:1]))
+        picture(0, SIZES[0]).save(images[0].path)
+        assert equal(cache.get(images[:1]), before)
+
+
+def test_a_file_that_changes_after_it_was_identified_poisons_nothing(backbone, images, tmp_path):
+    original = images[0].path.read_bytes()
+    cache = FeatureCache(backbone, tmp_path)
+    cache.grid(images[0])
+    picture(77, SIZES[0]).save(images[0].path)
+    for use in (cache.fetch, lambda refs: [cache.prepare(ref) for ref in refs]):
+        with pytest.raises(DataError, match=r"'0\.png' has changed since it was first read"):
+            use(images[:1])
+    cache.get(images[:1])
+    images[0].path.write_bytes(original)
+    wanted = FeatureCache(backbone, None).get(images[:1])
+    assert equal(FeatureCache(backbone, tmp_path).get(images[:1]), wanted)
+    assert equal(cache.compute(cache.fetch(images[:1])), wanted)
+
+
 def test_a_grid_is_the_one_of_the_features(backbone, images, tmp_path):
     cache = FeatureCache(backbone, tmp_path, write=False)
     for image, entry in zip(images, FeatureCache(backbone, None).get(images), strict=True):

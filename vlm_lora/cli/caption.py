@@ -53,7 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "can be trained on; sidecar: a .txt beside each image (default: text)",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to stdout")
-    parser.add_argument("--overwrite", action="store_true", help="caption anew what has a caption")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="caption anew what has a caption; the old one goes once the new one is there",
+    )
     parser.add_argument("--append", action="store_true", help="sidecar: add the caption as a line to the file's own")
     parser.add_argument("--dry-run", action="store_true", help="only list what would be captioned")
     parser.add_argument("--max-new-tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, metavar="N")
@@ -146,8 +150,9 @@ def _checked(options: argparse.Namespace, adapters: list[str]) -> int | None:
 
 
 def _sink(options: argparse.Namespace, adapters: list[str], paths: Sequence[Path]) -> Rows | Sidecars:
+    inputs = [options.list] if options.list else []
     if options.format == "sidecar":
-        return Sidecars(paths, overwrite=options.overwrite, append=options.append)
+        return Sidecars(paths, overwrite=options.overwrite, append=options.append, inputs=inputs)
     file = options.output
     if options.format == "metadata" and not file:
         folders = [Path(given) for given in options.paths if Path(given).is_dir()]
@@ -158,7 +163,8 @@ def _sink(options: argparse.Namespace, adapters: list[str], paths: Sequence[Path
     made_with |= {"--adapter": [os.path.realpath(a) if os.path.isdir(a) else a for a in adapters]}
     for name in ("prefix", "suffix", "max_new_tokens", "num_beams", "temperature", "top_p", "seed"):
         made_with[f"--{name.replace('_', '-')}"] = getattr(options, name)
-    return Rows(paths, options.format, file, made_with=made_with, adapters=adapters, overwrite=options.overwrite)
+    how = {"made_with": made_with, "adapters": adapters, "overwrite": options.overwrite, "inputs": inputs}
+    return Rows(paths, options.format, file, **how)
 
 
 def _captions(

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -21,7 +22,9 @@ NAME_KEY = {"jsonl": "image", "metadata": "file_name"}
 
 
 class Rows:
-    """A line an image, in a file that an interrupted run goes on with, or on stdout.
+    """A line an image, in a file that an interrupted run resumes, or on stdout.
+
+    A line that is in the file stays until a better one takes its place: a new caption of its image.
 
     Args:
         paths: the images that are to have a caption.
@@ -30,10 +33,11 @@ class Rows:
         made_with: what the captions depend on, kept beside the file: captions made with something else are not mixed
             into it.
         adapters: names of the captions of an image, if there are several.
-        overwrite: the rows of ``paths`` are written anew. Those of other images stay.
+        overwrite: images that have a caption in the file get a new one, in its place.
+        inputs: other files that are read, and so are not written to.
 
     Raises:
-        ConfigError: the file cannot be written, is not of this format, or was made with something else.
+        ConfigError: the file cannot be written, is an input, is not of this format, or was made with something else.
     """
 
     def __init__(
@@ -45,35 +49,27 @@ class Rows:
         made_with: dict[str, object],
         adapters: Sequence[str] = (),
         overwrite: bool = False,
+        inputs: Sequence[Path] = (),
     ):
         self.format, self.file, self.made_with, self.adapters = format, file, made_with, adapters
         self.holds_errors = format == "jsonl"
         self.stream: IO[str] | None = None
-        self.kept: list[tuple[str, str]] = []
-        if file and format == "metadata":
+        self.lines: dict[str, list[str]] = {}  # by the image's name; of one image a person may have written several
+        self.done: set[str] = set()  # names of the images that need no caption any more
+        self._replaced = False  # whether `lines` holds what the file does not
+        self._next_rewrite = 0.0
+        if file is None:
+            return
+        if format == "metadata":
             above = Path(os.path.abspath(file)).parent
             if outside := [p for p in paths if not Path(os.path.abspath(p)).is_relative_to(above)]:
                 raise ConfigError(f"{one_line(outside[0])} is not below {above}, where {file.name} goes.")
-        if file:
-            if not file.absolute().parent.is_dir():
-                raise ConfigError(f"--output {file}: there is no folder {file.parent}; make it first.")
-            if os.path.lexists(file) and not Path(os.path.realpath(file)).parent.is_dir():
-                raise ConfigError(f"--output {file}: links to {os.path.realpath(file)}, whose folder is not there.")
-            if file.exists() and not file.is_file():
-                raise ConfigError(
-                    f"--output {file}: is not a regular file; name one, or leave --output out to write to stdout."
-                )
-            names = {self._name(path) for path in paths}
-            try:
-                self.kept = self._lines(names)
-            except ConfigError:  # not ours: who says --overwrite replaces it
-                if not overwrite:
-                    raise
-            if overwrite:
-                self.kept = [row for row in self.kept if row[0] not in names]
-            elif self.kept:
-                self._refuse_to_mix()
-        self.done = {name for name, _ in self.kept}
+        _require_output(file, (*paths, *inputs))
+        self._read({self._name(path) for path in paths})
+        if overwrite:
+            self.done = set()
+        elif self.done:
+            self._refuse_to_mix()
 
     def has(self, path: Path) -> bool:
         return self.file is not None and self._name(path) in self.done
@@ -109,7 +105,16 @@ class Rows:
         try:
             # Opened for the first caption: where there never is one, an earlier file stays.
             self.stream = self.stream or self._open()
-            print(line if self.file else printable(line), file=self.stream, flush=True)
+            if not self.file:
+                print(printable(line), file=self.stream, flush=True)
+            elif (name := self._name(path)) in self.lines:
+                self.lines[name] = [line]
+                self._replaced = True
+                if time.monotonic() >= self._next_rewrite:
+                    self._rewrite()
+            else:
+                self.lines[name] = [line]
+                print(line, file=self.stream, flush=True)
         except BrokenPipeError:
             raise
         except OSError as failure:
@@ -118,6 +123,8 @@ class Rows:
 
     def close(self) -> None:
         if self.file and self.stream:
+            if self._replaced:
+                self._rewrite()
             self.stream.close()
 
     # -- inside --------------------------------------------------------------------------------------------------
@@ -128,44 +135,50 @@ class Rows:
             return Path(os.path.abspath(path)).relative_to(Path(os.path.abspath(self.file)).parent).as_posix()
         return str(path) if self.format == "jsonl" else one_line(path)
 
-    def _lines(self, names: set[str]) -> list[tuple[str, str]]:
-        """(image, line) of the captions in the file. A line cut off goes, and so do errors: they are tried again."""
+    def _read(self, names: set[str]) -> None:
+        """Fill ``lines`` and ``done`` from the file. Images of ``names`` that have an error there are tried again."""
         if not self.file.exists():
-            return []
-        kept = []
+            return
         try:
-            *whole, cut = self.file.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+            *ended, cut_off = self.file.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
         except OSError as error:
             raise ConfigError(f"--output {self.file}: cannot be read ({error.strerror}).") from error
-        for number, line in enumerate([*whole, cut], start=1):
+        for number, line in enumerate([*ended, cut_off], start=1):
             if not line.strip():
                 continue
-            last = number > len(whole)
+            last = number > len(ended)
             try:
-                if self.format == "text":
-                    name, tab, _ = line.partition("\t")
-                    if last and (name in names if tab else any(other.startswith(line) for other in names)):
-                        continue  # whole or not: nothing tells
-                    if not tab:
-                        raise ValueError("no tab")
-                    kept.append((name, line))
-                else:
-                    key = NAME_KEY[self.format]
-                    start = json.dumps({key: ""})[:-2]  # {"image": "
-                    if last and (line.startswith(start) or start.startswith(line)) and not _is_json(line):
-                        continue
-                    row = json.loads(line)
-                    name = row[key]
-                    if not isinstance(name, str):
-                        raise TypeError("no name")
-                    if "error" not in row:
-                        kept.append((name, line))
+                name, done = self._name_in(line, names, last)
             except (ValueError, TypeError, KeyError):
                 raise ConfigError(
-                    f"{self.file}:{number}: is not a line that `caption --format {self.format}` wrote, so nothing is "
-                    "added to this file. Give another --output, or --overwrite to replace it."
+                    f"{self.file}:{number}: is not a line that `caption --format {self.format}` wrote, so this file "
+                    "stays as it is. Give another --output."
                 ) from None
-        return kept
+            if name is not None:
+                self.lines.setdefault(name, []).append(line)
+                self.done |= {name} if done else set()
+
+    def _name_in(self, line: str, names: set[str], last: bool) -> tuple[str | None, bool]:
+        """The image that a line names and whether it has its caption; None for a line that a kill cut off.
+
+        Raises ValueError, TypeError or KeyError for a line that is not of this format.
+        """
+        if self.format == "text":
+            name, tab, _ = line.partition("\t")
+            if last and not tab and any(other.startswith(line) for other in names):
+                return None, False
+            if not tab:
+                raise ValueError("no tab")
+            return name, not (last and name in names)  # the last line may be cut off: nothing tells
+        key = NAME_KEY[self.format]
+        start = json.dumps({key: ""})[:-2]  # {"image": "
+        if last and (line.startswith(start) or start.startswith(line)) and not _is_json(line):
+            return None, False
+        row = json.loads(line)
+        if not isinstance(row[key], str):
+            raise TypeError("no name")
+        failed = self.holds_errors and row.keys() == {key, "error"}  # as `write` has it
+        return row[key], not failed
 
     @property
     def _beside(self) -> Path:
@@ -186,9 +199,22 @@ class Rows:
     def _open(self) -> IO[str]:
         if not self.file:
             return sys.stdout
-        replace_text(self.file, "".join(line + "\n" for _, line in self.kept))
+        replace_text(self.file, self._text())
         replace_text(self._beside, json.dumps(self.made_with) + "\n")
         return self.file.open("a", encoding="utf-8", errors="surrogateescape", newline="\n")
+
+    def _text(self) -> str:
+        return "".join(line + "\n" for lines in self.lines.values() for line in lines)
+
+    def _rewrite(self) -> None:
+        """Put the replaced lines into the file. It is written whole, so in a long one only every now and then: a kill
+        loses a few seconds of captions, and no line that was there before."""
+        started = time.monotonic()
+        self.stream.close()
+        replace_text(self.file, self._text())
+        self.stream = self.file.open("a", encoding="utf-8", errors="surrogateescape", newline="\n")
+        self._replaced = False
+        self._next_rewrite = time.monotonic() + max(1.0, 20 * (time.monotonic() - started))
 
     def _drop_what_is_left(self) -> None:
         """What could not be written would be tried again when the stream is closed, and fail there a second time."""
@@ -200,19 +226,21 @@ class Sidecars:
     """A caption file beside each image: .txt, or the .caption that is there already.
 
     Raises:
-        ConfigError: two images would share one caption file, or it is itself one of the images.
+        ConfigError: two images would share one caption file, or it is itself one of the images or other ``inputs``.
     """
 
     holds_errors = False
 
-    def __init__(self, paths: Sequence[Path], *, overwrite: bool = False, append: bool = False):
+    def __init__(
+        self, paths: Sequence[Path], *, overwrite: bool = False, append: bool = False, inputs: Sequence[Path] = ()
+    ):
         self.overwrite, self.append = overwrite, append
-        images = {os.path.realpath(path) for path in paths}
+        read = {os.path.realpath(path) for path in (*paths, *inputs)}
         of: dict[Path, Path] = {}
         for path in paths:
             file = self._file(path)
-            if os.path.realpath(file) in images:
-                raise ConfigError(f"{one_line(file)} would hold a caption, and is an image to caption; rename it.")
+            if os.path.realpath(file) in read:
+                raise ConfigError(f"{one_line(file)} would hold a caption, and is one of the inputs; rename it.")
             other = of.setdefault(file, path)
             if other != path:
                 raise ConfigError(f"{one_line(f'{other} and {path}')} would share one caption file, {file.name}.")
@@ -242,6 +270,20 @@ class Sidecars:
     def _file(self, path: Path) -> Path:
         other = path.with_suffix(".caption")
         return other if os.path.exists(other) else path.with_suffix(".txt")
+
+
+def _require_output(file: Path, inputs: Sequence[Path]) -> None:
+    """Raises ConfigError for a file that cannot be written to, or that is itself read."""
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"--output {file}: there is no folder {file.parent}; make it first.")
+    if os.path.lexists(file) and not Path(os.path.realpath(file)).parent.is_dir():
+        raise ConfigError(f"--output {file}: links to {os.path.realpath(file)}, whose folder is not there.")
+    if file.exists() and not file.is_file():
+        raise ConfigError(
+            f"--output {file}: is not a regular file; name one, or leave --output out to write to stdout."
+        )
+    if file.exists() and any(path.exists() and os.path.samefile(file, path) for path in inputs):
+        raise ConfigError(f"--output {file}: is one of the inputs, and would be overwritten; name another file.")
 
 
 class NotWritten(DataError):

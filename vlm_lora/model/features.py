@@ -139,18 +139,22 @@ class FeatureCache:
         self._lock = threading.Lock()
 
     def get(self, images: Sequence[ImageRef | Image.Image]) -> list[ImageFeatures]:
-        """Features of each image, in order; those not found are computed, one image at a time, and kept.
+        """Features of each image as its file is now, in order; those not found are computed and kept.
 
-        One at a time, so that an entry depends on its image alone and not on which others stood beside it.
+        One image at a time, so that an entry depends on its image alone and not on which others stood beside it.
         """
-        return self.compute(self.fetch(images))
+        return self.compute([self._fetch_as_it_is(image) for image in images])
 
     def fetch(self, images: Sequence[ImageRef | Image.Image]) -> list[ImageFeatures | Pixels]:
-        """The part of `get` that needs no model, for a thread beside the training: files read, images decoded."""
+        """Of each image, its features or its pixels for `compute`. Needs no model: for a thread beside the training.
+
+        Raises:
+            DataError: a file is not the one any more that `grid` or `prepare` saw, or it cannot be read.
+        """
         return [self._fetch(image) for image in images]
 
     def compute(self, fetched: Sequence[ImageFeatures | Pixels]) -> list[ImageFeatures]:
-        """The rest of `get`: whatever is still pixels goes through the tower."""
+        """The features of each; whatever is still pixels goes through the tower."""
         found = [self._compute(item) if isinstance(item, Pixels) else item for item in fetched]
         if self._parked and any(isinstance(item, Pixels) for item in fetched):
             self._park(all(item.name and self._is_there(item.name) for item in fetched if isinstance(item, Pixels)))
@@ -189,7 +193,7 @@ class FeatureCache:
         name, grid = self._identify(image)
         if not self._is_there(name):
             if self._fits(self.backbone.feature_bytes(grid)):
-                self.get([image])
+                self.compute([self._fetch(image)])
             else:
                 load_image(image)
         return torch.tensor(grid)
@@ -218,28 +222,50 @@ class FeatureCache:
             self.backbone.park_tower()
 
     def _identify(self, image: ImageRef) -> tuple[str, tuple[int, int, int]]:
-        """The name of its entry, and its grid."""
+        """The name of its entry, and its grid, as they were when the file was first looked at."""
         if image not in self._known:
-            data = image.read_bytes()
-            key = f"{LAYOUT}:{content_hash(data)}:{self.backbone.tower_fingerprint}"
-            grid = self.backbone.grid(*image_size(data, image.name))
-            self._known[image] = hashlib.sha256(key.encode()).hexdigest(), grid
+            self._known[image] = self._name_and_grid(image, image.read_bytes())
         return self._known[image]
 
+    def _name_and_grid(self, image: ImageRef, data: bytes) -> tuple[str, tuple[int, int, int]]:
+        key = f"{LAYOUT}:{content_hash(data)}:{self.backbone.tower_fingerprint}"
+        grid = self.backbone.grid(*image_size(data, image.name))
+        return hashlib.sha256(key.encode()).hexdigest(), grid
+
     def _fetch(self, image: ImageRef | Image.Image) -> ImageFeatures | Pixels:
-        name = None
-        if isinstance(image, ImageRef):
-            name, _ = self._identify(image)
-            with self._lock:
-                if name in self._memory:
-                    self._memory.move_to_end(name)
-                    self.read += 1
-                    return self._memory[name]
-            if entry := self._load(name):
+        """What the image that was identified has; its file is read only if the cache has nothing."""
+        if not isinstance(image, ImageRef):
+            return self._pixels(image, None)
+        name, _ = self._identify(image)
+        if entry := self._find(name):
+            return entry
+        data = image.read_bytes()
+        # The name must be that of the very bytes that are decoded, or another image's features would go by it.
+        if self._name_and_grid(image, data)[0] != name:
+            raise DataError(f"{image.name!r} has changed since it was first read; put it back, or start anew")
+        return self._pixels(load_image(data, name=image.name), name)
+
+    def _fetch_as_it_is(self, image: ImageRef | Image.Image) -> ImageFeatures | Pixels:
+        if not isinstance(image, ImageRef):
+            return self._pixels(image, None)
+        data = image.read_bytes()
+        identity = self._name_and_grid(image, data)
+        self._known.setdefault(image, identity)
+        return self._find(identity[0]) or self._pixels(load_image(data, name=image.name), identity[0])
+
+    def _find(self, name: str) -> ImageFeatures | None:
+        """The entry in memory or on disk."""
+        with self._lock:
+            if name in self._memory:
+                self._memory.move_to_end(name)
                 self.read += 1
-                self._remember(name, entry)
-                return entry
-            image = load_image(image)
+                return self._memory[name]
+        if entry := self._load(name):
+            self.read += 1
+            self._remember(name, entry)
+        return entry
+
+    def _pixels(self, image: Image.Image, name: str | None) -> Pixels:
         pixel_values, grid = self.backbone.preprocess([image])
         return Pixels(pixel_values, grid[0], name)
 

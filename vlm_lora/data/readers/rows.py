@@ -165,7 +165,8 @@ class RowReader:
         _check_marks(question.count(MARK), num_images)
         answer, best = self._value(row, "answer"), row.get("multiple_choice_answer")
         if "answer" not in self.columns and isinstance(row.get("answers"), list) and row["answers"]:
-            answer, best = row["answers"], best or answer  # both: the answer to learn, and what people said
+            # Both: the answer to learn, and what people said
+            answer, best = row["answers"], answer if best is None else best
         return answered(_without_marks(question), texts_of(answer, "answer"), best, self._value(row, "kind"))
 
     def _of_chat(
@@ -215,12 +216,14 @@ def text_of(value: object, what: str) -> str:
 
 def texts_of(value: object, what: str) -> list[str]:
     """One text or a list of them, each perhaps in an object under `what` (VQAv2), at least one."""
-    values = value if isinstance(value, list) and value else [value or None]
+    values = value if isinstance(value, list) and value else [None if value == [] else value]
     return [text_of(v.get(what) if isinstance(v, dict) else v, what) for v in values]
 
 
 def answered(question: str, answers: list[str], best: object, kind: object) -> Dialogue:
     """The answer to learn is `best` if that is one of them, else the commonest; `accepted` keeps several."""
+    if isinstance(best, int | float) and not isinstance(best, bool):  # a count, as `texts_of` writes it
+        best = str(best)
     if best not in answers:
         best = Counter(answers).most_common(1)[0][0]
     kind = kind if isinstance(kind, str) and kind.strip() else None
