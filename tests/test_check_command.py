@@ -104,7 +104,7 @@ def test_sheet_and_clean_copy(photo_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--val-split", "1"], "--val-split 1.0: expected a fraction from 0 to below 1"),
+        (["--val-split", "1"], "--val-split is 1.0; expected a number from 0 to below 1"),
         (["--max-pixels", "9216"], "say --model too"),
         (["--images", "nowhere"], "--images nowhere: there is no such folder"),
     ],

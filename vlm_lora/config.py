@@ -1,8 +1,12 @@
-"""Every knob of a training run, once: its name, default, unit and help. Flags, YAML and Python read them from here."""
+"""Every knob of a training run, once: name, default, unit, help, bounds, and who reads it.
+
+Flags, `--help`, YAML, validation, what other commands take over from a run, and what must stay the same when a run is
+resumed all follow from the fields of `TrainConfig`.
+"""
 
 import math
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -13,14 +17,78 @@ DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 DEFAULT_PROMPT = "Describe this image."
 DEFAULT_MAX_NEW_TOKENS = 64
 DEFAULT_CACHE_GB = 50.0
-COLUMNS_HELP = "columns of unusual names, as image=NAME,caption=NAME (also question, answer, kind)"
-ALLOW_OUTSIDE_HELP = "trust the data: take images outside of its folder too, through .. or symlinks"
-IMAGES_HELP = "folder where images are looked for that are not beside the data"
-ALLOW_URLS_HELP = "download images that the data names by http:// or https://, from public addresses only"
+
+METHODS = ("lora", "qlora", "adapter", "prompt", "prefix")
+LORA = ("lora", "qlora")
+PARTS = ("language", "projector", "vision")
+GROUPS = ("data", "model", "method", "training", "memory", "run")
+"""The headings of ``--help``."""
 
 
-def knob(default: Any, help: str, **extra: Any) -> Any:
-    return field(default=default, metadata={"help": help, **extra})
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The numbers a knob may have: from ``low`` to ``high``; ``above`` and ``below`` leave out the ends themselves."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    below: bool = True
+
+    def __contains__(self, value: float) -> bool:
+        return (value > self.low if self.above else value >= self.low) and (
+            value < self.high if self.below else value <= self.high
+        )
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            finite = "a finite number" if self.below else "a number"
+            return f"{finite} above {self.low:g}" if self.above else f"{self.low:g} or more"
+        return f"a number {'above' if self.above else 'from'} {self.low:g} to {'below ' * self.below}{self.high:g}"
+
+
+POSITIVE = Bounds(0, above=True)
+COUNT = Bounds(1)
+PROBABILITY = Bounds(0, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knob:
+    """What is known of a field of `TrainConfig`."""
+
+    help: str
+    group: str
+    choices: tuple[str, ...] = ()
+    bounds: Bounds | None = None
+    methods: tuple[str, ...] = METHODS
+    """Where it has a meaning. Given with another method it is refused, unless it has its default value: a run's
+    config.yaml, which may be given again, names every knob."""
+    reads: bool = False
+    """Whether it decides how rows are read: every command that reads data has a flag for it, and who reads the data of
+    a run again takes it from there."""
+    decides_rows: bool = False
+    """Whether it decides which rows are bad: `check` has a flag for it."""
+    identity: bool = True
+    """Whether it must stay the same for a checkpoint to be resumed from."""
+    name: str = ""
+    type: type = str
+    default: Any = None
+
+    @property
+    def flag(self) -> str:
+        return flag_of(self.name)
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def knob(default: Any, help: str, group: str, **more: Any) -> Any:
+    return field(default=default, metadata={"knob": Knob(help=help, group=group, **more)})
+
+
+def _data(default: Any, help: str, **more: Any) -> Any:
+    """A knob of the data; what most of them change is in the data's fingerprint, which is part of the identity."""
+    return knob(default, help, "data", **({"identity": False, "reads": True, "decides_rows": True} | more))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,135 +96,187 @@ class TrainConfig:
     """One training run. All fields but ``data`` have a default; `ConfigError` names the field that is wrong."""
 
     data: str | tuple[str, ...] = field(
-        metadata={"help": "folder or file with images and captions, or questions and answers; or several, "
-        "DATA:2 for one whose answers are to be seen twice an epoch"}
+        metadata={
+            "knob": Knob(
+                help="folder or file with images and captions, or questions and answers; or several. DATA:2 shows the "
+                "answers of DATA twice an epoch",
+                group="data",
+                identity=False,
+            )
+        }
+    )
+    format: str | None = _data(None, "format of the data; by default it is found out by looking", identity=True)
+    columns: str | None = _data(
+        None, "columns of unusual names, as image=NAME,caption=NAME (also question, answer, kind)"
+    )
+    images: str | None = _data(None, "folder where images are looked for that are not beside the data")
+    allow_outside: bool = _data(False, "trust the data: take images outside of its folder too, through .. or symlinks")
+    allow_urls: bool = _data(
+        False, "download images that the data names by http:// or https://, from public addresses only"
+    )
+    prompt: str = _data(DEFAULT_PROMPT, "the instruction that a caption answers", identity=True)
+    val: str | None = _data(None, "held-out data of its own, instead of a part split off", reads=False)
+    val_split: float = _data(
+        0.1, "fraction of the images held out when --val is not given; 0 holds out none", bounds=PROBABILITY,
+        identity=True, reads=False, decides_rows=False,
     )  # fmt: skip
-    model: str = knob(DEFAULT_MODEL, "base model: hub name, local folder, or 'tiny' (embedded, needs no network)")
-    output: str | None = knob(None, "run folder to write; by default runs/<data>-<date>-<time>")
-    format: str | None = knob(None, "format of the data; by default it is found out by looking")
-    columns: str | None = knob(None, COLUMNS_HELP)
-    images: str | None = knob(None, IMAGES_HELP)
-    allow_outside: bool = knob(False, ALLOW_OUTSIDE_HELP)
-    allow_urls: bool = knob(False, ALLOW_URLS_HELP)
-    prompt: str = knob(DEFAULT_PROMPT, "the instruction that a caption answers")
-    val: str | None = knob(None, "held-out data of its own, instead of a part split off")
-    val_split: float = knob(0.1, "fraction of the images held out when --val is not given; 0 holds out none")
-    on_bad_row: str = knob("stop", "what to do about rows that cannot be used", choices=("stop", "quarantine"))
+    on_bad_row: str = _data(
+        "stop", "what to do about rows that cannot be used", choices=("stop", "quarantine"), identity=True,
+        reads=False, decides_rows=False,
+    )  # fmt: skip
+    max_tokens: int = _data(
+        4096, "longest image-and-answer sequence allowed; longer ones are reported as bad rows", bounds=Bounds(16),
+        identity=True, reads=False,
+    )  # fmt: skip
 
-    method: str = knob("lora", "fine-tuning method", choices=("lora", "qlora", "adapter", "prompt", "prefix"))
-    variant: str | None = knob(None, "LoRA variant; by default plain", choices=("plain", "rslora", "dora", "pissa"))
+    model: str = knob(
+        DEFAULT_MODEL, "base model: hub name, local folder, or 'tiny' (embedded, needs no network)", "model",
+        identity=False,  # its weights' fingerprint is what counts
+    )  # fmt: skip
+    dtype: str = knob(
+        "auto", "number format of the base: bfloat16 where the device is good at it, else float32", "model",
+        choices=("auto", "float32", "bfloat16"),
+    )  # fmt: skip
+    min_pixels: int | None = knob(
+        None, "smallest image area in pixels; by default what the model's processor says", "model",
+        bounds=COUNT, decides_rows=True,
+    )  # fmt: skip
+    max_pixels: int | None = knob(
+        None, "largest image area in pixels; by default what the model's processor says", "model",
+        bounds=COUNT, decides_rows=True,
+    )  # fmt: skip
+
+    method: str = knob("lora", "fine-tuning method", "method", choices=METHODS)
+    variant: str | None = knob(
+        None, "LoRA variant; by default plain", "method", choices=("plain", "rslora", "dora", "pissa"), methods=LORA
+    )
     targets: str | None = knob(
         None,
         "what LoRA adapts, with commas: language, projector, vision; by default language,projector. With vision each "
         "step runs the vision tower, and nothing can be cached",
+        "method",
+        methods=LORA,
     )
-    rank: int = knob(16, "LoRA rank r")
-    alpha: float | None = knob(None, "LoRA alpha; by default twice the rank")
-    projector_rank: int | None = knob(None, "LoRA rank r of the projector; by default --rank")
-    projector_alpha: float | None = knob(None, "LoRA alpha of the projector; by default as --alpha, for its own rank")
-    dropout: float = knob(0.0, "LoRA dropout, a probability")
-    bottleneck: int = knob(16, "width of the adapters of --method adapter")
-    num_virtual_tokens: int = knob(16, "trained vectors (--method prompt) or pairs a layer (--method prefix)")
-
-    epochs: float = knob(3.0, "passes over the training answers")
-    max_steps: int | None = knob(None, "stop after so many optimizer steps, whatever --epochs says")
-    batch_size: int = knob(
-        16, "answers per optimizer step, give or take: those of one image share its tokens, and stay in one step"
+    rank: int = knob(16, "LoRA rank r", "method", bounds=COUNT, methods=LORA)
+    alpha: float | None = knob(None, "LoRA alpha; by default twice the rank", "method", bounds=POSITIVE, methods=LORA)
+    projector_rank: int | None = knob(
+        None, "LoRA rank r of the projector; by default --rank", "method", bounds=POSITIVE, methods=LORA
     )
-    lr: float = knob(2e-4, "peak learning rate")
-    projector_lr: float | None = knob(None, "peak learning rate of the projector's LoRA; by default --lr")
-    warmup: float = knob(0.05, "fraction of the steps over which the learning rate rises")
-    weight_decay: float = knob(0.0, "AdamW weight decay")
-    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm")
-    micro_batch_tokens: int | None = knob(
-        None, "tokens, padding included, in one forward and backward pass; by default 4096 on a GPU, 1024 on a CPU"
-    )
-    gradient_checkpointing: bool = knob(
-        False, "keep no activations of the language layers and compute them again: less memory, more time, equal result"
-    )
-    max_tokens: int = knob(4096, "longest image-and-answer sequence allowed; longer ones are reported as bad rows")
-    seed: int = knob(0, "seed of the split, the order, the adapter's start and dropout")
-
-    dtype: str = knob(
-        "auto", "number format of the base: bfloat16 where the device is good at it, else float32",
-        choices=("auto", "float32", "bfloat16"),
+    projector_alpha: float | None = knob(
+        None, "LoRA alpha of the projector; by default as --alpha, for its own rank", "method",
+        bounds=POSITIVE, methods=LORA,
     )  # fmt: skip
-    min_pixels: int | None = knob(None, "smallest image area in pixels; by default what the model's processor says")
-    max_pixels: int | None = knob(None, "largest image area in pixels; by default what the model's processor says")
-    cache: bool = knob(True, "keep the frozen vision tower's output on disk, so that it runs once per image ever")
-    cache_gb: float = knob(DEFAULT_CACHE_GB, "most that it may take there, GB; what was used longest ago goes first")
-    save_every: int = knob(200, "optimizer steps between checkpoints")
-    keep_checkpoints: int = knob(2, "how many of the newest checkpoints are kept; the best one is kept beside them")
+    projector_lr: float | None = knob(
+        None, "peak learning rate of the projector's LoRA; by default --lr", "method", bounds=POSITIVE, methods=LORA
+    )
+    dropout: float = knob(0.0, "LoRA dropout, a probability", "method", bounds=PROBABILITY, methods=LORA)
+    bottleneck: int = knob(
+        16, "width of the adapters of --method adapter", "method", bounds=COUNT, methods=("adapter",)
+    )
+    num_virtual_tokens: int = knob(
+        16, "trained vectors (--method prompt) or pairs a layer (--method prefix)", "method",
+        bounds=COUNT, methods=("prompt", "prefix"),
+    )  # fmt: skip
+
+    epochs: float = knob(3.0, "passes over the training answers", "training", bounds=POSITIVE)
+    max_steps: int | None = knob(None, "stop after N optimizer steps, whatever --epochs says", "training", bounds=COUNT)
+    batch_size: int = knob(
+        16, "answers per optimizer step, give or take: those of one image share its tokens, and stay in one step",
+        "training", bounds=COUNT,
+    )  # fmt: skip
+    lr: float = knob(2e-4, "peak learning rate", "training", bounds=POSITIVE)
+    warmup: float = knob(
+        0.05, "fraction of the steps over which the learning rate rises", "training", bounds=Bounds(0, 1, below=False)
+    )
+    weight_decay: float = knob(0.0, "AdamW weight decay", "training", bounds=Bounds(0))
+    max_grad_norm: float = knob(
+        1.0, "gradients are clipped to this norm", "training", bounds=Bounds(0, above=True, below=False)
+    )
+    seed: int = knob(0, "seed of the split, the order, the adapter's start and dropout", "training")
     patience: int | None = knob(
-        None,
-        "stop once the held-out loss has not fallen at so many checkpoints in a row, and end with the best adapter",
+        None, "stop after N checkpoints without a lower held-out loss, and end with the best adapter", "training",
+        bounds=COUNT, identity=False,
+    )  # fmt: skip
+    load_best_at_end: bool = knob(
+        False, "end with the adapter of the lowest held-out loss, instead of the last one", "training", identity=False
     )
-    load_best_at_end: bool = knob(False, "end with the adapter of the lowest held-out loss, instead of the last one")
     on_nonfinite: str = knob(
-        "stop", "what to do when a loss or gradient is NaN or infinite; it is never applied", choices=("stop", "skip")
-    )
-    max_skipped: int = knob(10, "with --on-nonfinite skip, how many steps of a run may be left out")
+        "stop", "what to do when a loss or gradient is NaN or infinite; it is never applied", "training",
+        choices=("stop", "skip"), identity=False,
+    )  # fmt: skip
+    max_skipped: int = knob(
+        10, "with --on-nonfinite skip, how many steps of a run may be left out", "training",
+        bounds=Bounds(0), identity=False,
+    )  # fmt: skip
+
+    micro_batch_tokens: int | None = knob(
+        None, "tokens, padding included, in one forward and backward pass; by default 4096 on a GPU, 1024 on a CPU",
+        "memory", bounds=COUNT,
+    )  # fmt: skip
+    gradient_checkpointing: bool = knob(
+        False, "recompute activations of the language layers in the backward pass: less memory, more time, equal result",
+        "memory", identity=False,
+    )  # fmt: skip
+    cache: bool = knob(
+        True, "keep the frozen vision tower's output on disk, so that it runs once per image ever", "memory",
+        identity=False,
+    )  # fmt: skip
+    cache_gb: float = knob(
+        DEFAULT_CACHE_GB, "cache size limit in GB; the entries that were not used for longest are deleted first",
+        "memory", bounds=Bounds(0, above=True, below=False), identity=False,
+    )  # fmt: skip
+
+    output: str | None = knob(None, "run folder to write; by default runs/<data>-<date>-<time>", "run", identity=False)
+    save_every: int = knob(200, "optimizer steps between checkpoints", "run", bounds=COUNT, identity=False)
+    keep_checkpoints: int = knob(
+        2, "how many of the newest checkpoints are kept; the best one is kept beside them", "run",
+        bounds=COUNT, identity=False,
+    )  # fmt: skip
     report_to: str | None = knob(
-        None, "also send metrics.jsonl's lines to a tracker", choices=("tensorboard", "wandb", "trackio")
-    )
+        None, "also send metrics.jsonl's lines to a tracker", "run", choices=("tensorboard", "wandb", "trackio"),
+        identity=False,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        def require(good: bool, name: str, expected: str) -> None:
-            if not good:
-                flag = "--" + name.replace("_", "-")
-                raise ConfigError(f"{flag} is {getattr(self, name)!r}; expected {expected}.")
-
-        for knob_field in fields(self):
-            choices = knob_field.metadata.get("choices")
-            if choices and not (knob_field.default is None and getattr(self, knob_field.name) is None):
-                require(getattr(self, knob_field.name) in choices, knob_field.name, "one of " + ", ".join(choices))
-        require(0 <= self.val_split < 1, "val_split", "a fraction from 0 to below 1")
-        for name in METHOD_KNOBS:
-            if self.method not in METHOD_KNOBS[name] and getattr(self, name) != default_of(name):
+        for each in KNOBS.values():
+            value = getattr(self, each.name)
+            if value is None and each.default is None:
+                continue
+            if each.choices and value not in each.choices:
+                raise self._wrong(each.name, "one of " + ", ".join(each.choices))
+            if each.bounds and value not in each.bounds:
+                raise self._wrong(each.name, str(each.bounds))
+            if self.method not in each.methods and value != each.default:
                 raise ConfigError(
-                    f"--{name.replace('_', '-')} belongs to --method {' and '.join(METHOD_KNOBS[name])}; "
-                    f"--method {self.method} has no such thing."
+                    f"{each.flag} belongs to --method {' and '.join(each.methods)}; --method {self.method} has no "
+                    "such thing."
                 )
+        self._check_together()
+
+    def _wrong(self, name: str, expected: str) -> ConfigError:
+        return ConfigError(f"{flag_of(name)} is {getattr(self, name)!r}; expected {expected}.")
+
+    def _check_together(self) -> None:
+        """Raises ConfigError for knobs that do not go with each other."""
+        parse_columns(self.columns)
+        if not self.prompt.strip():
+            raise self._wrong("prompt", "some words")
         if self.variant == "pissa" and (self.method == "qlora" or self.weight_decay):
             wrong = "--method qlora" if self.method == "qlora" else f"--weight-decay {self.weight_decay}"
             raise ConfigError(f"--variant pissa does not go with {wrong}: half of its tensors must stay as they start.")
         parts = self.lora_targets
-        good = len(set(parts)) == len(parts) and set(parts) <= {"language", "projector", "vision"}
-        require(good, "targets", "language, projector, vision, or several with commas")
-        require(self.rank >= 1, "rank", "1 or more")
-        require(self.alpha is None or 0 < self.alpha < math.inf, "alpha", "a finite number above 0")
-        require(0 <= self.dropout < 1, "dropout", "a probability from 0 to below 1")
+        if len(set(parts)) != len(parts) or not set(parts) <= set(PARTS):
+            raise self._wrong("targets", f"{', '.join(PARTS)}, or several with commas")
         for name in ("projector_rank", "projector_alpha", "projector_lr"):
-            value = getattr(self, name)
-            require(value is None or 0 < value < math.inf, name, "a finite number above 0")
-            if value is not None and "projector" not in parts:
-                flag = name.replace("_", "-")
-                raise ConfigError(f"--{flag} goes with --targets projector; --targets is {self.targets}.")
-        require(self.bottleneck >= 1, "bottleneck", "1 or more")
-        require(self.num_virtual_tokens >= 1, "num_virtual_tokens", "1 or more")
-        require(0 < self.epochs < math.inf, "epochs", "a finite number above 0")
-        require(self.max_steps is None or self.max_steps >= 1, "max_steps", "1 or more")
-        require(self.batch_size >= 1, "batch_size", "1 or more answers")
-        require(0 < self.lr < math.inf, "lr", "a finite number above 0")
-        require(0 <= self.warmup <= 1, "warmup", "a fraction from 0 to 1")
-        require(0 <= self.weight_decay < math.inf, "weight_decay", "a finite number, 0 or more")
-        require(self.max_grad_norm > 0, "max_grad_norm", "a number above 0")
-        require(self.max_tokens >= 16, "max_tokens", "16 or more")
-        fits = self.method != "prompt" or self.num_virtual_tokens < self.max_tokens
-        require(fits, "num_virtual_tokens", f"fewer than --max-tokens ({self.max_tokens}), in which they count")
-        require(self.micro_batch_tokens is None or self.micro_batch_tokens >= 1, "micro_batch_tokens", "1 or more")
-        require(self.cache_gb > 0, "cache_gb", "a size above 0")
-        require(self.save_every >= 1, "save_every", "1 or more steps")
-        require(self.keep_checkpoints >= 1, "keep_checkpoints", "1 or more")
-        require(self.patience is None or self.patience >= 1, "patience", "1 or more")
-        require(self.max_skipped >= 0, "max_skipped", "0 or more steps")
-        held_out = self.val is not None or self.val_split > 0
-        require(held_out or not self.patience, "patience", "none with --val-split 0: there is no held-out loss")
-        require(held_out or not self.load_best_at_end, "load_best_at_end", "no with --val-split 0: nothing is held out")
-        require(self.prompt.strip() != "", "prompt", "some words")
-        parse_columns(self.columns)
-        for name in ("min_pixels", "max_pixels"):
-            require(getattr(self, name) is None or getattr(self, name) > 0, name, "a number of pixels above 0")
+            if getattr(self, name) is not None and "projector" not in parts:
+                raise ConfigError(f"{flag_of(name)} goes with --targets projector; --targets is {self.targets}.")
+        if self.method == "prompt" and self.num_virtual_tokens >= self.max_tokens:
+            raise self._wrong("num_virtual_tokens", f"fewer than --max-tokens ({self.max_tokens}), in which they count")
+        if self.val is None and self.val_split == 0:
+            if self.patience:
+                raise self._wrong("patience", "none with --val-split 0: there is no held-out loss")
+            if self.load_best_at_end:
+                raise self._wrong("load_best_at_end", "no with --val-split 0: nothing is held out")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise ConfigError(f"--min-pixels {self.min_pixels} is above --max-pixels {self.max_pixels}.")
 
@@ -168,6 +288,12 @@ class TrainConfig:
         return self.replace(micro_batch_tokens=self.micro_batch_tokens or (1024 if device == "cpu" else 4096))
 
     @property
+    def tokens_at_once(self) -> int:
+        """``micro_batch_tokens`` of a config that `on` has made."""
+        assert self.micro_batch_tokens is not None
+        return self.micro_batch_tokens
+
+    @property
     def sources(self) -> tuple[str, ...]:
         return (self.data,) if isinstance(self.data, str) else tuple(self.data)
 
@@ -177,7 +303,7 @@ class TrainConfig:
 
     @property
     def lora_of_projector(self) -> tuple[int, float]:
-        """Rank and alpha; where only the rank is given, the learning goes on at the scale of the language layers'."""
+        """Rank and alpha; where only the rank is given, its scale is that of the language layers."""
         rank = self.projector_rank or self.rank
         more = rank / self.rank
         scale = more**0.5 if self.variant == "rslora" else more  # what each divides alpha by
@@ -189,14 +315,31 @@ class TrainConfig:
 
     @property
     def method_settings(self) -> dict[str, Any]:
-        """The knobs of the method, by name, with the values that hold where none was given."""
-        settings = {name: getattr(self, name) for name, methods in METHOD_KNOBS.items() if self.method in methods}
+        """The knobs that belong to the method alone, by name, with the values that hold where none was given."""
+        own = (each.name for each in KNOBS.values() if each.methods != METHODS and self.method in each.methods)
+        settings = {name: getattr(self, name) for name in own}
         if "rank" in settings:
             settings |= {"variant": self.variant or "plain", "targets": ",".join(self.lora_targets)}
             settings["alpha"] = self.lora_alpha
             if "projector" in self.lora_targets:
                 settings["projector_rank"], settings["projector_alpha"] = self.lora_of_projector
         return {name: value for name, value in settings.items() if value is not None}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that must stay the same for a checkpoint to be resumed from."""
+        return {name: value for name, value in asdict(self).items() if KNOBS[name].identity}
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How rows are read, by name."""
+        return {each.name: getattr(self, each.name) for each in KNOBS.values() if each.reads}
+
+    @property
+    def row_flags(self) -> list[str]:
+        """As given on a command line: the knobs that decide which rows are bad, where not at their default."""
+        named = [(each, getattr(self, each.name)) for each in KNOBS.values() if each.decides_rows]
+        return [each.flag if v is True else f"{each.flag}={v}" for each, v in named if v != each.default]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -205,13 +348,21 @@ class TrainConfig:
         return replace(self, **changes)
 
 
-LORA_KNOBS = ("variant", "targets", "rank", "alpha", "dropout", "projector_rank", "projector_alpha", "projector_lr")
-METHOD_KNOBS = dict.fromkeys(LORA_KNOBS, ("lora", "qlora")) | {
-    "bottleneck": ("adapter",),
-    "num_virtual_tokens": ("prompt", "prefix"),
+def _plain_type(hint: Any) -> type:
+    """``int`` for ``int | None``, ``str`` for ``str | tuple[str, ...]``."""
+    return next((part for part in getattr(hint, "__args__", ()) if part is not type(None)), hint)
+
+
+KNOBS: dict[str, Knob] = {
+    each.name: replace(
+        each.metadata["knob"],
+        name=each.name,
+        type=_plain_type(get_type_hints(TrainConfig)[each.name]),
+        default=None if each.default is MISSING else each.default,
+    )
+    for each in fields(TrainConfig)
 }
-"""The methods that a knob belongs to; given with another one it is refused, as it would do nothing there. Not at its
-default value: a run's config.yaml, which may be given again, names every knob."""
+"""Every knob by name, in the order of ``--help``."""
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
@@ -225,33 +376,22 @@ def parse_columns(text: str | None) -> dict[str, str]:
     return columns
 
 
-def knob_type(name: str) -> type:
-    """The plain type of a field of `TrainConfig`: ``int`` for ``int | None``."""
-    hint = get_type_hints(TrainConfig)[name]
-    return next((part for part in getattr(hint, "__args__", ()) if part is not type(None)), hint)
-
-
-def default_of(name: str) -> Any:
-    return next(f.default for f in fields(TrainConfig) if f.name == name)
-
-
 def config_from(values: dict[str, Any], source: str) -> TrainConfig:
     """A `TrainConfig` from names and values, such as a YAML file's; ``source`` goes into the errors.
 
     Raises:
         ConfigError: for an unknown name (with the nearest known one), a value of the wrong type, or missing ``data``.
     """
-    known = {f.name: f for f in fields(TrainConfig)}
     checked: dict[str, Any] = {}
     for name, value in values.items():
-        if name not in known:
-            near = get_close_matches(str(name), known, n=1)
+        if name not in KNOBS:
+            near = get_close_matches(str(name), KNOBS, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{source}: unknown setting {name!r}.{hint}")
-        if value is None and known[name].default is None:
+        if value is None and KNOBS[name].default is None and name != "data":
             checked[name] = None
             continue
-        wanted = knob_type(name)
+        wanted = KNOBS[name].type
         if name == "data" and isinstance(value, list | tuple) and value and all(isinstance(v, str) for v in value):
             checked[name] = value[0] if len(value) == 1 else tuple(value)
             continue
@@ -264,7 +404,7 @@ def config_from(values: dict[str, Any], source: str) -> TrainConfig:
             raise ConfigError(f"{source}: {name} is {value!r}; expected {wanted.__name__}.")
         checked[name] = value
     if "data" not in checked:
-        raise ConfigError(f"{source}: no data given. Say which folder or file to train on: vlm-lora train DATA")
+        raise ConfigError(f"{source}: no data given. Say which folder or file: vlm-lora COMMAND DATA")
     return TrainConfig(**checked)
 
 

@@ -17,45 +17,14 @@ from functools import partial
 from pathlib import Path
 
 from vlm_lora.cli.console import Progress, one_line, say
-from vlm_lora.config import (
-    ALLOW_OUTSIDE_HELP,
-    ALLOW_URLS_HELP,
-    COLUMNS_HELP,
-    DEFAULT_PROMPT,
-    IMAGES_HELP,
-    default_of,
-    parse_columns,
-)
+from vlm_lora.cli.flags import READING, add_flags, config_of, given
+from vlm_lora.config import TrainConfig, parse_columns
+
+CHECKED = ("data", "val", *READING, "model", "min_pixels", "max_pixels", "max_tokens", "val_split", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "data", nargs="+", metavar="DATA",
-        help="images with captions, or questions and answers; several as for train, DATA:2 for one with a weight",
-    )  # fmt: skip
-    parser.add_argument("--val", metavar="DATA", help="held-out data of its own: its images in DATA are bad rows")
-    parser.add_argument("--format", metavar="TEXT", help="format of the data (default: found out by looking)")
-    parser.add_argument("--columns", metavar="TEXT", help=COLUMNS_HELP)
-    parser.add_argument("--images", metavar="FOLDER", help=IMAGES_HELP)
-    parser.add_argument("--allow-outside", action="store_true", help=ALLOW_OUTSIDE_HELP)
-    parser.add_argument("--allow-urls", action="store_true", help=ALLOW_URLS_HELP)
-    parser.add_argument(
-        "--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help="the instruction that a caption answers"
-    )
-    parser.add_argument("--model", metavar="TEXT", help="count tokens as this base model does, e.g. tiny")
-    parser.add_argument("--min-pixels", type=int, metavar="N", help="smallest image area (default: the model's)")
-    parser.add_argument("--max-pixels", type=int, metavar="N", help="largest image area (default: the model's)")
-    budget = default_of("max_tokens")
-    parser.add_argument(
-        "--max-tokens", type=int, default=budget, metavar="N",
-        help=f"with --model: rows that need more are bad (default: {budget})",
-    )  # fmt: skip
-    split = default_of("val_split")
-    parser.add_argument(
-        "--val-split", type=float, default=split, metavar="X",
-        help=f"look for near-duplicates that this split would put on both sides (default: {split})",
-    )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=default_of("seed"), metavar="N", help="seed of the split")
+    add_flags(parser, CHECKED)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a contact sheet of pictures and texts")
     parser.add_argument("--write-clean", type=Path, metavar="FOLDER", help="write a normalised copy of the data")
@@ -69,9 +38,9 @@ def run(options: argparse.Namespace) -> int:
     from vlm_lora.data.split import without_held_out
     from vlm_lora.errors import ConfigError
 
-    if not 0 <= options.val_split < 1:
-        raise ConfigError(f"--val-split {options.val_split}: expected a fraction from 0 to below 1")
-    if options.model is None and (options.min_pixels or options.max_pixels):
+    config = config_of(options)
+    counts_tokens = "model" in given(options)
+    if not counts_tokens and (config.min_pixels or config.max_pixels):
         raise ConfigError("--min-pixels and --max-pixels are about tokens; say --model too")
     if options.write_clean:
         check_clean_folder(options.write_clean)
@@ -80,29 +49,24 @@ def run(options: argparse.Namespace) -> int:
     progress = Progress()
     read = partial(
         read_dataset,
-        format=options.format,
-        prompt=options.prompt,
-        columns=parse_columns(options.columns),
-        allow_outside=options.allow_outside,
-        allow_urls=options.allow_urls,
-        images=options.images,
+        **config.reading | {"columns": parse_columns(config.columns)},
         progress=lambda rows: rows % 1000 or progress.show(f"Rows read: {rows:,}"),
     )
-    dataset, held_out = read(options.data), None
-    if options.val:
-        held_out = below(folder_of(options.val), read(options.val))
-        dataset = without_held_out(dataset, held_out, options.val)
+    dataset, held_out = read(config.sources), None
+    if config.val:
+        held_out = below(folder_of(config.val), read(config.val))
+        dataset = without_held_out(dataset, held_out, config.val)
     check = check_dataset(
         dataset,
         held_out,
-        val_split=options.val_split,
-        seed=options.seed,
+        val_split=config.val_split,
+        seed=config.seed,
         thumbnails=MAX_CARDS if options.html else 0,
         progress=_counting(progress, "Images read:"),
     )
     tokens = {}
-    if options.model is not None:
-        counted, counted_held_out = _count_tokens(options, check, _counting(progress, "Examples in tokens:"))
+    if counts_tokens:
+        counted, counted_held_out = _count_tokens(config, check, _counting(progress, "Examples in tokens:"))
         tokens, bad = counted.facts(), check.bad + counted.too_long + counted_held_out.too_long
         check = replace(check, examples=counted.examples, held_out=counted_held_out.examples, bad=bad)
     facts = check.facts() | {"tokens": tokens}
@@ -112,11 +76,11 @@ def run(options: argparse.Namespace) -> int:
     else:
         print("\n".join(_told(facts)))
     if options.html:
-        write_sheet(options.html, check, facts, title=", ".join(Path(data).name for data in options.data))
+        write_sheet(options.html, check, facts, title=", ".join(Path(data).name for data in config.sources))
         say(f"Contact sheet: {options.html}")
     if options.write_clean:
         counting = _counting(progress, "Examples written:")
-        write_clean(options.write_clean, check.examples, options.prompt, counting)
+        write_clean(options.write_clean, check.examples, config.prompt, counting)
         if any(example.weight > 1 for example in check.examples):
             say("The copy holds each answer once: write weights behind it again where you use it, or clean each alone.")
         say(f"Clean copy of {len(check.examples):,} examples: {options.write_clean}")
@@ -127,16 +91,16 @@ def _counting(progress: Progress, what: str):
     return lambda done, total: progress.count(what, done, total)
 
 
-def _count_tokens(options: argparse.Namespace, check, counting):
+def _count_tokens(config: TrainConfig, check, counting):
     """`TokenCount` of what is to be learnt, and of what is held out."""
     from vlm_lora.model.encode import Encoder
     from vlm_lora.model.preprocess import load_preprocessor
     from vlm_lora.model.tokens import count_tokens
 
-    base = load_preprocessor(options.model, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
+    base = load_preprocessor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     sizes = {ref: seen.size for ref, seen in check.seen.items()}
     return (
-        count_tokens(Encoder(base), base.grid, examples, sizes, options.max_tokens, counting)
+        count_tokens(Encoder(base), base.grid, examples, sizes, config.max_tokens, counting)
         for examples in (check.examples, check.held_out)
     )
 

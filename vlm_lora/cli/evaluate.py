@@ -12,25 +12,15 @@ import sys
 from pathlib import Path
 
 from vlm_lora.cli.console import Progress, one_line, say
-from vlm_lora.config import (
-    ALLOW_OUTSIDE_HELP,
-    ALLOW_URLS_HELP,
-    COLUMNS_HELP,
-    DEFAULT_MAX_NEW_TOKENS,
-    IMAGES_HELP,
-    parse_columns,
-)
+from vlm_lora.cli.flags import READING, add_flags, given
+from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, TrainConfig, parse_columns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="folder or file of held-out images and answers")
     parser.add_argument("--adapter", metavar="RUN", help="run folder or adapter folder; without it the base alone")
     parser.add_argument("--model", metavar="TEXT", help="base model (default: the one the adapter names)")
-    parser.add_argument("--format", metavar="TEXT", help="format of the data (default: found out by looking)")
-    parser.add_argument("--columns", metavar="TEXT", help=COLUMNS_HELP)
-    parser.add_argument("--images", metavar="FOLDER", help=IMAGES_HELP)
-    parser.add_argument("--allow-outside", action="store_true", help=ALLOW_OUTSIDE_HELP)
-    parser.add_argument("--allow-urls", action="store_true", help=ALLOW_URLS_HELP)
+    add_flags(parser, [name for name in READING if name != "prompt"])
     parser.add_argument("--also", metavar="DATA", help="other data that tuning should not have made the model forget")
     parser.add_argument(
         "--level",
@@ -63,15 +53,11 @@ def run(options: argparse.Namespace) -> int:
             ) from error
     decoding = Decoding(max_new_tokens=options.max_new_tokens)
     captioner = Captioner.load(options.model, options.adapter, prompt=options.prompt, dtype=options.dtype)
-    trusted = {"allow_outside": options.allow_outside, "allow_urls": options.allow_urls, "images": options.images}
-    dataset = read_dataset(
-        options.data,
-        format=options.format,
-        prompt=captioner.prompt,
-        columns=parse_columns(options.columns),
-        **trusted,
-    )
-    also = [read_dataset(options.also, prompt=captioner.prompt, **trusted)] if options.also else []
+    config = TrainConfig(data=options.data, prompt=captioner.prompt).replace(**_reading(options))
+    reading = config.reading | {"columns": parse_columns(config.columns)}
+    dataset = read_dataset(options.data, **reading)
+    reading |= {"format": None, "columns": {}}
+    also = [read_dataset(options.also, **reading)] if options.also else []
     for path, read in zip((options.data, options.also), (dataset, *also), strict=False):
         for row in read.bad[:5]:
             say(one_line(f"Left out: {row.source}{f':{row.line}' if row.line else ''}: {row.reason}."))
@@ -118,3 +104,7 @@ def run(options: argparse.Namespace) -> int:
         say(f"{left_out:,} rows were left out of this.")
         return 3
     return 0
+
+
+def _reading(options: argparse.Namespace) -> dict:
+    return {name: value for name, value in given(options).items() if name in READING and name != "prompt"}

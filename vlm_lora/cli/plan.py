@@ -11,12 +11,12 @@ import json
 from dataclasses import asdict
 
 from vlm_lora.cli.console import Progress, duration, size
-from vlm_lora.cli.train import add_knobs, config_of
+from vlm_lora.cli.flags import add_config, config_of
 from vlm_lora.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_knobs(parser)
+    add_config(parser)
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs that share each step (default: this machine)")
     parser.add_argument("--fsdp", action="store_true", help="the base's layers in pieces over the devices (FSDP2)")
     parser.add_argument(

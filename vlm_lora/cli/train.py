@@ -13,46 +13,20 @@ vision tower frozen, then compares base and tuned on the held-out images. All of
 import argparse
 import shlex
 import sys
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_lora.cli.console import Progress, StopSignals, TrainReport, say
-from vlm_lora.config import TrainConfig, config_from, knob_type, read_yaml
+from vlm_lora.cli.flags import add_config, config_of
+from vlm_lora.config import TrainConfig
 from vlm_lora.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from vlm_lora.training.run import RunResult
 
 
-def add_knobs(parser: argparse.ArgumentParser) -> None:
-    """A flag for each knob of `TrainConfig`, and --config."""
-    for knob in fields(TrainConfig):
-        if knob.default is MISSING:
-            parser.add_argument("data", nargs="*", metavar="DATA", help=knob.metadata["help"])
-            continue
-        kind = knob_type(knob.name)
-        shown = "" if knob.default is None else f" (default: {knob.default})"
-        extra: dict = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        if kind is not bool:
-            extra["metavar"] = {str: "TEXT", int: "N", float: "X"}[kind]
-        if choices := knob.metadata.get("choices"):
-            extra |= {"choices": choices, "metavar": "|".join(choices)}
-        text = (knob.metadata["help"] + shown).replace("%", "%%")
-        parser.add_argument("--" + knob.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **extra)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings, named as the flags")
-
-
-def config_of(options: argparse.Namespace) -> TrainConfig:
-    """What --config and the flags say, the flags first."""
-    values = read_yaml(options.config) if options.config else {}
-    given = vars(options)
-    values |= {f.name: given[f.name] for f in fields(TrainConfig) if given.get(f.name) not in (None, [])}
-    return config_from(values, str(options.config or f"vlm-lora {options.verb}"))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_knobs(parser)
+    add_config(parser)
     parser.add_argument(
         "--resume",
         action="store_true",

@@ -132,10 +132,7 @@ def _read(run: Path) -> "Evaluation | None":
         config = config_from(read_yaml(run / "config.yaml"), str(run / "config.yaml"))
         examples = read_dataset(
             config.val or config.sources,
-            format=config.format,
-            prompt=config.prompt,
-            columns=parse_columns(config.columns),
-            allow_outside=config.allow_outside,
+            **config.reading | {"columns": parse_columns(config.columns)},
         ).examples
     except VlmLoraError as error:
         log.warning("No pictures: the data of %s cannot be read again (%s)", run, error)

@@ -49,15 +49,7 @@ TRAINED = 4 * 4
 
 
 def read_data(config: TrainConfig, sources: Sequence[str]) -> Dataset:
-    return read_dataset(
-        sources,
-        format=config.format,
-        prompt=config.prompt,
-        columns=parse_columns(config.columns),
-        allow_outside=config.allow_outside,
-        allow_urls=config.allow_urls,
-        images=config.images,
-    )
+    return read_dataset(sources, **config.reading | {"columns": parse_columns(config.columns)})
 
 
 def sees_each_image_once(config: TrainConfig, examples: Sequence[Example]) -> bool:

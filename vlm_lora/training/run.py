@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
-from vlm_lora.config import TrainConfig, default_of
+from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Example
 from vlm_lora.data.readers import BadRow, Dataset, bad_rows
 from vlm_lora.data.split import split_examples, without_held_out
@@ -33,10 +33,6 @@ from vlm_lora.training.checkpoint import LOCK, locked, writing
 from vlm_lora.training.loop import OUT_OF_MEMORY, Lesson, Report, run_steps
 from vlm_lora.training.plan import Prediction, predict, read_data, sees_each_image_once
 from vlm_lora.training.processes import Processes
-
-READ_WITH = ("val", "format", "columns", "images", "allow_outside", "allow_urls", "prompt")
-READ_WITH += ("min_pixels", "max_pixels", "max_tokens")
-"""The settings that decide which rows are bad; `vlm-lora check` has a flag for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,11 +273,7 @@ def _prediction(
 
 def _settle_bad_rows(config: TrainConfig, bad: Sequence[BadRow]) -> None:
     if bad and config.on_bad_row == "stop":
-        check = ["vlm-lora", "check", *config.sources, "--model", config.model]
-        for name in READ_WITH:
-            flag, value = "--" + name.replace("_", "-"), getattr(config, name)
-            if value != default_of(name):
-                check += [flag] if value is True else [f"{flag}={value}"]
+        check = ["vlm-lora", "check", *config.sources, "--model", config.model, *config.row_flags]
         raise DataError(
             f"{', '.join(config.sources)}: {len(bad)} rows cannot be used, and nothing was trained. {_listed(bad)} "
             f"Mend them ({shlex.join(check)} lists all), or leave them out with --on-bad-row quarantine "
@@ -407,15 +399,10 @@ def _tracked(config: TrainConfig, accelerator: Accelerator, folder: Path, resume
 
 def _identity(config: TrainConfig, dataset: Dataset, held: Dataset | None, adapter: Adapter) -> dict:
     """What must be the same for a checkpoint to be gone on with: the data, the base, and every knob of the numbers."""
-    free = {"data", "output", "val", "cache", "cache_gb", "save_every", "keep_checkpoints", "model"}
-    free |= {"patience", "load_best_at_end", "on_nonfinite", "max_skipped", "report_to"}
-    free |= {"gradient_checkpointing"}  # changes no number
-    free |= {"columns", "images", "allow_outside", "allow_urls"}  # what they change is in the fingerprint of the data
-    knobs = {name: value for name, value in config.to_dict().items() if name not in free}
     contract = adapter.contract
     base = hashlib.sha256((contract.base_fingerprint + contract.tower_fingerprint).encode()).hexdigest()[:16]
     return {
-        **knobs,
+        **config.identity,
         "data_fingerprint": dataset.fingerprint(),
         "val_fingerprint": held.fingerprint() if held else None,
         "base_fingerprint": base,

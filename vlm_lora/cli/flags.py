@@ -1,0 +1,51 @@
+"""Flags from the table of knobs: all of them in groups, or those that a command shares with a run."""
+
+import argparse
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from vlm_lora.config import GROUPS, KNOBS, Knob, TrainConfig, config_from, read_yaml
+
+READING = tuple(each.name for each in KNOBS.values() if each.reads)
+"""How data is read, for commands that read some."""
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Collection[str] = tuple(KNOBS)) -> None:
+    """A flag for each of these knobs, under the headings of its group. One that is not given is not in the options."""
+    for title in GROUPS:
+        if knobs := [each for each in KNOBS.values() if each.group == title and each.name in names]:
+            group = parser.add_argument_group(title)
+            for each in knobs:
+                _add(group, each)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """All knobs, and --config."""
+    add_flags(parser)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings, named as the flags")
+
+
+def _add(group: argparse._ArgumentGroup, knob: Knob) -> None:
+    shown = "" if knob.default is None else f" (default: {knob.default})"
+    text = (knob.help + shown).replace("%", "%%")
+    if knob.name == "data":
+        group.add_argument("data", nargs="*", metavar="DATA", help=text)
+        return
+    extra: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+    if knob.type is not bool:
+        extra = {"type": knob.type, "metavar": {str: "TEXT", int: "N", float: "X"}[knob.type]}
+    if knob.choices:
+        extra |= {"choices": knob.choices, "metavar": "|".join(knob.choices)}
+    group.add_argument(knob.flag, default=argparse.SUPPRESS, help=text, **extra)
+
+
+def given(options: argparse.Namespace) -> dict[str, Any]:
+    """The knobs that the command line names, and their values."""
+    return {name: value for name, value in vars(options).items() if name in KNOBS and value not in (None, [])}
+
+
+def config_of(options: argparse.Namespace) -> TrainConfig:
+    """What --config and the flags say, the flags first."""
+    file = getattr(options, "config", None)
+    return config_from((read_yaml(file) if file else {}) | given(options), str(file or f"vlm-lora {options.verb}"))
