@@ -214,7 +214,7 @@ class TrainConfig:
         "memory", bounds=COUNT,
     )  # fmt: skip
     gradient_checkpointing: bool = knob(
-        False, "recompute activations of the language layers in the backward pass: less memory, more time, equal result",
+        False, "recompute the language layers in the backward pass: less memory, more time, equal result",
         "memory", identity=False,
     )  # fmt: skip
     cache: bool = knob(

@@ -66,13 +66,13 @@ def test_what_is_trained_and_what_is_quarantined_are_all_rows(tmp_path, monkeypa
 
     given = {}
 
-    def run_steps(config, adapter, features, lessons, held_lessons, *_):
-        given["lessons"] = [*lessons, *held_lessons]
+    def run_steps(loop, allow_change):
+        given["lessons"] = [*loop.examples, *loop.data.held_out]
         return 0
 
     for name in ("load_backbone", "shapes_of", "attach_adapter"):
         monkeypatch.setattr(run, name, _once(getattr(run, name)))
-    monkeypatch.setattr(run, "run_steps", run_steps)
+    monkeypatch.setattr(run.TrainingLoop, "run", run_steps)
     trained = 0
     for number in range(5):
         folder = tmp_path / str(number)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.told import Told
 from vlm_lora.config import TrainConfig, config_from, read_yaml, write_yaml
 from vlm_lora.data.images import content_hash
 from vlm_lora.data.readers import read_dataset
@@ -87,35 +88,37 @@ def test_the_split_keeps_a_picture_of_two_sources_on_one_side(seed, two):
 def test_a_run_sees_each_answer_as_often_as_its_weight_says(two, tmp_path, monkeypatch):
     """The real run, up to the steps: what it would learn from in an epoch, and the plan over it."""
     import vlm_lora.training.run as run
-    from vlm_lora.training.batches import Plan
+    from vlm_lora.training.schedule import Schedule
 
     given = {}
 
-    def run_steps(config, adapter, features, lessons, *_):
-        given["lessons"] = lessons
+    def run_steps(loop, allow_change):
+        given["lessons"] = loop.examples
         return 0
 
-    monkeypatch.setattr(run, "run_steps", run_steps)
+    monkeypatch.setattr(run.TrainingLoop, "run", run_steps)
     config = TrainConfig(
         data=("a", "b:3"), model="tiny", output=str(tmp_path / "run"), on_bad_row="quarantine", val_split=0
     )
-    reports = []
-    run.train(config, report=lambda kind, **values: reports.append((kind, values)))
+    run.train(config, events=(reported := Told()))
     lessons = given["lessons"]
     assert Counter(lesson.example.id for lesson in lessons) == {
         "a/one.png": 1, "a/same.png": 1, "b/same.png": 3, "b/two.png": 3, "b/three.png": 3
     }  # fmt: skip
     numbers = [len(lesson.example.dialogues) for lesson in lessons]
-    plan = Plan(numbers, batch_size=4, epochs=2, seed=5)
+    schedule = Schedule(numbers, batch_size=4, epochs=2, seed=5)
     seen = Counter(
         (lessons[i].example.id, dialogue)
-        for step in range(plan.num_steps)
-        for i, dialogues in plan.step(step)
+        for step in range(schedule.num_steps)
+        for i, dialogues in schedule.step(step)
         for dialogue in dialogues
     )
     assert seen == {(e.example.id, d): 2 * e.example.weight for e in lessons for d in range(len(e.example.dialogues))}
-    assert [Plan(numbers, batch_size=4, epochs=2, seed=5).step(s) for s in (3, 0)] == [plan.step(3), plan.step(0)]
-    (told,) = [values["format"] for kind, values in reports if kind == "data"]
+    assert [Schedule(numbers, batch_size=4, epochs=2, seed=5).step(s) for s in (3, 0)] == [
+        schedule.step(3),
+        schedule.step(0),
+    ]
+    (told,) = [values["format"] for values in reported.of("data")]
     assert "b: 3 examples, 6 answers, each 3 times an epoch" in told
     write_yaml(config, tmp_path / "config.yaml")
     assert read_yaml(tmp_path / "config.yaml")["data"] == ["a", "b:3"]

@@ -15,9 +15,11 @@ from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.model.packing import pack, pack_apart, padded_tokens
-from vlm_lora.training import loop
+from vlm_lora.training import step
+from vlm_lora.training.batches import EncodedExample, Loader, MicroBatch
 from vlm_lora.training.checkpoint import Progress
-from vlm_lora.training.loop import Lesson, MicroBatch, loss_sum, make_batches
+from vlm_lora.training.events import Events
+from vlm_lora.training.step import loss_sum
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 ALONE = SimpleNamespace(index=0, count=1, sharded=False, highest=int)
@@ -111,14 +113,19 @@ def picture_of(image: ImageRef):
     return load_image(image)
 
 
-def lessons_of(backbone, features, examples) -> list[Lesson]:
+def lessons_of(backbone, features, examples) -> list[EncodedExample]:
     encoder = Encoder(backbone)
     lessons = []
     for example in examples:
         grids = [entry.grid_thw for entry in features.get(example.images)]
         grid = torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
-        lessons.append(Lesson(example, encoder.encode(example.dialogues, grid)))
+        lessons.append(EncodedExample(example, encoder.encode(example.dialogues, grid)))
     return lessons
+
+
+def make_batches(backbone, features, lessons, max_tokens: int) -> list[MicroBatch]:
+    loader = Loader(backbone, features, ALONE)
+    return [loader.place(fetched) for fetched in loader.fetch(lessons, max_tokens)]
 
 
 def fast(backbone, examples, max_tokens: int, cache=None) -> torch.Tensor:
@@ -175,7 +182,7 @@ def test_float32_is_at_its_noise_floor(checkpoints, examples, family):
 def test_chunked_logits_equal_whole_ones(checkpoints, examples, monkeypatch, chunk, family):
     backbone, adapter = load(checkpoints, family)
     expected = gradients(adapter, fast(backbone, examples, 4096))
-    monkeypatch.setattr(loop, "LOGITS_AT_ONCE", chunk)
+    monkeypatch.setattr(step, "LOGITS_AT_ONCE", chunk)
     assert_equal(gradients(adapter, fast(backbone, examples, 4096)), expected, 1e-12)
 
 
@@ -217,19 +224,11 @@ def test_the_inner_layers_of_the_tower_are_seen_where_they_belong(checkpoints, e
 
 
 def learnt(backbone, adapter, examples, max_tokens: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss and gradients as `loop.learn` leaves them for the optimizer."""
+    """Loss and gradients as `accumulate_gradients` leaves them for the optimizer."""
     features = FeatureCache(backbone, None)
     adapter.backbone.model.zero_grad()
-    loss = loop.learn(
-        backbone,
-        features,
-        lessons_of(backbone, features, examples),
-        None,
-        0,
-        Progress(micro_batch_tokens=max_tokens),
-        ALONE,
-        pytest.fail,
-    )
+    loader, lessons = Loader(backbone, features, ALONE), lessons_of(backbone, features, examples)
+    loss = step.accumulate_gradients(loader, lessons, None, 0, Progress(micro_batch_tokens=max_tokens), Events())
     return loss, {name: p.grad.clone() for name, p in adapter.named_parameters()}
 
 
@@ -243,12 +242,12 @@ def test_a_step_equals_naive_however_it_is_cut_up(checkpoints, examples, family,
         loss, found = learnt(backbone, adapter, examples, max_tokens)
         torch.testing.assert_close(loss.double(), reference.detach(), rtol=1e-6, atol=0)  # the sum is float32
         assert_equal(found, expected, FP64)
-    monkeypatch.setattr(loop, "count_labels", lambda lessons: sum(each.encoded.num_tokens for each in lessons))
+    monkeypatch.setattr(step, "count_labels", lambda lessons: sum(each.encoded.num_tokens for each in lessons))
     assert off_by(learnt(backbone, adapter, examples, 90)[1], expected) > 1e-3
     monkeypatch.undo()
-    of_rows = loop.loss_sum
-    monkeypatch.setattr(loop, "loss_sum", lambda backbone, batch: of_rows(backbone, batch) / batch.num_labels)
-    monkeypatch.setattr(loop, "count_labels", lambda lessons: 1)
+    of_rows = step.loss_sum
+    monkeypatch.setattr(step, "loss_sum", lambda backbone, batch: of_rows(backbone, batch) / batch.num_labels)
+    monkeypatch.setattr(step, "count_labels", lambda lessons: 1)
     assert off_by(learnt(backbone, adapter, examples, 90)[1], expected) > 1e-3
 
 
@@ -258,10 +257,11 @@ def test_a_step_waits_for_no_device(checkpoints, examples, family):
     backbone, adapter = load(checkpoints, family, torch.float32)
     features = FeatureCache(backbone, None)
     lessons = lessons_of(backbone, features, examples)
-    fetched = loop.fetch_batches(backbone, features, lessons, 700)
+    loader = Loader(backbone, features, ALONE)
+    fetched = loader.fetch(lessons, 700)
     assert len(fetched) > 1
     backbone.model.to("meta")
-    loss = loop.learn(backbone, features, lessons, fetched, 0, Progress(micro_batch_tokens=700), ALONE, pytest.fail)
+    loss = step.accumulate_gradients(loader, lessons, fetched, 0, Progress(micro_batch_tokens=700), Events())
     trained = [parameter for _, parameter in adapter.named_parameters()]
     norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
     assert all(tensor.is_meta for tensor in (loss, norm, *(parameter.grad for parameter in trained)))
@@ -276,7 +276,7 @@ def test_the_next_step_can_be_fetched_while_the_tower_runs(checkpoints, examples
     lessons, fetched = lessons_of(backbone, features, examples), []
 
     def fetch(*_) -> None:
-        fetched.append(loop.fetch_batches(backbone, features, lessons, 4096))
+        fetched.append(Loader(backbone, features, ALONE).fetch(lessons, 4096))
 
     backbone.model.model.visual.blocks[0].register_forward_pre_hook(fetch)
     backbone.tower(*backbone.preprocess([picture_of(examples[0].images[0])]))
@@ -316,10 +316,10 @@ def test_what_goes_to_a_gpu_is_pinned(checkpoints, examples, monkeypatch):
     features = FeatureCache(backbone, None)
     lessons, pinned = lessons_of(backbone, features, examples), []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.data_ptr()) or tensor)
-    (fetched,) = loop.fetch_batches(backbone, features, lessons, 10**6)
+    (fetched,) = Loader(backbone, features, ALONE).fetch(lessons, 10**6)
     assert pinned == []
     monkeypatch.setattr(type(backbone), "device", torch.device("cuda"))
-    (fetched,) = loop.fetch_batches(backbone, features, lessons, 10**6)
+    (fetched,) = Loader(backbone, features, ALONE).fetch(lessons, 10**6)
     large = [fetched.packed.attention_mask, fetched.packed.position_ids, *(each.features for each in fetched.images)]
     assert {tensor.data_ptr() for tensor in large} <= set(pinned)
 

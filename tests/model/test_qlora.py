@@ -20,10 +20,11 @@ from vlm_lora.inference.report import summary
 from vlm_lora.model.adapters.methods import attach_adapter, load_adapter
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.features import FeatureCache
-from vlm_lora.training import loop
-from vlm_lora.training.loop import mean_loss
+from vlm_lora.training import step
+from vlm_lora.training.batches import Loader
 from vlm_lora.training.processes import Processes
 from vlm_lora.training.run import train
+from vlm_lora.training.step import mean_loss
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -119,7 +120,9 @@ def test_an_evaluation_leaves_the_gradients_as_they_were(examples):
     loss = fast(backbone, examples, 4096)
     before = gradients(adapter, loss)
     lessons = lessons_of(backbone, features, examples)
-    assert mean_loss(backbone, features, lessons, 4096, Processes("qlora")) == pytest.approx(loss.item(), rel=1e-6)
+    assert mean_loss(Loader(backbone, features, Processes("qlora")), lessons, 4096) == pytest.approx(
+        loss.item(), rel=1e-6
+    )
     after = gradients(adapter, fast(backbone, examples, 4096))
     assert_equal(after, before, 1e-6)
 
@@ -131,23 +134,23 @@ def test_the_paged_optimizer_is_for_qlora_on_a_gpu_and_resumes_exactly(
 ):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     asked = [("qlora", gpu), ("qlora", cpu), ("lora", gpu)]
-    chosen = [loop.is_paged(TrainConfig(data="x", method=method), device) for method, device in asked]
+    chosen = [step.is_paged(TrainConfig(data="x", method=method), device) for method, device in asked]
     assert chosen == [True, False, False]
 
     # On a CPU bitsandbytes computes the same optimizer, and pages nothing.
-    monkeypatch.setattr(loop, "is_paged", lambda *_: True)
+    monkeypatch.setattr(step, "is_paged", lambda *_: True)
     straight = config(checkpoints, photo_folder, tmp_path / "straight", method="qlora")
     result = train(straight)
-    monkeypatch.setattr(loop, "is_paged", lambda *_: False)
+    monkeypatch.setattr(step, "is_paged", lambda *_: False)
     usual = adapter_of(train(straight.replace(output=str(tmp_path / "usual"))).folder)
-    monkeypatch.setattr(loop, "is_paged", lambda *_: True)
+    monkeypatch.setattr(step, "is_paged", lambda *_: True)
     paged = adapter_of(result.folder)
     assert any(not torch.equal(paged[name], usual[name]) for name in usual), "the optimizer was not used"
     for name, tensor in usual.items():
         torch.testing.assert_close(paged[name], tensor, rtol=1e-2, atol=1e-4)
     settings = straight.replace(output=str(tmp_path / "stopped"))
     with pytest.raises(KeyboardInterrupt):
-        train(settings, report=_stop_behind(4))
+        train(settings, events=_stop_behind(4))
     assert_same(adapter_of(train(settings, resume=True).folder), paged)
 
 
@@ -198,7 +201,7 @@ def test_train_stop_go_on_load_and_caption(checkpoints, photo_folder, tmp_path, 
     result = train(straight)
     settings = straight.replace(output=str(tmp_path / "stopped"))
     with pytest.raises(KeyboardInterrupt):
-        train(settings, report=_stop_behind(4))
+        train(settings, events=_stop_behind(4))
     assert_same(adapter_of(train(settings, resume=True).folder), adapter_of(result.folder))
 
     inside = Captioner(result.adapter.backbone, result.adapter, result.features, settings.prompt)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.model.test_methods import METHODS
+from tests.told import Told
 from tests.training.test_train import _stop_behind, adapter_of, assert_same, config
 from vlm_lora.inference.captioner import Captioner, Decoding
 from vlm_lora.inference.evaluate import evaluate
@@ -27,15 +28,15 @@ def method_config(checkpoints, data, output, method: str, **changes):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_whole_line(checkpoints, photo_folder, tmp_path, method):
-    warnings = []
     settings = method_config(checkpoints, photo_folder, tmp_path / "run", method)
-    result = train(settings, report=lambda kind, **v: warnings.append(v["text"]) if kind == "warning" else None)
+    result = train(settings, events=(told := Told()))
+    warnings = told.warnings
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 9))
     assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]
     if method == "vision too":
-        assert warnings.pop(0).startswith("LoRA sits in the vision tower")
+        assert warnings.pop(0).startswith("LoRA is in the vision tower")
     assert warnings == [], "a tensor has no gradient"
 
     fresh = load_backbone(str(checkpoints["qwen2_vl"])).model.state_dict()
@@ -62,5 +63,5 @@ def test_resuming_is_bitwise_exact(checkpoints, photo_folder, tmp_path, method):
     wanted = adapter_of(train(method_config(checkpoints, photo_folder, tmp_path / "straight", method)).folder)
     settings = method_config(checkpoints, photo_folder, tmp_path / "stopped", method)
     with pytest.raises(KeyboardInterrupt):
-        train(settings, report=_stop_behind(4))
+        train(settings, events=_stop_behind(4))
     assert_same(adapter_of(train(settings, resume=True).folder), wanted)

@@ -15,29 +15,25 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from tests.conftest import copy_checkpoint, picture
+from tests.model.test_exactness import ALONE
 from tests.model.test_methods import METHODS
+from tests.told import Told
 from tests.training.test_train import config
 from vlm_lora.cli import main
-from vlm_lora.cli.console import TrainReport
+from vlm_lora.cli.progress import TrainReport
 from vlm_lora.errors import DataError
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, cache_folder, cache_use
 from vlm_lora.model.shapes import load_shapes, shapes_of
-from vlm_lora.training.batches import Plan
-from vlm_lora.training.loop import Lesson, fetch_batches, fetch_own, loss_sum, place
-from vlm_lora.training.plan import (
-    CostModel,
-    MicroShape,
-    _passes,
-    _waited_for,
-    make_plan,
-    micro_shapes,
-    predict,
-    read_data,
-)
+from vlm_lora.training.batches import EncodedExample, Loader
+from vlm_lora.training.cost import CostModel, MicroShape, _passes, _waited_for, micro_shapes, predict
+from vlm_lora.training.estimate import estimate_run
+from vlm_lora.training.prepare import read_data
 from vlm_lora.training.run import train
+from vlm_lora.training.schedule import Schedule
+from vlm_lora.training.step import loss_sum
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -62,7 +58,8 @@ def prepared(checkpoints, photo_folder, tmp_path, family="qwen2_vl", **changes):
     examples = read_data(settings, settings.data).examples
     encoder = Encoder(backbone)
     lessons = [
-        Lesson(e, encoder.encode(e.dialogues, torch.stack([features.prepare(i) for i in e.images]))) for e in examples
+        EncodedExample(e, encoder.encode(e.dialogues, torch.stack([features.prepare(i) for i in e.images])))
+        for e in examples
     ]
     patches = {image: features.patches(image) for lesson in lessons for image in lesson.example.images}
     return settings, backbone, adapter, features, lessons, patches
@@ -87,10 +84,11 @@ def off(predicted: float, real: float) -> float:
 ], ids=str)  # fmt: skip
 def test_operations_are_those_that_torch_counts(checkpoints, photo_folder, tmp_path, family, changes):
     settings, backbone, _, features, lessons, _ = prepared(checkpoints, photo_folder, tmp_path, family, **changes)
-    (fetched,) = fetch_batches(backbone, features, lessons[:6], 4096)
+    loader = Loader(backbone, features, ALONE)
+    (fetched,) = loader.fetch(lessons[:6], 4096)
     cost = CostModel(load_shapes(settings.model), settings, torch.float32)
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as tower:
-        batch = place(backbone, features, fetched)
+        batch = loader.place(fetched)
     through_tower = sum(map(cost.tower_operations, shape_of(fetched).patches))
     if "vision" in settings.lora_targets:
         assert tower.get_total_flops() == 0  # it runs in the step
@@ -114,8 +112,9 @@ class Saved:
 def predicted_and_kept(checkpoints, photo_folder, tmp_path, family, examples=None, **changes) -> tuple[float, int]:
     """Bytes of activations, by the plan and by autograd, behind the forward pass of a step of so many ``examples``."""
     settings, backbone, _, features, lessons, _ = prepared(checkpoints, photo_folder, tmp_path, family, **changes)
-    (fetched,) = fetch_batches(backbone, features, lessons[:examples], 4096)
-    batch = place(backbone, features, fetched)
+    loader = Loader(backbone, features, ALONE)
+    (fetched,) = loader.fetch(lessons[:examples], 4096)
+    batch = loader.place(fetched)
     held = weakref.WeakSet()  # without what nothing holds any more: DoRA makes a graph that leads nowhere
 
     def keep(tensor):
@@ -179,20 +178,19 @@ def test_steps_are_the_ones_that_are_trained(checkpoints, photo_folder, tmp_path
     settings, backbone, _, features, lessons, patches = prepared(
         checkpoints, photo_folder, tmp_path, micro_batch_tokens=300, batch_size=5
     )
-    pairs = [(lesson.example, lesson.encoded) for lesson in lessons]
-    plan = Plan([1] * len(lessons), batch_size=5, epochs=3, seed=0)
-    for step in range(plan.num_steps):
-        chosen = [lessons[example] for example, _ in plan.step(step)]
+    schedule = Schedule([1] * len(lessons), batch_size=5, epochs=3, seed=0)
+    for step in range(schedule.num_steps):
+        chosen = [lessons[example] for example, _ in schedule.step(step)]
         for count in (1, 3):
             places = [SimpleNamespace(index=i, count=count, sharded=False) for i in range(count)]
-            shares = [fetch_own(backbone, features, chosen, 300, place) for place in places]
+            shares = [Loader(backbone, features, place).fetch(chosen, 300) for place in places]
             real = [[shape_of(fetched) for fetched in share] for share in shares]
-            assert micro_shapes(settings, plan, pairs, patches, step, count) == real
+            assert micro_shapes(chosen, patches, 300, count) == real
     shapes = load_shapes(settings.model)
-    whole = predict(settings, shapes, pairs, patches, device=CPU)
-    remembered = predict(settings, shapes, pairs, patches, device=CPU, kept=0.0)
+    whole = predict(settings, shapes, lessons, patches, device=CPU)
+    remembered = predict(settings, shapes, lessons, patches, device=CPU, kept=0.0)
     monkeypatch.setattr("vlm_lora.model.features.IN_MEMORY_BYTES", 0)
-    live = predict(settings, shapes, pairs, patches, device=CPU, kept=0.0)
+    live = predict(settings, shapes, lessons, patches, device=CPU, kept=0.0)
     once = sum(map(CostModel(shapes, settings, torch.float32).tower_operations, patches.values()))
     assert [p.tower_operations for p in (whole, remembered, live)] == pytest.approx([0, once, 3 * once])
     assert whole.features == sum(entry.features.nbytes for entry in features.get(list(patches)))
@@ -203,9 +201,9 @@ def test_several_devices_wait_for_the_busiest(checkpoints, photo_folder, tmp_pat
     settings, *_, lessons, patches = prepared(
         checkpoints, photo_folder, tmp_path, epochs=1, batch_size=4, micro_batch_tokens=16
     )
-    pairs, shapes = [(lesson.example, lesson.encoded) for lesson in lessons][:10], load_shapes(settings.model)
+    lessons, shapes = lessons[:10], load_shapes(settings.model)
     one, three, pieces = (
-        predict(settings, shapes, pairs, patches, device=CPU, gpus=gpus, sharded=sharded)
+        predict(settings, shapes, lessons, patches, device=CPU, gpus=gpus, sharded=sharded)
         for gpus, sharded in ((1, False), (3, False), (3, True))
     )
     assert one.imbalance == pytest.approx(1)
@@ -232,41 +230,42 @@ def test_pieces_of_the_layers_and_two_put_together(checkpoints, photo_folder, tm
 @pytest.mark.parametrize("kept", [0.0, 1.0])
 def test_time_is_predicted_from_the_second_and_third_step(checkpoints, photo_folder, tmp_path, monkeypatch, kept):
     settings, *_, lessons, patches = prepared(checkpoints, photo_folder, tmp_path, epochs=1, batch_size=4)
-    pairs, shapes = [(lesson.example, lesson.encoded) for lesson in lessons], load_shapes(settings.model)
-    three = predict(settings, shapes, pairs, patches, device=CPU, kept=kept)  # all there are
+    shapes = load_shapes(settings.model)
+    three = predict(settings, shapes, lessons, patches, device=CPU, kept=kept)  # all there are
     assert sum(three.first) == pytest.approx(three.operations + three.tower_operations)
     assert three.seconds_left(10.0) == pytest.approx(0, abs=1e-9)
-    short = predict(settings.replace(batch_size=6, epochs=20), shapes, pairs, patches, device=CPU, kept=kept)
+    short = predict(settings.replace(batch_size=6, epochs=20), shapes, lessons, patches, device=CPU, kept=kept)
     rest = short.operations + short.tower_operations - sum(short.first)
     assert rest == pytest.approx(short.operations * 37 / 40, rel=0.05)  # two steps an epoch: the tower's work is done
     monkeypatch.setattr("vlm_lora.model.features.IN_MEMORY_BYTES", 0)
-    nine = predict(settings.replace(epochs=3), shapes, pairs, patches, device=CPU, kept=kept)
+    nine = predict(settings.replace(epochs=3), shapes, lessons, patches, device=CPU, kept=kept)
     assert nine.first == three.first
     assert nine.seconds_left(10.0) == pytest.approx(30, rel=0.1)  # six more of four answers each
-    one = predict(settings.replace(max_steps=1), shapes, pairs, patches, device=CPU, kept=kept)
+    one = predict(settings.replace(max_steps=1), shapes, lessons, patches, device=CPU, kept=kept)
     assert one.first == three.first[:1]
 
 
 def test_what_was_predicted_is_kept_beside_what_was_measured(checkpoints, photo_folder, tmp_path, capsys):
-    told = {}
-    train(config(checkpoints, photo_folder, tmp_path / "run"), report=lambda kind, **v: told.setdefault(kind, v))
+    train(config(checkpoints, photo_folder, tmp_path / "run"), events=(told := Told()))
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
-    assert line["predicted"]["seconds"] == told["cost"]["seconds"] > 0
-    TrainReport(None).cost(**told["cost"])
+    (cost,) = told.of("cost")
+    assert line["predicted"]["seconds"] == cost["seconds"] > 0
+    TrainReport(None).cost(**cost)
     assert "s were predicted from steps 2 and 3" in capsys.readouterr().err
     short = config(checkpoints, photo_folder, tmp_path / "short", max_steps=3)
-    train(short, report=lambda kind, **v: told.update({kind: v}))
-    assert told["cost"]["seconds"] is None
-    TrainReport(None).cost(**told["cost"])
+    train(short, events=(told := Told()))
+    (cost,) = told.of("cost")
+    assert cost["seconds"] is None
+    TrainReport(None).cost(**cost)
     assert "predicted" not in capsys.readouterr().err
 
 
 def test_a_long_run_is_looked_at_in_parts(checkpoints, photo_folder, tmp_path, monkeypatch):
     settings, *_, lessons, patches = prepared(checkpoints, photo_folder, tmp_path, epochs=20)
-    pairs, shapes = [(lesson.example, lesson.encoded) for lesson in lessons], load_shapes(settings.model)
-    whole = predict(settings, shapes, pairs, patches, device=CPU)
-    monkeypatch.setattr("vlm_lora.training.plan.STEPS_LOOKED_AT", 20)
-    part = predict(settings, shapes, pairs, patches, device=CPU)
+    shapes = load_shapes(settings.model)
+    whole = predict(settings, shapes, lessons, patches, device=CPU)
+    monkeypatch.setattr("vlm_lora.training.cost.STEPS_LOOKED_AT", 20)
+    part = predict(settings, shapes, lessons, patches, device=CPU)
     assert off(part.operations, whole.operations) < 0.03
 
 
@@ -336,7 +335,7 @@ def test_the_disk_is_what_training_fills(checkpoints, photo_folder, tmp_path, mo
         (tmp_path / "val" / name).write_bytes((photo_folder / name).read_bytes())
     monkeypatch.chdir(tmp_path)
     settings = config(checkpoints, photo_folder, tmp_path / "run", on_bad_row="quarantine", **changes)
-    plan = make_plan(settings, tflops=1.0)
+    plan = estimate_run(settings, tflops=1.0)
     assert plan.cached == 0
     assert plan.room > plan.cost.features
     train(settings)
@@ -346,14 +345,14 @@ def test_the_disk_is_what_training_fills(checkpoints, photo_folder, tmp_path, mo
     cost = CostModel(load_shapes(settings.model), settings, torch.float32)
     if not plan.seen_once:
         assert off(plan.cost.tower_operations, cost.tower_operations(80) * patches / 80) < 0.02  # of 64 to 96 each
-    again = make_plan(settings, tflops=1.0)
+    again = estimate_run(settings, tflops=1.0)
     assert (again.cached, again.cost.features) == (use.entries, plan.cost.features)
 
 
 @pytest.mark.parametrize("changes", [{}, {"epochs": 1}, {"max_steps": 1}], ids=str)
 def test_without_a_cache_on_disk_the_tower_runs_as_often_as_planned(checkpoints, photo_folder, tmp_path, changes):
     settings = config(checkpoints, photo_folder, tmp_path / "run", cache=False, **changes)
-    plan = make_plan(settings, tflops=1.0)
+    plan = estimate_run(settings, tflops=1.0)
     computed = []
     real = FeatureCache._compute
     with pytest.MonkeyPatch.context() as patch:
@@ -377,10 +376,10 @@ def test_each_device_has_a_memory_of_its_own():
 
 def test_a_plan_knows_the_disk(checkpoints, photo_folder, tmp_path, monkeypatch, capsys):
     settings = config(checkpoints, photo_folder, tmp_path / "run")
-    whole = make_plan(settings, tflops=1.0)
+    whole = estimate_run(settings, tflops=1.0)
     free = whole.cost.features // 2
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
-    half = make_plan(settings, tflops=1.0)
+    half = estimate_run(settings, tflops=1.0)
     assert half.room == pytest.approx(0.9 * free, abs=1)
     assert half.kept == pytest.approx(half.room / (whole.cost.features * 10 / 12), rel=0.05)
     assert half.cost.tower_operations == pytest.approx(whole.cost.tower_operations)  # main memory has room for the rest
@@ -390,9 +389,9 @@ def test_a_plan_knows_the_disk(checkpoints, photo_folder, tmp_path, monkeypatch,
     assert main([*command, "--no-cache"]) == 0
     assert "no features are kept (--no-cache); main memory still holds 100%" in capsys.readouterr().out
     monkeypatch.setattr("vlm_lora.model.features.IN_MEMORY_BYTES", 0)
-    assert make_plan(settings, tflops=1.0).cost.tower_operations > 1.2 * whole.cost.tower_operations
+    assert estimate_run(settings, tflops=1.0).cost.tower_operations > 1.2 * whole.cost.tower_operations
 
 
 def test_an_impossible_plan_is_refused(checkpoints, photo_folder, tmp_path):
     with pytest.raises(DataError, match="no usable example"):
-        make_plan(config(checkpoints, photo_folder, tmp_path / "run", max_tokens=16), tflops=1.0)
+        estimate_run(config(checkpoints, photo_folder, tmp_path / "run", max_tokens=16), tflops=1.0)

@@ -25,32 +25,32 @@ from vlm_lora.errors import ConfigError, TrainingError
 from vlm_lora.model.packing import IGNORE_INDEX, Branch, Encoded
 from vlm_lora.model.shapes import load_shapes
 from vlm_lora.training.batches import deal
-from vlm_lora.training.plan import CostModel
+from vlm_lora.training.cost import CostModel
 from vlm_lora.training.processes import Processes, require_possible
 
 # No reader gives examples without a picture; Python may. Here a quarter of them lose theirs as they are read. And each
 # process tells what it learns in each step: the examples of all in order, and the labels of its own share.
 TEXT_ONLY = """
-import dataclasses, json, sys, vlm_lora.training.loop as loop, vlm_lora.training.run as run
-read = run.read_data
+import dataclasses, json, sys, vlm_lora.training.loop as loop, vlm_lora.training.prepare as prepare
+read = prepare.read_data
 def some_without_pictures(*given, **options):
     dataset = read(*given, **options)
     examples = [dataclasses.replace(e, images=e.images if i % 4 else ()) for i, e in enumerate(dataset.examples)]
     return dataclasses.replace(dataset, examples=tuple(examples))
-run.read_data = some_without_pictures
-run_steps = run.run_steps
-def telling(config, adapter, features, *given):
-    print(f"{features.computed} images computed", file=sys.stderr)
-    return run_steps(config, adapter, features, *given)
-run.run_steps = telling
-learn = loop.learn
-def telling_what(backbone, features, lessons, fetched, *given):
+prepare.read_data = some_without_pictures
+run_steps = loop.TrainingLoop.run
+def telling(self, *given):
+    print(f"{self.loader.features.computed} images computed", file=sys.stderr)
+    return run_steps(self, *given)
+loop.TrainingLoop.run = telling
+accumulate = loop.accumulate_gradients
+def telling_what(loader, examples, fetched, *given):
     if fetched is not None:  # else it is the largest step, tried out before the first
-        sources = [(lesson.example.source, len(lesson.encoded.branches)) for lesson in lessons]
+        sources = [(each.example.source, len(each.encoded.branches)) for each in examples]
         labels = sorted(int(row[row >= 0].sum()) for batch in fetched for row in batch.packed.labels)
         print("LEARNT", json.dumps([sources, labels]), file=sys.stderr)
-    return learn(backbone, features, lessons, fetched, *given)
-loop.learn = telling_what
+    return accumulate(loader, examples, fetched, *given)
+loop.accumulate_gradients = telling_what
 """
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -179,15 +179,15 @@ def test_gradients_that_are_not_added_up_give_another_adapter(forks, command, al
 def test_sharded_layers_are_held_in_pieces_and_the_comparison_at_the_end_works(forks, command, tmp_path):
     """As many bytes as the plan has, which adds two layers that are put together."""
     sabotage = """
-import vlm_lora.training.run as run
-real = run.run_steps
-def counting(config, adapter, *rest):
-    frozen = [p for p in adapter.backbone.language_model.layers.parameters() if not p.requires_grad]
-    local = [p.to_local() if hasattr(p, "to_local") else p for p in adapter.backbone.model.parameters()]
+from vlm_lora.training.loop import TrainingLoop
+real = TrainingLoop.run
+def counting(self, *rest):
+    frozen = [p for p in self.backbone.language_model.layers.parameters() if not p.requires_grad]
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in self.backbone.model.parameters()]
     numbers = sum(p.to_local().numel() for p in frozen), sum(p.numel() for p in frozen)
     print("HELD", *numbers, sum(p.nbytes for p in local if not p.requires_grad))
-    return real(config, adapter, *rest)
-run.run_steps = counting
+    return real(self, *rest)
+TrainingLoop.run = counting
 """
     arguments = [a for a in command if a != "--no-eval"] + ["--max-steps", "1", "--output", tmp_path / "run"]
     ended = forks.run(2, *arguments, env=FSDP2, sabotage=sabotage)
@@ -209,13 +209,13 @@ def test_stopped_and_gone_on_with_by_another_number_of_processes(forks, command,
     assert first.code == 143
     second = forks.run(2, *command, *run, "--resume", at=(1, 4, signal.SIGINT), sabotage=TEXT_ONLY)
     assert [e.code for e in second] == [130, 130], second
-    assert second[0].err.count("stopped behind step 4 and saved") == 1
-    assert "stopped behind" not in second[1].err
+    assert second[0].err.count("stopped after step 4 and saved") == 1
+    assert "stopped after" not in second[1].err
     third = forks.run(2, *command, *run, "--resume", at=(0, 5, signal.SIGTERM), sabotage=TEXT_ONLY, env=FSDP2)
     assert [e.code for e in third] == [143, 143], third
     (last,) = forks.run(1, *command, *run, "--resume", sabotage=TEXT_ONLY)
     assert last.code == 0
-    assert "Going on from step 5" in last.err
+    assert "Resumed from step 5" in last.err
     assert_same_run(tmp_path / "run", alone)
 
 
@@ -223,14 +223,14 @@ def test_out_of_memory_in_one_process_has_all_try_the_step_again(forks, command,
     sabotage = (
         TEXT_ONLY
         + """
-import os, torch, vlm_lora.training.loop as loop
-real, calls = loop.loss_sum, []
+import os, torch, vlm_lora.training.step as step
+real, calls = step.loss_sum, []
 def short_of_memory(*given):
     calls.append(1)
     if os.environ["RANK"] == "1" and len(calls) == 3:
         raise torch.OutOfMemoryError("CUDA out of memory")
     return real(*given)
-loop.loss_sum = short_of_memory
+step.loss_sum = short_of_memory
 """
     )
     ended = forks.run(2, *command, "--output", tmp_path / "run", sabotage=sabotage)
@@ -298,12 +298,12 @@ def test_what_is_wrong_for_all_is_said_once(forks, command, alone, tmp_path):
     assert [e.code for e in again] == [1, 1]
     assert "holds a run already" in again[0].err
     sabotage = """
-import dataclasses, os, vlm_lora.training.run as run
-real = run.read_data
+import dataclasses, os, vlm_lora.training.prepare as prepare
+real = prepare.read_data
 def read(*given, **options):
     dataset = real(*given, **options)
     return dataclasses.replace(dataset, examples=dataset.examples[int(os.environ["RANK"]):])
-run.read_data = read
+prepare.read_data = read
 """
     unlike = forks.run(2, *command, "--output", tmp_path / "run", sabotage=sabotage)
     assert [e.code for e in unlike] == [1, 1]

@@ -16,10 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import picture
+from tests.told import Told
 from tests.training.test_train import adapter_of, assert_same, config
 from vlm_lora.cli import console, main
+from vlm_lora.cli.progress import TrainReport
 from vlm_lora.errors import CheckpointError, ConfigError, Stopped, TrainingError
-from vlm_lora.training import loop, run
+from vlm_lora.model.encode import Encoder
+from vlm_lora.training import folder, loop, prepare, run, step, tracker
+from vlm_lora.training.batches import Loader
 from vlm_lora.training.run import train
 
 
@@ -32,25 +36,6 @@ def log_of(folder) -> list[dict]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     read = [json.loads(line, parse_constant=refuse) for line in lines]
     return [line for line in read if "predicted" not in line]
-
-
-class Told:
-    """A report that remembers, and at a step does something."""
-
-    def __init__(self, at: int = 0, do=lambda: None):
-        self.events, self.at, self.do = [], at, do
-
-    def __call__(self, kind, **values):
-        self.events.append((kind, values))
-        if kind == "step" and values["step"] == self.at:
-            self.do()
-
-    def of(self, kind: str) -> list[dict]:
-        return [values for told, values in self.events if told == kind]
-
-    @property
-    def warnings(self) -> list[str]:
-        return [values["text"] for values in self.of("warning")]
 
 
 def interrupt():
@@ -79,7 +64,7 @@ def straight(checkpoints, tmp_path_factory):
 def test_a_run_folder_in_use_is_refused_and_a_killed_users_is_not(checkpoints, photo_folder, tmp_path):
     settings = config(checkpoints, photo_folder, tmp_path / "run", max_steps=2, save_every=1)
     with pytest.raises(KeyboardInterrupt):
-        train(settings, report=Told(2, interrupt))
+        train(settings, events=Told(2, interrupt))
     hold = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True)\n"
     hold += "time.sleep(99)"
     with subprocess.Popen([sys.executable, "-c", hold, tmp_path / "run/.lock"], stdout=subprocess.PIPE) as other:
@@ -94,10 +79,10 @@ def test_a_run_folder_in_use_is_refused_and_a_killed_users_is_not(checkpoints, p
 def test_killed_before_anything_was_written_it_can_be_gone_on_with(checkpoints, photo_folder, tmp_path):
     """Behind mkdir, or behind the lock: the scripts in docs/distributed.md say --resume once the folder is there."""
     settings = config(checkpoints, photo_folder, tmp_path / "run", max_steps=1)
-    with pytest.raises(CheckpointError, match=r"there is no folder .*run to go on with"):
+    with pytest.raises(CheckpointError, match=r"there is no folder .*run to resume"):
         train(settings, resume=True)
     (tmp_path / "run").mkdir()
-    run._prepare_folder(tmp_path / "run", resume=True)
+    folder.prepare_folder(tmp_path / "run", resume=True)
     (tmp_path / "run/.lock").touch()
     assert train(settings, resume=True).steps == 1
 
@@ -111,10 +96,10 @@ def test_resume_alone_means_the_newest_unfinished_run_of_the_data(checkpoints, p
     for other in others:
         (tmp_path / "runs" / other).mkdir(parents=True)
     with pytest.raises(KeyboardInterrupt):
-        train(settings, report=Told(2, interrupt))
+        train(settings, events=Told(2, interrupt))
     (begun,) = (tmp_path / "runs").glob("photos-*/checkpoints")
     told = Told()
-    assert train(settings, resume=True, report=told).folder == begun.parent.relative_to(tmp_path)
+    assert train(settings, resume=True, events=told).folder == begun.parent.relative_to(tmp_path)
     assert told.of("folder") == [{"folder": begun.parent.relative_to(tmp_path)}]
     assert told.of("start")[0]["step"] == 1
 
@@ -128,7 +113,7 @@ CPU_FULL = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCP
 
 def out_of_memory(monkeypatch, fails, error=GPU_FULL):
     """``fails(tokens)`` says whether a micro-batch of so many tokens, padding included, finds no room."""
-    real, sizes = loop.loss_sum, []
+    real, sizes = step.loss_sum, []
 
     def loss_sum(backbone, batch):
         sizes.append(batch.input_ids.numel())
@@ -137,7 +122,7 @@ def out_of_memory(monkeypatch, fails, error=GPU_FULL):
             raise error
         return loss
 
-    monkeypatch.setattr(loop, "loss_sum", loss_sum)
+    monkeypatch.setattr(step, "loss_sum", loss_sum)
     return sizes
 
 
@@ -148,7 +133,7 @@ def test_out_of_memory_is_found_before_the_first_step_and_settled(checkpoints, s
     told = Told()
     with monkeypatch.context() as patch:
         out_of_memory(patch, lambda tokens: tokens > 300, error)  # as the fourth step has, and none before it
-        halved = train(config(checkpoints, photos, tmp_path / "halved"), report=told).folder
+        halved = train(config(checkpoints, photos, tmp_path / "halved"), events=told).folder
     assert told.events.index(("warning", told.of("warning")[0])) < [k for k, _ in told.events].index("step")
     manifest = json.loads((halved / "checkpoints/step-000008/manifest.json").read_text())
     arrived = manifest["progress"]["micro_batch_tokens"]
@@ -168,7 +153,7 @@ def test_out_of_memory_in_the_middle_tries_the_same_step_again(checkpoints, stra
         out_of_memory(patch, lambda tokens: len(told.of("step")) == 4 and tokens > 200)
         settings = config(checkpoints, photos, tmp_path / "once", save_every=1)
         with pytest.raises(KeyboardInterrupt):
-            train(settings, report=told)
+            train(settings, events=told)
     assert len(told.warnings) == 1
     once = train(settings, resume=True).folder  # out of memory no more: what was learnt about it is kept
     arrived = json.loads((once / "checkpoints/step-000008/manifest.json").read_text())["progress"]["micro_batch_tokens"]
@@ -176,7 +161,7 @@ def test_out_of_memory_in_the_middle_tries_the_same_step_again(checkpoints, stra
 
     by_hand = config(checkpoints, photos, tmp_path / "by-hand", save_every=1)
     with pytest.raises(KeyboardInterrupt):
-        train(by_hand, report=Told(5, interrupt))  # behind the checkpoint of step 4
+        train(by_hand, events=Told(5, interrupt))  # behind the checkpoint of step 4
     less = by_hand.replace(micro_batch_tokens=arrived)
     assert_same(adapter_of(train(less, resume=True, allow_change=["micro_batch_tokens"]).folder), adapter_of(once))
     assert differ(adapter_of(once), adapter_of(straight))
@@ -186,11 +171,11 @@ def test_out_of_memory_with_nothing_to_halve_names_the_knobs(checkpoints, photo_
     told = Told()
     sizes = out_of_memory(monkeypatch, lambda tokens: True)
     with pytest.raises(TrainingError, match=r"Out of memory.*--max-pixels.*--micro-batch-tokens"):
-        train(config(checkpoints, photo_folder, tmp_path / "run"), report=told)
+        train(config(checkpoints, photo_folder, tmp_path / "run"), events=told)
     assert not told.of("step")
     assert len(sizes) < 8
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_lessons", lambda *args: (_ for _ in ()).throw(CPU_FULL))
+        patch.setattr(run, "encode", lambda *args: (_ for _ in ()).throw(CPU_FULL))
         with pytest.raises(TrainingError, match=r"Out of memory.*--max-pixels"):
             train(config(checkpoints, photo_folder, tmp_path / "tower"))
 
@@ -202,8 +187,8 @@ def test_a_bug_is_not_taken_for_a_lack_of_memory(checkpoints, photo_folder, tmp_
 
 
 def test_trying_the_largest_step_first_changes_nothing(checkpoints, straight, tmp_path, monkeypatch):
-    real, largest = loop._largest_step, []
-    monkeypatch.setattr(loop, "_largest_step", lambda *args: largest.append(real(*args)) or 0)
+    real, largest = loop.TrainingLoop._largest_step, []
+    monkeypatch.setattr(loop.TrainingLoop, "_largest_step", lambda *args: largest.append(real(*args)) or 0)
     untried = train(config(checkpoints, straight.parent / "photos", tmp_path / "run")).folder
     assert largest[0] > 0, "there was nothing to try first"
     assert_same(adapter_of(untried), adapter_of(straight))
@@ -214,17 +199,17 @@ def test_trying_the_largest_step_first_changes_nothing(checkpoints, straight, tm
 
 def poison(monkeypatch, bad: str, source: str = "05.png:1"):
     """Steps that hold this example get a loss, or else a gradient, that is not finite."""
-    real = loop.learn
+    real = loop.accumulate_gradients
 
-    def learn(backbone, features, lessons, *rest):
-        loss = real(backbone, features, lessons, *rest)
-        if source in [lesson.example.source for lesson in lessons]:
+    def accumulate(loader, examples, *rest):
+        loss = real(loader, examples, *rest)
+        if source in [each.example.source for each in examples]:
             if bad == "loss":
                 return loss * float("nan")
-            next(p for p in backbone.model.parameters() if p.grad is not None).grad[0, 0] = float("inf")
+            next(p for p in loader.backbone.model.parameters() if p.grad is not None).grad[0, 0] = float("inf")
         return loss
 
-    monkeypatch.setattr(loop, "learn", learn)
+    monkeypatch.setattr(loop, "accumulate_gradients", accumulate)
 
 
 @pytest.mark.parametrize(("bad", "told"), [("loss", "loss nan"), ("gradient", "gradient norm (inf|nan)")])
@@ -241,7 +226,7 @@ def test_numbers_that_are_not_finite_are_never_applied(checkpoints, straight, tm
 
     skip = settings.replace(on_nonfinite="skip")
     told = Told()
-    result = train(skip, resume=True, report=told)
+    result = train(skip, resume=True, events=told)
     skipped = [line["step"] for line in log_of(result.folder) if line.get("skipped")]
     assert len(skipped) == len(told.warnings) == 3  # once an epoch
     assert all("05.png" in text for text in told.warnings)
@@ -249,7 +234,7 @@ def test_numbers_that_are_not_finite_are_never_applied(checkpoints, straight, tm
 
     again = skip.replace(output=str(tmp_path / "again"))  # stopped right behind a step that was left out
     with pytest.raises(KeyboardInterrupt):
-        train(again, report=Told(skipped[1] + 1, interrupt))
+        train(again, events=Told(skipped[1] + 1, interrupt))
     assert_same(adapter_of(train(again, resume=True).folder), adapter_of(result.folder))
     assert differ(adapter_of(result.folder), adapter_of(straight))
     with pytest.raises(TrainingError, match="More than --max-skipped 2 steps"):
@@ -266,18 +251,18 @@ def test_of_a_large_step_eight_are_named_and_all_are_in_the_log():
 
 def test_a_loss_spike_is_flagged_and_changes_nothing(checkpoints, straight, tmp_path, monkeypatch):
     photos = straight.parent / "photos"
-    calm = train(config(checkpoints, photos, tmp_path / "calm", epochs=6), report=(quiet := Told())).folder
+    calm = train(config(checkpoints, photos, tmp_path / "calm", epochs=6), events=(quiet := Told())).folder
     assert quiet.warnings == []
-    real, calls = loop.learn, []
+    real, calls = loop.accumulate_gradients, []
 
-    def learn(*args):
+    def accumulate(*args):
         calls.append(args)
         return real(*args) * (50 if len(calls) == 14 else 1)  # the first is the trial of the largest step
 
-    monkeypatch.setattr(loop, "learn", learn)
-    monkeypatch.setattr(loop, "_largest_step", lambda plan, lessons_of, first, *_: first + 1)
+    monkeypatch.setattr(loop, "accumulate_gradients", accumulate)
+    monkeypatch.setattr(loop.TrainingLoop, "_largest_step", lambda self, first: first + 1)
     told = Told()
-    spiked = train(config(checkpoints, photos, tmp_path / "spiked", epochs=6), report=told).folder
+    spiked = train(config(checkpoints, photos, tmp_path / "spiked", epochs=6), events=told).folder
     (text,) = told.warnings
     assert text.startswith("Step 13: loss")
     assert "highest of the last 12 steps" in text
@@ -302,7 +287,7 @@ def test_a_dead_adapter_tensor_is_named(checkpoints, photo_folder, tmp_path, mon
     dead = []
     monkeypatch.setattr(run, "attach_adapter", attach)
     told = Told()
-    train(config(checkpoints, photo_folder, tmp_path / "run", max_steps=3), report=told)
+    train(config(checkpoints, photo_folder, tmp_path / "run", max_steps=3), events=told)
     assert told.warnings
     assert all(dead[0] in text and text.startswith("1 of ") for text in told.warnings)
 
@@ -325,10 +310,10 @@ def test_early_stopping_ends_with_the_best_adapter(checkpoints, straight, tmp_pa
     settings = config(checkpoints, photos, tmp_path / "run", save_every=1, keep_checkpoints=1, patience=2)
     scripted(monkeypatch, [3.0, 1.0, float("nan")])
     with pytest.raises(KeyboardInterrupt):
-        train(settings, report=Told(4, interrupt))  # what was best, and for how long, is in the checkpoint
+        train(settings, events=Told(4, interrupt))  # what was best, and for how long, is in the checkpoint
     scripted(monkeypatch, [float("nan"), 2.0])  # of the step that was saved, found anew; and of the next
     told = Told()
-    result = train(settings, resume=True, report=told)
+    result = train(settings, resume=True, events=told)
     assert result.steps == 4
     inside = {name: parameter.detach() for name, parameter in result.adapter.named_parameters()}
     assert_same(inside, tensors_of(tmp_path / "run/checkpoints/step-000002"))
@@ -370,8 +355,10 @@ def test_evaluation_disturbs_nothing(checkpoints, straight, tmp_path):
     assert_same(adapter_of(one.folder), adapter_of(other.folder))
     backbone = other.adapter.backbone
     assert not backbone.model.training
-    lessons, _ = run._lessons(every, backbone, other.features, other.held_out, Told())
-    again = loop.mean_loss(backbone, other.features, lessons, 1024, other.processes)
+    data = prepare.SplitData([], list(other.held_out), (), "", "", None)
+    encoder = Encoder(backbone)
+    held_out = prepare.encode(every, data, encoder, other.features.grid, lambda *_: None).held_out
+    again = step.mean_loss(Loader(backbone, other.features, other.processes), held_out, 1024)
     assert losses[-1] == pytest.approx(again, rel=1e-6), "it was computed with dropout"
 
 
@@ -401,7 +388,7 @@ def test_a_step_that_is_due_is_saved_before_it_is_evaluated(checkpoints, straigh
         with pytest.raises((Stopped, KeyboardInterrupt)) as stopped:
             train(
                 settings,
-                report=told,
+                events=told,
                 stop=lambda: (
                     signal.SIGTERM if (len(told.of("step")) == 3 if when == "in the step" else evaluated) else None
                 ),
@@ -451,11 +438,11 @@ def test_a_closed_stderr_ends_the_printing_and_nothing_else(monkeypatch, termina
     os.close(reader)
     with os.fdopen(writer, "w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
-        report = console.TrainReport(console.StopSignals())
+        report = TrainReport(console.StopSignals())
         report.progress.terminal = terminal
         for step in range(1, 4):
-            report("held_out", step=step, loss=1.0)
-            report("warning", text="still here")
+            report.held_out(step=step, loss=1.0)
+            report.warning(text="still here")
         assert os.readlink(f"/proc/self/fd/{writer}") == os.devnull
 
 
@@ -483,7 +470,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(checkpoints, straigh
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(CheckpointError, match=r"step-000006: could not be written \(.*\)\. The checkpoints before"):
-            train(settings, report=Told(4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))))
+            train(settings, events=Told(4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000003"]
@@ -514,7 +501,7 @@ def test_a_log_that_cannot_be_written_is_said_too(checkpoints, photo_folder, tmp
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(CheckpointError, match=r"metrics\.jsonl: could not be written \(File too large\)"):
-            train(settings, report=Told(1, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))))
+            train(settings, events=Told(1, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -522,7 +509,7 @@ def test_a_log_that_cannot_be_written_is_said_too(checkpoints, photo_folder, tmp
 def test_a_run_folder_that_vanishes_is_not_made_anew(checkpoints, photo_folder, tmp_path):
     told = Told(2, lambda: shutil.rmtree(tmp_path / "run"))
     with pytest.raises(CheckpointError, match=r"step-000003: could not be written \(No such file"):
-        train(config(checkpoints, photo_folder, tmp_path / "run"), report=told)
+        train(config(checkpoints, photo_folder, tmp_path / "run"), events=told)
     assert not (tmp_path / "run").exists()
 
 
@@ -539,9 +526,9 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_learnt(
         monkeypatch.setattr(run.Path, "touch", lambda self: (_ for _ in ()).throw(OSError(30, os.strerror(30))))
     else:
         message = r"0 MiB are free on this disk, the run's checkpoints need \d+ MiB"
-        monkeypatch.setattr(run.shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(1000))
+        monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(1000))
     with pytest.raises(CheckpointError, match=message):
-        train(config(checkpoints, photo_folder, output), report=told)
+        train(config(checkpoints, photo_folder, output), events=told)
     assert not told.of("start")
 
 
@@ -588,38 +575,38 @@ def test_a_disk_that_fills_under_tensorboard_is_one_line(checkpoints, photo_fold
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:  # its file grows faster than metrics.jsonl
         with pytest.raises(CheckpointError, match=r"run/tensorboard: could not be written \(.*File too large"):
-            train(settings, report=Told(1, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_500, hard))))
+            train(settings, events=Told(1, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_500, hard))))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_tensorboard_takes_a_run_on_two_sources(tmp_path):
     pytest.importorskip("tensorboard")
-    accelerator = run.Accelerator(log_with="tensorboard", project_dir=str(tmp_path))
+    accelerator = tracker.Accelerator(log_with="tensorboard", project_dir=str(tmp_path))
     settings = config({"qwen2_vl": "x"}, "x", tmp_path, report_to="tensorboard").replace(data=("a", "b:2"))
-    with run._tracked(settings, accelerator, tmp_path, resume=False):
+    with tracker.tracked(settings, accelerator, tmp_path, resume=False):
         pass
     (written,) = (tmp_path / "tensorboard").rglob("hparams.yml")
     assert "data: a, b:2\n" in written.read_text()
 
 
-@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_tracker_that_is_missing_or_does_not_start_is_one_line_before_anything_is_loaded(
-    checkpoints, photo_folder, tmp_path, monkeypatch, tracker
+    checkpoints, photo_folder, tmp_path, monkeypatch, name
 ):
-    settings = config(checkpoints, photo_folder, tmp_path / "run", report_to=tracker)
+    settings = config(checkpoints, photo_folder, tmp_path / "run", report_to=name)
     monkeypatch.setattr(run, "load_backbone", lambda *args, **options: pytest.fail("the model is loaded"))
-    monkeypatch.setattr(run, "get_available_trackers", list)
-    with pytest.raises(ConfigError, match=f"^--report-to {tracker}: is not installed: pip install {tracker}.$"):
+    monkeypatch.setattr(tracker, "get_available_trackers", list)
+    with pytest.raises(ConfigError, match=f"^--report-to {name}: is not installed: pip install {name}.$"):
         train(settings)
     assert not (tmp_path / "run").exists()
 
     def fail(*args):
         raise RuntimeError("No API key.\n  Log in.")
 
-    monkeypatch.setattr(run, "get_available_trackers", lambda: [tracker])
-    monkeypatch.setattr(run.Accelerator, "init_trackers", fail)
-    message = rf"^--report-to {tracker}: could not be started \(No API key\. Log in\.\)\. Settle .* leave .* out\.$"
+    monkeypatch.setattr(tracker, "get_available_trackers", lambda: [name])
+    monkeypatch.setattr(tracker.Accelerator, "init_trackers", fail)
+    message = rf"^--report-to {name}: could not be started \(No API key\. Log in\.\)\. Mend .* leave .* out\.$"
     with pytest.raises(ConfigError, match=message):
         train(settings)
 
@@ -647,16 +634,16 @@ def test_a_run_that_is_gone_on_with_goes_on_in_its_tracker(tmp_path, capsys):
     settings = config({"qwen2_vl": "x"}, "x", tmp_path)
     fake = FakeTracker()
     for resume in (False, True):
-        with run._tracked(settings.replace(report_to="trackio"), fake, tmp_path, resume):
+        with tracker.tracked(settings.replace(report_to="trackio"), fake, tmp_path, resume):
             pass
     assert [own["trackio"]["resume"] for _, own in fake.calls[::2]] == ["never", "allow"]
     assert capsys.readouterr().out == ""
 
     fake = FakeTracker()
-    with pytest.raises(Stopped), run._tracked(settings.replace(report_to="wandb"), fake, tmp_path, False):
+    with pytest.raises(Stopped), tracker.tracked(settings.replace(report_to="wandb"), fake, tmp_path, False):
         raise Stopped("x", 15)
     assert fake.calls[0] == ("vlm-lora", {"wandb": {"name": tmp_path.name, "dir": str(tmp_path), "resume": "auto"}})
-    with run._tracked(settings.replace(report_to="wandb"), fake, tmp_path, True):
+    with tracker.tracked(settings.replace(report_to="wandb"), fake, tmp_path, True):
         pass
     assert fake.calls[1::2] == [{"exit_code": 1}, {"exit_code": 0}]  # with 0 it forgets which run to go on with
 

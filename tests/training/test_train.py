@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import picture
+from tests.told import Listener
 from vlm_lora.cli import main
 from vlm_lora.config import TrainConfig
 from vlm_lora.errors import AdapterError, CheckpointError, DataError
@@ -19,8 +20,9 @@ from vlm_lora.model.adapters.methods import load_adapter
 from vlm_lora.model.backbone import Backbone, load_backbone
 from vlm_lora.model.features import FeatureCache, cache_folder, cache_use
 from vlm_lora.training import loop
-from vlm_lora.training.batches import Plan
+from vlm_lora.training import step as one_step
 from vlm_lora.training.run import train
+from vlm_lora.training.schedule import Schedule
 
 
 def config(checkpoints, data, output, **changes) -> TrainConfig:
@@ -45,7 +47,7 @@ def assert_same(one: dict, other: dict) -> None:
 def test_a_run_trains_lora_and_nothing_else(checkpoints, photo_folder, tmp_path, family, layers, mergers):
     told = {}
     settings = config(checkpoints, photo_folder, tmp_path / "run", model=str(checkpoints[family]))
-    result = train(settings, report=lambda kind, **v: told.setdefault(kind, v))
+    result = train(settings, events=Listener(lambda kind, **v: told.setdefault(kind, v)))
     assert (len(result.train_examples), len(result.held_out)) == (10, 2)
     assert result.steps == 8
 
@@ -182,9 +184,9 @@ def test_an_adapter_that_does_not_fit_is_refused(checkpoints, adapter_folder, da
 @pytest.mark.parametrize("changes", [{}, {"micro_batch_tokens": 60, "cache": False}], ids=["plain", "accumulated"])
 def test_resuming_is_bitwise_exact(checkpoints, photo_folder, tmp_path, monkeypatch, changes):
     """Stopped behind every step in turn, and each time gone on with: the adapter is that of the run never stopped."""
-    passes, real = [], loop.loss_sum
+    passes, real = [], one_step.loss_sum
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "loss_sum", lambda *args: passes.append(1) or real(*args))
+        patch.setattr(one_step, "loss_sum", lambda *args: passes.append(1) or real(*args))
         straight = train(config(checkpoints, photo_folder, tmp_path / "straight", save_every=1, val_split=0, **changes))
     assert straight.steps == 9
     assert (len(passes) > 2 * straight.steps) == bool(changes), "steps are not cut up as they should be"
@@ -192,7 +194,7 @@ def test_resuming_is_bitwise_exact(checkpoints, photo_folder, tmp_path, monkeypa
     settings = config(checkpoints, photo_folder, tmp_path / "stopped", save_every=1, val_split=0, **changes)
     for stop in range(1, straight.steps):
         with pytest.raises(KeyboardInterrupt):
-            train(settings, resume=stop > 1, report=_stop_behind(stop))
+            train(settings, resume=stop > 1, events=_stop_behind(stop))
     shutil.rmtree(tmp_path / "straight/checkpoints")
     resumed = train(settings, resume=True)
     assert_same(adapter_of(resumed.folder), adapter_of(straight.folder))
@@ -210,7 +212,7 @@ def _stop_behind(step: int):
         if kind == "step" and values["step"] == step + 1:  # checkpoint of `step` is written, the next step is lost
             raise KeyboardInterrupt
 
-    return report
+    return Listener(report)
 
 
 def test_without_the_steps_seed_resuming_would_differ(checkpoints, photo_folder, tmp_path, monkeypatch):
@@ -227,7 +229,7 @@ def test_without_the_steps_seed_resuming_would_differ(checkpoints, photo_folder,
     one = run("one")
     assert_same(one, run("two"))
     with pytest.raises(KeyboardInterrupt):
-        run("stopped", report=_stop_behind(4))
+        run("stopped", events=_stop_behind(4))
     resumed = run("stopped", resume=True)
     assert any(not torch.equal(one[name], resumed[name]) for name in one)
 
@@ -247,7 +249,9 @@ def test_what_is_not_cached_is_computed_in_the_step_with_the_same_result(checkpo
 
     def run(name, **changes):
         settings = config(checkpoints, photo_folder, tmp_path / name, **changes)
-        result = train(settings, report=lambda kind, **v: told.append((name, v)) if kind == "survey" else None)
+        result = train(
+            settings, events=Listener(lambda kind, **v: told.append((name, v)) if kind == "survey" else None)
+        )
         return adapter_of(result.folder), result.features
 
     wanted, _ = run("full")
@@ -305,7 +309,7 @@ def test_an_image_that_disappears_while_training_is_named(checkpoints, photo_fol
                 path.unlink()
 
     with pytest.raises(DataError, match=r"\.png' cannot be opened"):
-        train(config(checkpoints, photo_folder, tmp_path / "run", cache=False), report=report)
+        train(config(checkpoints, photo_folder, tmp_path / "run", cache=False), events=Listener(report))
 
 
 def test_a_damaged_checkpoint_is_set_aside(checkpoints, photo_folder, tmp_path):
@@ -314,7 +318,7 @@ def test_a_damaged_checkpoint_is_set_aside(checkpoints, photo_folder, tmp_path):
     newest = tmp_path / "run/checkpoints/step-000008/optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:-9] + b"\x00" * 9)
     told = []
-    train(settings, resume=True, report=lambda kind, **v: told.append((kind, v)))
+    train(settings, resume=True, events=Listener(lambda kind, **v: told.append((kind, v))))
     assert_same(adapter_of(tmp_path / "run"), wanted)
     assert next(v["text"] for k, v in told if k == "warning").startswith("step-000008 is damaged")
     assert [v["step"] for k, v in told if k == "start"] == [6]
@@ -382,19 +386,19 @@ def test_micro_batches_change_nothing(checkpoints, photo_folder, tmp_path):
 
 
 def test_the_plan_shows_every_answer_once_an_epoch():
-    plan = Plan([5, 1, 10, 3], batch_size=4, epochs=3, seed=0)
-    seen = [(e, d) for step in range(plan.num_steps) for e, dialogues in plan.step(step) for d in dialogues]
-    everything = {(e, d) for e, n in enumerate(plan.num_answers) for d in range(n)}
+    schedule = Schedule([5, 1, 10, 3], batch_size=4, epochs=3, seed=0)
+    seen = [(e, d) for step in range(schedule.num_steps) for e, dialogues in schedule.step(step) for d in dialogues]
+    everything = {(e, d) for e, n in enumerate(schedule.num_answers) for d in range(n)}
     for epoch in range(3):
         assert set(seen[epoch * 19 : epoch * 19 + 19]) == everything
     assert len(seen) == 57
-    sizes = [sum(len(d) for _, d in plan.step(s)) for s in range(plan.num_steps)]
+    sizes = [sum(len(d) for _, d in schedule.step(s)) for s in range(schedule.num_steps)]
     assert min(sizes) >= 1
     assert max(sizes) <= 8
-    assert abs(plan.num_steps - 57 / 4) <= 1
-    again = Plan([5, 1, 10, 3], batch_size=4, epochs=3, seed=0)
-    assert again.step(9) == plan.step(9)  # asked for alone, out of order
-    assert Plan([5, 1, 10, 3], batch_size=4, epochs=3, seed=1).step(0) != plan.step(0)
+    assert abs(schedule.num_steps - 57 / 4) <= 1
+    again = Schedule([5, 1, 10, 3], batch_size=4, epochs=3, seed=0)
+    assert again.step(9) == schedule.step(9)  # asked for alone, out of order
+    assert Schedule([5, 1, 10, 3], batch_size=4, epochs=3, seed=1).step(0) != schedule.step(0)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -402,10 +406,10 @@ def test_the_plan_shows_every_answer_once_an_epoch():
     ([5] * 16, 16, 3), ([10] * 7, 16, 2.5), ([1] * 30, 8, 1), ([3, 8, 1, 40, 2, 16, 5], 16, 4), ([2, 2], 16, 9),
 ])  # fmt: skip
 def test_an_image_stays_in_one_step_where_it_fits(numbers, batch_size, epochs, seed):
-    plan = Plan(numbers, batch_size=batch_size, epochs=epochs, seed=seed)
-    steps = [plan.step(step) for step in range(plan.num_steps)]
+    schedule = Schedule(numbers, batch_size=batch_size, epochs=epochs, seed=seed)
+    steps = [schedule.step(step) for step in range(schedule.num_steps)]
     assert all(steps)
-    assert plan.step(plan.num_steps) == []
+    assert schedule.step(schedule.num_steps) == []
     assert sum(len(dialogues) for step in steps for _, dialogues in step) == round(sum(numbers) * epochs)
     for step in steps:
         assert sum(len(dialogues) for _, dialogues in step) < 2 * batch_size

@@ -35,10 +35,10 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--fsdp shares the base out over several GPUs; say how many with --gpus.")
     config = config_of(options)
 
-    from vlm_lora.training.plan import make_plan
+    from vlm_lora.training.estimate import estimate_run
 
     progress = Progress()
-    plan = make_plan(
+    plan = estimate_run(
         config,
         gpus=options.gpus,
         sharded=options.fsdp,

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm_lora.cli.console import Progress, StopSignals, TrainReport, say
+from vlm_lora.cli.console import Progress, StopSignals, say
 from vlm_lora.cli.flags import add_config, config_of
 from vlm_lora.config import TrainConfig
 from vlm_lora.errors import CheckpointError, ConfigError
@@ -50,12 +50,12 @@ def run(options: argparse.Namespace) -> int:
     if allowed and not options.resume:
         raise ConfigError("--allow-change goes with --resume: it says what may differ from the checkpoint.")
 
+    from vlm_lora.cli.progress import TrainReport  # here, as they bring torch
     from vlm_lora.training.run import train
 
     signals = StopSignals()
-    report = TrainReport(signals)
     try:
-        result = train(config, resume=options.resume, allow_change=allowed, report=report, stop=signals)
+        result = train(config, resume=options.resume, allow_change=allowed, events=TrainReport(signals), stop=signals)
     finally:
         signals.release()
     try:

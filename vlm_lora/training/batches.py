@@ -1,72 +1,70 @@
-"""The plan: which answers make up which step. A pure function of (data, batch size, seed, step), with no state.
+"""From a step's answers to micro-batches on the device: dealt out to processes, cut into rows, packed, placed.
 
-The training answers of an epoch stand in one line, images in an order drawn from (seed, epoch), each image's answers
-side by side in an order of their own; step ``t`` takes places ``t * batch_size`` to ``(t + 1) * batch_size`` of all
-epochs' lines put together. An image with more answers than that is cut; the answers of any other go together into the
-step that has the middle one, for an image cut in two would be computed twice. So every answer is seen once an epoch,
-steps have ``batch_size`` answers on average, and a run that resumes at step ``t`` needs to know nothing but ``t``.
+What a process computes in a step is a pure function of the step's answers, so every process knows what the others do.
 """
 
-import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
-from vlm_lora.model.packing import Encoded, padded_tokens
+import torch
+
+from vlm_lora.data.example import Example
+from vlm_lora.errors import ModelError
+from vlm_lora.model.backbone import Backbone
+from vlm_lora.model.features import FeatureCache, ImageFeatures, Pixels
+from vlm_lora.model.packing import IGNORE_INDEX, Encoded, Packed, pack_apart, padded_tokens
+from vlm_lora.training.processes import Processes
+
+T = TypeVar("T")
 
 
-class Plan:
-    """Steps over examples of which number ``i`` has ``num_answers[i]`` dialogues."""
+@dataclass(frozen=True, slots=True)
+class EncodedExample:
+    """An example ready to learn from, and its tokens."""
 
-    def __init__(
-        self, num_answers: Sequence[int], *, batch_size: int, epochs: float, seed: int, max_steps: int | None = None
-    ):
-        self.num_answers = tuple(num_answers)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.answers_per_epoch = sum(num_answers)
-        self.total_answers = round(self.answers_per_epoch * epochs)
-        self._lines: dict[int, list[tuple[int, int, int]]] = {}
-        steps = self._step_of(self.total_answers - 1) + 1
-        self.num_steps = min(steps, max_steps) if max_steps else steps
-        """Optimizer steps; the last may be short of answers."""
+    example: Example
+    encoded: Encoded
 
-    def step(self, step: int) -> list[tuple[int, tuple[int, ...]]]:
-        """The answers of 0-based ``step``: (example, its dialogues), in order."""
-        first = max(0, (step - 1) * self.batch_size)
-        chosen: list[tuple[int, list[int]]] = []
-        for place in range(first, min((step + 2) * self.batch_size, self.total_answers)):
-            if self._step_of(place) != step:
-                continue
-            example, dialogue, _ = self._at(place)
-            if chosen and chosen[-1][0] == example:
-                chosen[-1][1].append(dialogue)
-            else:
-                chosen.append((example, [dialogue]))
-        return [(example, tuple(dialogues)) for example, dialogues in chosen]
+    @property
+    def num_tokens(self) -> int:
+        return self.encoded.num_tokens
 
-    def _step_of(self, place: int) -> int:
-        _, _, middle = self._at(place)
-        return (place - place % self.answers_per_epoch + middle) // self.batch_size
+    def with_branches(self, dialogues: Sequence[int]) -> "EncodedExample":
+        """The same with these of its dialogues only."""
+        branches = tuple(self.encoded.branches[i] for i in dialogues)
+        return replace(self, encoded=replace(self.encoded, branches=branches))
 
-    def _at(self, place: int) -> tuple[int, int, int]:
-        epoch, at = divmod(place, self.answers_per_epoch)
-        return self._line(epoch)[at]
 
-    def _line(self, epoch: int) -> list[tuple[int, int, int]]:
-        """(example, dialogue, the place in this line that decides on the step) of each of the epoch's answers."""
-        if epoch not in self._lines:
-            draw = random.Random(f"{self.seed}/{epoch}")
-            order = list(range(len(self.num_answers)))
-            draw.shuffle(order)
-            line: list[tuple[int, int, int]] = []
-            for example in order:
-                dialogues = list(range(self.num_answers[example]))
-                draw.shuffle(dialogues)
-                start, together = len(line), len(dialogues) <= self.batch_size
-                middle = start + (len(dialogues) - 1) // 2
-                line += [(example, d, middle if together else start + i) for i, d in enumerate(dialogues)]
-            self._lines = {e: kept for e, kept in self._lines.items() if abs(e - epoch) == 1} | {epoch: line}
-        return self._lines[epoch]
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A micro-batch before it is on the device, its images perhaps still pixels."""
+
+    packed: Packed
+    images: list[ImageFeatures | Pixels]
+
+    @property
+    def num_labels(self) -> int:
+        return int((self.packed.labels[:, 1:] != IGNORE_INDEX).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Rows of tokens and, in the same order, the features of their images; ``num_labels`` tokens carry loss.
+
+    ``input_ids`` and ``labels`` ``(B, T)`` stay on the CPU, where the code asks about them; ``position_ids``
+    ``(3, B, T)``, ``attention_mask`` and ``features`` ``(patches, width)`` are on the device.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    features: torch.Tensor | None
+    num_labels: int
+
+
+# ---- who computes what: pure functions of the step's answers ------------------------------------------------------
 
 
 def micro_batches(items: Sequence[Encoded], max_tokens: int) -> list[list[int]]:
@@ -109,3 +107,96 @@ def split_long(encoded: Encoded, max_tokens: int) -> list[Encoded]:
         rows[-1].append(branch)
         length += len(branch.input_ids)
     return [replace(encoded, branches=tuple(row)) for row in rows]
+
+
+def share_out(examples: Sequence[EncodedExample], max_tokens: int, num_processes: int) -> list[list[EncodedExample]]:
+    """Each process's part of a step, as rows of at most ``max_tokens`` tokens."""
+    rows = [replace(each, encoded=part) for each in examples for part in split_long(each.encoded, max_tokens)]
+    return [[rows[i] for i in sorted(dealt)] for dealt in deal([row.encoded for row in rows], num_processes)]
+
+
+def group_rows(rows: Sequence[EncodedExample], max_tokens: int) -> list[list[EncodedExample]]:
+    """A process's rows as micro-batches of at most ``max_tokens`` tokens each, padding included."""
+    return [[rows[i] for i in group] for group in micro_batches([row.encoded for row in rows], max_tokens)]
+
+
+def imbalance(examples: Sequence[EncodedExample], max_tokens: int, num_processes: int) -> float:
+    """Tokens of a step's busiest process over the mean of all: the others wait for it."""
+    loads = [sum(row.num_tokens for row in share) for share in share_out(examples, max_tokens, num_processes)]
+    return max(loads) * len(loads) / max(1, sum(loads))
+
+
+def largest_micro_batch(examples: Sequence[EncodedExample], max_tokens: int, num_processes: int) -> int:
+    """Tokens, padding included, of a step's largest micro-batch in any process."""
+    shares = share_out(examples, max_tokens, num_processes)
+    groups = [group for share in shares for group in group_rows(share, max_tokens)]
+    return max(padded_tokens([row.encoded for row in group]) for group in groups)
+
+
+def count_labels(examples: Sequence[EncodedExample]) -> int:
+    """Tokens that carry loss, whichever process has them."""
+    return sum(int((b.labels != IGNORE_INDEX).sum()) for each in examples for b in each.encoded.branches)
+
+
+# ---- rows to tensors ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """Makes this process's micro-batches of a step."""
+
+    backbone: Backbone
+    features: FeatureCache
+    processes: Processes
+
+    def fetch(self, examples: Sequence[EncodedExample], max_tokens: int) -> list[Fetched]:
+        """This process's share of a step. Needs no model, so it is done ahead, beside the step that computes.
+
+        Where the base is sharded, all must make the same number of passes, as its pieces are put together in each: a
+        process that has fewer repeats the shortest row, without a label.
+        """
+        shares = share_out(examples, max_tokens, self.processes.count)
+        groups = group_rows(shares[self.processes.index], max_tokens)
+        fetched = [self._fetch(group) for group in groups]
+        if self.processes.sharded:
+            most = max(len(group_rows(share, max_tokens)) for share in shares)
+            shortest = min((row for share in shares for row in share), key=lambda row: row.num_tokens)
+            for _ in range(most - len(fetched)):
+                filler = self._fetch([shortest])
+                unlabelled = torch.full_like(filler.packed.labels, IGNORE_INDEX)
+                fetched.append(replace(filler, packed=replace(filler.packed, labels=unlabelled)))
+        return fetched
+
+    def _fetch(self, rows: Sequence[EncodedExample]) -> Fetched:
+        packed = pack_apart([row.encoded for row in rows], self.backbone.pad_token_id)
+        images = self.features.fetch([image for row in rows for image in row.example.images])
+        device = self.backbone.device
+        return Fetched(_pinned(packed, device), [_pinned(image, device) for image in images])
+
+    def place(self, fetched: Fetched) -> MicroBatch:
+        """The micro-batch on the device; images that are still pixels go through the tower first.
+
+        Raises:
+            ModelError: the tokens expect other images than were seen.
+        """
+        packed, device = fetched.packed, self.backbone.device
+        features = [each.features.to(device, non_blocking=True) for each in self.features.compute(fetched.images)]
+        expected = int((packed.input_ids == self.backbone.image_token_id).sum()) * self.backbone.merge_size**2
+        if expected != sum(map(len, features)):
+            raise ModelError(f"{expected} patches are expected by the tokens, {sum(map(len, features))} were computed.")
+        return MicroBatch(
+            packed.input_ids,
+            packed.labels,
+            packed.position_ids.to(device, non_blocking=True),
+            packed.attention_mask.to(device, non_blocking=True),
+            torch.cat(features) if features else None,
+            fetched.num_labels,
+        )
+
+
+def _pinned(tensors: T, device: torch.device) -> T:
+    """The dataclass with its tensors where a GPU can fetch them from while it computes: copies from elsewhere wait."""
+    if device.type != "cuda":
+        return tensors
+    members = ((each.name, getattr(tensors, each.name)) for each in fields(tensors))
+    return replace(tensors, **{name: value.pin_memory() for name, value in members if torch.is_tensor(value)})

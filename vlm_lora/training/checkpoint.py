@@ -1,4 +1,4 @@
-"""The run folder on disk: its lock, and checkpoints of all that a step needs beyond the config and the data.
+"""Checkpoints: all that a step needs beyond the config and the data.
 
 A checkpoint is a folder ``step-000200`` with ``adapter.safetensors``, ``optimizer.safetensors`` and, written last,
 ``manifest.json`` with the hashes of both and of itself. It is written under a temporary name and renamed, and loses its
@@ -8,6 +8,7 @@ set aside, and the one before it used. Where there is none, that is an error: th
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -21,14 +22,8 @@ from safetensors.torch import load, save_file
 
 from vlm_lora.errors import CheckpointError, ConfigError
 
-try:
-    import fcntl
-except ImportError:  # Windows has none; a run folder is not locked there
-    fcntl = None
-
 MANIFEST = "manifest.json"
 ADAPTER, OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
-LOCK = ".lock"
 FORMAT = 1
 """Of the manifest; one more with every change that an older release would misread."""
 
@@ -49,19 +44,12 @@ class Progress:
     since_best: int = 0
     """Evaluations on held-out data since the best one."""
 
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Inside, no other process can enter; the lock of a process that was killed is gone with it."""
-    with (folder / LOCK).open("a") as file:
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise CheckpointError(
-                    f"--output {folder}: another process is training into it. Wait for it, or give another folder."
-                ) from error
-        yield
+    def note_held_out_loss(self, loss: float) -> None:
+        """The held-out loss after ``step``: the best so far, or one more since."""
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            self.best_step, self.best_loss, self.since_best = self.step, loss, 0
+        else:
+            self.since_best += 1
 
 
 @contextmanager

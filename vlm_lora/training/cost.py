@@ -8,32 +8,20 @@ backward pass, the gradient of its input but none of its weights. What stands be
 
 import itertools
 import math
-import os
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 
-from vlm_lora.config import TrainConfig, parse_columns
-from vlm_lora.data.example import Example, ImageRef
-from vlm_lora.data.images import content_hash, image_size
-from vlm_lora.data.readers import Dataset, read_dataset
-from vlm_lora.data.split import split_examples, without_held_out
-from vlm_lora.errors import ConfigError, DataError
-from vlm_lora.model.adapters.methods import attach_adapter
-from vlm_lora.model.device import best_device, resolve_dtype
-from vlm_lora.model.encode import Encoder
-from vlm_lora.model.features import cache_folder, cache_use, found_again, room_for
+from vlm_lora.config import TrainConfig
+from vlm_lora.data.example import ImageRef
+from vlm_lora.model.device import resolve_dtype
+from vlm_lora.model.features import found_again
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded, padded_tokens
-from vlm_lora.model.preprocess import load_preprocessor
-from vlm_lora.model.shapes import Shapes, load_sample, load_shapes
-from vlm_lora.model.tokens import encode_fitting
-from vlm_lora.training.batches import Plan, micro_batches
-from vlm_lora.training.loop import LOGITS_AT_ONCE, Lesson, share_out
-from vlm_lora.training.processes import require_shardable
+from vlm_lora.model.shapes import Shapes
+from vlm_lora.training.batches import EncodedExample, group_rows, share_out
+from vlm_lora.training.schedule import Schedule
+from vlm_lora.training.step import LOGITS_AT_ONCE
 
 STEPS_LOOKED_AT = 2000
 """Of a longer run, so many steps spread over its length stand for all."""
@@ -41,22 +29,8 @@ STEPS_LOOKED_AT = 2000
 FOUR_BITS = 4.127 / 8
 """Bytes of a number in NF4 with double quantisation (arXiv:2305.14314, section 3)."""
 
-FILLED = 0.9
-"""The share of a device's memory that may be planned for; allocators waste some."""
-
 TRAINED = 4 * 4
 """Bytes of a trained number, in float32: itself, its gradient and AdamW's two moments."""
-
-
-def read_data(config: TrainConfig, sources: Sequence[str]) -> Dataset:
-    return read_dataset(sources, **config.reading | {"columns": parse_columns(config.columns)})
-
-
-def sees_each_image_once(config: TrainConfig, examples: Sequence[Example]) -> bool:
-    """Whether the run ends before any image comes again, so that keeping features would be in vain."""
-    answers = sum(len(example.dialogues) for example in examples)
-    once = config.epochs <= 1 or (config.max_steps is not None and config.max_steps * config.batch_size <= answers)
-    return once and all(example.weight == 1 for example in examples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +43,18 @@ class MicroShape:
     prefix: int
     labels: int
     patches: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What the steps of a run took: seconds, on how many devices, and on a GPU the peak of memory in bytes."""
+
+    seconds: float
+    devices: int
+    memory_bytes: int | None = None
+
+    def to_json(self) -> dict:
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -265,7 +251,7 @@ def _multiply_adds(linears: Sequence[tuple[int, int]]) -> int:
 def predict(
     config: TrainConfig,
     shapes: Shapes,
-    lessons: Sequence[tuple[Example, Encoded]],
+    examples: Sequence[EncodedExample],
     patches: Mapping[ImageRef, int],
     *,
     device: torch.device,
@@ -273,7 +259,7 @@ def predict(
     sharded: bool = False,
     kept: float = 1.0,
 ) -> Prediction:
-    """The cost of all steps over these lessons; filling the cache comes before them.
+    """The cost of all steps over these examples; filling the cache comes before them.
 
     Args:
         patches: of every image, before the 2x2 merge.
@@ -283,35 +269,34 @@ def predict(
             are not in main memory.
     """
     cost = CostModel(shapes, config, resolve_dtype(config.dtype, device))
-    plan = Plan(
-        [len(encoded.branches) for _, encoded in lessons],
-        batch_size=config.batch_size,
-        epochs=config.epochs,
-        seed=config.seed,
-        max_steps=config.max_steps,
-    )
-    looked_at = range(0, plan.num_steps, math.ceil(plan.num_steps / STEPS_LOOKED_AT))
-    steps = [micro_shapes(config, plan, lessons, patches, step, gpus) for step in looked_at]
+    schedule = Schedule.of(config, [len(each.encoded.branches) for each in examples])
+
+    def shapes_of(step: int) -> list[list[MicroShape]]:
+        chosen = [examples[i].with_branches(dialogues) for i, dialogues in schedule.step(step)]
+        return micro_shapes(chosen, patches, config.tokens_at_once, gpus)
+
+    looked_at = range(0, schedule.num_steps, math.ceil(schedule.num_steps / STEPS_LOOKED_AT))
+    steps = [shapes_of(step) for step in looked_at]
     seen = [shape for shares in steps for share in shares for shape in share]
     operations = sum(map(cost.step_operations, seen))
     busiest = sum(_waited_for(cost, shares, sharded) for shares in steps)
-    scale = plan.num_steps / len(looked_at)
+    scale = schedule.num_steps / len(looked_at)
     each = scale * sum(cost.tower_operations(n) for shape in seen for n in shape.patches)
     once = sum(map(cost.tower_operations, patches.values()))
     num_bytes = sum(patches.values()) * shapes.feature_width * cost.bytes
     again = 0.0 if cost.tower_lora else found_again(num_bytes)
     largest = max(seen, key=cost.activation_bytes)
     first, met = [], set()
-    for step in range(min(3, plan.num_steps)):
-        own = itertools.chain(*micro_shapes(config, plan, lessons, patches, step, gpus))
-        images = [image for example, _ in plan.step(step) for image in lessons[example][0].images]
+    for step in range(min(3, schedule.num_steps)):
+        own = itertools.chain(*shapes_of(step))
+        images = [image for i, _ in schedule.step(step) for image in examples[i].example.images]
         live = sum(cost.tower_operations(patches[i]) * (1 - again if i in met else 1) for i in images)
         first.append(sum(map(cost.step_operations, own)) + (1 - kept) * live)
         met.update(images)
 
     return Prediction(
-        steps=plan.num_steps,
-        answers=min(plan.total_answers, plan.num_steps * plan.batch_size),
+        steps=schedule.num_steps,
+        answers=min(schedule.total_answers, schedule.num_steps * schedule.batch_size),
         operations=scale * operations,
         imbalance=busiest * gpus / operations,
         tower_operations=(1 - kept) * once * _passes(each / once if once else 0.0, again, gpus),
@@ -341,21 +326,19 @@ def _waited_for(cost: CostModel, shares: Sequence[Sequence[MicroShape]], sharded
 
 
 def micro_shapes(
-    config, plan: Plan, lessons, patches: Mapping[ImageRef, int], step: int, gpus: int = 1
+    examples: Sequence[EncodedExample], patches: Mapping[ImageRef, int], max_tokens: int, gpus: int = 1
 ) -> list[list[MicroShape]]:
-    """The micro-batches of a step on each device, as `loop.fetch_own` makes them, without those that fill up."""
-    chosen = []
-    for example, dialogues in plan.step(step):
-        encoded = lessons[example][1]
-        branches = tuple(encoded.branches[i] for i in dialogues)
-        chosen.append(Lesson(lessons[example][0], replace(encoded, branches=branches)))
-    shapes = []
-    for rows in share_out(chosen, config.micro_batch_tokens, gpus):
-        groups = micro_batches([row.encoded for row in rows], config.micro_batch_tokens)
-        seen = [tuple(patches[image] for i in group for image in rows[i].example.images) for group in groups]
-        parts = [[rows[i].encoded for i in group] for group in groups]
-        shapes.append([micro_shape(*each) for each in zip(parts, seen, strict=True)])
-    return shapes
+    """The micro-batches of a step on each device, as `Loader.fetch` makes them, without those that fill up."""
+    return [
+        [
+            micro_shape(
+                [row.encoded for row in group],
+                tuple(patches[image] for row in group for image in row.example.images),
+            )
+            for group in group_rows(rows, max_tokens)
+        ]
+        for rows in share_out(examples, max_tokens, gpus)
+    ]
 
 
 def micro_shape(rows: Sequence[Encoded], patches: tuple[int, ...]) -> MicroShape:
@@ -363,225 +346,3 @@ def micro_shape(rows: Sequence[Encoded], patches: tuple[int, ...]) -> MicroShape
     labels = sum(int((b.labels[1:] != IGNORE_INDEX).sum()) for row in rows for b in row.branches)
     prefix = max(len(row.prefix_ids) for row in rows)
     return MicroShape(len(rows), padded_tokens(rows) // len(rows), prefix, labels, patches)
-
-
-def measure_rates(
-    config: TrainConfig, shapes: Shapes, typical: MicroShape, device: torch.device
-) -> tuple[float, float]:
-    """Operations a second of the steps and of the tower on this device: one layer of each, random, timed.
-
-    At most 1,024 tokens or patches at a time, so that it takes seconds also where the whole would take hours.
-    """
-    backbone = load_sample(config.model, dtype=config.dtype, device=device)
-    one = replace(
-        shapes,
-        layers=1,
-        language_linears=shapes.language_linears[: len(shapes.language_linears) // shapes.layers],
-        tower_windows=shapes.tower_windows[:1],
-        tower_linears=shapes.tower_linears[: (len(shapes.tower_linears) - 1) // len(shapes.tower_windows)]
-        + shapes.tower_linears[-1:],  # the last is that of the patches
-    )
-    config = config.replace(method="lora" if config.method == "qlora" else config.method)
-    cost = CostModel(one, config, backbone.dtype)
-    patches = max(4, min(1024, int(statistics.median(typical.patches or (1024,)))) // 4 * 4)
-    side = 2 * max(1, round(math.sqrt(patches / 4)))
-    grid = torch.tensor([[1, side, side]])
-    inputs = torch.randn(side * side, shapes.tower_linears[-1][0])
-    tower = cost.tower_operations(side * side) / _seconds(lambda: backbone.tower(inputs, grid), device)
-
-    with torch.random.fork_rng(devices=[]):
-        attach_adapter(backbone, config)
-    width = min(typical.width, 1024)
-    rows = max(1, min(typical.rows, 1024 // width))
-    ids = torch.ones(rows, width, dtype=torch.long, device=device)
-    positions = torch.arange(width, device=device).expand(3, rows, -1)
-    mask = torch.ones(rows, 1, width, width, dtype=torch.bool, device=device).tril()
-    shape = MicroShape(rows, width, 0, 0, ())
-    seconds = _seconds(lambda: backbone.forward(ids, mask, positions, None).float().sum().backward(), device)
-    return cost.step_operations(shape) / seconds, tower
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The fastest of a few, behind one that warms up."""
-    taken: list[float] = []
-    while len(taken) < 2 or (len(taken) < 6 and sum(taken) < 4):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - started)
-    return min(taken[1:])
-
-
-def device_memory_of(device: torch.device) -> int:
-    """Bytes of the device, or of the machine where the device is the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunPlan:
-    """What `vlm-lora plan` tells. Sizes in bytes, rates in operations a second of one device.
-
-    ``cost.features`` are those that the run wants to keep, of the ``held_out`` images too; there is ``room`` for so
-    much, and so for the share ``kept`` of the images to learn from. All as for a cache that has none of them yet: which
-    of the ``cached`` images are this run's, only the base's weights tell.
-    """
-
-    cost: Prediction
-    images: int
-    held_out: int
-    unusable: int
-    seen_once: bool
-    kept: float
-    room: int
-    cached: int
-    device: str
-    dtype: str
-    device_memory: float
-    rate: float
-    step_seconds: float
-    tower_seconds: float
-    advice: tuple[str, ...]
-
-
-def make_plan(
-    config: TrainConfig,
-    *,
-    gpus: int | None = None,
-    sharded: bool = False,
-    tflops: float | None = None,
-    device_memory: float | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> RunPlan:
-    """Predict a run from its data's texts and image headers and the base's config.
-
-    Args:
-        gpus: that share each step; by default this machine's device, which may be a CPU.
-        sharded: whether FSDP2 is to keep the base's layers in pieces over them.
-        tflops: 10^12 operations a second of a device; by default measured here.
-        device_memory: of a device, in bytes; by default this one's.
-        progress: called with the number of examples that are in tokens, and of all.
-
-    Raises:
-        VlmLoraError: data or model cannot be used, or there is no GPU here to be measured.
-    """
-    if sharded:
-        require_shardable(config.method)
-    device = best_device()
-    target = "cuda" if gpus else device.type
-    if target != device.type:
-        if not (tflops and device_memory):
-            raise ConfigError(
-                f"--gpus {gpus}: there is no GPU here to be measured. Say what one has: --tflops (attained, which is "
-                "well below its data sheet's) and --device-memory (GB)."
-            )
-        config = config.replace(dtype="bfloat16") if config.dtype == "auto" else config
-    gpus = gpus or 1
-    config = config.on(target)
-    dtype = resolve_dtype(config.dtype, device)
-    shapes = load_shapes(config.model)
-    base = load_preprocessor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-    base.num_prompt_tokens = config.num_virtual_tokens if config.method == "prompt" else 0
-    dataset, held_out = read_data(config, config.sources), []
-    if config.val:
-        held_dataset = read_data(config, (config.val,))
-        dataset, held_out = without_held_out(dataset, held_dataset, config.val), list(held_dataset.examples)
-    examples = list(dataset.examples)
-    if config.val_split and not config.val:
-        examples, held_out = split_examples(examples, config.val_split, config.seed)
-    encoder, grids, contents = Encoder(base), {}, {}
-
-    def look_at(example: Example) -> tuple[tuple[Example, Encoded] | None, list[int]]:
-        for ref in example.images:
-            data = ref.read_bytes()
-            grids[ref], contents[ref] = base.grid(*image_size(data, ref.name)), content_hash(data)
-        grid = torch.tensor([grids[ref] for ref in example.images], dtype=torch.long).reshape(-1, 3)
-        return encode_fitting(encoder, example, grid, config.max_tokens)
-
-    lessons, held_lessons = [], []
-    unusable = len(dataset.bad) + sum(len(example.dialogues) for example in examples)
-    for done, example in enumerate(examples, start=1):
-        with suppress(DataError):  # counted; `check` says what is wrong with it
-            fitting, too_long = look_at(example)
-            lessons += [fitting] * example.weight if fitting else []
-            unusable -= len(example.dialogues) - len(too_long)
-        progress(done, len(examples))
-    for example in held_out:
-        with suppress(DataError):
-            fitting, _ = look_at(example)
-            held_lessons += [fitting] if fitting else []
-    if not lessons:
-        raise DataError(f"{', '.join(config.sources)}: no usable example in it; vlm-lora check says why.")
-    patches = {ref: math.prod(grids[ref]) for example, _ in lessons for ref in example.images}
-    learnt_patches = {contents[ref]: n for ref, n in patches.items()}  # as they are kept: copies once
-    held_patches = {contents[ref]: math.prod(grids[ref]) for example, _ in held_lessons for ref in example.images}
-
-    can_be_kept = config.cache and "vision" not in config.lora_targets
-    seen_once = sees_each_image_once(config, [example for example, _ in lessons])
-    learnt = learnt_patches if can_be_kept and not seen_once else {}
-    held = held_patches if can_be_kept else {}
-    learnt_bytes, held_bytes = (sum(n.values()) * shapes.feature_width * dtype.itemsize for n in (learnt, held))
-    room = room_for(cache_folder(), round(config.cache_gb * 1e9), learnt_bytes + held_bytes)
-    kept = min(1.0, room / learnt_bytes) if learnt else 0.0  # these come first
-
-    def cost_of(config: TrainConfig, sharded: bool = sharded) -> Prediction:
-        return predict(config, shapes, lessons, patches, device=device, gpus=gpus, sharded=sharded, kept=kept)
-
-    cost = cost_of(config)
-    through_tower = CostModel(shapes, config, dtype).tower_operations
-    filling = kept * sum(map(through_tower, learnt.values())) + sum(map(through_tower, held_patches.values()))
-    cost = replace(cost, features=learnt_bytes + held_bytes, tower_operations=cost.tower_operations + filling)
-    rates = (tflops * 1e12,) * 2 if tflops else measure_rates(config, shapes, cost.largest, device)
-    memory = device_memory or device_memory_of(device)
-    return RunPlan(
-        cost=cost,
-        images=len(patches),
-        held_out=len(held_patches),
-        unusable=unusable,
-        seen_once=seen_once,
-        kept=kept,
-        room=room,
-        cached=cache_use(cache_folder()).entries,
-        device=target,
-        dtype=str(dtype).removeprefix("torch."),
-        device_memory=memory,
-        rate=rates[0],
-        step_seconds=cost.operations * cost.imbalance / rates[0] / gpus,
-        tower_seconds=cost.tower_operations / rates[1] / gpus,
-        advice=tuple(_advice(config, cost, memory, cost_of, can_shard=gpus > 1 and not sharded)),
-    )
-
-
-def _advice(config: TrainConfig, cost: Prediction, memory: float, cost_of, can_shard: bool) -> Iterator[str]:
-    """Whether it fits, and if it does not, which knobs would make it fit."""
-    if cost.memory < FILLED * memory:
-        yield "It fits."
-        return
-    yield f"It does not fit: {cost.memory / 1e9:,.1f} GB against {memory / 1e9:,.1f} GB. What would:"
-    tokens = config.micro_batch_tokens
-    smaller = [{"micro_batch_tokens": tokens // part} for part in (2, 4, 8, 16) if tokens >= part]
-    tried = [
-        *smaller,
-        {"gradient_checkpointing": True},
-        {"dtype": "bfloat16"},
-        *({"dtype": "bfloat16"} | change for change in smaller),
-        *({"method": "qlora", "variant": None} | change for change in smaller if config.method == "lora"),
-    ]
-    told = 0
-    if can_shard and config.method != "qlora":
-        needed = cost_of(config, sharded=True).memory
-        if needed < FILLED * memory:
-            told += 1
-            yield f"  --fsdp (the base's layers in pieces over the GPUs; docs/distributed.md): {needed / 1e9:,.1f} GB"
-    for change in tried:
-        needed = cost_of(config.replace(**change)).memory
-        if needed < FILLED * memory and told < 3:
-            told += 1
-            flags = [
-                f"--{k.replace('_', '-')}{'' if v is True else f' {v}'}" for k, v in change.items() if v is not None
-            ]
-            yield f"  {' '.join(flags)}: {needed / 1e9:,.1f} GB"
-    if not told:
-        yield "  nothing that is known here; take a smaller base model, or lower --max-pixels and --max-tokens"

@@ -1,0 +1,82 @@
+"""What `vlm-lora train` prints while it trains."""
+
+from vlm_lora.cli.console import Progress, StopSignals, duration, say, size
+from vlm_lora.training.events import Events
+
+
+class TrainReport(Events):
+    """Prints what happens, and catches signals from the first step on: before, nothing can be lost."""
+
+    def __init__(self, signals: StopSignals):
+        self.progress = Progress()
+        self.signals = signals
+
+    def data(self, format, train, held_out, bad) -> None:
+        answers = sum(example.weight * len(example.dialogues) for example in train)
+        say(f"Data: {format}. {len(train):,} images with {answers:,} answers to learn; {len(held_out):,} held out.")
+        if bad:
+            say(f"{len(bad):,} rows cannot be used; they are listed in the run folder's quarantined.jsonl.")
+
+    def folder(self, folder) -> None:
+        say(f"Run folder: {folder}")
+
+    def parts(self, parts, model, device, dtype) -> None:
+        say(f"Base model {model} on {device}, {dtype.removeprefix('torch.')}. What trains:")
+        say(f"  {'part':<22}{'adapted':>14}{'trained':>14}{'frozen':>16}")
+        for part in parts:
+            say(f"  {part.name:<22}{part.modules:>14,}{part.trained:>14,}{part.frozen:>16,}")
+
+    def tokens(self, done, total) -> None:
+        self.progress.count("Examples in tokens:", done, total)
+
+    def survey(self, survey, folder, seen_once) -> None:
+        images = f"{survey.images:,} images, {size(survey.num_bytes)}"
+        if folder is None:
+            say(f"Vision tower: {images} of features, kept in memory only.")
+        elif seen_once:
+            say(f"Vision tower: each image is seen once, so that its features ({images}) are not kept.")
+        else:
+            say(f"Feature cache: {images} on disk in {folder}; {survey.missing:,} images are still to be computed.")
+            if survey.missing_bytes > survey.room:
+                say(
+                    f"  There is room for {size(survey.room)} of {size(survey.missing_bytes)}; the other images go "
+                    "through the tower each time. --cache-gb or a larger disk ($VLM_LORA_CACHE) saves that."
+                )
+
+    def cache(self, done, total) -> None:
+        self.progress.count("Images prepared:", done, total)
+
+    def start(self, *, step, num_steps, answers, parameters, processes, sharded, imbalance) -> None:
+        self.signals.catch()
+        say(f"{num_steps:,} steps over {answers:,} answers." + (f" Resumed from step {step:,}." if step else ""))
+        if processes > 1:
+            pieces = ", the base's layers in pieces (FSDP2)" if sharded else ""
+            share = f"the busiest has {imbalance:.2f} times the mean of tokens"
+            say(f"{processes} processes share each step{pieces}; {share}.")
+            if imbalance > 1.25:
+                say("The others wait for it. A larger --batch-size spreads more evenly.")
+
+    def step(self, *, step, num_steps, loss, lr, answers_per_second, seconds_left, **_) -> None:
+        rate = f"{answers_per_second:,.0f}" if answers_per_second >= 10 else f"{answers_per_second:.2g}"
+        text = f"step {step:,}/{num_steps:,}  loss {loss:.4f}  lr {lr:.1e}  {rate} answers/s"
+        self.progress.show(f"{text}  {duration(seconds_left)} left", last=step == num_steps)
+
+    def held_out(self, step, loss) -> None:
+        self.progress.show(f"step {step:,}  held-out loss {loss:.4f}", last=True)
+
+    def best(self, *, step, loss, last, num_steps) -> None:
+        early = f"Stopped early after step {last:,} of {num_steps:,}. " if last < num_steps else ""
+        say(f"{early}The held-out loss was lowest, {loss:.4f}, after step {step:,}: the adapter is that step's.")
+
+    def cost(self, predicted, seconds, measured) -> None:
+        work, taken = predicted.operations + predicted.tower_operations, measured.seconds
+        rate = work / taken / measured.devices / 1e12
+        say(f"{work / 1e12:,.3g} TFLOP were planned, and took {duration(taken)}: {rate:,.3g} TFLOP/s a device.")
+        if seconds is not None:
+            say(f"{duration(seconds)} were predicted from steps 2 and 3, with nothing for held-out losses and saving.")
+        if measured.memory_bytes is not None:
+            peak, planned = measured.memory_bytes / 1e9, predicted.memory / 1e9
+            say(f"Memory at its highest: {peak:,.1f} GB; {planned:,.1f} GB were planned.")
+
+    def warning(self, text) -> None:
+        say(f"Warning: {text}")

@@ -1,0 +1,249 @@
+"""`vlm-lora plan`: what a run will cost on this machine or another, and what would make it fit."""
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from vlm_lora.config import TrainConfig, flag_of
+from vlm_lora.data.example import ImageRef
+from vlm_lora.data.images import content_hash, image_size
+from vlm_lora.errors import ConfigError, DataError
+from vlm_lora.model.adapters.methods import attach_adapter
+from vlm_lora.model.device import best_device, resolve_dtype
+from vlm_lora.model.encode import Encoder
+from vlm_lora.model.features import cache_folder, cache_use, room_for
+from vlm_lora.model.preprocess import Preprocessor, load_preprocessor
+from vlm_lora.model.shapes import Shapes, load_sample, load_shapes
+from vlm_lora.training.cost import CostModel, MicroShape, Prediction, predict
+from vlm_lora.training.prepare import Prepared, encode, read_and_split, sees_each_image_once
+from vlm_lora.training.processes import require_shardable
+
+FILLED = 0.9
+"""The share of a device's memory that may be planned for; allocators waste some."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """What `vlm-lora plan` tells. Sizes in bytes, rates in operations a second of one device.
+
+    ``cost.features`` are those that the run wants to keep, of the ``held_out`` images too; there is ``room`` for so
+    much, and so for the share ``kept`` of the images to learn from. All as for a cache that has none of them yet: which
+    of the ``cached`` images are this run's, only the base's weights tell.
+    """
+
+    cost: Prediction
+    images: int
+    held_out: int
+    unusable: int
+    seen_once: bool
+    kept: float
+    room: int
+    cached: int
+    device: str
+    dtype: str
+    device_memory: float
+    rate: float
+    step_seconds: float
+    tower_seconds: float
+    advice: tuple[str, ...]
+
+
+class _Headers:
+    """What images' headers and bytes tell, without a model: grids, patches and hashes by image."""
+
+    def __init__(self, base: Preprocessor):
+        self.base = base
+        self.patches: dict[ImageRef, int] = {}
+        self.hashes: dict[ImageRef, str] = {}
+
+    def grid(self, image: ImageRef) -> torch.Tensor:
+        data = image.read_bytes()
+        grid = self.base.grid(*image_size(data, image.name))
+        self.patches[image], self.hashes[image] = math.prod(grid), content_hash(data)
+        return torch.tensor(grid)
+
+    def of(self, examples) -> dict[ImageRef, int]:
+        """Patches of each image of these."""
+        return {ref: self.patches[ref] for each in examples for ref in each.example.images}
+
+    def once(self, patches: dict[ImageRef, int]) -> dict[str, int]:
+        """By content, as they are kept: copies once."""
+        return {self.hashes[ref]: number for ref, number in patches.items()}
+
+
+def estimate_run(
+    config: TrainConfig,
+    *,
+    gpus: int | None = None,
+    sharded: bool = False,
+    tflops: float | None = None,
+    device_memory: float | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Estimate:
+    """Predict a run from its data's texts and image headers and the base's config.
+
+    Args:
+        gpus: that share each step; by default this machine's device, which may be a CPU.
+        sharded: whether FSDP2 is to keep the base's layers in pieces over them.
+        tflops: 10^12 operations a second of a device; by default measured here.
+        device_memory: of a device, in bytes; by default this one's.
+        progress: called with the number of examples that are in tokens, and of all.
+
+    Raises:
+        VlmLoraError: data or model cannot be used, or there is no GPU here to be measured.
+    """
+    if sharded:
+        require_shardable(config.method)
+    device = best_device()
+    target = "cuda" if gpus else device.type
+    if target != device.type:
+        if not (tflops and device_memory):
+            raise ConfigError(
+                f"--gpus {gpus}: there is no GPU here to be measured. Say what one has: --tflops (attained, which is "
+                "well below its data sheet's) and --device-memory (GB)."
+            )
+        config = config.replace(dtype="bfloat16") if config.dtype == "auto" else config
+    gpus = gpus or 1
+    config = config.on(target)
+    dtype = resolve_dtype(config.dtype, device)
+    shapes = load_shapes(config.model)
+    prepared, headers = _prepare(config, progress)
+    examples = prepared.weighted
+    patches, held_patches = headers.of(prepared.train), headers.once(headers.of(prepared.held_out))
+
+    can_be_kept = config.cache and "vision" not in config.lora_targets
+    seen_once = sees_each_image_once(config, [each.example for each in prepared.train])
+    learnt = headers.once(patches) if can_be_kept and not seen_once else {}
+    held = held_patches if can_be_kept else {}
+    learnt_bytes, held_bytes = (sum(n.values()) * shapes.feature_width * dtype.itemsize for n in (learnt, held))
+    room = room_for(cache_folder(), round(config.cache_gb * 1e9), learnt_bytes + held_bytes)
+    kept = min(1.0, room / learnt_bytes) if learnt else 0.0  # these come first
+
+    def cost_of(config: TrainConfig, sharded: bool = sharded) -> Prediction:
+        return predict(config, shapes, examples, patches, device=device, gpus=gpus, sharded=sharded, kept=kept)
+
+    cost = cost_of(config)
+    through_tower = CostModel(shapes, config, dtype).tower_operations
+    filling = kept * sum(map(through_tower, learnt.values())) + sum(map(through_tower, held_patches.values()))
+    cost = replace(cost, features=learnt_bytes + held_bytes, tower_operations=cost.tower_operations + filling)
+    rates = (tflops * 1e12,) * 2 if tflops else measure_rates(config, shapes, cost.largest, device)
+    memory = device_memory or device_memory_of(device)
+    return Estimate(
+        cost=cost,
+        images=len(patches),
+        held_out=len(held_patches),
+        unusable=len(prepared.bad_rows),
+        seen_once=seen_once,
+        kept=kept,
+        room=room,
+        cached=cache_use(cache_folder()).entries,
+        device=target,
+        dtype=str(dtype).removeprefix("torch."),
+        device_memory=memory,
+        rate=rates[0],
+        step_seconds=cost.operations * cost.imbalance / rates[0] / gpus,
+        tower_seconds=cost.tower_operations / rates[1] / gpus,
+        advice=tuple(_advice(config, cost, memory, cost_of, can_shard=gpus > 1 and not sharded)),
+    )
+
+
+def _prepare(config: TrainConfig, progress: Callable[[int, int], None]) -> tuple[Prepared, _Headers]:
+    """The examples in tokens; no weight is read. Bad rows are counted, `check` says what is wrong with them."""
+    base = load_preprocessor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    base.num_prompt_tokens = config.num_virtual_tokens if config.method == "prompt" else 0
+    headers = _Headers(base)
+    prepared = encode(config, read_and_split(config), Encoder(base), headers.grid, progress)
+    if not prepared.train:
+        raise DataError(f"{', '.join(config.sources)}: no usable example in it; vlm-lora check says why.")
+    return prepared, headers
+
+
+def _advice(config: TrainConfig, cost: Prediction, memory: float, cost_of, can_shard: bool) -> Iterator[str]:
+    """Whether it fits, and if it does not, which knobs would make it fit."""
+    if cost.memory < FILLED * memory:
+        yield "It fits."
+        return
+    yield f"It does not fit: {cost.memory / 1e9:,.1f} GB against {memory / 1e9:,.1f} GB. What would:"
+    tokens = config.tokens_at_once
+    smaller = [{"micro_batch_tokens": tokens // part} for part in (2, 4, 8, 16) if tokens >= part]
+    tried = [
+        *smaller,
+        {"gradient_checkpointing": True},
+        {"dtype": "bfloat16"},
+        *({"dtype": "bfloat16"} | change for change in smaller),
+        *({"method": "qlora", "variant": None} | change for change in smaller if config.method == "lora"),
+    ]
+    offered = 0
+    if can_shard and config.method != "qlora":
+        needed = cost_of(config, sharded=True).memory
+        if needed < FILLED * memory:
+            offered += 1
+            yield f"  --fsdp (the base's layers in pieces over the GPUs; docs/distributed.md): {needed / 1e9:,.1f} GB"
+    for change in tried:
+        needed = cost_of(config.replace(**change)).memory
+        if needed < FILLED * memory and offered < 3:
+            offered += 1
+            flags = [flag_of(k) if v is True else f"{flag_of(k)} {v}" for k, v in change.items() if v is not None]
+            yield f"  {' '.join(flags)}: {needed / 1e9:,.1f} GB"
+    if not offered:
+        yield "  nothing that is known here; take a smaller base model, or lower --max-pixels and --max-tokens"
+
+
+def measure_rates(
+    config: TrainConfig, shapes: Shapes, typical: MicroShape, device: torch.device
+) -> tuple[float, float]:
+    """Operations a second of the steps and of the tower on this device: one layer of each, random, timed.
+
+    At most 1,024 tokens or patches at a time, so that it takes seconds also where the whole would take hours.
+    """
+    backbone = load_sample(config.model, dtype=config.dtype, device=device)
+    one = replace(
+        shapes,
+        layers=1,
+        language_linears=shapes.language_linears[: len(shapes.language_linears) // shapes.layers],
+        tower_windows=shapes.tower_windows[:1],
+        tower_linears=shapes.tower_linears[: (len(shapes.tower_linears) - 1) // len(shapes.tower_windows)]
+        + shapes.tower_linears[-1:],  # the last is that of the patches
+    )
+    config = config.replace(method="lora" if config.method == "qlora" else config.method)
+    cost = CostModel(one, config, backbone.dtype)
+    patches = max(4, min(1024, int(statistics.median(typical.patches or (1024,)))) // 4 * 4)
+    side = 2 * max(1, round(math.sqrt(patches / 4)))
+    grid = torch.tensor([[1, side, side]])
+    inputs = torch.randn(side * side, shapes.tower_linears[-1][0])
+    tower = cost.tower_operations(side * side) / _seconds(lambda: backbone.tower(inputs, grid), device)
+
+    with torch.random.fork_rng(devices=[]):
+        attach_adapter(backbone, config)
+    width = min(typical.width, 1024)
+    rows = max(1, min(typical.rows, 1024 // width))
+    ids = torch.ones(rows, width, dtype=torch.long, device=device)
+    positions = torch.arange(width, device=device).expand(3, rows, -1)
+    mask = torch.ones(rows, 1, width, width, dtype=torch.bool, device=device).tril()
+    shape = MicroShape(rows, width, 0, 0, ())
+    seconds = _seconds(lambda: backbone.forward(ids, mask, positions, None).float().sum().backward(), device)
+    return cost.step_operations(shape) / seconds, tower
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The fastest of a few, behind one that warms up."""
+    taken: list[float] = []
+    while len(taken) < 2 or (len(taken) < 6 and sum(taken) < 4):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - started)
+    return min(taken[1:])
+
+
+def device_memory_of(device: torch.device) -> int:
+    """Bytes of the device, or of the machine where the device is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

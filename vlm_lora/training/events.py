@@ -1,0 +1,78 @@
+"""What a run tells while it works."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from vlm_lora.data.example import Example
+from vlm_lora.data.readers import BadRow
+from vlm_lora.model.adapters.base import Part
+from vlm_lora.model.features import Survey
+
+if TYPE_CHECKING:
+    from vlm_lora.training.cost import Measured, Prediction
+
+
+class Events:
+    """A method for each thing that happens, called in every process. They do nothing: override those you want."""
+
+    def data(self, format: str, train: Sequence[Example], held_out: Sequence[Example], bad: Sequence[BadRow]) -> None:
+        """The data has been read and split; ``format`` says what it was taken for."""
+
+    def folder(self, folder: Path) -> None:
+        """The run folder is there and locked."""
+
+    def parts(self, parts: Sequence[Part], model: str, device: str, dtype: str) -> None:
+        """The base model is loaded and the adapter attached."""
+
+    def tokens(self, done: int, total: int) -> None:
+        """So many examples are in tokens."""
+
+    def survey(self, survey: Survey, folder: Path | None, seen_once: bool) -> None:
+        """What the images will take in the cache ``folder``, if there is one."""
+
+    def cache(self, done: int, total: int) -> None:
+        """So many examples have their images seen, or found in the cache."""
+
+    def start(
+        self,
+        *,
+        step: int,
+        num_steps: int,
+        answers: int,
+        parameters: Sequence[tuple[str, torch.nn.Parameter]],
+        processes: int,
+        sharded: bool,
+        imbalance: float,
+    ) -> None:
+        """The steps begin, after ``step`` of them; ``answers`` is of an epoch."""
+
+    def step(
+        self,
+        *,
+        step: int,
+        num_steps: int,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        answers: int,
+        tokens: int,
+        answers_per_second: float,
+        seconds: float,
+        seconds_left: float,
+    ) -> None:
+        """A step is done, the ``step``-th counted from 1; ``seconds`` since the first one of this process began."""
+
+    def held_out(self, step: int, loss: float) -> None:
+        """The held-out loss after ``step``."""
+
+    def best(self, *, step: int, loss: float, last: int, num_steps: int) -> None:
+        """The adapter of the lowest held-out loss was taken, though ``last`` was the last step."""
+
+    def cost(self, predicted: "Prediction", seconds: float | None, measured: "Measured") -> None:
+        """What was predicted beside what the steps took; ``seconds`` were predicted from steps 2 and 3."""
+
+    def warning(self, text: str) -> None:
+        """Something a person should know; the run goes on."""

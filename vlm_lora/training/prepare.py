@@ -1,0 +1,169 @@
+"""From a config to examples in tokens: read, split, encode. What training, `vlm-lora plan` and the page share."""
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vlm_lora.config import TrainConfig, parse_columns
+from vlm_lora.data.example import Example, ImageRef
+from vlm_lora.data.readers import BadRow, Dataset, bad_rows, read_dataset
+from vlm_lora.data.split import split_examples, without_held_out
+from vlm_lora.errors import DataError
+from vlm_lora.model.encode import Encoder
+from vlm_lora.model.features import FeatureCache
+from vlm_lora.model.tokens import encode_fitting
+from vlm_lora.training.batches import EncodedExample
+from vlm_lora.training.events import Events
+from vlm_lora.training.processes import Processes
+
+
+@dataclass(frozen=True, slots=True)
+class SplitData:
+    """What was read: examples to learn from, held-out ones, and the rows that cannot be used."""
+
+    train: list[Example]
+    held_out: list[Example]
+    bad_rows: tuple[BadRow, ...]
+    taken_for: str
+    fingerprint: str
+    val_fingerprint: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The examples in tokens, those whose texts are too long or whose images cannot be used left out as bad rows."""
+
+    train: list[EncodedExample]
+    held_out: list[EncodedExample]
+    bad_rows: tuple[BadRow, ...]
+
+    @property
+    def weighted(self) -> list[EncodedExample]:
+        """What an epoch learns from: each example as often as its weight says."""
+        return [each for each in self.train for _ in range(each.example.weight)]
+
+
+def read_data(config: TrainConfig, sources: Sequence[str]) -> Dataset:
+    return read_dataset(sources, **config.reading | {"columns": parse_columns(config.columns)})
+
+
+def read_and_split(config: TrainConfig) -> SplitData:
+    """Raises DataError where data cannot be read, or nothing in it can be used."""
+    dataset = read_data(config, config.sources)
+    held_dataset = read_data(config, (config.val,)) if config.val else None
+    if held_dataset and config.val:
+        dataset = without_held_out(dataset, held_dataset, config.val)
+    bad = dataset.bad + (held_dataset.bad if held_dataset else ())
+    if not dataset.examples:
+        raise no_usable_example(config, bad)
+    train, held_out = list(dataset.examples), list(held_dataset.examples) if held_dataset else []
+    if not held_dataset and config.val_split:
+        train, held_out = split_examples(train, config.val_split, config.seed)
+    taken_for = ". ".join(dataset.parts) or dataset.taken_for
+    val_fingerprint = held_dataset.fingerprint() if held_dataset else None
+    return SplitData(train, held_out, bad, taken_for, dataset.fingerprint(), val_fingerprint)
+
+
+def encode(
+    config: TrainConfig,
+    data: SplitData,
+    encoder: Encoder,
+    grid: Callable[[ImageRef], torch.Tensor],
+    progress: Callable[[int, int], None],
+) -> Prepared:
+    """Every dialogue in tokens; of the images the headers alone are looked at.
+
+    Args:
+        grid: the image's ``grid_thw`` ``(3,)``; raises DataError where its header cannot be read.
+        progress: called with the number of examples that are in tokens, and of all.
+    """
+    bad = list(data.bad_rows)
+
+    def encoded(examples: Sequence[Example]) -> list[EncodedExample]:
+        result = []
+        for done, example in enumerate(examples, start=1):
+            progress(done, len(examples))
+            try:
+                grids = [grid(image) for image in example.images]
+            except DataError as error:
+                bad.extend(bad_rows(example, str(error)))
+                continue
+            grid_thw = torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
+            fitting, too_long = encode_fitting(encoder, example, grid_thw, config.max_tokens)
+            result += [EncodedExample(*fitting)] if fitting else []
+            bad.extend(too_long)
+        return result
+
+    return Prepared(encoded(data.train), encoded(data.held_out), tuple(bad))
+
+
+def sees_each_image_once(config: TrainConfig, examples: Sequence[Example]) -> bool:
+    """Whether the run ends before any image comes again, so that keeping features would be in vain."""
+    answers = sum(len(example.dialogues) for example in examples)
+    once = config.epochs <= 1 or (config.max_steps is not None and config.max_steps * config.batch_size <= answers)
+    return once and all(example.weight == 1 for example in examples)
+
+
+def see_images(
+    prepared: Prepared, features: FeatureCache, processes: Processes, seen_once: bool, events: Events
+) -> Prepared:
+    """Have every image's features in the cache, if they are to be there; examples with a damaged image are left out.
+
+    Held-out images are seen again and again, at every save; training images, if ``seen_once``, are not kept.
+    """
+    bad = list(prepared.bad_rows)
+
+    def usable(examples: Sequence[EncodedExample], keep: bool) -> list[EncodedExample]:
+        features.write = keep
+        if images := [image for each in examples for image in each.example.images]:
+            events.survey(features.survey(images), features.folder, not keep)
+        result = []
+        at_once = 32 * processes.count if processes.count > 1 else 1
+        for start in range(0, len(examples), at_once):
+            some = examples[start : start + at_once]
+            # The tower's work is shared out; what is wrong with an image goes to every process.
+            own = [_what_is_wrong(features, each.example) for each in some[processes.index :: processes.count]]
+            shares = processes.gather(own)
+            for i, each in enumerate(some):
+                if error := shares[i % processes.count][i // processes.count]:
+                    bad.extend(bad_rows(each.example, error))
+                else:
+                    result.append(each)
+            events.cache(start + len(some), len(examples))
+        return result
+
+    train, held_out = usable(prepared.train, not seen_once), usable(prepared.held_out, True)
+    features.write = not seen_once
+    return Prepared(train, held_out, tuple(bad))
+
+
+def _what_is_wrong(features: FeatureCache, example: Example) -> str:
+    """Make its images ready; what is wrong with one of them, or ""."""
+    try:
+        for image in example.images:
+            features.prepare(image)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def require_usable(config: TrainConfig, bad: Sequence[BadRow]) -> None:
+    """Raises DataError if there are bad rows and the run is to stop for them."""
+    if bad and config.on_bad_row == "stop":
+        check = ["vlm-lora", "check", *config.sources, "--model", config.model, *config.row_flags]
+        raise DataError(
+            f"{', '.join(config.sources)}: {len(bad)} rows cannot be used, and nothing was trained. {_listed(bad)} "
+            f"Mend them ({shlex.join(check)} lists all), or leave them out with --on-bad-row quarantine "
+            "(they are listed in the run folder)."
+        )
+
+
+def no_usable_example(config: TrainConfig, bad: Sequence[BadRow]) -> DataError:
+    return DataError(f"{', '.join(config.sources)}: no usable example in it. {_listed(bad)}")
+
+
+def _listed(bad: Sequence[BadRow]) -> str:
+    rows = [f"{row.source}{f':{row.line}' if row.line else ''}: {row.reason}." for row in bad[:5]]
+    return " ".join(rows) + (f" And {len(bad) - 5} more." if len(bad) > 5 else "")
