@@ -1,0 +1,73 @@
+"""Faults are put in as meant, and it is told which of them the tests see."""
+
+import subprocess
+
+import pytest
+
+from bench.mutants import draw, mutants, mutated
+from bench.mutations import ROOT, TESTS, record, run
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        ("a < b", {"(a >= b)", "(a <= b)"}),
+        ("a not in b", {"(a in b)"}),
+        ("c - (a * b)", {"(c + a * b)", "c - ((a + b))"}),
+        ("'a' + b", set()),
+        ("a and not b", {"(a or not b)", "a and (b)"}),
+        ("a and True", {"(a or True)", "a and False"}),
+        ("x = 1.5", {"x = 3.0"}),
+        ("x: Annotated[int, 1] = 2", {"x: Annotated[int, 1] = 3"}),
+        ("x = max(a)", {"x = min(a)"}),
+        ("f(a, b, c=d)", {"f(a, c=d)", "f(a, b)", "pass"}),
+        ("x = a[i:]", {"x = a[(i) + 1:]"}),
+        ("x = a[:]", {"x = a[1:]"}),
+        ("isinstance(a, B | C)", {"isinstance(a)", "pass"}),
+        ("x = f'{a + 1}'", set()),
+        ("if a:\n    b.c = d", {"if True:\n    b.c = d", "if False:\n    b.c = d", "if a:\n    pass"}),
+        ("while a:\n    break", {"while False:\n    break", "while a:\n    pass"}),
+        ("raise Bad(1 + 2)", {"pass"}),
+        (
+            'def f() -> None | int:\n    """1 + 1"""\n    return a',
+            {'def f() -> None | int:\n    """1 + 1"""\n    return None'},
+        ),
+        ("é = 'é', not b", {"é = 'é', (b)"}),
+    ],
+)
+def test_a_mutant_is_the_source_with_one_thing_changed(source, wanted):
+    made = {mutated(source, mutant) for mutant in mutants(source)}
+    assert made == wanted
+
+
+def test_the_same_seed_draws_the_same_and_every_kind():
+    everything = mutants((ROOT / "bench/mutants.py").read_text(encoding="utf-8"))
+    drawn = draw(everything, 60, "0")
+    assert drawn == draw(everything, 60, "0") != draw(everything, 60, "1")
+    assert len(set(drawn)) == 60
+    assert {mutant.operator for mutant in drawn} == {mutant.operator for mutant in everything}
+
+
+def test_files_of_the_table_are_there():
+    for module, tests in TESTS.items():
+        assert all((ROOT / name).is_file() for name in (module, *tests))
+
+
+def test_what_a_test_sees_is_killed_and_what_none_sees_survives(tmp_path):
+    source = "def more(x):\n    y = x + 1\n    return y\n\n\ndef unseen(a):\n    return a\n\n\n"
+    source += "def wait():\n    while True:\n        break\n"
+    (tmp_path / "own.py").write_text(source)
+    test = "from own import more, wait\n\n\ndef test_more():\n    assert more(1) == 2\n    wait()\n"
+    (tmp_path / "test_own.py").write_text(test)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    results = run(tmp_path, {"own.py": ("test_own.py",)}, count=100, seed=0, tell=str, grace=2)
+    assert (tmp_path / "own.py").read_text() == source
+    fates = {(mutant.line, mutant.after): mutant.killed_by for mutant in results}
+    assert fates[2, "y = (x - 1)"] == fates[3, "return None"] == "test_own.py::test_more"
+    assert fates[7, "return None"] is None
+    assert fates[12, "pass"] == "time limit"
+
+    reason = {"file": "own.py", "line": "return a", "operator": "return value", "reason": "nobody asks"}
+    before, after = record(results, []), record(results, [reason])
+    assert before["total"]["survived"] == after["total"]["survived"] + 1
+    assert before["total"]["drawn"] == len(results) == after["total"]["drawn"] + 1
