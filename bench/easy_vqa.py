@@ -22,7 +22,8 @@ import torch
 
 from bench.origin import origin
 from vlm_lora import Captioner, Dialogue, Example, TrainConfig, Turn, evaluate, read_dataset, train
-from vlm_lora.cli.console import Progress, StopSignals, TrainReport, say
+from vlm_lora.cli.console import Progress, StopSignals, say
+from vlm_lora.cli.progress import TrainReport
 from vlm_lora.config import DEFAULT_PROMPT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +74,7 @@ def main() -> None:
     settings = SETTINGS | {"epochs": args.epochs, "seed": args.seed}
     config = TrainConfig(data=str(args.data / "train.jsonl"), output=str(args.output), **settings)
     started = time.perf_counter()
-    result = train(config, report=TrainReport(StopSignals()))
+    result = train(config, events=TrainReport(StopSignals()))
     training = time.perf_counter() - started
     say(f"Trained in {training:.0f} s.")
 

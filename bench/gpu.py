@@ -43,7 +43,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 from PIL import Image
 
@@ -59,9 +58,9 @@ from vlm_lora.model.features import FeatureCache
 from vlm_lora.model.folder import tiny_path
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded, pack_apart
 from vlm_lora.model.shapes import load_shapes
-from vlm_lora.training.batches import micro_batches
-from vlm_lora.training.loop import MicroBatch, loss_sum
-from vlm_lora.training.plan import TRAINED, CostModel, micro_shape
+from vlm_lora.training.batches import MicroBatch, micro_batches
+from vlm_lora.training.cost import TRAINED, CostModel, micro_shape
+from vlm_lora.training.step import loss_sum
 
 ROOT = Path(__file__).resolve().parents[1]
 TOWER = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14}
@@ -210,7 +209,7 @@ class Work:
             placed = [t.to(device) for t in (packed.position_ids, packed.attention_mask)]
             features = torch.cat([each.to(device) for each in seen])
             batch = MicroBatch(packed.input_ids, packed.labels, *placed, features, 0)
-            value = (loss_sum if sparse else full_logits)(self.backbone, batch) / self.num_labels
+            value = loss_sum(self.backbone, batch, label_logits=sparse) / self.num_labels
             value.backward()
             total += value.detach()
         return total.item()
@@ -232,13 +231,6 @@ class Work:
         layers, head = weights(model.model.language_model.layers), weights(model.lm_head)
         tower = weights(model.model.visual.blocks) * sum(len(self.features[i]) for i, _ in rows)
         return 4.0 * (layers * tokens + head * logits) + (0.0 if cached else 2.0 * tower)
-
-
-def full_logits(backbone: Backbone, batch: MicroBatch) -> torch.Tensor:
-    hidden = backbone.forward(batch.input_ids, batch.attention_mask, batch.position_ids, batch.features)
-    logits = backbone.logits(hidden)[:, :-1].float().flatten(0, 1)
-    labels = batch.labels[:, 1:].flatten().to(logits.device)
-    return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX)
 
 
 def seconds(device: torch.device, work: Callable[[], object]) -> float:

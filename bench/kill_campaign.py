@@ -38,6 +38,7 @@ from vlm_lora import TrainConfig, __version__
 from vlm_lora.cli.console import say
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.training import loop, run
+from vlm_lora.training.events import Events
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 8
@@ -114,11 +115,11 @@ def our_body(base: Path, photos: Path, stop_at: tuple[int, bool] | None = None) 
             lr=1e-2, dropout=0.1, val_split=0.2, save_every=1, load_best_at_end=False,
         )  # fmt: skip
 
-        def report(kind, **values):
-            if kind == "start":
-                tell(f"start {values['step']}")
+        class Telling(Events):
+            def start(self, *, step, **values):
+                tell(f"start {step}")
 
-        run.train(config, resume=folder.exists(), report=report)
+        run.train(config, resume=folder.exists(), events=Telling())
 
     return body
 

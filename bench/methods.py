@@ -35,11 +35,13 @@ from vlm_lora import Captioner, TrainConfig, evaluate, read_dataset, train
 from vlm_lora.cli.console import Progress, say
 from vlm_lora.config import DEFAULT_PROMPT
 from vlm_lora.model.adapters.base import Adapter, new_contract
-from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.encode import Encoder
 from vlm_lora.training import run
-from vlm_lora.training.loop import Lesson, loss_sum, make_batches
+from vlm_lora.training.batches import EncodedExample, Loader
+from vlm_lora.training.events import Events
+from vlm_lora.training.step import loss_sum
+from vlm_lora.training.techniques import Techniques
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "bench" / "results" / "methods.json"
@@ -142,15 +144,16 @@ def memory(result: run.RunResult, config: TrainConfig) -> dict:
     lessons = []
     for example in result.train_examples[: config.batch_size // 8]:
         grids = torch.stack([entry.grid_thw for entry in result.features.get(example.images)])
-        lessons.append(Lesson(example, encoder.encode(example.dialogues[:8], grids)))
+        lessons.append(EncodedExample(example, encoder.encode(example.dialogues[:8], grids)))
     weights = kept(backbone.model)
     optimizer = torch.optim.AdamW([p for _, p in adapter.named_parameters()], lr=0.0, fused=True)
-    max_tokens = config.on(backbone.device.type).micro_batch_tokens
+    max_tokens = config.on(backbone.device.type).tokens_at_once
+    loader = Loader(backbone, result.features, result.processes)
     backbone.model.train()
     with Alive(but=weights) as alive:
         for _ in range(2):  # AdamW's state is there from the end of the first step on
-            for batch in make_batches(backbone, result.features, lessons, max_tokens):
-                loss_sum(backbone, batch).backward()
+            for fetched in loader.fetch(lessons, max_tokens):
+                loss_sum(backbone, loader.place(fetched)).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     backbone.model.eval()
@@ -165,22 +168,26 @@ def train_one(
     name: str, lr: float, data: Path, steps: int, output: Path
 ) -> tuple[run.RunResult, TrainConfig, float, float]:
     """One method trained at one learning rate, its held-out loss, and the processor's seconds in its steps."""
-    run.attach_adapter = attach_full if name == "full" else attach_adapter
     config = TrainConfig(
         data=str(data / "train.jsonl"), output=str(output), lr=lr, max_steps=steps, **SETTINGS | METHODS[name][0]
     )
-    told, clock = [], []
+    losses, clock = [], []
     progress = Progress()
 
-    def report(kind: str, **values) -> None:
-        if kind == "held_out":
-            told.append(values["loss"])
-        elif kind in ("start", "step"):
-            clock.append(time.process_time())
-        if kind == "step":
-            progress.count(f"{name}, lr {lr:g}: step", values["step"], steps)
+    class Timed(Events):
+        def held_out(self, step, loss):
+            losses.append(loss)
 
-    return train(config, report=report), config, told[-1], clock[-1] - clock[0]
+        def start(self, **values):
+            clock.append(time.process_time())
+
+        def step(self, *, step, **values):
+            clock.append(time.process_time())
+            progress.count(f"{name}, lr {lr:g}: step", step, steps)
+
+    techniques = Techniques(attach=attach_full) if name == "full" else Techniques()
+    result = train(config, events=Timed(), techniques=techniques)
+    return result, config, losses[-1], clock[-1] - clock[0]
 
 
 def score(result: run.RunResult, examples) -> tuple[float, list[float]]:

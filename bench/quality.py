@@ -37,8 +37,9 @@ from vlm_lora.inference.captioner import Decoding
 from vlm_lora.inference.metrics import exact_match
 from vlm_lora.model.features import FeatureCache, cache_folder
 from vlm_lora.model.folder import tiny_path
-from vlm_lora.training import loop, run
-from vlm_lora.training.batches import Plan
+from vlm_lora.training.events import Events
+from vlm_lora.training.schedule import Schedule
+from vlm_lora.training.techniques import Techniques
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"model": "tiny", "batch_size": 128, "lr": 3e-3, "val_split": 0.0, "save_every": 10**6}
@@ -46,7 +47,7 @@ HELD_OUT = 50  # images, with some nine questions each
 ORDERS = ("shared", "shuffled")
 
 
-class Shuffled(Plan):
+class Shuffled(Schedule):
     """The answers of all images in a random order, each by itself in the step of its place."""
 
     def _line(self, epoch: int) -> list[tuple[int, int, int]]:
@@ -64,14 +65,8 @@ def config_of(seed: int, steps: int, output: Path) -> TrainConfig:
 
 def one(order: str, seed: int, steps: int, every: int, output: Path) -> dict:
     """Train once; accuracy on the test images behind every ``every`` steps, and the loss of each step."""
-    attach = run.attach_adapter
     test = read_dataset(ROOT / "data/easy_vqa/test.jsonl", prompt=DEFAULT_PROMPT).examples[:HELD_OUT]
     captioner: list[Captioner] = []
-
-    def attach_and_keep(backbone, config):
-        adapter = attach(backbone, config)
-        captioner.append(Captioner(backbone, adapter, FeatureCache(backbone, cache_folder()), DEFAULT_PROMPT))
-        return adapter
 
     def accuracy() -> float:
         right = []
@@ -87,29 +82,40 @@ def one(order: str, seed: int, steps: int, every: int, output: Path) -> dict:
                 right += [exact_match(answer, [truth]) for answer, truth in zip(answers, wanted, strict=True)]
         return sum(right) / len(right)
 
-    run.attach_adapter = attach_and_keep
-    if order == "shuffled":
-        loop.Plan = Shuffled
     curve: list[dict] = []
     losses: list[float] = []
     spent = {"seconds": 0.0, "cpu": 0.0}
     since = [0.0, 0.0]
 
-    def report(kind: str, **values) -> None:
-        if kind in ("start", "step"):  # what was done since "parts", or since the last of these
-            spent["seconds"] += time.perf_counter() - since[0]
-            spent["cpu"] += time.process_time() - since[1]
-        if kind == "step":
-            losses.append(values["loss"])
-            if values["step"] % every == 0 or values["step"] == values["num_steps"]:
-                point = {"step": values["step"], **{name: round(value, 2) for name, value in spent.items()}}
-                curve.append(point | {"accuracy": round(accuracy(), 4), "loss": round(values["loss"], 4)})
+    def begin() -> None:
+        since[:] = time.perf_counter(), time.process_time()
+
+    def spend() -> None:
+        spent["seconds"] += time.perf_counter() - since[0]
+        spent["cpu"] += time.process_time() - since[1]
+
+    class Watched(Events):
+        def parts(self, adapter, model):
+            features = FeatureCache(adapter.backbone, cache_folder())
+            captioner.append(Captioner(adapter.backbone, adapter, features, DEFAULT_PROMPT))
+            begin()
+
+        def start(self, **values):
+            spend()
+            begin()
+
+        def step(self, *, step, num_steps, loss, **values):
+            spend()
+            losses.append(loss)
+            if step % every == 0 or step == num_steps:
+                point = {"step": step, **{name: round(value, 2) for name, value in spent.items()}}
+                curve.append(point | {"accuracy": round(accuracy(), 4), "loss": round(loss, 4)})
                 say(f"{order}, seed {seed}: {json.dumps(curve[-1])}")
-        if kind in ("parts", "start", "step"):
-            since[:] = time.perf_counter(), time.process_time()
+            begin()
 
     shutil.rmtree(output, ignore_errors=True)
-    train(config_of(seed, steps, output), report=report)
+    techniques = Techniques(schedule=Shuffled.of) if order == "shuffled" else Techniques()
+    train(config_of(seed, steps, output), events=Watched(), techniques=techniques)
     return {"order": order, "seed": seed, "curve": curve, "losses": losses}
 
 
@@ -122,13 +128,13 @@ def plain(shuffled: dict, steps: int, timed: int, output: Path) -> dict:
     config = config_of(shuffled["seed"], steps, output)
     examples = read_dataset(config.data, prompt=config.prompt).examples
     answers = [len(example.dialogues) for example in examples]
-    plan = Shuffled(answers, batch_size=config.batch_size, epochs=config.epochs, seed=config.seed, max_steps=steps)
+    schedule = Shuffled.of(config, answers)
     shutil.rmtree(output, ignore_errors=True)
     model = shutil.copytree(tiny_path(), output / "model")
     template = model / "chat_template.jinja"
     template.write_text(ending_with_its_turn(template.read_text(encoding="utf-8")), encoding="utf-8")
     settings = {name: getattr(config, name) for name in ("batch_size", "rank", "lr", "seed")}
-    job = peer_job(output / "rows.jsonl", examples, plan, min(timed, steps), settings)
+    job = peer_job(output / "rows.jsonl", examples, schedule, min(timed, steps), settings)
     job |= {"model": str(model), "dtype": "float32", "folder": str(output / "run"), "cache": str(output / "cache")}
     done = run_once("plain", job, output)
     count = len(done["losses"])

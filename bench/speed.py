@@ -76,63 +76,42 @@ def train_here(job: dict) -> None:
     from meter import Meter, read_weights
 
     from vlm_lora import TrainConfig, train
-    from vlm_lora.training import run
+    from vlm_lora.model.adapters.methods import attach_adapter
+    from vlm_lora.training.events import Events
+    from vlm_lora.training.techniques import Techniques
 
-    attach = run.attach_adapter
-
-    def attach_and_read(backbone, config):
+    def attach(backbone, config):
         read_weights(backbone.model)
-        return attach(backbone, config)
+        return attach_adapter(backbone, config)
 
-    run.attach_adapter = attach_and_read
-    leave_out({"labels", "cache", "share"} - set(job["techniques"].split()))
+    with_these = job["techniques"].split()
+    techniques = Techniques(
+        shared_prefix="share" in with_these,
+        label_logits="labels" in with_these,
+        features_in_memory="cache" in with_these,  # on disk the config keeps nothing then either
+        attach=attach,
+    )
     meter = Meter(job)
 
-    def report(kind: str, **values) -> None:
-        if kind == "parts":
+    class Metered(Events):
+        def parts(self, adapter, model):
             meter.begin()
-        elif kind == "start":
+
+        def start(self, **values):
             meter.steps_begin()
-        elif kind == "step":
-            meter.step(values["loss"])
+
+        def step(self, *, loss, **values):
+            meter.step(loss)
 
     train(
         TrainConfig(
             data=job["data"], model=job["model"], output=job["output"], epochs=job["epochs"], val_split=0.0,
             save_every=10**6, dtype=job["dtype"], cache="cache" in job["techniques"], **SETTINGS,
         ),
-        report=report,
+        events=Metered(),
+        techniques=techniques,
     )  # fmt: skip
     meter.end()
-
-
-def leave_out(techniques: set[str]) -> None:
-    """Train without some of what makes it fast: what is left computes the same numbers."""
-    from dataclasses import replace
-
-    import torch.nn.functional as F
-
-    from vlm_lora.model.features import FeatureCache
-    from vlm_lora.training import loop
-
-    def put(owner, name: str, new) -> None:
-        getattr(owner, name)  # it is still there
-        setattr(owner, name, new)
-
-    def one_answer_a_row(encoded, max_tokens):
-        return [replace(encoded, branches=(branch,)) for branch in encoded.branches]
-
-    def all_logits(backbone, batch):
-        hidden = backbone.forward(batch.input_ids, batch.attention_mask, batch.position_ids, batch.features)
-        logits = backbone.logits(hidden)[:, :-1].float()
-        return F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum")
-
-    if "share" in techniques:
-        put(loop, "split_long", one_answer_a_row)
-    if "labels" in techniques:
-        put(loop, "loss_sum", all_logits)
-    if "cache" in techniques:  # on disk the config keeps nothing then; in memory neither
-        put(FeatureCache, "_remember", lambda self, name, entry: None)
 
 
 def python_of(method: str, environments: Path) -> Path:
@@ -197,7 +176,7 @@ def prepare(work: Path, shape: str, dtype: str, said: str, tokens: int, answers:
     from bench.work import write_checkpoint, write_data
     from vlm_lora import read_dataset
     from vlm_lora.config import DEFAULT_PROMPT
-    from vlm_lora.training.batches import Plan
+    from vlm_lora.training.schedule import Schedule
 
     model = work / shape
     if not model.exists():
@@ -209,7 +188,9 @@ def prepare(work: Path, shape: str, dtype: str, said: str, tokens: int, answers:
         raise SystemExit(f"--answers {answers}: expected a multiple of {count}, for {said} of each image")
     table = write_data(data, images=answers // count, said=said, tokens=tokens)
     examples = read_dataset(table, prompt=DEFAULT_PROMPT).examples
-    plan = Plan([count] * len(examples), batch_size=SETTINGS["batch_size"], epochs=epochs, seed=SETTINGS["seed"])
+    schedule = Schedule(
+        [count] * len(examples), batch_size=SETTINGS["batch_size"], epochs=epochs, seed=SETTINGS["seed"]
+    )
     return {
         "model": str(model),
         "dtype": dtype,
@@ -218,19 +199,19 @@ def prepare(work: Path, shape: str, dtype: str, said: str, tokens: int, answers:
         "epochs": epochs,
         "image_tokens": tokens,
         "cache": str(data / "cache"),
-        **peer_job(data / "rows.jsonl", examples, plan, plan.num_steps, SETTINGS),
+        **peer_job(data / "rows.jsonl", examples, schedule, schedule.num_steps, SETTINGS),
     }
 
 
-def peer_job(path: Path, examples, plan, steps: int, settings: dict) -> dict:
-    """What another tool needs to learn the plan's first ``steps`` steps in their order, an answer a line of ``path``,
-    with these ``settings``: batch_size, rank, lr, seed."""
+def peer_job(path: Path, examples, schedule, steps: int, settings: dict) -> dict:
+    """What another tool needs to learn the schedule's first ``steps`` steps in their order, with these ``settings``:
+    batch_size, rank, lr, seed. ``path`` gets an answer a line."""
     from vlm_lora.model.backbone import LANGUAGE_LINEARS, MERGER_LINEARS
-    from vlm_lora.training.loop import learning_rate
+    from vlm_lora.training.step import learning_rate
 
     rows = []
     for step in range(steps):
-        for example, dialogues in plan.step(step):
+        for example, dialogues in schedule.step(step):
             for dialogue in dialogues:
                 (turn,) = examples[example].dialogues[dialogue].turns
                 image = str(examples[example].images[0].path)
@@ -241,7 +222,7 @@ def peer_job(path: Path, examples, plan, steps: int, settings: dict) -> dict:
         "targets": f"(?:.*\\.)?(?:{LANGUAGE_LINEARS}|{MERGER_LINEARS})",
         "alpha": 2 * settings["rank"],
         # The other tools that allow it are given these very rates.
-        "rates": [learning_rate(step, plan.num_steps, settings["lr"], 0.05) for step in range(plan.num_steps)],
+        "rates": [learning_rate(s, schedule.num_steps, settings["lr"], 0.05) for s in range(schedule.num_steps)],
     }
 
 
@@ -266,8 +247,9 @@ def predicted(job: dict) -> dict[str, float]:
     from vlm_lora.model.encode import Encoder
     from vlm_lora.model.preprocess import load_preprocessor
     from vlm_lora.model.shapes import load_shapes
-    from vlm_lora.training.batches import Plan
-    from vlm_lora.training.plan import CostModel, micro_shapes
+    from vlm_lora.training.batches import EncodedExample
+    from vlm_lora.training.cost import CostModel, micro_shapes
+    from vlm_lora.training.schedule import Schedule
 
     base, shapes = load_preprocessor(job["model"]), load_shapes(job["model"])
     side = 2 * round(job["image_tokens"] ** 0.5)
@@ -280,12 +262,15 @@ def predicted(job: dict) -> dict[str, float]:
 
     def steps(examples, micro_batch_tokens):
         """The micro-batches of an epoch."""
-        lessons = [(e, encoder.encode(e.dialogues, grid)) for e in examples]
+        encoded = [EncodedExample(e, encoder.encode(e.dialogues, grid)) for e in examples]
         patches = {image: side * side for e in examples for image in e.images}
-        plan = Plan([len(e.dialogues) for e in examples], batch_size=config.batch_size, epochs=1, seed=config.seed)
-        settled = config.replace(micro_batch_tokens=micro_batch_tokens)
-        shares = [micro_shapes(settled, plan, lessons, patches, step, 1) for step in range(plan.num_steps)]
-        return [shape for (own,) in shares for shape in own]
+        schedule = Schedule.of(config.replace(epochs=1.0), [len(e.dialogues) for e in examples])
+        shapes = []
+        for step in range(schedule.num_steps):
+            chosen = [encoded[i].with_branches(dialogues) for i, dialogues in schedule.step(step)]
+            (own,) = micro_shapes(chosen, patches, micro_batch_tokens)
+            shapes += own
+        return shapes
 
     # Plain: the tower in each step, and logits of every token.
     head = 4 * shapes.hidden * shapes.vocabulary

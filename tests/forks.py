@@ -110,16 +110,17 @@ def _fork(job: dict, index: int, port: int, folder: Path) -> int:
             places = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": job["count"], "LOCAL_WORLD_SIZE": job["count"]}
             places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ |= {name: str(value) for name, value in places.items()}
-        from vlm_lora.cli import console, main
+        from vlm_lora.cli import main
+        from vlm_lora.cli.progress import TrainReport
 
-        report = console.TrainReport.step
+        report = TrainReport.step
 
-        def step(self, step, **values):
+        def step(self, *, step, **values):
             report(self, step=step, **values)
             if job["at"] and job["at"][:2] == [index, step]:
                 os.kill(os.getpid(), job["at"][2])
 
-        console.TrainReport.step = step
+        TrainReport.step = step
         exec(job["sabotage"], {})
         code = main(job["arguments"])
     except SystemExit as end:

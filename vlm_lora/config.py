@@ -70,7 +70,7 @@ class Knob:
     identity: bool = True
     """Whether it must stay the same for a checkpoint to be resumed from."""
     name: str = ""
-    type: type = str
+    kind: type = str
     default: Any = None
 
     @property
@@ -240,7 +240,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for each in KNOBS.values():
             value = getattr(self, each.name)
-            if value is None and each.default is None:
+            if value is None and each.default is not None:
+                raise self._wrong(each.name, each.kind.__name__)
+            if value is None:
                 continue
             if each.choices and value not in each.choices:
                 raise self._wrong(each.name, "one of " + ", ".join(each.choices))
@@ -357,7 +359,7 @@ KNOBS: dict[str, Knob] = {
     each.name: replace(
         each.metadata["knob"],
         name=each.name,
-        type=_plain_type(get_type_hints(TrainConfig)[each.name]),
+        kind=_plain_type(get_type_hints(TrainConfig)[each.name]),
         default=None if each.default is MISSING else each.default,
     )
     for each in fields(TrainConfig)
@@ -391,7 +393,7 @@ def config_from(values: dict[str, Any], source: str) -> TrainConfig:
         if value is None and KNOBS[name].default is None and name != "data":
             checked[name] = None
             continue
-        wanted = KNOBS[name].type
+        wanted = KNOBS[name].kind
         if name == "data" and isinstance(value, list | tuple) and value and all(isinstance(v, str) for v in value):
             checked[name] = value[0] if len(value) == 1 else tuple(value)
             continue

@@ -115,9 +115,9 @@ def out_of_memory(monkeypatch, fails, error=GPU_FULL):
     """``fails(tokens)`` says whether a micro-batch of so many tokens, padding included, finds no room."""
     real, sizes = step.loss_sum, []
 
-    def loss_sum(backbone, batch):
+    def loss_sum(backbone, batch, *how):
         sizes.append(batch.input_ids.numel())
-        loss = real(backbone, batch)
+        loss = real(backbone, batch, *how)
         if backbone.model.training and fails(sizes[-1]):
             raise error
         return loss

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
     for verb in VERBS:
         name = verb.__name__.rpartition(".")[2].replace("evaluate", "eval")
-        summary, _, _ = verb.__doc__.partition("\n")
+        summary, _, _ = (verb.__doc__ or "").partition("\n")
         sub = verbs.add_parser(
             name,
             help=summary[0].lower() + summary[1:].rstrip("."),

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
 
 def size(num_bytes: float) -> str:
@@ -89,7 +90,7 @@ class StopSignals:
 
     def __init__(self):
         self.number: int | None = None
-        self.before: dict[int, object] = {}
+        self.before: dict[int, Any] = {}
 
     def catch(self) -> None:
         for number in STOPPING:

@@ -33,8 +33,8 @@ def _add(group: argparse._ArgumentGroup, knob: Knob) -> None:
         group.add_argument("data", nargs="*", metavar="DATA", help=text)
         return
     extra: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-    if knob.type is not bool:
-        extra = {"type": knob.type, "metavar": {str: "TEXT", int: "N", float: "X"}[knob.type]}
+    if knob.kind is not bool:
+        extra = {"type": knob.kind, "metavar": {str: "TEXT", int: "N", float: "X"}[knob.kind]}
     if knob.choices:
         extra |= {"choices": knob.choices, "metavar": "|".join(knob.choices)}
     group.add_argument(knob.flag, default=argparse.SUPPRESS, help=text, **extra)

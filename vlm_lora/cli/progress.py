@@ -20,10 +20,11 @@ class TrainReport(Events):
     def folder(self, folder) -> None:
         say(f"Run folder: {folder}")
 
-    def parts(self, parts, model, device, dtype) -> None:
-        say(f"Base model {model} on {device}, {dtype.removeprefix('torch.')}. What trains:")
+    def parts(self, adapter, model) -> None:
+        dtype = str(adapter.backbone.dtype).removeprefix("torch.")
+        say(f"Base model {model} on {adapter.backbone.device}, {dtype}. What trains:")
         say(f"  {'part':<22}{'adapted':>14}{'trained':>14}{'frozen':>16}")
-        for part in parts:
+        for part in adapter.parts():
             say(f"  {part.name:<22}{part.modules:>14,}{part.trained:>14,}{part.frozen:>16,}")
 
     def tokens(self, done, total) -> None:

@@ -5,7 +5,7 @@ What a process computes in a step is a pure function of the step's answers, so e
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
@@ -15,8 +15,9 @@ from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.features import FeatureCache, ImageFeatures, Pixels
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded, Packed, pack_apart, padded_tokens
 from vlm_lora.training.processes import Processes
+from vlm_lora.training.techniques import ALL, Techniques
 
-T = TypeVar("T")
+T = TypeVar("T", Packed, ImageFeatures | Pixels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,13 @@ class Loader:
     backbone: Backbone
     features: FeatureCache
     processes: Processes
+    techniques: Techniques = ALL
+
+    def rows(self, examples: Sequence[EncodedExample]) -> list[EncodedExample]:
+        """The examples as they are dealt out: whole, or in a row for each answer."""
+        if self.techniques.shared_prefix:
+            return list(examples)
+        return [replace(each, encoded=row) for each in examples for row in split_long(each.encoded, max_tokens=0)]
 
     def fetch(self, examples: Sequence[EncodedExample], max_tokens: int) -> list[Fetched]:
         """This process's share of a step. Needs no model, so it is done ahead, beside the step that computes.
@@ -199,4 +207,5 @@ def _pinned(tensors: T, device: torch.device) -> T:
     if device.type != "cuda":
         return tensors
     members = ((each.name, getattr(tensors, each.name)) for each in fields(tensors))
-    return replace(tensors, **{name: value.pin_memory() for name, value in members if torch.is_tensor(value)})
+    pinned = {name: value.pin_memory() for name, value in members if torch.is_tensor(value)}
+    return cast(T, replace(tensors, **pinned))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -310,5 +311,5 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: dict) -> None:
         return
     for parameter, state in optimizer.state.items():
         for key in state.keys() & {"state1", "state2"}:
-            paged = optimizer.get_state_buffer(parameter, dtype=state[key].dtype)
+            paged = cast(Any, optimizer).get_state_buffer(parameter, dtype=state[key].dtype)
             state[key] = paged.copy_(state[key])

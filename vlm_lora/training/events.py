@@ -8,7 +8,7 @@ import torch
 
 from vlm_lora.data.example import Example
 from vlm_lora.data.readers import BadRow
-from vlm_lora.model.adapters.base import Part
+from vlm_lora.model.adapters.base import Adapter
 from vlm_lora.model.features import Survey
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Events:
     def folder(self, folder: Path) -> None:
         """The run folder is there and locked."""
 
-    def parts(self, parts: Sequence[Part], model: str, device: str, dtype: str) -> None:
+    def parts(self, adapter: Adapter, model: str) -> None:
         """The base model is loaded and the adapter attached."""
 
     def tokens(self, done: int, total: int) -> None:

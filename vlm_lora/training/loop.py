@@ -20,7 +20,6 @@ from vlm_lora.training.events import Events
 from vlm_lora.training.folder import RunFolder
 from vlm_lora.training.prepare import Prepared
 from vlm_lora.training.processes import Processes
-from vlm_lora.training.schedule import Schedule
 from vlm_lora.training.step import (
     StepResult,
     accumulate_gradients,
@@ -73,7 +72,7 @@ class TrainingLoop:
         self.optimizer = make_optimizer(config, self.parameters)
         self.examples = data.weighted
         num_answers = [len(each.encoded.branches) for each in self.examples]
-        self.schedule = Schedule.of(config, num_answers)
+        self.schedule = loader.techniques.schedule(config, num_answers)
         self.progress = Progress(micro_batch_tokens=config.tokens_at_once)
         self.step_ends: list[float] = []
         self.losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
@@ -174,7 +173,8 @@ class TrainingLoop:
     # -- a step ----------------------------------------------------------------------------------------------------
 
     def _examples(self, step: int) -> list[EncodedExample]:
-        return [self.examples[i].with_branches(dialogues) for i, dialogues in self.schedule.step(step)]
+        chosen = [self.examples[i].with_branches(dialogues) for i, dialogues in self.schedule.step(step)]
+        return self.loader.rows(chosen)
 
     def _fetch(self, step: int) -> tuple[list[EncodedExample], int, list[Fetched]]:
         """A step's examples, and its micro-batches of at most so many tokens."""

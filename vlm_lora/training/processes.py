@@ -74,7 +74,7 @@ def require_possible(method: str, settings: Mapping[str, str]) -> bool:
         )
     if given("FSDP_RESHARD_AFTER_FORWARD", "true"):
         raise ConfigError(
-            "accelerate is set to keep layers whole behind the forward pass, which is not done here: leave "
+            "accelerate is set to keep layers whole after the forward pass, which is not done here: leave "
             "--fsdp_reshard_after_forward at true. Where the base fits on each GPU, leave out FSDP: that is faster."
         )
     require_shardable(method)
@@ -115,7 +115,8 @@ class Processes:
         self.index, self.count = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
         self.sharded = wants_shards and self.count > 1
-        self.group = dist.new_group(timeout=STEP) if self.count > 1 else None
+        group = dist.new_group(timeout=STEP) if self.count > 1 else None
+        self.group = group if isinstance(group, dist.ProcessGroup) else None
         self._loading = True
 
     @property

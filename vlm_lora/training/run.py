@@ -14,8 +14,7 @@ from vlm_lora.data.example import Example
 from vlm_lora.data.readers import BadRow
 from vlm_lora.errors import TrainingError
 from vlm_lora.model.adapters.base import Adapter
-from vlm_lora.model.adapters.methods import attach_adapter
-from vlm_lora.model.backbone import load_backbone, require_bitsandbytes
+from vlm_lora.model.backbone import Backbone, load_backbone, require_bitsandbytes
 from vlm_lora.model.device import is_out_of_memory, resolve_dtype
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, cache_folder
@@ -45,6 +44,7 @@ from vlm_lora.training.prepare import (
 )
 from vlm_lora.training.processes import Processes
 from vlm_lora.training.step import OUT_OF_MEMORY
+from vlm_lora.training.techniques import ALL, Techniques
 from vlm_lora.training.tracker import require_tracker, tracked
 
 
@@ -71,6 +71,7 @@ def train(
     allow_change: Collection[str] = (),
     events: Events | None = None,
     stop: Callable[[], int | None] = lambda: None,
+    techniques: Techniques = ALL,
 ) -> RunResult:
     """Train an adapter and write the run folder.
 
@@ -80,6 +81,7 @@ def train(
         allow_change: settings, or ``data``, ``val``, ``base``, that may differ from the checkpoint's.
         events: its methods are called, in every process, with what happens.
         stop: asked after each step; where it gives a signal's number, the run saves and ends with `Stopped`.
+        techniques: what may be exchanged, to measure what it brings.
 
     Raises:
         VlmLoraError: data, model, folder or numbers are not right; the message says what to do.
@@ -101,8 +103,9 @@ def train(
         path = processes.on_main(lambda: _open_folder(path, resume, held))
         events.folder(path)
         processes.on_main(lambda: held.enter_context(tracked(config, processes.accelerator, path, resume)))
-        adapter, shapes = _attached(config, processes, events)
-        features = _feature_cache(config, adapter, events)
+        adapter, shapes = _attached(config, processes, techniques.attach)
+        events.parts(adapter, config.model)
+        features = _feature_cache(config, adapter, techniques, events)
         prepared = _prepare(config, data, features, processes, events)
         processes.on_main(lambda: require_room(path, adapter, config))
         processes.on_main(lambda: write_quarantine(path, prepared.bad_rows))
@@ -113,9 +116,8 @@ def train(
         processes.require_same(identity)
         folder = RunFolder(path, identity, processes, config.report_to)
         predicted, started = _predict(config, shapes, features, prepared, processes), time.perf_counter()
-        loop = TrainingLoop(
-            config, adapter, Loader(adapter.backbone, features, processes), prepared, folder, events, stop
-        )
+        loader = Loader(adapter.backbone, features, processes, techniques)
+        loop = TrainingLoop(config, adapter, loader, prepared, folder, events, stop)
         steps = loop.run(allow_change)
 
         def save() -> None:
@@ -134,7 +136,9 @@ def _open_folder(path: Path, resume: bool, held: ExitStack) -> Path:
     return path
 
 
-def _attached(config: TrainConfig, processes: Processes, events: Events) -> tuple[Adapter, Shapes]:
+def _attached(
+    config: TrainConfig, processes: Processes, attach: Callable[[Backbone, TrainConfig], Adapter]
+) -> tuple[Adapter, Shapes]:
     """The adapter on its base model, ready to train, and the base's sizes."""
     backbone = load_backbone(
         config.model,
@@ -145,16 +149,15 @@ def _attached(config: TrainConfig, processes: Processes, events: Events) -> tupl
         quantise=config.method == "qlora",
     )
     shapes = shapes_of(backbone.model)
-    adapter = attach_adapter(backbone, config)
+    adapter = attach(backbone, config)
     if config.gradient_checkpointing:
         backbone.checkpoint_layers()
     if processes.sharded:
         backbone.shard(processes.group, processes.device)
-    events.parts(adapter.parts(), config.model, str(backbone.device), str(backbone.dtype))
     return adapter, shapes
 
 
-def _feature_cache(config: TrainConfig, adapter: Adapter, events: Events) -> FeatureCache:
+def _feature_cache(config: TrainConfig, adapter: Adapter, techniques: Techniques, events: Events) -> FeatureCache:
     if adapter.backbone.tower_adapted:
         events.warning("LoRA is in the vision tower, so it runs in each step for each image, and no features are kept.")
     folder = cache_folder() if config.cache else None
@@ -178,6 +181,7 @@ def _prepare(
 def _identity(config: TrainConfig, data: SplitData, adapter: Adapter) -> dict:
     """What must be the same for a checkpoint to be resumed from: the data, the base, and every knob of the numbers."""
     contract = adapter.contract
+    assert contract is not None, "an adapter that was attached here has one"
     base = hashlib.sha256((contract.base_fingerprint + contract.tower_fingerprint).encode()).hexdigest()[:16]
     fingerprints = {"data": data.fingerprint, "val": data.val_fingerprint, "base": base}
     return config.identity | {f"{name}_fingerprint": value for name, value in fingerprints.items()}

@@ -56,9 +56,11 @@ class StepResult:
 # ---- loss ---------------------------------------------------------------------------------------------------------
 
 
-def loss_sum(backbone: Backbone, batch: MicroBatch) -> torch.Tensor:
-    """Summed cross-entropy of the labelled tokens; logits are computed where there are labels, nowhere else."""
+def loss_sum(backbone: Backbone, batch: MicroBatch, label_logits: bool = True) -> torch.Tensor:
+    """Summed cross-entropy of the labelled tokens; logits are computed where there are labels, or else everywhere."""
     hidden = backbone.forward(batch.input_ids, batch.attention_mask, batch.position_ids, batch.features)
+    if not label_logits:
+        return _cross_entropy(backbone, hidden[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten().to(hidden.device))
     # Found on the CPU, where labels are kept: a GPU's answer to how many there are would have to be waited for.
     targets = batch.labels[:, 1:]
     places = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
@@ -74,7 +76,7 @@ def loss_sum(backbone: Backbone, batch: MicroBatch) -> torch.Tensor:
 def _cross_entropy(backbone: Backbone, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     logits = backbone.logits(hidden)
     precise = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(precise), targets, reduction="sum")
+    return F.cross_entropy(logits.to(precise), targets, reduction="sum", ignore_index=IGNORE_INDEX)
 
 
 @torch.no_grad()
@@ -141,7 +143,7 @@ def _backward(loader: Loader, fetched: Sequence[Fetched], num_labels: int) -> to
     try:
         with processes.connected() if processes.sharded else nullcontext():
             for each in fetched:
-                batch_loss = loss_sum(backbone, loader.place(each)) / num_labels
+                batch_loss = loss_sum(backbone, loader.place(each), loader.techniques.label_logits) / num_labels
                 if batch_loss.requires_grad:  # not if only the projector is trained and no row has an image
                     batch_loss.backward()
                 loss += batch_loss.detach()
@@ -190,7 +192,7 @@ def make_optimizer(config: TrainConfig, parameters: Sequence[tuple[str, torch.nn
     groups = [{"params": [p for _, p in members], "peak": rate} for rate, members in rates]
     settings = {"lr": 0.0, "betas": (0.9, 0.999), "weight_decay": config.weight_decay}
     if is_paged(config, parameters[0][1].device):
-        from bitsandbytes.optim import PagedAdamW
+        from bitsandbytes.optim.adamw import PagedAdamW
 
         return PagedAdamW(groups, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
+from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -54,6 +55,6 @@ def tracked(config: TrainConfig, accelerator: Accelerator, folder: Path, resume:
     finally:
         with aside:
             if config.report_to == "wandb":  # else the next run in this Python program would be logged as this one
-                accelerator.get_tracker("wandb", unwrap=True).finish(exit_code=0 if well else 1)
+                cast(Any, accelerator.get_tracker("wandb", unwrap=True)).finish(exit_code=0 if well else 1)
             elif well:
                 accelerator.trackers[0].finish()  # and not end_training, which would also part the processes
