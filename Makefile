@@ -8,10 +8,10 @@ RUN := runs/quickstart
 help:
 	@echo "make quickstart   install, train the embedded model on sample pictures, compare, caption (4 minutes and the install)"
 	@echo "make install      make .venv with vlm-lora in it"
-	@echo "make test         install, run the tests"
+	@echo "make test         install, check style and types, run the tests"
 	@echo "make easy-vqa     install, train and score on the whole of easy-VQA (12 minutes)"
 	@echo "make bench        install, training speed and memory beside a plain loop and ms-swift (45 minutes, 6 GB)"
-	@echo "make lint         install, check style"
+	@echo "make lint         install, check style, types and the limits on size"
 
 install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
@@ -36,7 +36,7 @@ quickstart: install
 # The tests of the web demo drive a Chromium: the system's, or one that playwright can fetch. Without either they are skipped.
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-test: install
+test: lint
 	@$(if $(CHROMIUM),true,PLAYWRIGHT_DOWNLOAD_CONNECTION_TIMEOUT=10000 $(BIN)/playwright install chromium) \
 	  || echo "No Chromium here, and none to be fetched: the tests of the web demo in a browser are skipped."
 	$(BIN)/python -m pytest -rs -n auto --maxprocesses 4 --dist loadfile
@@ -50,3 +50,5 @@ bench: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python docs/architecture.py --check

@@ -16,13 +16,29 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vlm_lora"
 SUFFIXES = {".py", ".css", ".js", ".html", ".md", ".jinja", ".txt"}
 
-CORE = """
-config.py data/example.py
-training/prepare.py model/encode.py model/packing.py model/attention.py
-model/families.py model/backbone.py model/features.py model/adapters/base.py model/adapters/methods.py
-model/adapters/lora.py training/schedule.py training/batches.py training/step.py training/checkpoint.py
-training/loop.py training/run.py inference/caption.py inference/captioner.py inference/decode.py
-""".split()
+CORE = [
+    "config.py",
+    "data/example.py",
+    "training/prepare.py",
+    "model/encode.py",
+    "model/packing.py",
+    "model/attention.py",
+    "model/families.py",
+    "model/backbone.py",
+    "model/features.py",
+    "model/adapters/base.py",
+    "model/adapters/methods.py",
+    "model/adapters/lora.py",
+    "training/schedule.py",
+    "training/batches.py",
+    "training/step.py",
+    "training/checkpoint.py",
+    "training/loop.py",
+    "training/run.py",
+    "inference/caption.py",
+    "inference/captioner.py",
+    "inference/decode.py",
+]
 """From a configuration to a caption, in reading order."""
 
 MOST_CORE_LINES = 4_500
@@ -137,7 +153,8 @@ def drawing() -> str:
     marker += '<path d="M0,0 L6,3 L0,6 z" fill="#8aa0c0"/></marker>'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y:.0f}" width="{width}" height="{y:.0f}">'
     body = "\n".join([*arrows, *boxes])
-    return f'{head}\n<style>{style}</style>\n<defs>{marker}</defs>\n<rect width="100%" height="100%" fill="#fff"/>\n{body}\n</svg>\n'
+    ground = '<rect width="100%" height="100%" fill="#fff"/>'
+    return "\n".join([head, f"<style>{style}</style>", f"<defs>{marker}</defs>", ground, body, "</svg>", ""])
 
 
 def main() -> int:

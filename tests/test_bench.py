@@ -13,8 +13,6 @@ from bench.speed import COLD, EPOCHS, OURS
 from bench.speed_report import plots, summary, table
 from vlm_lora import cli
 from vlm_lora.model.backbone import Backbone
-from vlm_lora.model.features import FeatureCache
-from vlm_lora.training import loop, run
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +35,6 @@ def train_as(techniques: str, common: dict, folder: Path, monkeypatch) -> tuple[
         return counted
 
     with monkeypatch.context() as patch:
-        for owner, name in (
-            (loop, "split_long"),
-            (loop, "loss_sum"),
-            (FeatureCache, "_remember"),
-            (run, "attach_adapter"),
-        ):
-            patch.setattr(owner, name, getattr(owner, name))  # put back at the end
         patch.setattr(Backbone, "forward", count("rows", forward, lambda ids, *_: len(ids)))
         patch.setattr(Backbone, "logits", count("logits", logits, lambda hidden: hidden[..., 0].numel()))
         patch.setattr(Backbone, "tower", count("towers", tower, lambda *_: 1))
@@ -156,8 +147,6 @@ def test_the_plain_loop_learns_what_the_shuffled_order_does(tmp_path, monkeypatc
     monkeypatch.setattr(quality, "run_once", here)
     monkeypatch.setattr(quality, "HELD_OUT", 2)
     monkeypatch.setattr(quality, "SETTINGS", quality.SETTINGS | {"batch_size": 6})
-    monkeypatch.setattr(run, "attach_adapter", run.attach_adapter)  # put back at the end
-    monkeypatch.setattr(loop, "Plan", loop.Plan)
     shuffled = quality.one("shuffled", 0, 3, 2, tmp_path / "run")
     plain = quality.plain(shuffled, 3, 2, tmp_path / "plain")
 

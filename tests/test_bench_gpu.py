@@ -44,7 +44,11 @@ def test_every_variant_has_the_same_loss_and_gradients(capsys, monkeypatch):
 def test_a_wrong_technique_and_a_wrong_prediction_are_faults(capsys, monkeypatch):
     """Negative control."""
     right = gpu.loss_sum
-    monkeypatch.setattr(gpu, "loss_sum", lambda *given: 1.2 * right(*given))
+    monkeypatch.setattr(
+        gpu,
+        "loss_sum",
+        lambda *given, label_logits: (1.2 if label_logits else 1.0) * right(*given, label_logits=label_logits),
+    )
     (record,) = measured(capsys, monkeypatch, "--size small --base bfloat16", code=1)
     assert len(record["faults"]) == 2 * 3  # loss and gradients of all but the two that compute every logit
     result = record["results"]["bfloat16"]
@@ -64,7 +68,7 @@ def test_what_runs_out_of_memory_loses_nothing_else(capsys, monkeypatch):
 
         return called
 
-    monkeypatch.setattr(gpu, "full_logits", short(gpu.full_logits, lambda *_: True))
+    monkeypatch.setattr(gpu, "loss_sum", short(gpu.loss_sum, lambda *_, label_logits: not label_logits))
     monkeypatch.setattr(gpu, "load_backbone", short(gpu.load_backbone, lambda *_, dtype, **__: dtype == "bfloat16"))
     monkeypatch.setattr(gpu.Captioner, "caption", short(None, lambda *_, **__: True))
     monkeypatch.setitem(gpu.SIZES, "2b", gpu.SIZES["small"])

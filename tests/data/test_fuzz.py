@@ -70,8 +70,7 @@ def test_what_is_trained_and_what_is_quarantined_are_all_rows(tmp_path, monkeypa
         given["lessons"] = [*loop.examples, *loop.data.held_out]
         return 0
 
-    for name in ("load_backbone", "shapes_of", "attach_adapter"):
-        monkeypatch.setattr(run, name, _once(getattr(run, name)))
+    monkeypatch.setattr(run, "_attached", _once(run._attached))
     monkeypatch.setattr(run.TrainingLoop, "run", run_steps)
     trained = 0
     for number in range(5):

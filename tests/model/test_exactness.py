@@ -18,7 +18,6 @@ from vlm_lora.model.packing import pack, pack_apart, padded_tokens
 from vlm_lora.training import step
 from vlm_lora.training.batches import EncodedExample, Loader, MicroBatch
 from vlm_lora.training.checkpoint import Progress
-from vlm_lora.training.events import Events
 from vlm_lora.training.step import loss_sum
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
@@ -228,7 +227,7 @@ def learnt(backbone, adapter, examples, max_tokens: int) -> tuple[torch.Tensor, 
     features = FeatureCache(backbone, None)
     adapter.backbone.model.zero_grad()
     loader, lessons = Loader(backbone, features, ALONE), lessons_of(backbone, features, examples)
-    loss = step.accumulate_gradients(loader, lessons, None, 0, Progress(micro_batch_tokens=max_tokens), Events())
+    loss = step.accumulate_gradients(loader, lessons, None, 0, Progress(micro_batch_tokens=max_tokens), pytest.fail)
     return loss, {name: p.grad.clone() for name, p in adapter.named_parameters()}
 
 
@@ -261,7 +260,7 @@ def test_a_step_waits_for_no_device(checkpoints, examples, family):
     fetched = loader.fetch(lessons, 700)
     assert len(fetched) > 1
     backbone.model.to("meta")
-    loss = step.accumulate_gradients(loader, lessons, fetched, 0, Progress(micro_batch_tokens=700), Events())
+    loss = step.accumulate_gradients(loader, lessons, fetched, 0, Progress(micro_batch_tokens=700), pytest.fail)
     trained = [parameter for _, parameter in adapter.named_parameters()]
     norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
     assert all(tensor.is_meta for tensor in (loss, norm, *(parameter.grad for parameter in trained)))

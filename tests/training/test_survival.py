@@ -21,10 +21,12 @@ from tests.training.test_train import adapter_of, assert_same, config
 from vlm_lora.cli import console, main
 from vlm_lora.cli.progress import TrainReport
 from vlm_lora.errors import CheckpointError, ConfigError, Stopped, TrainingError
+from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.encode import Encoder
 from vlm_lora.training import folder, loop, prepare, run, step, tracker
 from vlm_lora.training.batches import Loader
 from vlm_lora.training.run import train
+from vlm_lora.training.techniques import Techniques
 
 
 def log_of(folder) -> list[dict]:
@@ -271,11 +273,9 @@ def test_a_loss_spike_is_flagged_and_changes_nothing(checkpoints, straight, tmp_
 
 
 @pytest.mark.parametrize("how", ["frozen", "detached"])
-def test_a_dead_adapter_tensor_is_named(checkpoints, photo_folder, tmp_path, monkeypatch, how):
-    real = run.attach_adapter
-
+def test_a_dead_adapter_tensor_is_named(checkpoints, photo_folder, tmp_path, how):
     def attach(*args):
-        adapter = real(*args)
+        adapter = attach_adapter(*args)
         name, parameter = next((n, p) for n, p in adapter.named_parameters() if "layers.1" in n and "lora_A" in n)
         if how == "frozen":
             parameter.requires_grad_(False)
@@ -285,9 +285,9 @@ def test_a_dead_adapter_tensor_is_named(checkpoints, photo_folder, tmp_path, mon
         return adapter
 
     dead = []
-    monkeypatch.setattr(run, "attach_adapter", attach)
     told = Told()
-    train(config(checkpoints, photo_folder, tmp_path / "run", max_steps=3), events=told)
+    settings = config(checkpoints, photo_folder, tmp_path / "run", max_steps=3)
+    train(settings, events=told, techniques=Techniques(attach=attach))
     assert told.warnings
     assert all(dead[0] in text and text.startswith("1 of ") for text in told.warnings)
 

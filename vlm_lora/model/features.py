@@ -108,6 +108,7 @@ class FeatureCache:
         limit_gb: what the folder may hold, whoever fills it. Above it, what was used longest ago goes, but nothing of
             this object's own.
         warn: called with a sentence when the disk fails and the run goes on without it.
+        in_memory: whether features that were read lately stay in main memory.
 
     Attributes:
         computed, read: how many images went through the tower, and how many were found, since the start.
@@ -122,8 +123,10 @@ class FeatureCache:
         write: bool = True,
         limit_gb: float = DEFAULT_CACHE_GB,
         warn: Callable[[str], None] = lambda text: None,
+        in_memory: bool = True,
     ):
         self.backbone = backbone
+        self.in_memory = in_memory
         folder = None if backbone.tower_adapted else folder  # what an adapter changes is not kept
         self.folder = folder / "features" if folder else None
         self.write = write
@@ -282,7 +285,7 @@ class FeatureCache:
 
     def _remember(self, name: str, entry: ImageFeatures) -> None:
         with self._lock:
-            if name in self._memory:  # the other thread was faster
+            if not self.in_memory or name in self._memory:  # the other thread was faster
                 return
             self._memory[name] = entry
             self._memory_bytes += entry.features.nbytes

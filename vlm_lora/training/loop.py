@@ -156,7 +156,7 @@ class TrainingLoop:
         and its gradients are dropped."""
         largest = self._largest_step(first)
         if largest != first:
-            accumulate_gradients(self.loader, self._examples(largest), None, 0, self.progress, self.events)
+            accumulate_gradients(self.loader, self._examples(largest), None, 0, self.progress, self.events.warning)
             self.optimizer.zero_grad(set_to_none=True)
 
     def _largest_step(self, first: int) -> int:
@@ -183,7 +183,7 @@ class TrainingLoop:
 
     def _gradients(self, step: int, examples: Sequence[EncodedExample], fetched) -> torch.Tensor:
         seed = _step_seed(self.config.seed, step)
-        return accumulate_gradients(self.loader, examples, fetched, seed, self.progress, self.events)
+        return accumulate_gradients(self.loader, examples, fetched, seed, self.progress, self.events.warning)
 
     def _skip_or_stop(self, result: StepResult, examples: Sequence[EncodedExample]) -> None:
         config, progress = self.config, self.progress

@@ -161,7 +161,13 @@ def _feature_cache(config: TrainConfig, adapter: Adapter, techniques: Techniques
     if adapter.backbone.tower_adapted:
         events.warning("LoRA is in the vision tower, so it runs in each step for each image, and no features are kept.")
     folder = cache_folder() if config.cache else None
-    return FeatureCache(adapter.backbone, folder, limit_gb=config.cache_gb, warn=events.warning)
+    return FeatureCache(
+        adapter.backbone,
+        folder,
+        limit_gb=config.cache_gb,
+        warn=events.warning,
+        in_memory=techniques.features_in_memory,
+    )
 
 
 def _prepare(

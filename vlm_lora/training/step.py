@@ -6,7 +6,7 @@ so every answer's tokens weigh the same however the step is cut up.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -29,7 +29,6 @@ from vlm_lora.training.batches import (
     largest_micro_batch,
 )
 from vlm_lora.training.checkpoint import Progress
-from vlm_lora.training.events import Events
 from vlm_lora.training.processes import Processes
 
 LOGITS_AT_ONCE = 1024
@@ -104,7 +103,7 @@ def accumulate_gradients(
     fetched: Sequence[Fetched] | None,
     seed: int,
     progress: Progress,
-    events: Events,
+    warn: Callable[[str], None],
 ) -> torch.Tensor:
     """Leave the gradients of a step's loss (this process's share) in ``.grad``, and return that loss.
 
@@ -133,7 +132,7 @@ def accumulate_gradients(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         text = f"Out of memory: from here on micro-batches are of {progress.micro_batch_tokens:,} tokens at most"
-        events.warning(f"{text}; what a step learns from, and its learning rate, stay as they are.")
+        warn(f"{text}; what a step learns from, and its learning rate, stay as they are.")
 
 
 def _backward(loader: Loader, fetched: Sequence[Fetched], num_labels: int) -> torch.Tensor | None:
