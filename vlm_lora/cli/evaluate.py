@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from vlm_lora.cli.console import Progress, one_line, say
 from vlm_lora.cli.flags import READING, add_flags, given
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     decoding = Decoding(max_new_tokens=options.max_new_tokens)
     captioner = Captioner.load(options.model, options.adapter, prompt=options.prompt, dtype=options.dtype)
     config = TrainConfig(data=options.data, prompt=captioner.prompt).replace(**_reading(options))
-    reading = config.reading | {"columns": parse_columns(config.columns)}
+    reading: dict[str, Any] = config.reading | {"columns": parse_columns(config.columns)}
     dataset = read_dataset(options.data, **reading)
     reading |= {"format": None, "columns": {}}
     also = [read_dataset(options.also, **reading)] if options.also else []

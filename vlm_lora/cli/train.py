@@ -13,7 +13,6 @@ vision tower frozen, then compares base and tuned on the held-out images. All of
 import argparse
 import shlex
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_lora.cli.console import Progress, StopSignals, say

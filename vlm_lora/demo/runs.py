@@ -5,7 +5,7 @@ import logging
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -119,10 +119,8 @@ def _read(run: Path) -> "Evaluation | None":
     examples = ()
     try:
         config = config_from(read_yaml(run / "config.yaml"), str(run / "config.yaml"))
-        examples = read_dataset(
-            config.val or config.sources,
-            **config.reading | {"columns": parse_columns(config.columns)},
-        ).examples
+        reading: dict[str, Any] = config.reading | {"columns": parse_columns(config.columns)}
+        examples = read_dataset(config.val or config.sources, **reading).examples
     except VlmLoraError as error:
         log.warning("No pictures: the data of %s cannot be read again (%s)", run, error)
     try:

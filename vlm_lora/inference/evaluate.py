@@ -167,18 +167,7 @@ def evaluate(
     with_adapter = ["tuned", "blanked"] if blanked else ["tuned"]
     passes = ["base", *(with_adapter if captioner.adapter else [])]
     questions = [_questions(example) for example in examples]
-    done, total = 0, len(passes) * sum(map(len, questions))
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, total)
-
-    answers: dict[str, dict[int, list[str]]] = {}
-    failed: dict[int, str] = {}
-    for who in passes:
-        answers[who], unusable = _answers(captioner, examples, questions, who, decoding, advance)
-        failed |= unusable
+    answers, failed = _ask(captioner, examples, questions, passes, decoding, progress)
     if len(failed) == len(examples):
         raise DataError(f"None of the {len(examples):,} held-out images can be used; the first: {failed[0]}.")
     answered = [
@@ -225,32 +214,32 @@ def _questions(example: Example) -> list[Question]:
     return list(gathered.values())
 
 
-def _answers(
+def _ask(
     captioner: Captioner,
     examples: Sequence[Example],
     questions: Sequence[Sequence[Question]],
-    who: str,
+    passes: Sequence[str],
     decoding: Decoding | None,
-    advance: Callable[[int], None],
-) -> tuple[dict[int, list[str]], dict[int, str]]:
-    """By place in ``examples``: what base, tuned or blanked answers; and what is wrong with images that cannot be used.
-
-    ``advance`` is called with the number of questions done since it was last called.
-    """
-    answers: dict[int, list[str]] = {}
+    progress: Progress,
+) -> tuple[dict[str, dict[int, list[str]]], dict[int, str]]:
+    """What base, tuned and blanked answer, and what is wrong with images that cannot be used; by place in examples."""
+    answers: dict[str, dict[int, list[str]]] = {who: {} for who in passes}
     failed: dict[int, str] = {}
-    for group in _groups(questions, ROWS_AT_ONCE):
-        asked = {}
-        for i in group:
-            try:
-                images = [_blank(image) if who == "blanked" else image for image in examples[i].images]
-                asked[i] = (captioner.features.get(images), [question.turns for question in questions[i]])
-            except DataError as error:
-                failed[i] = str(error)
-        if asked:
-            generated = captioner.generate(list(asked.values()), tuned=who != "base", decoding=decoding)
-            answers |= zip(asked, generated, strict=True)
-        advance(sum(len(questions[i]) for i in group))
+    done, total = 0, len(passes) * sum(map(len, questions))
+    for who in passes:
+        for group in _groups(questions, ROWS_AT_ONCE):
+            asked = {}
+            for i in group:
+                try:
+                    images = [_blank(image) if who == "blanked" else image for image in examples[i].images]
+                    asked[i] = (captioner.features.get(images), [question.turns for question in questions[i]])
+                except DataError as error:
+                    failed[i] = str(error)
+                done += len(questions[i])
+            if asked:
+                texts = captioner.generate(list(asked.values()), tuned=who != "base", decoding=decoding)
+                answers[who] |= zip(asked, texts, strict=True)
+            progress(done, total)
     return answers, failed
 
 
