@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from bench.origin import origin
-from vlm_lora import Captioner, Dialogue, Example, TrainConfig, Turn, evaluate, read_dataset, train
+from vlm_lora import Captioner, Dialogue, Example, Scores, TrainConfig, Turn, evaluate, read_dataset, train
 from vlm_lora.cli.console import Progress, StopSignals, say
 from vlm_lora.cli.progress import TrainReport
 from vlm_lora.config import DEFAULT_PROMPT
@@ -48,8 +48,8 @@ def guesses(train_examples, test_examples) -> dict[str, float]:
     return {kind: right[kind] / asked[kind] for kind in asked}
 
 
-def by_kind(scores: dict, who: str) -> dict[str, float]:
-    return {"all": scores[who]["exact_match"]} | {kind: row[who] for kind, row in scores["by_kind"].items()}
+def by_kind(scores: Scores, who: str) -> dict[str, float]:
+    return {"all": scores.models[who].exact_match} | {kind: getattr(row, who) for kind, row in scores.by_kind.items()}
 
 
 def asking_for_one_word(example: Example) -> Example:
@@ -106,7 +106,7 @@ def main() -> None:
         "settings": settings,
         "training_seconds": round(training, 1),
         "evaluation_seconds": round(evaluating, 1),
-        "interval_of_tuned": evaluation.scores["intervals"]["tuned"]["exact_match"],
+        "interval_of_tuned": list(evaluation.scores.intervals["tuned"]["exact_match"]),
         "exact_match": lines,
     }
     results = ROOT / "bench" / "results"

@@ -195,7 +195,7 @@ def score(result: run.RunResult, examples) -> tuple[float, list[float]]:
     # Told of no adapter, the captioner answers once, with what is attached and switched on.
     captioner = Captioner(result.adapter.backbone, None, result.features, DEFAULT_PROMPT)
     scores = evaluate(captioner, examples).scores
-    return scores["base"]["exact_match"], scores["intervals"]["base"]["exact_match"]
+    return scores.base.exact_match, list(scores.intervals["base"]["exact_match"])
 
 
 def measure(name: str, lr: float, data: Path, steps: int, output: Path) -> dict:

@@ -40,7 +40,10 @@ EQUIVALENT = ROOT / "bench/equivalent_mutants.json"
 MODEL, TRAINING, DATA = "tests/model", "tests/training", "tests/data"
 READERS = (f"{DATA}/test_formats.py", f"{DATA}/test_faults.py", f"{DATA}/test_fault_table.py")
 TESTS: dict[str, tuple[str, ...]] = {  # which tests should see a fault of which module: the cheapest first
-    "vlm_lora/inference/metrics.py": ("tests/test_metrics.py",),
+    "vlm_lora/inference/metrics/answers.py": ("tests/test_metrics.py",),
+    "vlm_lora/inference/metrics/captions.py": ("tests/test_metrics.py",),
+    "vlm_lora/inference/metrics/intervals.py": ("tests/test_metrics.py",),
+    "vlm_lora/inference/metrics/tokens.py": ("tests/test_metrics.py",),
     "vlm_lora/data/split.py": (f"{DATA}/test_split.py",),
     "vlm_lora/inference/sinks.py": ("tests/inference/test_sinks.py", "tests/test_caption_command.py"),
     "vlm_lora/data/readers/rows.py": READERS,

@@ -34,7 +34,7 @@ from vlm_lora import Captioner, TrainConfig, read_dataset, train
 from vlm_lora.cli.console import say
 from vlm_lora.config import DEFAULT_PROMPT
 from vlm_lora.inference.captioner import Decoding
-from vlm_lora.inference.metrics import exact_match
+from vlm_lora.inference.metrics.answers import exact_match
 from vlm_lora.model.features import FeatureCache, cache_folder
 from vlm_lora.model.folder import tiny_path
 from vlm_lora.training.events import Events

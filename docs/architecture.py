@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vlm_lora"
-SUFFIXES = {".py", ".css", ".js", ".html", ".md", ".jinja", ".txt"}
+SUFFIXES = {".py", ".css", ".js", ".html", ".md", ".svg", ".jinja", ".txt"}
 
 CORE = [
     "config.py",

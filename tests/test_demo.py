@@ -28,6 +28,7 @@ from vlm_lora.demo.downloads import FORMATS, unlike, write_captions  # noqa: E40
 from vlm_lora.demo.runs import Evaluations, Pictures, find_runs, read_losses  # noqa: E402
 from vlm_lora.demo.speaker import Speaker  # noqa: E402
 from vlm_lora.errors import AdapterError, ConfigError, DataError  # noqa: E402
+from vlm_lora.inference.scores import ModelScores  # noqa: E402
 
 HTML = "<img src=x onerror=alert(1)>"
 
@@ -77,8 +78,9 @@ def write_run(place: Path, name: str = "run", count: int = 3) -> Path:
         base, tuned = (f"picture {i}", f"{HTML} lost") if i % 3 == 1 else ("no", f"picture {i}")
         rows.append(fields | {"question": "What\u2028?", "base": base, "tuned": tuned})
     (run / "predictions.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    said = {who: {"mean_words": 2.0} for who in ("base", "tuned")}
-    scores = {"tokens": "vlm-lora-ptb-1", "reference_words": 2.0} | said
+    values = dict.fromkeys(ModelScores.__dataclass_fields__, 0.5)
+    scores = {"examples": count, "answers": count, "tokens": "vlm-lora-ptb-1", "reference_words": 2.0}
+    scores |= {"intervals": {}, "base": values, "tuned": values, "gain": {}, "by_kind": {}}
     (run / "scores.json").write_text(json.dumps(scores))
     losses = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "held_out_loss": 2.5}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in losses) + '{"step": 3, "lo')

@@ -6,6 +6,8 @@ The public names load on first use, so that ``import vlm_lora`` needs neither to
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vlm_lora.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from vlm_lora.config import TrainConfig
     from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from vlm_lora.inference.captioner import Captioner
     from vlm_lora.inference.evaluate import Evaluation, evaluate
     from vlm_lora.inference.export import Merged, merge
+    from vlm_lora.inference.losses import Losses, read_losses
+    from vlm_lora.inference.scores import Scores
     from vlm_lora.training.run import RunResult, train
 
 _HOMES = {
@@ -35,15 +39,18 @@ _HOMES = {
     "evaluate": "inference.evaluate",
     "Merged": "inference.export",
     "merge": "inference.export",
+    "Losses": "inference.losses",
+    "read_losses": "inference.losses",
+    "Scores": "inference.scores",
     "RunResult": "training.run",
     "train": "training.run",
 }
 
 __all__ = [
-    "Caption", "Captioner", "Dataset", "Decoding", "Dialogue", "Evaluation", "Example", "ImageRef", "Merged",
-    "RunResult", "TrainConfig", "Turn", "VlmLoraError", "evaluate", "load_image", "merge", "read_dataset", "train",
+    "Caption", "Captioner", "Dataset", "Decoding", "Dialogue", "Evaluation", "Example", "ImageRef", "Losses",
+    "Merged", "RunResult", "Scores", "TrainConfig", "Turn", "VlmLoraError", "evaluate", "load_image", "merge",
+    "read_dataset", "read_losses", "train",
 ]  # fmt: skip
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ resumed all follow from the fields of `TrainConfig`.
 """
 
 import math
+import re
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -21,6 +22,8 @@ DEFAULT_CACHE_GB = 50.0
 METHODS = ("lora", "qlora", "adapter", "prompt", "prefix")
 LORA = ("lora", "qlora")
 PARTS = ("language", "projector", "vision")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+"""What may be the name of a model or adapter on the hub: two words with a slash."""
 GROUPS = ("data", "model", "method", "training", "memory", "run")
 """The headings of ``--help``."""
 

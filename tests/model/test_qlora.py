@@ -16,7 +16,7 @@ from vlm_lora.errors import AdapterError, ModelError
 from vlm_lora.inference import captioner
 from vlm_lora.inference.captioner import Captioner, Decoding
 from vlm_lora.inference.evaluate import evaluate
-from vlm_lora.inference.report import summary
+from vlm_lora.inference.scores import summary
 from vlm_lora.model.adapters.methods import attach_adapter, load_adapter
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.features import FeatureCache
@@ -213,7 +213,7 @@ def test_train_stop_go_on_load_and_caption(checkpoints, photo_folder, tmp_path, 
     singly = [caption.text for caption in loaded.caption(images, batch_size=1, decoding=short)]
     assert singly == texts
     scores = evaluate(loaded, result.held_out, decoding=short).scores
-    assert scores["tuned"] != scores["base"]
+    assert scores.tuned != scores.base
     assert any("base in four bits" in sentence for sentence in summary(scores))
 
     dense = load_backbone(str(checkpoints["qwen2_vl"]))

@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from vlm_lora.cli.console import Progress, one_line, say
 from vlm_lora.cli.flags import READING, add_flags, given
@@ -41,11 +42,14 @@ def run(options: argparse.Namespace) -> int:
     from vlm_lora.errors import ConfigError, DataError
     from vlm_lora.inference.caption import Decoding
     from vlm_lora.inference.captioner import Captioner
-    from vlm_lora.inference.evaluate import evaluate, table
-    from vlm_lora.inference.report import summary, write_report
+    from vlm_lora.inference.card import update_card
+    from vlm_lora.inference.evaluate import evaluate
+    from vlm_lora.inference.report import write_report
+    from vlm_lora.inference.scores import summary, tables_as_text
+    from vlm_lora.model.adapters.base import find_adapter
 
     if options.output:
-        try:  # before the work, not behind it
+        try:  # before the work, not after it
             options.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
@@ -54,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     decoding = Decoding(max_new_tokens=options.max_new_tokens)
     captioner = Captioner.load(options.model, options.adapter, prompt=options.prompt, dtype=options.dtype)
     config = TrainConfig(data=options.data, prompt=captioner.prompt).replace(**_reading(options))
-    reading = config.reading | {"columns": parse_columns(config.columns)}
+    reading: dict[str, Any] = config.reading | {"columns": parse_columns(config.columns)}
     dataset = read_dataset(options.data, **reading)
     reading |= {"format": None, "columns": {}}
     also = [read_dataset(options.also, **reading)] if options.also else []
@@ -76,29 +80,25 @@ def run(options: argparse.Namespace) -> int:
     scores = evaluation.scores
     hub = options.data.startswith("hf:")
     name = options.data if hub else os.path.basename(os.path.abspath(options.data)) or options.data
-    failed = [row for part in (scores, scores.get("also", {})) for row in part.get("failed", [])]
-    for row in failed:
-        say(one_line(f"Left out: {row['source']}: {row['reason']}."))
+    failed = [example for part in (scores, scores.also) if part for example in part.failed]
+    for example in failed:
+        say(one_line(f"Left out: {example.source}: {example.reason}."))
     if options.output:
         evaluation.write(options.output)
         command = shlex.join(["vlm-lora", *sys.argv[1:]])
         say(f"Report with pictures: {write_report(options.output, evaluation, title=name, command=command)}")
-    if options.adapter:
-        from vlm_lora.inference.card import update_card
-        from vlm_lora.model.adapters.base import find_adapter
-
-        if card := update_card(find_adapter(options.adapter), scores, name):
-            say(f"Model card: {card}")
+    if options.adapter and (card := update_card(find_adapter(options.adapter), scores, name)):
+        say(f"Model card: {card}")
     if options.json:
-        print(json.dumps(scores))
+        print(json.dumps(scores.to_json()))
     else:
-        print(f"{scores['examples']:,} images, {scores['answers']:,} questions, {dataset.taken_for}\n")
-        print(table(scores))
+        print(f"{scores.examples:,} images, {scores.answers:,} questions, {dataset.taken_for}\n")
+        print(tables_as_text(scores))
         print("\n" + "\n".join(summary(scores)))
-        if also:
+        if scores.also:
             print(f"\nOn {options.also}, to see what was forgotten:\n")
-            print(table(scores["also"]))
-            print("\n" + "\n".join(summary(scores["also"])))
+            print(tables_as_text(scores.also))
+            print("\n" + "\n".join(summary(scores.also)))
     left_out = sum(len(read.bad) for read in (dataset, *also)) + len(failed)
     if left_out:
         say(f"{left_out:,} rows were left out of this.")

@@ -13,7 +13,6 @@ vision tower frozen, then compares base and tuned on the held-out images. All of
 import argparse
 import shlex
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_lora.cli.console import Progress, StopSignals, say
@@ -22,6 +21,7 @@ from vlm_lora.config import TrainConfig
 from vlm_lora.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from vlm_lora.inference.finish import Finished
     from vlm_lora.training.run import RunResult
 
 
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     finally:
         signals.release()
     try:
-        told = _compare_and_describe(result, config, options)
+        finished = _finish(result, config, options)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -67,60 +67,56 @@ def run(options: argparse.Namespace) -> int:
             f"{error.filename or result.folder}: could not be written ({error.strerror or error}). The adapter is "
             f"whole: {result.folder / 'adapter'}. Make room; then vlm-lora eval compares base and tuned."
         ) from error
-    if result.processes.is_main:
-        print(told, end="")
-        print(f"Adapter: {result.folder / 'adapter'} (its model card: README.md in there)")
-        folder = shlex.quote(str(result.folder))
-        say("Next:")
-        say(f"  vlm-lora caption PATH... --adapter {folder}")
-        say(f"  vlm-lora demo --adapter {folder}")
+    if finished and result.processes.is_main:
+        _tell(result, finished)
     return 0
 
 
-def _compare_and_describe(result: "RunResult", config: TrainConfig, options: argparse.Namespace) -> str:
-    """Compare base and tuned, write report and model card; what there is to print about it, in the main process."""
-    together = result.processes.sharded  # then the main process cannot answer alone
-    if not together:
-        result.processes.leave()
-    command, scores, told = shlex.join(["vlm-lora", *sys.argv[1:]]), None, ""
-    if result.held_out and not options.no_eval and (together or result.processes.is_main):
-        from vlm_lora.inference.captioner import Captioner
-        from vlm_lora.inference.evaluate import evaluate, table
-        from vlm_lora.inference.report import summary, write_report
+def _finish(result: "RunResult", config: TrainConfig, options: argparse.Namespace) -> "Finished | None":
+    """Compare base and tuned, write report and model card; None in a process that is not needed for it."""
+    from vlm_lora.inference.card import Trained
+    from vlm_lora.inference.finish import finish
 
-        captioner = Captioner(result.adapter.backbone, result.adapter, result.features, config.prompt)
-        progress = Progress()
-        evaluation = evaluate(
-            captioner,
-            result.held_out[: options.eval_images],
-            progress=lambda done, total: progress.count("Comparing base and tuned:", done, total),
-        )
-        if together:
-            result.processes.leave()
-        if result.processes.is_main:
-            evaluation.write(result.folder)
-            report = write_report(result.folder, evaluation, title=result.folder.name, command=command)
-            scores = evaluation.scores
-            told = f"Base against tuned on {scores['examples']:,} held-out images, {scores['answers']:,} questions:\n\n"
-            told += "\n".join([table(scores), "", *summary(scores), "", f"Report with pictures: {report}", ""])
-    if not result.processes.is_main:
-        return told
-    from vlm_lora.inference.card import write_card
+    processes = result.processes
+    if not processes.sharded:  # then the main process can answer alone
+        processes.leave()
+        if not processes.is_main:
+            return None
+    progress = Progress()
+    trained = Trained(
+        folder=result.folder,
+        config=config,
+        train_examples=result.train_examples,
+        held_out=result.held_out,
+        num_bad=len(result.bad),
+        fingerprint=result.fingerprint,
+        command=shlex.join(["vlm-lora", *sys.argv[1:]]),
+    )
+    return finish(
+        trained,
+        result.adapter,
+        result.features,
+        eval_images=0 if options.no_eval else options.eval_images,
+        write=processes.is_main,
+        evaluated=processes.leave,
+        progress=lambda done, total: progress.count("Comparing base and tuned:", done, total),
+    )
 
+
+def _tell(result: "RunResult", finished: "Finished") -> None:
+    from vlm_lora.inference.scores import summary, tables_as_text
+
+    listed = f" ({result.folder / 'quarantined.jsonl'})" if result.bad else ""
     learnt, held_out = (
         sum(len(example.dialogues) for example in side) for side in (result.train_examples, result.held_out)
     )
-    write_card(
-        result.folder / "adapter",
-        config,
-        name=result.folder.name,
-        data=", ".join(name if name.startswith("hf") else Path(name).name for name in config.sources),
-        counts=f"{len(result.train_examples):,} images learnt with {learnt:,} answers, "
-        f"{len(result.held_out):,} held out, {len(result.bad):,} rows left out",
-        fingerprint=result.fingerprint,
-        command=command,
-        scores=scores,
-    )
-    listed = f" ({result.folder / 'quarantined.jsonl'})" if result.bad else ""
     say(f"Rows: trained {learnt:,}, held out {held_out:,}, quarantined {len(result.bad):,}{listed}.")
-    return told
+    if finished.evaluation:
+        scores = finished.evaluation.scores
+        print(f"Base against tuned on {scores.examples:,} held-out images, {scores.answers:,} questions:\n")
+        print("\n".join([tables_as_text(scores), "", *summary(scores), "", f"Report with pictures: {finished.report}"]))
+    print(f"Adapter: {result.folder / 'adapter'} (its model card: README.md in there)")
+    folder = shlex.quote(str(result.folder))
+    say("Next:")
+    say(f"  vlm-lora caption PATH... --adapter {folder}")
+    say(f"  vlm-lora demo --adapter {folder}")

@@ -1,19 +1,17 @@
 """What the run folders hold for the page: which there are, held-out pictures with their answers, the losses."""
 
 import io
-import json
 import logging
-import math
-import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+import vlm_lora
 from vlm_lora import ImageRef, VlmLoraError, load_image, read_dataset
-from vlm_lora.config import config_from, parse_columns, read_yaml
+from vlm_lora.config import HUB_NAME, config_from, parse_columns, read_yaml
 from vlm_lora.errors import AdapterError, DataError
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ def find_runs(adapter: str | Path | None, beside: str | Path = "runs") -> dict[s
     given = Path(adapter).expanduser().resolve() if adapter else None
     held = given and any((given / place / "adapter_config.json").is_file() for place in ("", "adapter"))
     here = given and (given.parent.is_dir() or given.parent == Path(beside).resolve())
-    if given and not held and (here or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(adapter))):
+    if given and not held and (here or not HUB_NAME.fullmatch(str(adapter))):
         what = "holds no adapter" if given.exists() else "there is no such folder"
         raise AdapterError(f"--adapter {adapter}: {what}. Give a run folder or an adapter folder.")
     if given and given.name == "adapter" and (given.parent / "config.yaml").is_file():
@@ -53,18 +51,15 @@ def find_runs(adapter: str | Path | None, beside: str | Path = "runs") -> dict[s
 
 
 def read_losses(run: Path | None) -> list[tuple[int, float, str]]:
-    """(step, loss, "training" or "held out") of ``metrics.jsonl``, thinned; a line that was cut off is passed over."""
-    found: dict[str, list[tuple[int, float, str]]] = {"training": [], "held out": []}
-    file = run / "metrics.jsonl" if run else None
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file and file.is_file() else ():
-        try:
-            row = json.loads(line)
-            for key, name in (("loss", "training"), ("held_out_loss", "held out")):
-                if math.isfinite(row.get(key, math.nan)):
-                    found[name].append((int(row["step"]), float(row[key]), name))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            continue
-    return [point for points in found.values() for point in points[:: max(1, len(points) // POINTS)]]
+    """(step, loss, "training" or "held out") of a run, thinned."""
+    if run is None:
+        return []
+    losses = vlm_lora.read_losses(run)
+    return [
+        (step, loss, name)
+        for name, points in (("training", losses.training), ("held out", losses.held_out))
+        for step, loss in points[:: max(1, len(points) // POINTS)]
+    ]
 
 
 class Evaluations:
@@ -93,33 +88,27 @@ class Evaluations:
     def by_gain(self, name: str, only_worse: bool) -> list[tuple["Answered", str]]:
         """Answers, and if tuned is better or worse: gained most first; or the worse ones, lost most first."""
         evaluation = self.of(name)
-        if evaluation is None or "tuned" not in evaluation.scores:
+        if evaluation is None or not evaluation.scores.tuned:
             return []
-        rows = list(zip(evaluation.answered, evaluation.gains(), strict=True))
-        rows = sorted([pair for pair in rows if pair[0].images], key=lambda pair: pair[1], reverse=not only_worse)
-        told = [(row, _verdict(gain)) for row, gain in rows]
-        return [(row, verdict) for row, verdict in told if verdict == "Worse" or not only_worse]
+        changes, rows = evaluation.changes(), evaluation.answered
+        better, same, worse = (
+            [(rows[i], verdict) for i in places if rows[i].images]
+            for verdict, places in (("Better", changes.better), ("Same", changes.same), ("Worse", changes.worse))
+        )
+        return worse if only_worse else [*better, *same, *reversed(worse)]
 
     def summary(self, name: str, most: int) -> str:
         """What was gained in a sentence, and why there is less to see than there could be."""
         if not name:
             return "There is nothing to compare: the base is alone. Choose an adapter, or start the demo with one."
         evaluation = self.of(name)
-        if evaluation is None or "tuned" not in evaluation.scores:
+        if evaluation is None or not evaluation.scores.tuned:
             return f"{name} was not evaluated: train it with held-out pictures (--val-split or --val)."
-        verdicts = [_verdict(gain) for gain in evaluation.gains()]
-        better, worse = verdicts.count("Better"), verdicts.count("Worse")
-        told = f"Of {len(verdicts):,} answers, tuning made {better:,} better and {worse:,} worse; "
-        told += f"{len(verdicts) - better - worse:,} score the same. Intervals and all scores are in the run's report."
+        told = f"{evaluation.changes()} Intervals and all scores are in the run's report."
         shown = sum(bool(row.images) for row in evaluation.answered)
         if not shown:
             return told + " The pictures are no longer where they were when it was trained."
         return told + (f" At most {most} are shown." if shown > most else "")
-
-
-def _verdict(gain: tuple[float, ...]) -> str:
-    nothing = (0.0,) * len(gain)
-    return "Better" if gain > nothing else "Worse" if gain < nothing else "Same"
 
 
 def _read(run: Path) -> "Evaluation | None":
@@ -130,10 +119,8 @@ def _read(run: Path) -> "Evaluation | None":
     examples = ()
     try:
         config = config_from(read_yaml(run / "config.yaml"), str(run / "config.yaml"))
-        examples = read_dataset(
-            config.val or config.sources,
-            **config.reading | {"columns": parse_columns(config.columns)},
-        ).examples
+        reading: dict[str, Any] = config.reading | {"columns": parse_columns(config.columns)}
+        examples = read_dataset(config.val or config.sources, **reading).examples
     except VlmLoraError as error:
         log.warning("No pictures: the data of %s cannot be read again (%s)", run, error)
     try:

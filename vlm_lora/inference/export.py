@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin
 
 from vlm_lora.data.example import Dialogue, ImageRef, Turn
 from vlm_lora.data.images import load_image
@@ -21,7 +22,7 @@ from vlm_lora.inference.caption import Decoding
 from vlm_lora.inference.captioner import Captioner
 from vlm_lora.model.adapters.base import base_of, find_adapter, read_contract, read_settings
 from vlm_lora.model.adapters.lora import merged_weights
-from vlm_lora.model.backbone import load_backbone
+from vlm_lora.model.backbone import Backbone, load_backbone
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.model.folder import saved_dtype
 from vlm_lora.model.packing import IGNORE_INDEX, pack
@@ -76,70 +77,45 @@ def merge(
         VlmLoraError: the method cannot be merged, ``output`` is in use, the adapter changes nothing, or the merged
             model differs from it by more than rounding.
     """
-    found, target = find_adapter(adapter), Path(output).expanduser()
-    method = read_settings(found).get("method")
-    if method is not None:
-        raise AdapterError(
-            f"--adapter {adapter}: --method {method} adds to the model and changes no weights of it, so it cannot be "
-            "merged. Use it as an adapter, or train with --method lora."
-        )
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target}: is there already and not empty. Give a folder that is to be made.")
-    if target.exists() and os.path.samefile(target, os.getcwd()):
-        raise ConfigError(f"{target}: is the folder you are in, which cannot be replaced. Give another one.")
-    model = model or base_of(found)
-    contract = read_contract(found)
+    folder, target = find_adapter(adapter), Path(output).expanduser()
+    _require_possible(adapter, folder, target)
+    model, contract = model or base_of(folder), read_contract(folder)
     pictures = [load_image(ImageRef(path=Path(image), name=str(image))) for image in images]
     kept_in = getattr(torch, dtype) if dtype else saved_dtype(model)
     # Where the base is computed in bfloat16, a float32 one must not be rounded to it on the way.
     precision = "auto" if kept_in == torch.bfloat16 else "float32"
 
     report("Asking base and adapter.")
-    captioner = Captioner.load(model, found, dtype=precision)
-    pictures = pictures or _pictures(captioner.backbone.pixel_limits)
-    said = _captions(captioner, pictures)
-    tuned = _logits(captioner, pictures, said)
+    captioner = Captioner.load(model, folder, dtype=precision)
+    assert captioner.adapter is not None
+    prompt, limits = captioner.prompt, captioner.backbone.pixel_limits
+    pictures = pictures or _pictures(limits)
+    captions = _captions(captioner, pictures)
+    tuned = _logits(captioner, pictures, captions)
     with captioner.adapter.switched_off():
-        effect = _distance(tuned, _logits(captioner, pictures, said))
+        effect = _distance(tuned, _logits(captioner, pictures, captions))
     if not effect > LEAST_EFFECT:
         raise AdapterError(
             f"--adapter {adapter}: has no effect on {model}: with and without it the logits are the same for "
             f"{len(pictures)} images. Nothing was written."
         )
     weights = {name: weight.to("cpu", kept_in) for name, weight in merged_weights(captioner.adapter)}
-    prompt, limits = captioner.prompt, captioner.backbone.pixel_limits
     del captioner  # two big models at a time may be one too many
 
     report(f"Merging {len(weights)} linear layers.")
-    backbone = load_backbone(model, dtype=precision, min_pixels=limits[0], max_pixels=limits[1])
-    with torch.no_grad():
-        for name, weight in weights.items():
-            backbone.model.get_parameter(name).copy_(weight)
-    merged = Captioner(backbone, None, FeatureCache(backbone, None), prompt)
-    in_memory = _logits(merged, pictures, said)
+    how = {"dtype": precision, "min_pixels": limits[0], "max_pixels": limits[1]}
+    merged = _merged(load_backbone(model, **how), weights, prompt)
+    errors = {"in memory": _distance(tuned, _logits(merged, pictures, captions))}
 
     temporary = target.parent / f".{target.name}-{os.getpid()}"
     try:
         report(f"Writing {target}, and reading it back.")
-        temporary.mkdir(parents=True)
-        backbone.model.to(kept_in).save_pretrained(temporary, max_shard_size="5GB")
-        backbone.processor.save_pretrained(temporary)
-        for file in temporary.glob("*.safetensors"):  # written for their owner alone; an engine may be another user
-            shutil.copymode(temporary / "config.json", file)
-        del merged, backbone
-        reloaded = Captioner.load(
-            str(temporary), prompt=prompt, dtype=precision, min_pixels=limits[0], max_pixels=limits[1]
-        )
-        read_back = _logits(reloaded, pictures, said)
-        for what, distance in (("in memory", _distance(tuned, in_memory)), ("read back", _distance(tuned, read_back))):
-            if not distance < min(TOLERANCE[kept_in], effect / 2):
-                hint = " Try --dtype float32." if kept_in != torch.float32 else ""
-                raise ModelError(
-                    f"The merged model, {what}, does not do what the adapter does: its logits are "
-                    f"{100 * distance:.3g} % away, and the adapter moves them by {100 * effect:.3g} %.{hint} Nothing "
-                    "was written."
-                )
-        again = _captions(reloaded, pictures)
+        _write(merged.backbone, kept_in, temporary)
+        del merged
+        reloaded = Captioner.load(str(temporary), prompt=prompt, **how)
+        errors["read back"] = _distance(tuned, _logits(reloaded, pictures, captions))
+        _require_same(errors, effect, kept_in)
+        captions_again = _captions(reloaded, pictures)
         os.rename(temporary, target)
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written ({error.strerror or error}).") from error
@@ -150,9 +126,52 @@ def merge(
         str(kept_in).removeprefix("torch."),
         contract is not None and contract.method == "qlora",
         effect,
-        _distance(tuned, read_back),
-        tuple(zip(said, again, strict=True)),
+        errors["read back"],
+        tuple(zip(captions, captions_again, strict=True)),
     )
+
+
+def _require_possible(adapter: str | Path, folder: Path, target: Path) -> None:
+    """Raise `VlmLoraError` if the method cannot be merged, or the target is in use."""
+    method = read_settings(folder).get("method")
+    if method is not None:
+        raise AdapterError(
+            f"--adapter {adapter}: --method {method} adds to the model and changes no weights of it, so it cannot be "
+            "merged. Use it as an adapter, or train with --method lora."
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target}: is there already and not empty. Give a folder that is to be made.")
+    if target.exists() and os.path.samefile(target, os.getcwd()):
+        raise ConfigError(f"{target}: is the folder you are in, which cannot be replaced. Give another one.")
+
+
+@torch.no_grad()
+def _merged(backbone: Backbone, weights: dict[str, torch.Tensor], prompt: str) -> Captioner:
+    for name, weight in weights.items():
+        backbone.model.get_parameter(name).copy_(weight)
+    return Captioner(backbone, None, FeatureCache(backbone, None), prompt)
+
+
+def _write(backbone: Backbone, dtype: torch.dtype, folder: Path) -> None:
+    model, processor = backbone.model.to(dtype), backbone.processor
+    assert isinstance(model, PreTrainedModel)
+    assert isinstance(processor, ProcessorMixin)
+    folder.mkdir(parents=True)
+    model.save_pretrained(folder, max_shard_size="5GB")
+    processor.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):  # written for their owner alone; an engine may be another user
+        shutil.copymode(folder / "config.json", file)
+
+
+def _require_same(errors: dict[str, float], effect: float, dtype: torch.dtype) -> None:
+    """Raise `ModelError` if the logits of the merged model, where ``errors`` says, are too far from the adapter's."""
+    for where, error in errors.items():
+        if not error < min(TOLERANCE[dtype], effect / 2):
+            hint = " Try --dtype float32." if dtype != torch.float32 else ""
+            raise ModelError(
+                f"The merged model, {where}, does not do what the adapter does: its logits are {100 * error:.3g} % "
+                f"away, and the adapter moves them by {100 * effect:.3g} %.{hint} Nothing was written."
+            )
 
 
 def push(folder: Path, repository: str) -> str:
@@ -181,14 +200,14 @@ def _pictures(limits: tuple[int, int]) -> list[Image.Image]:
 
 
 def _captions(captioner: Captioner, pictures: Sequence[Image.Image]) -> list[str]:
-    return [caption.text for caption in captioner.caption(pictures, decoding=Decoding(max_new_tokens=32))]
+    return [caption.text or "" for caption in captioner.caption(pictures, decoding=Decoding(max_new_tokens=32))]
 
 
 @torch.no_grad()
 def _logits(captioner: Captioner, pictures: Sequence[Image.Image], texts: Sequence[str]) -> torch.Tensor:
     """``(tokens, vocabulary)``: what is expected at each token of these captions, one image after the other."""
     backbone = captioner.backbone
-    found = []
+    logits = []
     for picture, text in zip(pictures, texts, strict=True):
         (entry,) = captioner.features.get([picture])
         encoded = captioner.encoder.encode([Dialogue((Turn(captioner.prompt, text),))], entry.grid_thw[None])
@@ -196,8 +215,8 @@ def _logits(captioner: Captioner, pictures: Sequence[Image.Image], texts: Sequen
         tensors = (row.input_ids, row.attention_mask, row.position_ids, entry.features)
         hidden = backbone.forward(*(tensor.to(backbone.device) for tensor in tensors))
         labelled = (row.labels[:, 1:] != IGNORE_INDEX).to(backbone.device)
-        found.append(backbone.logits(hidden[:, :-1][labelled]).float().cpu())
-    return torch.cat(found)
+        logits.append(backbone.logits(hidden[:, :-1][labelled]).float().cpu())
+    return torch.cat(logits)
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from vlm_lora.config import HUB_NAME
 from vlm_lora.errors import AdapterError
 from vlm_lora.model.backbone import TOWER_PREFIXES, Backbone
 from vlm_lora.model.shapes import num_numbers
@@ -142,7 +143,7 @@ def find_adapter(path: str | Path) -> Path:
         AdapterError: there is none, or its weights are not safetensors.
     """
     given = Path(path).expanduser()
-    if not given.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)):
+    if not given.exists() and HUB_NAME.fullmatch(str(path)):
         given = _from_hub(str(path))
     for folder in (given, given / "adapter"):
         if (folder / CONFIG).is_file():
