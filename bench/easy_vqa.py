@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 
 from bench.origin import origin
-from vlm_lora import Captioner, Dialogue, Example, Scores, TrainConfig, Turn, evaluate, read_dataset, train
+from vlm_lora import Captioner, Dialogue, Example, Scores, TrainConfig, Turn, evaluate, read_dataset
 from vlm_lora.cli.console import Progress, StopSignals, say
 from vlm_lora.cli.progress import TrainReport
 from vlm_lora.config import DEFAULT_PROMPT
+from vlm_lora.training.run import train_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"model": "tiny", "epochs": 2.0, "batch_size": 128, "lr": 3e-3, "rank": 16, "val_split": 0.02, "seed": 0}
@@ -74,7 +75,7 @@ def main() -> None:
     settings = SETTINGS | {"epochs": args.epochs, "seed": args.seed}
     config = TrainConfig(data=str(args.data / "train.jsonl"), output=str(args.output), **settings)
     started = time.perf_counter()
-    result = train(config, events=TrainReport(StopSignals()))
+    result = train_adapter(config, events=TrainReport(StopSignals()))
     training = time.perf_counter() - started
     say(f"Trained in {training:.0f} s.")
 

@@ -119,7 +119,7 @@ def our_body(base: Path, photos: Path, stop_at: tuple[int, bool] | None = None) 
             def start(self, *, step, **values):
                 tell(f"start {step}")
 
-        run.train(config, resume=folder.exists(), events=Telling())
+        run.train_adapter(config, resume=folder.exists(), events=Telling())
 
     return body
 

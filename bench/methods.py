@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.easy_vqa import asking_for_one_word
 from bench.origin import origin
-from vlm_lora import Captioner, TrainConfig, evaluate, read_dataset, train
+from vlm_lora import Captioner, TrainConfig, evaluate, read_dataset
 from vlm_lora.cli.console import Progress, say
 from vlm_lora.config import DEFAULT_PROMPT
 from vlm_lora.model.adapters.base import Adapter, new_contract
@@ -40,6 +40,7 @@ from vlm_lora.model.encode import Encoder
 from vlm_lora.training import run
 from vlm_lora.training.batches import EncodedExample, Loader
 from vlm_lora.training.events import Events
+from vlm_lora.training.run import train_adapter
 from vlm_lora.training.step import loss_sum
 from vlm_lora.training.techniques import Techniques
 
@@ -137,7 +138,7 @@ def bytes_of(tensors) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def memory(result: run.RunResult, config: TrainConfig) -> dict:
+def memory(result: run.TrainedAdapter, config: TrainConfig) -> dict:
     """Bytes of the weights, of the language layers' alone, and of a step at its peak, on the same answers always."""
     adapter, backbone = result.adapter, result.adapter.backbone
     encoder = Encoder(backbone)
@@ -166,7 +167,7 @@ def memory(result: run.RunResult, config: TrainConfig) -> dict:
 
 def train_one(
     name: str, lr: float, data: Path, steps: int, output: Path
-) -> tuple[run.RunResult, TrainConfig, float, float]:
+) -> tuple[run.TrainedAdapter, TrainConfig, float, float]:
     """One method trained at one learning rate, its held-out loss, and the processor's seconds in its steps."""
     config = TrainConfig(
         data=str(data / "train.jsonl"), output=str(output), lr=lr, max_steps=steps, **SETTINGS | METHODS[name][0]
@@ -186,11 +187,11 @@ def train_one(
             progress.count(f"{name}, lr {lr:g}: step", step, steps)
 
     techniques = Techniques(attach=attach_full) if name == "full" else Techniques()
-    result = train(config, events=Timed(), techniques=techniques)
+    result = train_adapter(config, events=Timed(), techniques=techniques)
     return result, config, losses[-1], clock[-1] - clock[0]
 
 
-def score(result: run.RunResult, examples) -> tuple[float, list[float]]:
+def score(result: run.TrainedAdapter, examples) -> tuple[float, list[float]]:
     """Exact match of the model as it now stands, and its interval."""
     # Told of no adapter, the captioner answers once, with what is attached and switched on.
     captioner = Captioner(result.adapter.backbone, None, result.features, DEFAULT_PROMPT)

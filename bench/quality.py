@@ -30,7 +30,7 @@ from pathlib import Path
 from bench.origin import origin
 from bench.speed import cpu_name, parity, peer_job, run_once
 from bench.work import ending_with_its_turn
-from vlm_lora import Captioner, TrainConfig, read_dataset, train
+from vlm_lora import Captioner, TrainConfig, read_dataset
 from vlm_lora.cli.console import say
 from vlm_lora.config import DEFAULT_PROMPT
 from vlm_lora.inference.captioner import Decoding
@@ -38,6 +38,7 @@ from vlm_lora.inference.metrics.answers import exact_match
 from vlm_lora.model.features import FeatureCache, cache_folder
 from vlm_lora.model.folder import tiny_path
 from vlm_lora.training.events import Events
+from vlm_lora.training.run import train_adapter
 from vlm_lora.training.schedule import Schedule
 from vlm_lora.training.techniques import Techniques
 
@@ -115,7 +116,7 @@ def one(order: str, seed: int, steps: int, every: int, output: Path) -> dict:
 
     shutil.rmtree(output, ignore_errors=True)
     techniques = Techniques(schedule=Shuffled.of) if order == "shuffled" else Techniques()
-    train(config_of(seed, steps, output), events=Watched(), techniques=techniques)
+    train_adapter(config_of(seed, steps, output), events=Watched(), techniques=techniques)
     return {"order": order, "seed": seed, "curve": curve, "losses": losses}
 
 

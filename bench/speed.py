@@ -75,9 +75,10 @@ def train_here(job: dict) -> None:
     sys.path.insert(0, str(PEERS))
     from meter import Meter, read_weights
 
-    from vlm_lora import TrainConfig, train
+    from vlm_lora import TrainConfig
     from vlm_lora.model.adapters.methods import attach_adapter
     from vlm_lora.training.events import Events
+    from vlm_lora.training.run import train_adapter
     from vlm_lora.training.techniques import Techniques
 
     def attach(backbone, config):
@@ -103,7 +104,7 @@ def train_here(job: dict) -> None:
         def step(self, *, loss, **values):
             meter.step(loss)
 
-    train(
+    train_adapter(
         TrainConfig(
             data=job["data"], model=job["model"], output=job["output"], epochs=job["epochs"], val_split=0.0,
             save_every=10**6, dtype=job["dtype"], cache="cache" in job["techniques"], **SETTINGS,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vlm_lora.inference.export import Merged, merge
     from vlm_lora.inference.losses import Losses, read_losses
     from vlm_lora.inference.scores import Scores
-    from vlm_lora.training.run import RunResult, train
+    from vlm_lora.run import RunResult, train
 
 _HOMES = {
     "TrainConfig": "config",
@@ -42,8 +42,8 @@ _HOMES = {
     "Losses": "inference.losses",
     "read_losses": "inference.losses",
     "Scores": "inference.scores",
-    "RunResult": "training.run",
-    "train": "training.run",
+    "RunResult": "run",
+    "train": "run",
 }
 
 __all__ = [

@@ -18,6 +18,7 @@ DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 DEFAULT_PROMPT = "Describe this image."
 DEFAULT_MAX_NEW_TOKENS = 64
 DEFAULT_CACHE_GB = 50.0
+DEFAULT_EVAL_IMAGES = 200
 
 METHODS = ("lora", "qlora", "adapter", "prompt", "prefix")
 LORA = ("lora", "qlora")

@@ -100,7 +100,7 @@ def test_a_run_sees_each_answer_as_often_as_its_weight_says(two, tmp_path, monke
     config = TrainConfig(
         data=("a", "b:3"), model="tiny", output=str(tmp_path / "run"), on_bad_row="quarantine", val_split=0
     )
-    run.train(config, events=(reported := Told()))
+    run.train_adapter(config, events=(reported := Told()))
     lessons = given["lessons"]
     assert Counter(lesson.example.id for lesson in lessons) == {
         "a/one.png": 1, "a/same.png": 1, "b/same.png": 3, "b/two.png": 3, "b/three.png": 3

@@ -104,6 +104,6 @@ def test_images_that_are_held_out_too_are_no_training_rows(pictures, monkeypatch
     assert [(bad.source, bad.line, bad.reason) for bad in apart.bad] == [("b.png", 1, reason)]
     monkeypatch.chdir(folder.parent)
     with pytest.raises(DataError, match=r"1 rows cannot be used.* b\.png:1: its image is in the held-out data too"):
-        run.train(TrainConfig(data="train", val="val", model="tiny"))
+        run.train_adapter(TrainConfig(data="train", val="val", model="tiny"))
     (val / "copy.png").unlink()
     assert without_held_out(train, read_dataset(val, prompt="-"), "val") == train

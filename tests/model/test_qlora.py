@@ -23,7 +23,7 @@ from vlm_lora.model.features import FeatureCache
 from vlm_lora.training import step
 from vlm_lora.training.batches import Loader
 from vlm_lora.training.processes import Processes
-from vlm_lora.training.run import train
+from vlm_lora.training.run import train_adapter as train
 from vlm_lora.training.step import mean_loss
 
 needs_bitsandbytes = pytest.mark.skipif(

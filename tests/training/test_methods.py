@@ -11,7 +11,7 @@ from tests.training.test_train import _stop_behind, adapter_of, assert_same, con
 from vlm_lora.inference.captioner import Captioner, Decoding
 from vlm_lora.inference.evaluate import evaluate
 from vlm_lora.model.backbone import load_backbone
-from vlm_lora.training.run import train
+from vlm_lora.training.run import train_adapter as train
 
 SHORT = Decoding(max_new_tokens=8)
 

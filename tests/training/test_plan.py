@@ -31,7 +31,7 @@ from vlm_lora.training.batches import EncodedExample, Loader
 from vlm_lora.training.cost import CostModel, MicroShape, _passes, _waited_for, micro_shapes, predict
 from vlm_lora.training.estimate import estimate_run
 from vlm_lora.training.prepare import read_data
-from vlm_lora.training.run import train
+from vlm_lora.training.run import train_adapter as train
 from vlm_lora.training.schedule import Schedule
 from vlm_lora.training.step import loss_sum
 

@@ -25,7 +25,7 @@ from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.encode import Encoder
 from vlm_lora.training import folder, loop, prepare, run, step, tracker
 from vlm_lora.training.batches import Loader
-from vlm_lora.training.run import train
+from vlm_lora.training.run import train_adapter as train
 from vlm_lora.training.techniques import Techniques
 
 

@@ -21,7 +21,7 @@ from vlm_lora.model.backbone import Backbone, load_backbone
 from vlm_lora.model.features import FeatureCache, cache_folder, cache_use
 from vlm_lora.training import loop
 from vlm_lora.training import step as one_step
-from vlm_lora.training.run import train
+from vlm_lora.training.run import train_adapter as train
 from vlm_lora.training.schedule import Schedule
 
 

@@ -79,5 +79,8 @@ class TrainReport(Events):
             peak, planned = measured.memory_bytes / 1e9, predicted.memory / 1e9
             say(f"Memory at its highest: {peak:,.1f} GB; {planned:,.1f} GB were planned.")
 
+    def comparison(self, done, total) -> None:
+        self.progress.count("Comparing base and tuned:", done, total)
+
     def warning(self, text) -> None:
         say(f"Warning: {text}")

@@ -15,14 +15,13 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from vlm_lora.cli.console import Progress, StopSignals, say
+from vlm_lora.cli.console import StopSignals, say
 from vlm_lora.cli.flags import add_config, config_of
-from vlm_lora.config import TrainConfig
-from vlm_lora.errors import CheckpointError, ConfigError
+from vlm_lora.config import DEFAULT_EVAL_IMAGES
+from vlm_lora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vlm_lora.inference.finish import Finished
-    from vlm_lora.training.run import RunResult
+    from vlm_lora.run import RunResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-eval", action="store_true", help="leave out the comparison of base and tuned at the end")
     parser.add_argument(
-        "--eval-images", type=int, default=200, metavar="N", help="held-out images compared at the end (default: 200)"
+        "--eval-images",
+        type=int,
+        default=DEFAULT_EVAL_IMAGES,
+        metavar="N",
+        help=f"held-out images compared at the end (default: {DEFAULT_EVAL_IMAGES})",
     )
 
 
@@ -51,59 +54,27 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--allow-change goes with --resume: it says what may differ from the checkpoint.")
 
     from vlm_lora.cli.progress import TrainReport  # here, as they bring torch
-    from vlm_lora.training.run import train
+    from vlm_lora.run import train
 
     signals = StopSignals()
     try:
-        result = train(config, resume=options.resume, allow_change=allowed, events=TrainReport(signals), stop=signals)
+        result = train(
+            config,
+            resume=options.resume,
+            allow_change=allowed,
+            events=TrainReport(signals),
+            stop=signals,
+            eval_images=0 if options.no_eval else options.eval_images,
+            command=shlex.join(["vlm-lora", *sys.argv[1:]]),
+        )
     finally:
         signals.release()
-    try:
-        finished = _finish(result, config, options)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise CheckpointError(
-            f"{error.filename or result.folder}: could not be written ({error.strerror or error}). The adapter is "
-            f"whole: {result.folder / 'adapter'}. Make room; then vlm-lora eval compares base and tuned."
-        ) from error
-    if finished and result.processes.is_main:
-        _tell(result, finished)
+    if result.is_main:
+        _tell(result)
     return 0
 
 
-def _finish(result: "RunResult", config: TrainConfig, options: argparse.Namespace) -> "Finished | None":
-    """Compare base and tuned, write report and model card; None in a process that is not needed for it."""
-    from vlm_lora.inference.card import Trained
-    from vlm_lora.inference.finish import finish
-
-    processes = result.processes
-    if not processes.sharded:  # then the main process can answer alone
-        processes.leave()
-        if not processes.is_main:
-            return None
-    progress = Progress()
-    trained = Trained(
-        folder=result.folder,
-        config=config,
-        train_examples=result.train_examples,
-        held_out=result.held_out,
-        num_bad=len(result.bad),
-        fingerprint=result.fingerprint,
-        command=shlex.join(["vlm-lora", *sys.argv[1:]]),
-    )
-    return finish(
-        trained,
-        result.adapter,
-        result.features,
-        eval_images=0 if options.no_eval else options.eval_images,
-        write=processes.is_main,
-        evaluated=processes.leave,
-        progress=lambda done, total: progress.count("Comparing base and tuned:", done, total),
-    )
-
-
-def _tell(result: "RunResult", finished: "Finished") -> None:
+def _tell(result: "RunResult") -> None:
     from vlm_lora.inference.scores import summary, tables_as_text
 
     listed = f" ({result.folder / 'quarantined.jsonl'})" if result.bad else ""
@@ -111,10 +82,10 @@ def _tell(result: "RunResult", finished: "Finished") -> None:
         sum(len(example.dialogues) for example in side) for side in (result.train_examples, result.held_out)
     )
     say(f"Rows: trained {learnt:,}, held out {held_out:,}, quarantined {len(result.bad):,}{listed}.")
-    if finished.evaluation:
-        scores = finished.evaluation.scores
+    if result.evaluation:
+        scores = result.evaluation.scores
         print(f"Base against tuned on {scores.examples:,} held-out images, {scores.answers:,} questions:\n")
-        print("\n".join([tables_as_text(scores), "", *summary(scores), "", f"Report with pictures: {finished.report}"]))
+        print("\n".join([tables_as_text(scores), "", *summary(scores), "", f"Report with pictures: {result.report}"]))
     print(f"Adapter: {result.folder / 'adapter'} (its model card: README.md in there)")
     folder = shlex.quote(str(result.folder))
     say("Next:")

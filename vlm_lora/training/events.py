@@ -74,5 +74,8 @@ class Events:
     def cost(self, predicted: "Prediction", seconds: float | None, measured: "Measured") -> None:
         """What was predicted beside what the steps took; ``seconds`` were predicted from steps 2 and 3."""
 
+    def comparison(self, done: int, total: int) -> None:
+        """So many held-out examples were answered by base and tuned."""
+
     def warning(self, text: str) -> None:
         """Something a person should know; the run goes on."""

@@ -49,8 +49,8 @@ from vlm_lora.training.tracker import require_tracker, tracked
 
 
 @dataclass(frozen=True, slots=True)
-class RunResult:
-    """A finished run: its folder, and what it was trained and is to be evaluated with."""
+class TrainedAdapter:
+    """A run that is trained: its folder, and what it was trained and is to be evaluated with."""
 
     folder: Path
     steps: int
@@ -64,7 +64,7 @@ class RunResult:
     processes: Processes
 
 
-def train(
+def train_adapter(
     config: TrainConfig,
     *,
     resume: bool = False,
@@ -72,7 +72,7 @@ def train(
     events: Events | None = None,
     stop: Callable[[], int | None] = lambda: None,
     techniques: Techniques = ALL,
-) -> RunResult:
+) -> TrainedAdapter:
     """Train an adapter and write the run folder.
 
     Args:
@@ -127,7 +127,7 @@ def train(
 
         processes.on_main(save)
     examples = tuple(each.example for each in prepared.train), tuple(each.example for each in prepared.held_out)
-    return RunResult(path, steps, adapter, features, *examples, prepared.bad_rows, data.fingerprint, processes)
+    return TrainedAdapter(path, steps, adapter, features, *examples, prepared.bad_rows, data.fingerprint, processes)
 
 
 def _open_folder(path: Path, resume: bool, held: ExitStack) -> Path:

@@ -1,0 +1,112 @@
+"""`train` from Python does what `vlm-lora train` does: adapter, comparison with the base, report, model card."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlm_lora.config import DEFAULT_EVAL_IMAGES, TrainConfig
+from vlm_lora.data.example import Example
+from vlm_lora.data.readers import BadRow
+from vlm_lora.errors import CheckpointError
+from vlm_lora.inference.card import Trained
+from vlm_lora.inference.evaluate import Evaluation
+from vlm_lora.inference.finish import Finished, finish
+from vlm_lora.model.adapters.base import Adapter
+from vlm_lora.model.features import FeatureCache
+from vlm_lora.training.events import Events
+from vlm_lora.training.run import TrainedAdapter, train_adapter
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """A finished run: its folder, what it was trained with, and what it gained.
+
+    ``evaluation``, ``report`` and ``card`` are None where nothing is held out, and in all processes but the main one.
+    """
+
+    folder: Path
+    steps: int
+    adapter: Adapter
+    features: FeatureCache
+    train_examples: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    bad: tuple[BadRow, ...]
+    is_main: bool
+    evaluation: Evaluation | None
+    report: Path | None
+    card: Path | None
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    allow_change: Collection[str] = (),
+    events: Events | None = None,
+    stop: Callable[[], int | None] = lambda: None,
+    eval_images: int | None = DEFAULT_EVAL_IMAGES,
+    command: str = "vlm_lora.train",
+) -> RunResult:
+    """Train an adapter, compare it with its base on held-out images, write report and model card into the run folder.
+
+    Args:
+        resume, allow_change, events, stop: as for `train_adapter`.
+        eval_images: how many held-out images are compared at most; 0 leaves out comparison and report, None takes all.
+        command: what made the run, for report and card.
+
+    Raises:
+        VlmLoraError: data, model, folder or numbers are not right; the message says what to do.
+    """
+    events = events or Events()
+    trained = train_adapter(config, resume=resume, allow_change=allow_change, events=events, stop=stop)
+    try:
+        finished = _finish(trained, config, events, eval_images, command)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or trained.folder}: could not be written ({error.strerror or error}). The adapter is "
+            f"whole: {trained.folder / 'adapter'}. Make room; then vlm-lora eval compares base and tuned."
+        ) from error
+    return RunResult(
+        folder=trained.folder,
+        steps=trained.steps,
+        adapter=trained.adapter,
+        features=trained.features,
+        train_examples=trained.train_examples,
+        held_out=trained.held_out,
+        bad=trained.bad,
+        is_main=trained.processes.is_main,
+        evaluation=finished.evaluation,
+        report=finished.report,
+        card=finished.card,
+    )
+
+
+def _finish(
+    trained: TrainedAdapter, config: TrainConfig, events: Events, eval_images: int | None, command: str
+) -> Finished:
+    """Nothing in a process that is not needed for it."""
+    processes = trained.processes
+    if not processes.sharded:  # then the main process can answer alone
+        processes.leave()
+        if not processes.is_main:
+            return Finished(None, None, None)
+    run = Trained(
+        folder=trained.folder,
+        config=config,
+        train_examples=trained.train_examples,
+        held_out=trained.held_out,
+        num_bad=len(trained.bad),
+        fingerprint=trained.fingerprint,
+        command=command,
+    )
+    return finish(
+        run,
+        trained.adapter,
+        trained.features,
+        eval_images=eval_images,
+        write=processes.is_main,
+        evaluated=processes.leave,
+        progress=events.comparison,
+    )
