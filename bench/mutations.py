@@ -74,6 +74,7 @@ class _FirstFailure:
 def _test_here(tree: Path, root: Path, tests: Sequence[str]) -> None:
     """In a fork: run the tests in the tree; what failed first goes to ``outcome`` beside it."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and a test asks for it
     with (tree.parent / "output").open("w") as output:
         os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
     os.chdir(tree)
@@ -147,6 +148,7 @@ def run(
             if killer:
                 output = (tree.parent / "output").read_text()[-2000:]
                 raise SystemExit(f"{killer} fails on the unchanged code:\n{output}")
+            tell(f"{', '.join(tests)}: all pass, {seconds:.0f} s")
             return seconds
 
         def test(mutant: Mutant) -> Mutant | None:
@@ -164,7 +166,6 @@ def run(
         with ThreadPoolExecutor(jobs) as pool:
             single = sorted({name for mutant in queue for name in table[mutant.file]})
             usual = dict(zip(single, pool.map(unchanged, [[name] for name in single]), strict=True))
-            tell(f"Unchanged, all tests pass: {sum(usual.values()):.0f} s.")
             return [mutant for mutant in pool.map(test, queue) if mutant]
 
 
