@@ -39,7 +39,8 @@ EQUIVALENT = ROOT / "bench/equivalent_mutants.json"
 
 MODEL, TRAINING, DATA = "tests/model", "tests/training", "tests/data"
 READERS = (f"{DATA}/test_formats.py", f"{DATA}/test_faults.py", f"{DATA}/test_fault_table.py")
-TESTS: dict[str, tuple[str, ...]] = {  # which tests should see a fault of which module: the cheapest first
+# Which tests (files, or single ones) should see a fault of which module, the cheapest first:
+TESTS: dict[str, tuple[str, ...]] = {
     "vlm_lora/inference/metrics/answers.py": ("tests/test_metrics.py",),
     "vlm_lora/inference/metrics/captions.py": ("tests/test_metrics.py",),
     "vlm_lora/inference/metrics/intervals.py": ("tests/test_metrics.py",),
@@ -53,7 +54,13 @@ TESTS: dict[str, tuple[str, ...]] = {  # which tests should see a fault of which
     "vlm_lora/model/features.py": (f"{MODEL}/test_features.py",),
     "vlm_lora/model/encode.py": (f"{MODEL}/test_encode.py", f"{MODEL}/test_exactness.py"),
     "vlm_lora/model/packing.py": (f"{MODEL}/test_encode.py", f"{MODEL}/test_exactness.py"),
-    "vlm_lora/training/batches.py": (f"{MODEL}/test_exactness.py", f"{TRAINING}/test_train.py"),
+    "vlm_lora/training/batches.py": (
+        f"{TRAINING}/test_train.py::test_the_plan_shows_every_answer_once_an_epoch",
+        f"{TRAINING}/test_train.py::test_an_image_stays_in_one_step_where_it_fits",
+        f"{TRAINING}/test_processes.py::test_rows_are_dealt_out_evenly_and_each_once",
+        f"{MODEL}/test_exactness.py",
+        f"{TRAINING}/test_train.py",
+    ),
     "vlm_lora/training/loop.py": (f"{TRAINING}/test_train.py", f"{TRAINING}/test_survival.py"),
 }
 LOADED_ONCE = ("torch", "torchvision", "transformers", "transformers.models.qwen2_vl.modeling_qwen2_vl", "peft")
@@ -206,7 +213,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "bench/results/mutations.json", metavar="FILE")
     options = parser.parse_args()
     chosen = {file: tests for file, tests in TESTS.items() if any(name in file for name in options.modules)}
-    if gone := [name for name in {*chosen, *sum(chosen.values(), ())} if not (ROOT / name).exists()]:
+    if gone := [name for name in {*chosen, *sum(chosen.values(), ())} if not (ROOT / name.partition("::")[0]).exists()]:
         raise SystemExit(f"not there any more, adjust TESTS in {Path(__file__).name}: {', '.join(gone)}")
     budget = 60 * options.budget_minutes
     results = run(ROOT, chosen, options.count, options.seed, options.jobs, budget, loaded=LOADED_ONCE)
