@@ -485,3 +485,12 @@ def test_zero_is_learnt_where_people_disagree(tmp_path):
     dataset = read(tmp_path)
     answers = [d.turns[-1].assistant for e in dataset.examples for d in e.dialogues]
     assert (answers, dataset.bad) == (["0", "0", "1"], ())
+
+
+def test_another_picture_under_the_same_name_is_other_data(tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("A picture.")
+    before = read(tmp_path).fingerprint()
+    assert read(tmp_path).fingerprint() == before
+    picture(0, (80, 64)).save(tmp_path / "a.png")
+    assert read(tmp_path).fingerprint() != before

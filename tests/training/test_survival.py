@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -194,6 +195,21 @@ def test_trying_the_largest_step_first_changes_nothing(checkpoints, straight, tm
     untried = train(config(checkpoints, straight.parent / "photos", tmp_path / "run")).folder
     assert largest[0] > 0, "there was nothing to try first"
     assert_same(adapter_of(untried), adapter_of(straight))
+
+
+def test_the_largest_of_the_steps_that_are_left_is_found_also_late_in_a_long_run(monkeypatch):
+    monkeypatch.setattr(loop, "largest_micro_batch", lambda tokens, *_: tokens)
+    late = SimpleNamespace(
+        schedule=SimpleNamespace(num_steps=10_000),
+        progress=SimpleNamespace(micro_batch_tokens=1024),
+        processes=SimpleNamespace(count=1),
+        _examples=lambda step: 900 if step == 9_500 else 100,
+    )
+    assert loop.TrainingLoop._largest_step(late, 9_000) == 9_500
+    looked_at = []
+    late._examples = lambda step: looked_at.append(step) or 100
+    assert loop.TrainingLoop._largest_step(late, 0) == 0
+    assert 2000 <= len(set(looked_at)) <= 2001
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
