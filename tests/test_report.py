@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +12,15 @@ import pytest
 from PIL import Image
 
 from vlm_lora.cli import main
+from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
 from vlm_lora.errors import DataError
 from vlm_lora.inference.captioner import Captioner
 from vlm_lora.inference.evaluate import Answered, Evaluation, evaluate
 from vlm_lora.inference.report import PICTURES, write_report
-from vlm_lora.inference.scores import FEW_IMAGES, KindScores, tables_as_text
+from vlm_lora.inference.scores import FEW_IMAGES, FailedExample, KindScores, Scores, score_table, tables_as_text
+from vlm_lora.run import train
+from vlm_lora.training.events import Events
 
 NASTY = "<img src=x onerror=alert(1)> </dd><script>alert('x')</script> & \"quoted\""
 VOID = {"meta", "img", "br", "line", "circle", "polyline", "rect", "link", "input", "hr"}
@@ -255,6 +259,53 @@ def test_chinese_is_compared_by_character(tmp_path):
     assert scores.tokens == "vlm-lora-char-1"
     assert scores.tuned.mean_words == 9
     assert 0.8 < scores.tuned.rouge_l < 1  # 0 or 1 if words were compared
+
+
+def test_scores_are_the_same_after_json(tmp_path):
+    rows = [("a cat", "cat", ["cat"]), ("dog", "cat", ["cat", "a cat sits"])] * 2
+    scores = evaluated(tmp_path, rows, also=2, kind="animal").scores
+    scores = replace(scores, blanked=scores.base, base_in_four_bits=True, failed=(FailedExample("x:1", "gone"),))
+    by_kind = {kind: replace(row, blanked=0.5) for kind, row in scores.by_kind.items()}
+    for full in (scores, replace(scores, by_kind=by_kind), evaluated(tmp_path, rows, adapter=False).scores):
+        assert Scores.from_json(json.loads(json.dumps(full.to_json()))) == full
+    assert list(scores.to_json()) == [
+        "examples", "answers", "tokens", "reference_words", "intervals", "base", "tuned", "blanked", "gain", "by_kind",
+        "base_in_four_bits", "failed", "also",
+    ]  # fmt: skip
+
+
+def test_an_earlier_evaluation_without_intervals_of_bleu_has_a_table(tmp_path):
+    scores = evaluated(tmp_path, [("a red cat sits here", "a red cat sits", ["a red cat sits"])] * 2).scores
+    document = json.loads(json.dumps(scores.to_json() | {"reference_words": 5.0}))
+    for of_metric in (*document["intervals"].values(), document["gain"]):
+        of_metric.pop("bleu_4")
+    table = " ".join(score_table(Scores.from_json(document)).to_text().split())
+    assert "BLEU-4 66.9 % 100.0 % +33.1 points ROUGE-L" in table
+
+
+@pytest.mark.parametrize("eval_images", [0, 1, None])
+def test_train_from_python_yields_what_the_command_yields(checkpoints, photo_folder, tmp_path, eval_images):
+    settings = {"model": str(checkpoints["qwen2_vl"]), "output": str(tmp_path / "run"), "rank": 4, "max_steps": 1}
+    compared = []
+
+    class Watch(Events):
+        def comparison(self, done, total):
+            compared.append((done, total))
+
+    config = TrainConfig(data=str(photo_folder), val_split=0.2, **settings)
+    result = train(config, eval_images=eval_images, events=Watch())
+    card = result.card.read_text(encoding="utf-8")
+    assert result.card == tmp_path / "run/adapter/README.md"
+    assert "10 images learnt with 10 answers, 2 held out, 0 rows left out" in card
+    assert ("## On photos, held out" in card) == (eval_images != 0)
+    if eval_images == 0:
+        assert (result.evaluation, result.report, compared) == (None, None, [])
+        return
+    images = eval_images or 2
+    assert len(result.evaluation.answered) == result.evaluation.scores.examples == images
+    assert compared[-1] == (2 * images, 2 * images)
+    assert result.report == tmp_path / "run/report.html"
+    assert Evaluation.read(tmp_path / "run").scores == result.evaluation.scores
 
 
 def test_the_data_decide_which_metrics_are_shown_not_how_much_the_model_says(tmp_path):

@@ -8,9 +8,10 @@ from vlm_lora.config import DEFAULT_EVAL_IMAGES, TrainConfig
 from vlm_lora.data.example import Example
 from vlm_lora.data.readers import BadRow
 from vlm_lora.errors import CheckpointError
-from vlm_lora.inference.card import Trained
-from vlm_lora.inference.evaluate import Evaluation
-from vlm_lora.inference.finish import Finished, finish
+from vlm_lora.inference.captioner import Captioner
+from vlm_lora.inference.card import write_card
+from vlm_lora.inference.evaluate import Evaluation, evaluate
+from vlm_lora.inference.report import write_report
 from vlm_lora.model.adapters.base import Adapter
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.training.events import Events
@@ -59,8 +60,23 @@ def train(
     """
     events = events or Events()
     trained = train_adapter(config, resume=resume, allow_change=allow_change, events=events, stop=stop)
+    is_main, report, card = trained.processes.is_main, None, None
     try:
-        finished = _finish(trained, config, events, eval_images, command)
+        evaluation = _compare(trained, config, events, eval_images)
+        if evaluation and is_main:
+            evaluation.write(trained.folder)
+            report = write_report(trained.folder, evaluation, title=trained.folder.absolute().name, command=command)
+        if is_main:
+            learnt = sum(len(example.dialogues) for example in trained.train_examples)
+            card = write_card(
+                trained.folder / "adapter",
+                config,
+                counts=f"{len(trained.train_examples):,} images learnt with {learnt:,} answers, "
+                f"{len(trained.held_out):,} held out, {len(trained.bad):,} rows left out",
+                fingerprint=trained.fingerprint,
+                command=command,
+                scores=evaluation.scores if evaluation else None,
+            )
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -76,37 +92,23 @@ def train(
         train_examples=trained.train_examples,
         held_out=trained.held_out,
         bad=trained.bad,
-        is_main=trained.processes.is_main,
-        evaluation=finished.evaluation,
-        report=finished.report,
-        card=finished.card,
+        is_main=is_main,
+        evaluation=evaluation if is_main else None,
+        report=report,
+        card=card,
     )
 
 
-def _finish(
-    trained: TrainedAdapter, config: TrainConfig, events: Events, eval_images: int | None, command: str
-) -> Finished:
-    """Nothing in a process that is not needed for it."""
-    processes = trained.processes
+def _compare(
+    trained: TrainedAdapter, config: TrainConfig, events: Events, eval_images: int | None
+) -> Evaluation | None:
+    """Base against tuned on held-out images; None in a process that is not needed for it. The processes part here."""
+    processes, held_out = trained.processes, trained.held_out[:eval_images]
+    evaluation = None
     if not processes.sharded:  # then the main process can answer alone
         processes.leave()
-        if not processes.is_main:
-            return Finished(None, None, None)
-    run = Trained(
-        folder=trained.folder,
-        config=config,
-        train_examples=trained.train_examples,
-        held_out=trained.held_out,
-        num_bad=len(trained.bad),
-        fingerprint=trained.fingerprint,
-        command=command,
-    )
-    return finish(
-        run,
-        trained.adapter,
-        trained.features,
-        eval_images=eval_images,
-        write=processes.is_main,
-        evaluated=processes.leave,
-        progress=events.comparison,
-    )
+    if held_out and (processes.sharded or processes.is_main):
+        captioner = Captioner(trained.adapter.backbone, trained.adapter, trained.features, config.prompt)
+        evaluation = evaluate(captioner, held_out, progress=events.comparison)
+    processes.leave()
+    return evaluation

@@ -8,26 +8,16 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from tests.test_report import evaluated
 from vlm_lora.config import TrainConfig
-from vlm_lora.data.example import Dialogue, Example, Turn
 from vlm_lora.inference import card as module
-from vlm_lora.inference.card import Trained, update_card, write_card
+from vlm_lora.inference.card import update_card, write_card
 from vlm_lora.inference.scores import Scores
 
 CONFIG = TrainConfig(data="photos")
-DIALOGUE = Dialogue((Turn("Describe this image.", "A cat."),))
-EXAMPLES = [Example(str(i), (), (DIALOGUE,) * 5, f"data:{i}") for i in range(33)]
-
-
-def trained(adapter, config=CONFIG) -> Trained:
-    return Trained(
-        folder=adapter.parent,
-        config=config,
-        train_examples=EXAMPLES[:30],
-        held_out=EXAMPLES[30:],
-        num_bad=1,
-        fingerprint="f" * 64,
-        command="vlm-lora train photos --output runs/run-1",
-    )
+GIVEN = {
+    "counts": "30 images learnt with 150 answers, 3 held out, 1 rows left out",
+    "fingerprint": "f" * 64,
+    "command": "vlm-lora train photos --output runs/run-1",
+}
 
 
 @pytest.fixture
@@ -51,7 +41,7 @@ def scores_of(folder, better: int) -> Scores:
 def test_a_card_holds_what_the_hub_and_a_reader_want(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_licence", lambda base: "apache-2.0")
     scores = scores_of(tmp_path / "data", 20)
-    card = ModelCard.load(write_card(trained(adapter), scores))
+    card = ModelCard.load(write_card(adapter, CONFIG, **GIVEN, scores=scores))
     assert card.data.pipeline_tag == "image-text-to-text"
     assert (card.data.library_name, card.data.base_model) == ("peft", "Qwen/Qwen2-VL-2B-Instruct")
     assert (card.data.license, card.data.tags) == ("apache-2.0", ["vlm-lora", "lora"])
@@ -60,7 +50,7 @@ def test_a_card_holds_what_the_hub_and_a_reader_want(adapter, tmp_path, monkeypa
     assert {r.metric_type: r.metric_value for r in results}["exact_match"] == scores.tuned.exact_match == 1.0
     assert {(r.dataset_name, r.task_type) for r in results} == {("photos, held out", "image-text-to-text")}
     for told in (
-        "30 images learnt with 150 answers, 3 held out, 1 rows left out", "`ffffffffffffffff`",
+        GIVEN["counts"], "`ffffffffffffffff`",
         "`vlm-lora train photos --output runs/run-1`", "Say 'it': {now}", "3,136 to 1,003,520 pixels",
         "rank 16; alpha 32;", "transformers ", "apache-2.0", "## Limits",
         "exact match rose from 33.3\u00a0% to 100.0\u00a0%",
@@ -72,7 +62,11 @@ def test_a_card_holds_what_the_hub_and_a_reader_want(adapter, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("given", "told", "library"),
     [
-        ({"variant": "pissa"}, "variant pissa; targets language,projector; rank 16; alpha 32; dropout 0.0", "peft"),
+        (
+            {"variant": "pissa"},
+            "variant pissa; targets language,projector; rank 16; alpha 32; projector rank 16",
+            "peft",
+        ),
         ({"variant": "rslora", "projector_rank": 64}, "projector rank 64; projector alpha 64.0", "peft"),
         ({"method": "qlora", "targets": "language"}, "targets language; rank 16; alpha 32; dropout 0.0.", "peft"),
         ({"method": "adapter"}, "Settings: bottleneck 16.", "vlm-lora"),
@@ -84,7 +78,7 @@ def test_settings_and_library_of_each_method(adapter, given, told, library):
     config = CONFIG.replace(**given)
     contract = json.loads((adapter / "contract.json").read_text())
     (adapter / "contract.json").write_text(json.dumps(contract | {"method": config.method, "base": "model"}))
-    card = ModelCard.load(write_card(trained(adapter, config), None))
+    card = ModelCard.load(write_card(adapter, config, **GIVEN, scores=None))
     assert told in card.text
     assert card.data.library_name == library
     assert "its vision tower frozen" in card.text
@@ -92,7 +86,7 @@ def test_settings_and_library_of_each_method(adapter, given, told, library):
 
 def test_evaluating_again_replaces_its_own_part_only(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_licence", lambda base: None)
-    path = write_card(trained(adapter), scores_of(tmp_path / "data", 20))
+    path = write_card(adapter, CONFIG, **GIVEN, scores=scores_of(tmp_path / "data", 20))
     before = ModelCard.load(path)
     assert before.data.license is None
     assert update_card(adapter, scores_of(tmp_path / "other", 10), "test set (2)") == path
@@ -108,7 +102,7 @@ def test_evaluating_again_replaces_its_own_part_only(adapter, tmp_path, monkeypa
 def test_no_scores_local_base_and_cards_of_others(adapter, tmp_path):
     contract = json.loads((adapter / "contract.json").read_text())
     (adapter / "contract.json").write_text(json.dumps(contract | {"base": str(tmp_path / "secret/model")}))
-    card = ModelCard.load(write_card(trained(adapter), None))
+    card = ModelCard.load(write_card(adapter, CONFIG, **GIVEN, scores=None))
     assert (card.data.base_model, card.data.eval_results) == (None, None)
     assert "secret" not in card.content  # a path tells of the machine
     assert "`model`" in card.text

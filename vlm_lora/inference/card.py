@@ -3,8 +3,6 @@
 import os
 import platform
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +10,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from vlm_lora.config import HUB_NAME, TrainConfig
-from vlm_lora.data.example import Example
 from vlm_lora.inference.pages import render
 from vlm_lora.inference.scores import LEGEND, METRICS, Scores, score_table, summary
 from vlm_lora.model.adapters.base import read_contract
@@ -23,53 +20,43 @@ TASK = "image-text-to-text"
 CARD = "README.md"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trained:
-    """A run whose adapter is in ``folder / "adapter"``.
+def write_card(
+    folder: Path, config: TrainConfig, *, counts: str, fingerprint: str, command: str, scores: Scores | None
+) -> Path:
+    """Write README.md into the adapter folder of a run.
 
-    Attributes:
-        config: what it was trained with.
-        num_bad: rows that were left out.
-        fingerprint: of the data it was trained on.
-        command: what it was started with.
+    Args:
+        config: of the run.
+        counts: images, answers and what was left out, in words.
+        fingerprint: of the data.
+        command: what the run was started with.
+        scores: on the held-out part of the data; None if there are none.
     """
-
-    folder: Path
-    config: TrainConfig
-    train_examples: Sequence[Example]
-    held_out: Sequence[Example]
-    num_bad: int
-    fingerprint: str
-    command: str
-
-
-def write_card(run: Trained, scores: Scores | None) -> Path:
-    """Write README.md into the adapter folder; ``scores`` are those on the held-out part of the data, if it had one."""
-    folder = run.folder / "adapter"
     contract = read_contract(folder)
     assert contract is not None, "train writes the contract"
     on_hub = HUB_NAME.fullmatch(contract.base) is not None and not Path(contract.base).exists()
     # A path would tell readers about the machine.
-    data = ", ".join(source if source.startswith("hf") else Path(source).name for source in run.config.sources)
-    learnt, licence = sum(len(example.dialogues) for example in run.train_examples), _licence(contract.base)
+    data = ", ".join(source if source.startswith("hf") else Path(source).name for source in config.sources)
+    name, licence = folder.absolute().parent.name, _licence(contract.base)
     metadata = ModelCardData(
         library_name="peft" if contract.method in ("lora", "qlora") else "vlm-lora",  # what can load it
         pipeline_tag=TASK,
         base_model=contract.base if on_hub else None,
         license=licence,
         tags=["vlm-lora", contract.method],
-        model_name=run.folder.name,
+        model_name=name,
         eval_results=_results(scores, f"{data}, held out") if scores else None,
     )
     versions = [f"{package} {version(package)}" for package in ("torch", "transformers", "peft")]
     text = render(
         "card.md",
         metadata=metadata.to_yaml(),
-        name=run.folder.name,
+        name=name,
         data=data,
-        counts=f"{len(run.train_examples):,} images learnt with {learnt:,} answers, {len(run.held_out):,} held out, "
-        f"{run.num_bad:,} rows left out",
-        run=run,
+        counts=counts,
+        config=config,
+        fingerprint=fingerprint,
+        command=command,
         contract=contract,
         base=f"`{contract.base if on_hub else Path(contract.base).name}`",
         prompt=contract.prompt.replace('"', "'"),
