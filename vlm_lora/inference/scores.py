@@ -1,7 +1,8 @@
 """What the answers of an evaluation scored: as types, as JSON, as tables and in sentences."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from vlm_lora.inference.metrics.answers import anls, exact_match, vqa_accuracy
@@ -91,7 +92,7 @@ CAPTION_METRICS = {
     "rouge_l": Metric("ROUGE-L", "how much of a reference comes in the same order in the caption", rouge_l),
 }
 METRICS = ANSWER_METRICS | CAPTION_METRICS
-"""By their names in `ModelScores`; the most telling of answers, and of captions, first."""
+"""By the names of their fields in `ModelScores`; the most telling of answers, and of captions, first."""
 
 # --- scores
 
@@ -178,13 +179,14 @@ class Scores:
         return CAPTION_METRICS if self.of_captions else ANSWER_METRICS
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self, dict_factory=lambda fields: {k: v for k, v in fields if v is not None and v is not False})
+        return asdict(self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None and v is not False})
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> "Scores":
         """What `to_json` gave, in this version or an earlier one; anything else raises KeyError, TypeError or
         AttributeError."""
-        made: dict[str, Any] = {who: ModelScores(**document[who]) for who in WHO if who in document}
+        unknown = dict.fromkeys((each.name for each in fields(ModelScores)), math.nan)  # metrics that came later
+        made: dict[str, Any] = {who: ModelScores(**unknown | document[who]) for who in WHO if who in document}
         made["intervals"] = {
             who: {key: Interval(*ends) for key, ends in of_metric.items()}
             for who, of_metric in document["intervals"].items()
