@@ -96,7 +96,7 @@ class Bootstrap:
     def _interval(self, drawn: Iterable[float]) -> Interval:
         ordered = sorted(drawn)
         places = np.array([(1 - self.level) / 2, (1 + self.level) / 2]) * (len(ordered) - 1)
-        # np.quantile is the same but for the last bit, and the scores of earlier versions would not be found again.
+        # Not np.quantile: its last bit differs, and scores would not equal those of earlier versions.
         return Interval(*np.interp(places, np.arange(len(ordered)), ordered).tolist())
 
     def _gain(self, gain: float, drawn: Sequence[float]) -> Gain:
