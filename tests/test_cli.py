@@ -210,7 +210,7 @@ def test_a_signal_finishes_the_step_saves_and_says_so(run_folder, checkpoints, t
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == code, stderr
     (saved,) = (tmp_path / "run/checkpoints").iterdir()
-    assert f"stopped behind step {int(saved.name.removeprefix('step-'))} and saved; go on with --resume" in stderr
+    assert f"stopped after step {int(saved.name.removeprefix('step-'))} and saved; resume it with --resume" in stderr
     assert "Traceback" not in stderr
     assert main([*stopped, "--resume"]) == 0
     name = "adapter/adapter_model.safetensors"
