@@ -24,7 +24,7 @@ LISTED = 10
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """All that was found. `examples` and `held_out` are those that can be used: no image of theirs is bad."""
+    """What is in the data. `examples` and `held_out` are those that can be used: no image of theirs is bad."""
 
     dataset: Dataset
     examples: tuple[Example, ...]

@@ -30,7 +30,7 @@ THUMBNAIL = 160
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What one look at one image found: either ``error``, or all the rest."""
+    """What one look at one image shows: either ``error``, or all the rest."""
 
     ref: ImageRef
     error: str | None = None

@@ -11,7 +11,6 @@ import ssl
 import tempfile
 import time
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -20,6 +19,7 @@ import httpcore
 from vlm_lora.data.example import FilePart, ImageRef
 from vlm_lora.data.images import content_hash
 from vlm_lora.errors import DataError
+from vlm_lora.version import __version__
 
 MAX_BYTES = 64 << 20
 MAX_SECONDS = 30.0
@@ -76,7 +76,7 @@ def _get(url: str, deadline: float) -> bytes | str:
     scheme, host = parts.scheme.encode(), parts.hostname.encode("idna")
     path = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe="/?%:@!$&'()*+,;=~")
     target = httpcore.URL(scheme=scheme, host=host, port=parts.port, target=path.encode())
-    headers = {"User-Agent": f"vlm-lora/{version('vlm-lora')}", "Accept": "image/*", "Accept-Encoding": "identity"}
+    headers = {"User-Agent": f"vlm-lora/{__version__}", "Accept": "image/*", "Accept-Encoding": "identity"}
     context, network = ssl.create_default_context(), _PublicNetwork(deadline)
     with (
         httpcore.HTTPConnection(target.origin, context, network_backend=network) as connection,

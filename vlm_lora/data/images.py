@@ -78,7 +78,7 @@ def load_image(
     But `info[SEVERAL_FRAMES]` is there where it is the first one of several.
 
     Transparency is composited on white; 16-bit and float images are scaled to 8 bits, not clipped; of an
-    animation the first frame is taken. Raises DataError, with the image's name, for whatever is not a whole
+    animation the first frame is taken. Raises DataError, with the image's name, for whatever is not a complete
     image of at most `max_decoded_pixels` (by default `decoding_limit`; checked before decoding). `name` is
     that of bytes, which have none.
     """
@@ -161,7 +161,7 @@ def _decode(image: Image.Image, name: str, limit: int) -> Image.Image:
 
 
 def _has_several_frames(image: Image.Image) -> bool:
-    with suppress(Exception):  # damage behind the frame that was read is no damage to it
+    with suppress(Exception):  # damage after the frame that was read does not matter
         return bool(getattr(image, "is_animated", False))
     return False
 

@@ -1,4 +1,4 @@
-"""What a path holds: one of FORMATS, found out by looking at names, and into JSON files."""
+"""What a path holds: one of FORMATS, as the names of files tell, and what is in JSON files."""
 
 import json
 import re
@@ -45,7 +45,7 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What was found, and where."""
+    """What a path holds, and in which files."""
 
     format: str | None
     """One of FORMATS; None where the shape of the rows is yet to be seen."""

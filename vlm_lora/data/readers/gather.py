@@ -37,7 +37,7 @@ Entry = tuple[tuple[ImageRef, ...], Dialogue]
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """All that was found: every row is a dialogue of one of `examples`, or in `bad`."""
+    """All data that were read: every row is a dialogue of one of `examples`, or in `bad`."""
 
     format: str
     examples: tuple[Example, ...]

@@ -58,7 +58,7 @@ class RowReader:
     columns: dict[str, str]
     """A key of NAMES -> the column of the data."""
     shape: str | None = None
-    """One of SHAPES, or None: found out row by row."""
+    """One of SHAPES; None: each row shows its own."""
 
     def read_all(self, source: str, rows: Rows) -> tuple[list[Entry | BadRow], str]:
         """What all rows say, those of other shapes than the first too; and how the first one was understood.
@@ -201,7 +201,7 @@ class RowReader:
         _check_marks(question.count(MARK), num_images)
         answer, best = self._value(row, "answer"), row.get("multiple_choice_answer")
         if "answer" not in self.columns and isinstance(row.get("answers"), list) and row["answers"]:
-            # Both: the answer to learn, and what people said
+            # Both: the answer to learn, and the answers of all people
             answer, best = row["answers"], answer if best is None else best
         return answered(_without_marks(question), texts_of(answer, "answer"), best, self._value(row, "kind"))
 

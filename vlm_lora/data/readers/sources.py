@@ -1,4 +1,4 @@
-"""`read_dataset`: paths, what each holds, its rows, and of these Examples and bad rows."""
+"""`read_dataset`: from paths to what each holds, to its rows, to Examples and bad rows."""
 
 import os
 import re
@@ -29,9 +29,9 @@ class DataSettings:
     prompt: str = DEFAULT_PROMPT
     """The instruction that a caption answers."""
     format: str | None = None
-    """One of FORMATS, or None: found out by looking."""
+    """One of FORMATS; None: it is detected."""
     columns: str | Mapping[str, str] | None = None
-    """Our name (image, caption, question, answer, kind, ...) -> the data's; or as text, "image=NAME,caption=NAME"."""
+    """Our name (image, caption, question, answer, kind, ...) -> the data's; or text, "image=NAME,caption=NAME"."""
     images: str | Path | None = None
     """A folder where images are looked for that are not beside the data."""
     allow_outside: bool = False
@@ -54,8 +54,8 @@ def read_dataset(
 ) -> Dataset:
     """All of `data`: a folder, a file, or a hub name (`hf:owner/name`, or `owner/name` that is no path).
 
-    Or several of these, each perhaps with a weight after it, `photos:2`: an epoch learns so often from each of its
-    answers. It is a whole number, so that none is left out and none comes more often by chance.
+    Or several of these, each perhaps with a weight after it: an epoch learns from each answer of `photos:2` twice.
+    Weights are integers, so that no answer is left out, and none comes more often by chance.
 
     Args:
         settings: how rows are read. Its fields can be given by name instead, or on top: `prompt="Describe this."`.
@@ -111,9 +111,9 @@ def _joined(sources: Iterable[tuple[str, int, Dataset]]) -> Dataset:
 
 
 def below(place: str, dataset: Dataset) -> Dataset:
-    """The data set of `place`, with the folder there in front of the names of images and files.
+    """The data set of `place`, with its folder in front of the names of images and files: so those of several differ.
 
-    So names of several data sets differ. Those of a hub's rows begin with its name already.
+    The names of a hub's rows begin with its own already.
     """
     if hub.is_hub_name(place):
         return dataset
