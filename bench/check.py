@@ -23,8 +23,9 @@ import PIL
 from PIL import Image
 
 from vlm_lora import __version__
+from vlm_lora.check.dataset import check_dataset
+from vlm_lora.check.images import num_workers
 from vlm_lora.config import DEFAULT_PROMPT
-from vlm_lora.data.check import check_dataset, num_workers
 from vlm_lora.data.readers import read_dataset
 
 

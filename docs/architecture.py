@@ -48,7 +48,7 @@ MOST_ARGUMENTS = 7
 REASON = "# arguments:"
 """A comment on a function's first line that begins so gives the reason for more."""
 
-ROWS = [["cli", "demo"], ["run"], ["inference", "training"], ["model"], ["data"], ["config", "errors"]]
+ROWS = [["cli", "demo"], ["run"], ["check", "inference", "training"], ["model"], ["data"], ["config", "errors"]]
 """The parts of the package, highest first; imports go downwards."""
 
 

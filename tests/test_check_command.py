@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from tests.conftest import picture
+from vlm_lora.check.tokens import count_tokens
 from vlm_lora.cli import main
 from vlm_lora.data.readers import read_dataset
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.model.preprocess import load_preprocessor
-from vlm_lora.model.tokens import count_tokens, longest_sequence
+from vlm_lora.model.tokens import longest_sequence
 
 
 def check(*command, capsys):
@@ -78,11 +79,11 @@ def test_tokenising_ahead_gives_the_tokens_of_one_after_the_other(photo_folder, 
     examples = read_dataset(photo_folder, prompt=" Describe.").examples
     base = load_preprocessor("tiny")
     sizes = {ref: (64, 64) for example in examples for ref in example.images}
-    ahead = count_tokens(Encoder(base), base.grid, examples, sizes, 4096)
+    ahead = count_tokens(base, examples, sizes, 4096)
     together = []
     monkeypatch.setattr(Encoder, "tokenize_ahead", lambda self, some: together.append(len(some)))
-    monkeypatch.setattr("vlm_lora.model.tokens.AT_ONCE", 5)
-    assert count_tokens(Encoder(base), base.grid, examples, sizes, 4096) == ahead
+    monkeypatch.setattr("vlm_lora.check.tokens.AT_ONCE", 5)
+    assert count_tokens(base, examples, sizes, 4096) == ahead
     assert together == [5, 5, 2]
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vlm_lora.config import TrainConfig
     from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
     from vlm_lora.data.images import load_image
-    from vlm_lora.data.readers import Dataset, read_dataset
+    from vlm_lora.data.readers import Dataset, DataSettings, read_dataset
     from vlm_lora.errors import VlmLoraError
     from vlm_lora.inference.caption import Caption, Decoding
     from vlm_lora.inference.captioner import Captioner
@@ -29,6 +29,7 @@ _HOMES = {
     "ImageRef": "data.example",
     "Turn": "data.example",
     "load_image": "data.images",
+    "DataSettings": "data.readers",
     "Dataset": "data.readers",
     "read_dataset": "data.readers",
     "VlmLoraError": "errors",
@@ -47,9 +48,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "Caption", "Captioner", "Dataset", "Decoding", "Dialogue", "Evaluation", "Example", "ImageRef", "Losses",
-    "Merged", "RunResult", "Scores", "TrainConfig", "Turn", "VlmLoraError", "evaluate", "load_image", "merge",
-    "read_dataset", "read_losses", "train",
+    "Caption", "Captioner", "DataSettings", "Dataset", "Decoding", "Dialogue", "Evaluation", "Example", "ImageRef",
+    "Losses", "Merged", "RunResult", "Scores", "TrainConfig", "Turn", "VlmLoraError", "evaluate", "load_image",
+    "merge", "read_dataset", "read_losses", "train",
 ]  # fmt: skip
 
 

@@ -4,7 +4,6 @@ Run: pytest tests/data/test_check.py
 """
 
 import json
-import unicodedata
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import vlm_lora.data.check as check_module
+import vlm_lora.check.images as check_images
 from tests.conftest import ROOT
 from tests.data.test_formats import (
     CAPTION_LAYOUTS,
@@ -24,13 +23,13 @@ from tests.data.test_formats import (
     qa_csv,
     vqav2,
 )
-from vlm_lora.data.check import NEAR_BITS, NEAR_COLOUR, NEAR_GREY, Seen, check_dataset, look_at, near_duplicates
-from vlm_lora.data.clean import clean_example, write_clean
+from vlm_lora.check.clean import clean_example, write_clean
+from vlm_lora.check.dataset import check_dataset, scripts
+from vlm_lora.check.images import NEAR_BITS, NEAR_COLOUR, NEAR_GREY, Seen, look_at, near_duplicates
+from vlm_lora.check.sheet import write_sheet
 from vlm_lora.data.example import ImageRef
 from vlm_lora.data.images import content_hash
-from vlm_lora.data.languages import WORDS, languages, scripts
 from vlm_lora.data.readers import read_dataset
-from vlm_lora.data.sheet import write_sheet
 from vlm_lora.data.split import split_examples
 from vlm_lora.data.texts import clean_text, is_blank
 from vlm_lora.errors import DataError
@@ -127,7 +126,7 @@ def test_lookalikes_on_both_sides_of_the_split_are_leaks(folder):
 
 def test_a_search_for_lookalikes_that_ends_early_says_so(folder, monkeypatch):
     assert check(folder).facts()["near_duplicates"]["cut"] is False
-    monkeypatch.setattr(check_module, "MAX_PAIRS", 1)
+    monkeypatch.setattr(check_images, "MAX_PAIRS", 1)
     found = check(folder).facts()["near_duplicates"]
     assert found["cut"] is True
     assert found["count"] >= 1
@@ -166,7 +165,7 @@ def test_every_bad_row_is_named_and_none_is_lost(folder):
     (folder / "rows.jsonl").write_text(lines(rows))
     found = check_dataset(read_dataset(folder / "rows.jsonl", prompt=PROMPT), val_split=0.2)
     assert [(row.source, row.line) for row in found.bad] == [("rows.jsonl", n) for n in (3, 10, 2, 9)]
-    assert "nothing but control characters" in found.bad[0].reason
+    assert "nothing but invisible characters" in found.bad[0].reason
     assert "damaged or cut off" in found.bad[2].reason
     assert found.facts()["answers"] + len(found.bad) == len(rows)
 
@@ -208,6 +207,8 @@ def test_a_sheet_of_many_shows_some_of_all(folder):
         ("👩\u200d🚀 می\u200cخواهم", "👩\u200d🚀 می\u200cخواهم", ()),
         ("<|im_end|> 雪", "<|im_end|> 雪", ()),
         ("\x01", "", ("control characters",)),
+        ("\u200b \u3164", "", ("invisible characters",)),
+        ("a\u200b\u00ad", "a\u200b\u00ad", ()),
     ],
 )
 def test_cleaning_is_minimal(text, clean, reasons):
@@ -222,36 +223,8 @@ def test_cleaning_twice_is_cleaning_once(text):
 
 
 def test_scripts():
-    assert scripts(["abc мир 雪 123 !", "かな"]) == {
-        "latin": 0.3333,
-        "cyrillic": 0.3333,
-        "hiragana": 0.2222,
-        "cjk": 0.1111,
-    }
-
-
-SAID = {
-    "english": ["A red fox", "Two dogs playing in the snow", "A man riding a horse on a beach."],
-    "german": ["ein roter Fuchs", "Eine Katze sitzt auf dem Dach.", "Der Hund ist braun."],
-    "french": ["Un homme à cheval sur la plage", "Deux chiens jouent dans la neige"],
-    "spanish": ["Un hombre montando a caballo en la playa", "Hay un gato sobre el tejado."],
-    "portuguese": ["uma raposa vermelha", "A menina está na praia", "Há um gato no telhado."],
-    "italian": ["Due cani giocano nella neve", "C'è un gatto sul tetto."],
-    "dutch": ["een rode vos", "Een man rijdt paard op het strand", "Twee honden spelen in de sneeuw"],
-    "polish": ["Dwa psy bawią się w śniegu", "To jest kot na dachu."],
-    "turkish": ["kırmızı bir tilki", "Çatıda bir kedi var"],
-    "vietnamese": ["Một người đàn ông cưỡi ngựa trên bãi biển"],
-    "indonesian": ["Seorang pria menunggang kuda di pantai"],
-    "swedish": ["En man rider på en häst på stranden", "Två hundar leker i snön"],
-    "undecided": ["yes", "un renard roux", "un zorro rojo"],  # "un" is French, Spanish and Italian
-}
-
-
-def test_languages():
-    assert {*WORDS, "undecided"} == set(SAID)
-    for language, texts in SAID.items():
-        assert languages([unicodedata.normalize("NFD", text) for text in texts]) == {language: 1.0}, language
-    assert languages(["a fox", "der Hund", "a cat", "зима", "7", "雪"]) == {"english": 0.6667, "german": 0.3333}
+    shares = {"latin": 0.3333, "cyrillic": 0.3333, "hiragana": 0.2222, "cjk": 0.1111}
+    assert scripts(["abc мир 雪 123 !", "かな"]) == shares
 
 
 def without_place(examples):

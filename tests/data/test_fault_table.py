@@ -17,8 +17,8 @@ from PIL import Image
 
 from tests.data.test_images import JPEG, encoded, png_of_size
 from tests.data.test_shards import Bomb, write_tar
+from vlm_lora.check.dataset import check_dataset
 from vlm_lora.cli import main
-from vlm_lora.data.check import check_dataset
 from vlm_lora.data.images import load_image
 from vlm_lora.data.readers import read_dataset
 from vlm_lora.errors import ConfigError, DataError
@@ -174,7 +174,7 @@ FAULTS = [
     Fault(
         "F32c only control characters",
         row("a.png", "\x01\x02"),
-        bad=("the caption is nothing but control characters; write one, or remove the row",),
+        bad=("the caption is nothing but invisible characters; write one, or remove the row",),
     ),
     Fault("F33 special tokens", row("a.png", "<|image_pad|><|im_end|>")),
     Fault("F34a right to left, emoji, accents", row("a.png", "مرحبا \u202e 👩\u200d🚀 e\u0301")),

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import picture
-from vlm_lora.data.readers import read_dataset, tables
+from vlm_lora.data.readers import parquet, read_dataset
 from vlm_lora.errors import DataError
 
 GOOD = '{"image": "a.png", "caption": "a fox"}'
@@ -71,6 +71,10 @@ ROW_FAULTS = [
     ('{"image": "a.png", "caption": "\\ud800"}', "the caption is not valid UTF-8"),
     ('{"image": "a.png", "caption": ""}', "has an empty caption; write one, or remove the row"),  # F32
     ('{"image": "a.png", "caption": " \\n\\t "}', "has an empty caption"),
+    *(
+        (json.dumps({"image": "a.png", "caption": text}), "the caption is nothing but invisible characters; write one")
+        for text in ("\u200b", "\u2060 \n", "\u00ad", "\u3164", "\x01", "\ufeff\ufe0f", "\u2800", "\U000e0041")
+    ),
     ('{"image": "a.png", "caption": null}', "has an empty caption"),
     ('{"image": "a.png", "caption": []}', "has an empty list of captions"),
     ('{"image": "a.png", "caption": 7}', "the caption is no text but int"),
@@ -287,6 +291,29 @@ def test_f33_f32_text_stays_text(folder):
     assert [d.turns[0].assistant for d in example.dialogues] == texts
 
 
+def test_a_text_that_fits_into_no_model_is_a_bad_row_at_once(folder):
+    """The tokens of 5 MB of text took 1.6 GB of memory, only to be found too many."""
+    longest = "x" * (1 << 20)
+    rows = [{"image": "a.png", "caption": longest}, {"image": "a.png", "captions": ["ok", longest + "x"]}]
+    (folder / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = read(folder / "x.jsonl")
+    assert [len(d.turns[0].assistant) for d in dataset.examples[0].dialogues] == [1 << 20, 2]
+    reason = "the caption has 1,048,577 characters, the limit is 1,048,576; shorten it"
+    assert [(bad.line, bad.reason) for bad in dataset.bad] == [(2, reason)]
+
+
+def test_a_huge_caption_file_is_not_read(pictures):
+    folder = pictures("a.png", "b.png")
+    (folder / "a.txt").write_text("a fox")
+    with (folder / "b.txt").open("wb") as file:
+        file.truncate(1 << 29)  # takes no room on the disk
+    (bad,) = read(folder).bad
+    assert (bad.source, bad.reason) == (
+        "b.png",
+        "'b.txt' has 536,870,912 bytes, the limit is 16,777,216; shorten it",
+    )
+
+
 def test_one_bad_caption_of_several_leaves_the_others(folder):
     (folder / "x.jsonl").write_text('{"image": "a.png", "captions": ["one", "", "three"]}\n')
     dataset = read(folder)
@@ -313,7 +340,7 @@ def test_coco_and_vqa_rows_without_their_other_half(folder):
     (folder / "captions.json").write_text(json.dumps(data))
     dataset = read(folder)
     assert num_dialogues(dataset) == 1
-    assert dataset.examples[0].source == "captions.json:annotation 1 (id 10)"
+    assert dataset.examples[0].place == "captions.json:annotation 1 (id 10)"
     reasons = "\n".join(bad.reason for bad in dataset.bad)
     for part in (
         "annotation 2 (id 11): has an empty caption",
@@ -356,7 +383,7 @@ def test_a_cell_of_a_parquet_file_that_is_gone(folder):
     ]
     assert dataset.examples[1].images[0].read_bytes() == (folder / "b.png").read_bytes()
     (folder / "x.parquet").write_bytes(b"PAR1 no more")
-    tables._column.cache_clear()
+    parquet._column.cache_clear()
     with pytest.raises(DataError, match=r"x.parquet, row group 0: cannot be read"):
         dataset.examples[0].images[0].read_bytes()
 
@@ -392,7 +419,7 @@ def test_any_lines_raise_nothing_but_ours_and_every_row_is_accounted_for(lines, 
     (folder / "x.jsonl").write_bytes(data)
     dataset = read(folder / "x.jsonl")
     rows = [number for number, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
-    named = [int(example.source.split(":")[1]) for example in dataset.examples]
+    named = [example.line for example in dataset.examples]
     assert all(bad.line in rows and bad.reason for bad in dataset.bad)
     assert set(named) <= set(rows)
     # A list of captions is several rows in one line: each is a dialogue or a BadRow
@@ -445,14 +472,14 @@ def test_images_of_a_large_row_group_are_decoded_by_the_batch(folder, monkeypatc
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    monkeypatch.setattr(tables, "AT_ONCE", 4000)
+    monkeypatch.setattr(parquet, "AT_ONCE", 4000)
     images = [bytes([i]) * 1000 for i in range(60)]
     pq.write_table(pa.table({"image": images, "caption": ["x"] * 60}), folder / "x.parquet", use_dictionary=False)
     refs = [example.images[0] for example in read(folder / "x.parquet").examples]
     assert len({(ref.embedded.row_group) for ref in refs}) == 1
     for order in (range(60), range(59, -1, -7), (3, 40, 3)):
         assert [refs[i].read_bytes() for i in order] == [images[i] for i in order]
-    column = tables._column(folder.resolve() / "x.parquet", 0, "image")
+    column = parquet._column(folder.resolve() / "x.parquet", 0, "image")
     assert sum(len(values) for _, values in column.kept) < 50
 
 

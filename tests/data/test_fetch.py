@@ -6,18 +6,18 @@ Run: pytest tests/data/test_fetch.py
 
 import io
 import json
-import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpcore
 import pytest
 from PIL import Image
 
 import vlm_lora.data.fetch as fetch
+from vlm_lora.check.clean import write_clean
+from vlm_lora.check.dataset import check_dataset
 from vlm_lora.cli import main
-from vlm_lora.data.check import check_dataset
-from vlm_lora.data.clean import write_clean
 from vlm_lora.data.readers import read_dataset
 from vlm_lora.errors import DataError
 
@@ -48,6 +48,10 @@ class Server(BaseHTTPRequestHandler):
             self.send_response(200)
             self.end_headers()
             self.wfile.write(b"x" * 3000)
+        elif self.path == "/slow-head":
+            for byte in b"HTTP/1.0 200 OK\r\nX: " + b"x" * 100:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.05)
         elif self.path == "/slow":
             self.send_response(200)
             self.end_headers()
@@ -67,12 +71,13 @@ def server(monkeypatch):
         server.asked, server.connected = [], []
         threading.Thread(target=server.serve_forever, daemon=True).start()
 
-        def connect(address, timeout):
-            server.connected.append(address)
-            return socket.create_connection(server.server_address, timeout)
+        def connect_tcp(self, host, port, timeout):
+            server.connected.append((host, port))
+            return real(self, *server.server_address, timeout)
 
         monkeypatch.setattr(fetch, "_resolve", lambda host, port: NAMES.get(host) or [host])
-        monkeypatch.setattr(fetch, "_connect", connect)
+        real = httpcore.SyncBackend.connect_tcp
+        monkeypatch.setattr(httpcore.SyncBackend, "connect_tcp", connect_tcp)
         yield server
         server.shutdown()
 
@@ -153,6 +158,7 @@ def test_this_machine_by_any_spelling_is_refused_by_the_real_resolver(host):
         ("http://pictures.example/gone", "the server answered 404 Not Found"),
         ("http://pictures.example/large", "it has more than 2,000 bytes"),
         ("http://pictures.example/slow", "it took longer than 0.5 seconds"),
+        ("http://pictures.example/slow-head", "it took longer than 0.5 seconds"),
         ("http://pictures.example/to/" + "/to/" * 9 + "red.png", "it leads on more than 5 times"),
         ("http://cut.pictures.example/red.png", "it was cut off"),
         ("http://pictures.example:x/a.png", "cannot be fetched: Port could not be cast"),

@@ -391,7 +391,7 @@ def test_sidecars(where, ending, pictures):
     assert (dataset.format, dataset.bad) == ("sidecar", ())
     expected = [(name, [Dialogue((Turn(PROMPT, texts[name]),))]) for name in NAMES]
     assert plain(dataset, folder) == expected
-    assert dataset.examples[0].source == ("a.png:1" if where == "." else f"{where}/a.png:1")
+    assert dataset.examples[0].place == ("a.png:1" if where == "." else f"{where}/a.png:1")
 
 
 def test_an_imagefolder_written_by_datasets(pictures):
@@ -508,7 +508,7 @@ def test_equal_dialogues_are_all_kept_and_one_file_under_two_names_is_one_exampl
     (folder / "x.jsonl").write_text(lines({"image": name, "caption": "same"} for name in names))
     (example,) = read_dataset(folder, prompt=PROMPT).examples
     assert len(example.dialogues) == 4
-    assert (example.id, example.source) == ("images/a.png", "x.jsonl:1")
+    assert (example.id, example.place) == ("images/a.png", "x.jsonl:1")
 
 
 def test_the_fingerprint_follows_texts_and_order_but_not_the_place(pictures):

@@ -10,8 +10,8 @@ import tarfile
 import pytest
 
 from tests.data.test_formats import CAPTIONS, NAMES, PROMPT, by_image, embedded, plain
-from vlm_lora.data.check import check_dataset
-from vlm_lora.data.clean import write_clean
+from vlm_lora.check.clean import write_clean
+from vlm_lora.check.dataset import check_dataset
 from vlm_lora.data.example import Dialogue, Turn
 from vlm_lora.data.images import content_hash
 from vlm_lora.data.readers import read_dataset

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
+from PIL.PngImagePlugin import PngInfo
 
 from vlm_lora.data.example import ImageRef
 from vlm_lora.data.images import image_size, load_image
@@ -67,6 +68,30 @@ def test_f17_exif_orientation_is_applied_once(format, orientation):
         assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 16
     assert load_image(image).tobytes() == image.tobytes()  # not rotated a second time
     assert not image.getexif()
+
+
+def moved_to_the_end(png, *kinds):
+    """The same PNG with its chunks of these kinds after the pixels, where Pillow finds them only by decoding."""
+    chunks, at = [], 8
+    while at < len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4], "big")
+        chunks.append(png[at:end])
+        at = end
+    chunks.sort(key=lambda chunk: (chunk[4:8] == b"IEND", chunk[4:8] in kinds))
+    return png[:8] + b"".join(chunks)
+
+
+def test_the_size_of_a_png_is_known_without_decoding_it(monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = PngInfo()
+    xmp.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    turned = [encoded(noise(), exif=exif), encoded(noise(), pnginfo=xmp)]
+    late = [moved_to_the_end(png, b"eXIf", b"iTXt") for png in turned]
+    assert [load_image(png).size for png in (PNG, *turned, *late)] == [(40, 30), *4 * [(30, 40)]]
+    assert [image_size(png, "a") for png in late] == 2 * [(30, 40)]
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    assert [image_size(png, "a") for png in (PNG, *turned)] == [(40, 30), (30, 40), (30, 40)]
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 300])
@@ -234,9 +259,10 @@ def test_f13_f17_pillow_prints_no_warning_of_its_own(tmp_path):
     data = encoded(Image.new("RGB", (40, 30)), "JPEG", exif=exif)
     (tmp_path / "exif.jpg").write_bytes(data.replace(b"MM\0*\0\0\0\x08", b"MM\0*\0\0\0\xf0", 1))
     (tmp_path / "bomb.png").write_bytes(png_of_size(10500, 10000))
-    code = "import sys; from vlm_lora.data.check import look_at; from vlm_lora.data.images import find_image, Path\n"
+    code = "import sys; from pathlib import Path; from vlm_lora.check.images import look_at\n"
+    code += "from vlm_lora.data.locate import Finder\n"
     code += "for name in ('bomb.png', 'exif.jpg'):\n"
-    code += "    seen = look_at(find_image(name, Path(sys.argv[1]).resolve())); print(seen.error, seen.size)"
+    code += "    seen = look_at(Finder(Path(sys.argv[1]).resolve()).find(name)); print(seen.error, seen.size)"
     ran = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     assert "105 megapixels, the limit is 50" in ran.stdout
     assert "None (40, 30)" in ran.stdout

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.data.test_formats import CAPTIONS, NAMES, PROMPT, QUESTIONS, by_image, plain
-from vlm_lora.data.check import check_dataset
+from vlm_lora.check.dataset import check_dataset
 from vlm_lora.data.example import Dialogue, Turn
 from vlm_lora.data.images import content_hash
 from vlm_lora.data.readers import read_dataset
@@ -52,7 +52,7 @@ def test_captions_as_txt_in_two_shards(pictures, tmp_path):
     assert (dataset.format, dataset.bad) == ("webdataset", ())
     expected = by_image([(name, Dialogue((Turn(PROMPT, text),))) for name, text in CAPTIONS])
     assert plain(dataset, folder) == expected
-    assert dataset.examples[0].source == "train-00000.tar:1"
+    assert dataset.examples[0].place == "train-00000.tar:1"
     for example in reversed(dataset.examples):
         assert content_hash(example.images[0].read_bytes()) == example.images[0].sha256
     assert read_dataset(tmp_path / "shards", prompt=PROMPT, format="webdataset") == dataset
@@ -153,7 +153,7 @@ def test_a_shard_that_was_cut_off_or_is_compressed(pictures, tmp_path):
     whole = write_tar(tmp_path / "x.tar", samples(folder, [(n, "x", ".txt") for n in NAMES])).read_bytes()
     (tmp_path / "x.tar").write_bytes(whole[: 2 * 2048 + 200])  # in the first header of the third sample
     dataset = read_dataset(tmp_path / "x.tar", prompt=PROMPT)
-    assert [example.source for example in dataset.examples] == ["x.tar:1", "x.tar:2"]
+    assert [example.place for example in dataset.examples] == ["x.tar:1", "x.tar:2"]
     ((source, line, reason),) = [(row.source, row.line, row.reason) for row in dataset.bad]
     assert (source, line) == ("x.tar", 3)
     assert "nothing from here on is read" in reason

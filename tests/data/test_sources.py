@@ -32,7 +32,7 @@ def two(pictures, monkeypatch):
 
 def test_two_sources_are_one_data_set(two):
     dataset = read_dataset(["a", "b/rows.jsonl:3"], prompt=PROMPT)
-    assert [(e.id, e.source, e.weight, len(e.dialogues)) for e in dataset.examples] == [
+    assert [(e.id, e.place, e.weight, len(e.dialogues)) for e in dataset.examples] == [
         ("a/one.png", "a/one.png:1", 1, 1),
         ("a/same.png", "a/same.png:1", 1, 1),
         ("b/same.png", "b/rows.jsonl:1", 3, 2),

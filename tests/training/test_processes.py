@@ -46,7 +46,7 @@ loop.TrainingLoop.run = telling
 accumulate = loop.accumulate_gradients
 def telling_what(loader, examples, fetched, *given):
     if fetched is not None:  # else it is the largest step, tried out before the first
-        sources = [(each.example.source, len(each.encoded.branches)) for each in examples]
+        sources = [(each.example.place, len(each.encoded.branches)) for each in examples]
         labels = sorted(int(row[row >= 0].sum()) for batch in fetched for row in batch.packed.labels)
         print("LEARNT", json.dumps([sources, labels]), file=sys.stderr)
     return accumulate(loader, examples, fetched, *given)

@@ -221,7 +221,7 @@ def poison(monkeypatch, bad: str, source: str = "05.png:1"):
 
     def accumulate(loader, examples, *rest):
         loss = real(loader, examples, *rest)
-        if source in [each.example.source for each in examples]:
+        if source in [each.example.place for each in examples]:
             if bad == "loss":
                 return loss * float("nan")
             next(p for p in loader.backbone.model.parameters() if p.grad is not None).grad[0, 0] = float("inf")
@@ -260,7 +260,7 @@ def test_numbers_that_are_not_finite_are_never_applied(checkpoints, straight, tm
 
 
 def test_of_a_large_step_eight_are_named_and_all_are_in_the_log():
-    lessons = [namedtuple("L", "example")(namedtuple("E", "source")(f"{i}.png:1")) for i in range(20)]
+    lessons = [namedtuple("L", "example")(namedtuple("E", "place")(f"{i}.png:1")) for i in range(20)]
     text = loop._named(lessons)
     assert text.endswith("7.png:1 and 12 more, all named in metrics.jsonl")
     assert len(loop._sources(lessons)) == 20

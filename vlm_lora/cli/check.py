@@ -12,13 +12,11 @@ Exit code 0: every row can be used; 1: some cannot, each with file, line and rea
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from vlm_lora.cli.console import Progress, one_line, say
 from vlm_lora.cli.flags import READING, add_flags, config_of, given
-from vlm_lora.config import TrainConfig, parse_columns
 
 CHECKED = ("data", "val", *READING, "model", "min_pixels", "max_pixels", "max_tokens", "val_split", "seed")
 
@@ -31,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from vlm_lora.data.check import check_dataset
-    from vlm_lora.data.clean import check_clean_folder, check_target, write_clean
-    from vlm_lora.data.readers import below, folder_of, read_dataset
-    from vlm_lora.data.sheet import MAX_CARDS, write_sheet
+    from vlm_lora.check.clean import check_clean_folder, check_target, write_clean
+    from vlm_lora.check.dataset import check_dataset
+    from vlm_lora.check.sheet import MAX_CARDS, write_sheet
+    from vlm_lora.data.readers import DataSettings, below, read_dataset
     from vlm_lora.data.split import without_held_out
     from vlm_lora.errors import ConfigError
 
@@ -47,14 +45,15 @@ def run(options: argparse.Namespace) -> int:
     if options.html:
         check_target(options.html, "--html")
     progress = Progress()
-    read = partial(
-        read_dataset,
-        **config.reading | {"columns": parse_columns(config.columns)},
-        progress=lambda rows: rows % 1000 or progress.show(f"Rows read: {rows:,}"),
-    )
-    dataset, held_out = read(config.sources), None
+
+    def counted(rows: int) -> None:
+        if rows % 1000 == 0:
+            progress.show(f"Rows read: {rows:,}")
+
+    settings = DataSettings(**config.reading)
+    dataset, held_out = read_dataset(config.sources, settings, progress=counted), None
     if config.val:
-        held_out = below(folder_of(config.val), read(config.val))
+        held_out = below(config.val, read_dataset(config.val, settings, progress=counted))
         dataset = without_held_out(dataset, held_out, config.val)
     check = check_dataset(
         dataset,
@@ -62,50 +61,30 @@ def run(options: argparse.Namespace) -> int:
         val_split=config.val_split,
         seed=config.seed,
         thumbnails=MAX_CARDS if options.html else 0,
-        progress=_counting(progress, "Images read:"),
+        progress=partial(progress.count, "Images read:"),
     )
-    tokens = {}
     if counts_tokens:
-        counted, counted_held_out = _count_tokens(config, check, _counting(progress, "Examples in tokens:"))
-        tokens, bad = counted.facts(), check.bad + counted.too_long + counted_held_out.too_long
-        check = replace(check, examples=counted.examples, held_out=counted_held_out.examples, bad=bad)
-    facts = check.facts() | {"tokens": tokens}
+        from vlm_lora.check.tokens import with_tokens  # brings torch
+
+        check = with_tokens(check, config, partial(progress.count, "Examples in tokens:"))
+    facts = check.facts()
     if options.json:
         # A file name may be no UTF-8; backslashreplace writes of it what JSON reads
         print(json.dumps(facts, ensure_ascii=False).encode("utf-8", "backslashreplace").decode())
     else:
-        print("\n".join(_told(facts)))
+        print("\n".join(_lines(facts)))
     if options.html:
         write_sheet(options.html, check, facts, title=", ".join(Path(data).name for data in config.sources))
         say(f"Contact sheet: {options.html}")
     if options.write_clean:
-        counting = _counting(progress, "Examples written:")
-        write_clean(options.write_clean, check.examples, config.prompt, counting)
+        write_clean(options.write_clean, check.examples, config.prompt, partial(progress.count, "Examples written:"))
         if any(example.weight > 1 for example in check.examples):
-            say("The copy holds each answer once: write weights behind it again where you use it, or clean each alone.")
+            say("The copy holds each answer once: write weights after it again where you use it, or clean each alone.")
         say(f"Clean copy of {len(check.examples):,} examples: {options.write_clean}")
     return 1 if facts["bad"] else 0
 
 
-def _counting(progress: Progress, what: str):
-    return lambda done, total: progress.count(what, done, total)
-
-
-def _count_tokens(config: TrainConfig, check, counting):
-    """`TokenCount` of what is to be learnt, and of what is held out."""
-    from vlm_lora.model.encode import Encoder
-    from vlm_lora.model.preprocess import load_preprocessor
-    from vlm_lora.model.tokens import count_tokens
-
-    base = load_preprocessor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-    sizes = {ref: seen.size for ref, seen in check.seen.items()}
-    return (
-        count_tokens(Encoder(base), base.grid, examples, sizes, config.max_tokens, counting)
-        for examples in (check.examples, check.held_out)
-    )
-
-
-def _told(facts: dict) -> Iterator[str]:
+def _lines(facts: dict) -> Iterator[str]:
     """The facts as lines for a person."""
     counts = f"{facts['examples']:,} examples, {facts['images']:,} images, {facts['answers']:,} answers"
     yield f"{facts['format']}: {counts}"
@@ -123,10 +102,8 @@ def _told(facts: dict) -> Iterator[str]:
         yield f"image sizes: {', '.join(named)}"
     if frames := facts["several_frames"]:
         yield f"animations and the like, of which only the first picture is taken: {frames:,}"
-    mixes = {"scripts of the letters": facts["scripts"], "languages, by their commonest words": facts["languages"]}
-    for what, shares in mixes.items():
-        if shares:
-            yield f"{what}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    if scripts := facts["scripts"]:
+        yield "scripts of the letters: " + ", ".join(f"{name} {share:.1%}" for name, share in scripts.items())
     cleaning = facts["cleaning"]
     if cleaning["texts"]:
         why = ", ".join(f"{name} {times:,}" for name, times in cleaning.items() if name != "texts")
@@ -134,28 +111,28 @@ def _told(facts: dict) -> Iterator[str]:
     if facts["repeated"]:
         yield "said most often:"
         yield from (f"  {times:,} times: {one_line(text, 120)}" for text, times in facts["repeated"])
-    yield from _told_of(facts["duplicates"], "images that are there more than once", " = ")
-    yield from _told_of(facts["near_duplicates"], "pairs of images that look alike", " ~ ")
+    yield from _listed(facts["duplicates"], "images that are there more than once", " = ")
+    yield from _listed(facts["near_duplicates"], "pairs of images that look alike", " ~ ")
     if facts["near_duplicates"]["cut"]:
         yield "  the search for them ended there; there may be more"
-    yield from _told_of(
+    yield from _listed(
         facts["leaks"], "pairs of images, one in training and one held out, that are one or alike", " | "
     )
     if tokens := facts.get("tokens"):
-        yield from _told_tokens(tokens)
+        yield from _token_lines(tokens)
     for row in facts["bad"]:
         line = "" if row["line"] is None else f":{row['line']}"
         yield one_line(f"bad: {row['source']}{line}: {row['reason']}", 1000)
     yield f"{len(facts['bad']):,} bad rows" if facts["bad"] else "every row can be used"
 
 
-def _told_of(found: dict, what: str, between: str) -> Iterator[str]:
-    if found["count"]:
-        yield f"{what}: {found['count']:,}"
-        yield from ("  " + between.join(one_line(name, 120) for name in names) for names in found["first"])
+def _listed(group: dict, what: str, between: str) -> Iterator[str]:
+    if group["count"]:
+        yield f"{what}: {group['count']:,}"
+        yield from ("  " + between.join(one_line(name, 120) for name in names) for names in group["first"])
 
 
-def _told_tokens(tokens: dict) -> Iterator[str]:
+def _token_lines(tokens: dict) -> Iterator[str]:
     yield "tokens of the longest sequence of an example:"
     most = max(tokens["histogram"].values())
     for border, times in tokens["histogram"].items():

@@ -10,11 +10,10 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 from vlm_lora.cli.console import Progress, one_line, say
 from vlm_lora.cli.flags import READING, add_flags, given
-from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, TrainConfig, parse_columns
+from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, TrainConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from vlm_lora.data.readers import read_dataset
+    from vlm_lora.data.readers import DataSettings, read_dataset
     from vlm_lora.errors import ConfigError, DataError
     from vlm_lora.inference.caption import Decoding
     from vlm_lora.inference.captioner import Captioner
@@ -58,13 +57,12 @@ def run(options: argparse.Namespace) -> int:
     decoding = Decoding(max_new_tokens=options.max_new_tokens)
     captioner = Captioner.load(options.model, options.adapter, prompt=options.prompt, dtype=options.dtype)
     config = TrainConfig(data=options.data, prompt=captioner.prompt).replace(**_reading(options))
-    reading: dict[str, Any] = config.reading | {"columns": parse_columns(config.columns)}
-    dataset = read_dataset(options.data, **reading)
-    reading |= {"format": None, "columns": {}}
-    also = [read_dataset(options.also, **reading)] if options.also else []
+    settings = DataSettings(**config.reading)
+    dataset = read_dataset(options.data, settings)
+    also = [read_dataset(options.also, settings, format=None, columns=None)] if options.also else []
     for path, read in zip((options.data, options.also), (dataset, *also), strict=False):
         for row in read.bad[:5]:
-            say(one_line(f"Left out: {row.source}{f':{row.line}' if row.line else ''}: {row.reason}."))
+            say(one_line(f"Left out: {row.place}: {row.reason}."))
         if not read.examples:
             raise DataError(f"{path}: no usable example in it ({len(read.bad)} rows cannot be used).")
     progress = Progress()

@@ -21,18 +21,18 @@ def read_regular_file(path: Path, name: str) -> bytes:
         raise DataError(f"{name!r} cannot be opened: {reason}; check that the file is there and readable") from error
     try:
         with open(descriptor, "rb") as file:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
                 raise DataError(f"{name!r} is not a regular file; expected an image file")
-            if found.st_size > MAX_FILE_BYTES:
-                raise DataError(f"{name!r} has {found.st_size:,} bytes, the limit is {MAX_FILE_BYTES:,}; shrink it")
-            return file.read(max(found.st_size, 65536) + 1)  # Python sets aside as much as it is asked for, at once
+            if status.st_size > MAX_FILE_BYTES:
+                raise DataError(f"{name!r} has {status.st_size:,} bytes, the limit is {MAX_FILE_BYTES:,}; shrink it")
+            return file.read(max(status.st_size, 65536) + 1)  # Python sets aside as much as it is asked for, at once
     except OSError as error:  # a directory, a bad disk
         raise DataError(f"{name!r} cannot be read: {error.strerror or error}; expected an image file") from error
 
 
 class ByteSource(Protocol):
-    """Where an image lies inside another file (a Parquet cell, a member of a tar). Hashable, picklable."""
+    """An image inside another file (a Parquet cell, a member of a tar). Hashable, picklable."""
 
     def read(self) -> bytes: ...
 
@@ -78,6 +78,19 @@ class ImageRef:
         return self.embedded.read() if self.embedded else read_regular_file(self.path, self.name)
 
 
+class Placed:
+    """What has a place in the data: a file, and a line where the file has lines."""
+
+    __slots__ = ()
+    source: str
+    line: int | None
+
+    @property
+    def place(self) -> str:
+        """`file:line`, for messages."""
+        return self.source if self.line is None else f"{self.source}:{self.line}"
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One thing asked and its answer."""
@@ -87,7 +100,7 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Dialogue:
+class Dialogue(Placed):
     """A conversation about the images of its Example; a caption is a dialogue of one turn."""
 
     turns: tuple[Turn, ...]
@@ -96,17 +109,19 @@ class Dialogue:
     accepted: tuple[str, ...] = ()
     """All human answers to the last turn where the data has several, else empty."""
     source: str = field(default="", compare=False)
-    """`file:line` of its row."""
+    """The file of its row; and which row of it ("x.json:row 3") where the format has no lines."""
+    line: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class Example(Placed):
     """One image (or an ordered few) and its dialogues: five COCO captions are five of one turn."""
 
     id: str
     images: tuple[ImageRef, ...]
     dialogues: tuple[Dialogue, ...]
     source: str
-    """`file:line` of the first row that named these images."""
+    """With `line`, the first row that named these images."""
     weight: int = 1
-    """How often each of its dialogues is learnt from in an epoch."""
+    """How often an epoch learns from each of its dialogues."""
+    line: int | None = None

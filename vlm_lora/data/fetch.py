@@ -2,25 +2,24 @@
 
 Data may be anyone's: a row must not make us ask `http://169.254.169.254/` or a host inside of the reader's network.
 Every address that a name resolves to is looked at, and the connection goes to one that was: no second look-up can
-give another. The same again behind each redirect. Proxies of the environment are not used.
+give another. The same again after each redirect. Proxies of the environment are not used.
 """
 
-import http.client
 import ipaddress
 import socket
 import ssl
 import tempfile
-import threading
 import time
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from urllib.parse import quote, urljoin, urlsplit
 
-from vlm_lora import __version__
+import httpcore
+
 from vlm_lora.data.example import FilePart, ImageRef
 from vlm_lora.data.images import content_hash
 from vlm_lora.errors import DataError
+from vlm_lora.version import __version__
 
 MAX_BYTES = 64 << 20
 MAX_SECONDS = 30.0
@@ -33,6 +32,7 @@ NOT_PUBLIC = tuple(
     for network in ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "3fff::/20", "5f00::/16")
 )
 """What `is_global` of some Python lets pass: a cloud's own host, protocols, relays, examples."""
+FAILURES = (OSError, ValueError, httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError)
 
 
 def fetch_image(url: str) -> ImageRef:
@@ -40,12 +40,12 @@ def fetch_image(url: str) -> ImageRef:
     asked, deadline = url, time.monotonic() + MAX_SECONDS
     try:
         for _ in range(MAX_REDIRECTS + 1):
-            found = _get(url, deadline)
-            if isinstance(found, bytes):
-                return keep(found, asked)
-            url = urljoin(url, found)
+            answer = _get(url, deadline)
+            if isinstance(answer, bytes):
+                return keep(answer, asked)
+            url = urljoin(url, answer)
         raise DataError(f"it leads on more than {MAX_REDIRECTS} times")
-    except (DataError, OSError, http.client.HTTPException, ValueError) as error:
+    except (DataError, *FAILURES) as error:
         late = time.monotonic() > deadline
         reason = f"it took longer than {MAX_SECONDS:g} seconds" if late else str(error) or type(error).__name__
         raise DataError(
@@ -54,7 +54,7 @@ def fetch_image(url: str) -> ImageRef:
 
 
 def keep(data: bytes, name: str) -> ImageRef:
-    """The bytes in a temporary file that all fetched images share and that ends with the process."""
+    """The image as bytes in a temporary file, which all fetched images share and which ends with the process."""
     file = _kept()
     offset = file.seek(0, 2)
     file.write(data)
@@ -73,43 +73,67 @@ def _get(url: str, deadline: float) -> bytes | str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise DataError(f"{url[:200]!r} is no http:// or https:// address")
-    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-    host = parts.hostname.encode("idna").decode()
-    wire = _connect((_public_address(host, port), port), max(0.01, deadline - time.monotonic()))
-    if parts.scheme == "https":
-        context = ssl.create_default_context()
-        wire = context.wrap_socket(wire, server_hostname=host, do_handshake_on_connect=False)
-    # The socket's own time limit starts anew with every byte that comes; this one ends the whole
-    alarm = threading.Timer(max(0, deadline - time.monotonic()), _hang_up, (wire,))
-    alarm.daemon = True
-    alarm.start()
-    try:
-        if parts.scheme == "https":
-            wire.do_handshake()
-        connection = http.client.HTTPConnection(host, port)
-        connection.sock = wire
-        path = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe="/?%:@!$&'()*+,;=~")
-        headers = {"User-Agent": f"vlm-lora/{__version__}", "Accept": "image/*", "Accept-Encoding": "identity"}
-        connection.request("GET", path, headers=headers)
-        response = connection.getresponse()
-        if response.status in (301, 302, 303, 307, 308) and response.headers["Location"]:
-            return response.headers["Location"]
+    scheme, host = parts.scheme.encode(), parts.hostname.encode("idna")
+    path = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe="/?%:@!$&'()*+,;=~")
+    target = httpcore.URL(scheme=scheme, host=host, port=parts.port, target=path.encode())
+    headers = {"User-Agent": f"vlm-lora/{__version__}", "Accept": "image/*", "Accept-Encoding": "identity"}
+    context, network = ssl.create_default_context(), _PublicNetwork(deadline)
+    with (
+        httpcore.HTTPConnection(target.origin, context, network_backend=network) as connection,
+        connection.stream("GET", target, headers=list(headers.items())) as response,
+    ):
+        locations = [value for name, value in response.headers if name.lower() == b"location"]
+        if response.status in (301, 302, 303, 307, 308) and locations:
+            return locations[0].decode("latin-1")
         if response.status != 200:
-            raise DataError(f"the server answered {response.status} {response.reason[:100]}")
-        data = response.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise DataError(f"it has more than {MAX_BYTES:,} bytes")
-        if response.length or time.monotonic() > deadline:
-            raise DataError("it was cut off")
-        return data
-    finally:
-        alarm.cancel()
-        wire.close()
+            reason = response.extensions["reason_phrase"].decode("latin-1")[:100]
+            raise DataError(f"the server answered {response.status} {reason}")
+        data = bytearray()
+        try:
+            for part in response.iter_stream():
+                data += part
+                if len(data) > MAX_BYTES:
+                    raise DataError(f"it has more than {MAX_BYTES:,} bytes")
+        except httpcore.RemoteProtocolError:
+            raise DataError("it was cut off") from None
+        return bytes(data)
 
 
-def _hang_up(wire: socket.socket) -> None:
-    with suppress(OSError):  # it has ended in this very moment
-        socket.socket.shutdown(wire, socket.SHUT_RDWR)
+class _PublicNetwork(httpcore.NetworkBackend):
+    """Connects to an address of the host that was looked at."""
+
+    def __init__(self, deadline: float):
+        self.deadline = deadline
+
+    def connect_tcp(self, host, port, timeout=None, local_address=None, socket_options=None):
+        stream = httpcore.SyncBackend().connect_tcp(_public_address(host, port), port, _left(self.deadline))
+        return _Stream(stream, self.deadline)
+
+
+class _Stream(httpcore.NetworkStream):
+    """A connection with one limit for all of it: a socket's own starts anew with every byte that comes."""
+
+    def __init__(self, stream: httpcore.NetworkStream, deadline: float):
+        self.stream, self.deadline = stream, deadline
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self.stream.read(max_bytes, _left(self.deadline))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self.stream.write(buffer, _left(self.deadline))
+
+    def start_tls(self, ssl_context, server_hostname=None, timeout=None):
+        return _Stream(self.stream.start_tls(ssl_context, server_hostname, _left(self.deadline)), self.deadline)
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
 
 
 def _public_address(host: str, port: int) -> str:
@@ -133,8 +157,4 @@ def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 
 
 def _resolve(host: str, port: int) -> list[str]:
-    return [found[4][0] for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-
-
-def _connect(address: tuple[str, int], timeout: float) -> socket.socket:
-    return socket.create_connection(address, timeout)
+    return [str(address[0]) for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]

@@ -7,14 +7,13 @@ import hashlib
 import io
 import os
 import re
-import stat
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError
 
@@ -50,6 +49,8 @@ _UPRIGHT = {  # EXIF orientation -> what brings the image upright
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
+_EXIF_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+"""One of these is in each chunk of a PNG that can say how it is turned; the chunk may come after the pixels."""
 
 
 def content_hash(data: bytes) -> str:
@@ -77,7 +78,7 @@ def load_image(
     But `info[SEVERAL_FRAMES]` is there where it is the first one of several.
 
     Transparency is composited on white; 16-bit and float images are scaled to 8 bits, not clipped; of an
-    animation the first frame is taken. Raises DataError, with the image's name, for whatever is not a whole
+    animation the first frame is taken. Raises DataError, with the image's name, for whatever is not a complete
     image of at most `max_decoded_pixels` (by default `decoding_limit`; checked before decoding). `name` is
     that of bytes, which have none.
     """
@@ -94,9 +95,10 @@ def load_image(
 def image_size(data: bytes, name: str) -> tuple[int, int]:
     """Width and height that `load_image` gives for these encoded bytes, from their header; hardly anything is decoded.
 
-    Raises DataError for what is no image, or too large a one. Damage behind the header goes unnoticed.
+    Raises DataError for what is no image, or too large a one. Damage after the header goes unnoticed.
     """
-    return _open(data, repr(name), decoding_limit(), _measure)
+    exif_follows = any(data.find(mark, max(0, data.find(b"IDAT"))) >= 0 for mark in _EXIF_MARKS)
+    return _open(data, repr(name), decoding_limit(), partial(_measure, exif_follows=exif_follows))
 
 
 def _open(data: bytes, name: str, limit: int, take: Callable[[Image.Image, str, int], Any] | None = None) -> Any:
@@ -118,8 +120,8 @@ def _open(data: bytes, name: str, limit: int, take: Callable[[Image.Image, str, 
             f"{name} is not an image that can be read (it starts with {data[:12]!r}); expected " + ", ".join(FORMATS)
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own check
-        pixels = int(re.search(r"\d+", str(error)).group())
-        raise _too_large(name, f"{pixels / 1e6:,.0f}", limit) from None
+        pixels = re.findall(r"\d+", str(error))[0]
+        raise _too_large(name, f"{int(pixels) / 1e6:,.0f}", limit) from None
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything for damaged bytes
@@ -134,9 +136,10 @@ def _check_size(image: Image.Image, name: str, limit: int) -> None:
         raise DataError(f"{name} has no pixels ({width}x{height})")
 
 
-def _measure(image: Image.Image, name: str, limit: int) -> tuple[int, int]:
+def _measure(image: Image.Image, name: str, limit: int, *, exif_follows: bool) -> tuple[int, int]:
     _check_size(image, name, limit)
-    if image.format == "TIFF":  # turned upright, and its orientation forgotten, while it is decoded
+    # A TIFF is turned upright, and its orientation forgotten, while it is decoded
+    if image.format == "TIFF" or (image.format == "PNG" and exif_follows):
         return _decode(image, name, limit).size
     width, height = image.size
     return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
@@ -158,7 +161,7 @@ def _decode(image: Image.Image, name: str, limit: int) -> Image.Image:
 
 
 def _has_several_frames(image: Image.Image) -> bool:
-    with suppress(Exception):  # damage behind the frame that was read is no damage to it
+    with suppress(Exception):  # damage after the frame that was read does not matter
         return bool(getattr(image, "is_animated", False))
     return False
 
@@ -166,7 +169,7 @@ def _has_several_frames(image: Image.Image) -> bool:
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1..8. Damaged metadata is no damaged picture: it counts as upright, as in browsers."""
     with suppress(Exception):
-        return image.getexif().get(_ORIENTATION, 1)
+        return Image.Image.getexif(image).get(_ORIENTATION, 1)  # a PNG's own getexif decodes all of it
     return 1
 
 
@@ -206,12 +209,11 @@ def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
 
 def _register_heif(name: str) -> None:
     try:
-        import pillow_heif
+        import_module("pillow_heif").register_heif_opener()
     except ImportError:
         raise DataError(
             f"{name} is a HEIC/HEIF image; `pip install pillow-heif` to read it, or save it as JPEG"
         ) from None
-    pillow_heif.register_heif_opener()
 
 
 def _too_large(name: str, megapixels: str, limit: int) -> DataError:
@@ -221,70 +223,3 @@ def _too_large(name: str, megapixels: str, limit: int) -> DataError:
 
 def _damaged(name: str, error: Exception) -> DataError:
     return DataError(f"{name} is damaged or cut off ({error or type(error).__name__}); copy or download it again")
-
-
-def find_image(
-    name: object,
-    root: Path,
-    folders: tuple[Path, ...] = (),
-    *,
-    allow_outside: bool = False,
-    fetch: Callable[[str], ImageRef] | None = None,
-) -> ImageRef:
-    """The image that `name`, as written in the data, means.
-
-    Args:
-        root: The resolved folder that images may not leave.
-        folders: Where a relative name is looked for, the first that has it; `(root,)` where left out.
-        fetch: What gets an image from the web; without it URLs are refused.
-
-    Raises DataError if it is missing, a URL, outside of `root` (also by a symlink), or no regular file.
-    """
-    if not isinstance(name, str) or not name.strip():
-        raise DataError(f"expected the file name of an image, found {name!r}")
-    plain = unquote(name[7:]) if name.startswith("file:///") else name
-    if is_web_address(plain):
-        if fetch:
-            return fetch(plain)
-        how = "download it and write its file name here, or pass --allow-urls"
-        raise DataError(f"{name[:200]!r} is a URL, which is not fetched; {how}")
-    folders = folders or (root,)
-    try:
-        plain.encode("utf-8")  # a name of other bytes may exist, but could be neither printed nor written to a report
-        path = next((p for p in (os.path.join(folder, plain) for folder in folders) if os.path.lexists(p)), None)
-        if path is None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", plain):  # two letters or more: C:\ is a drive
-            raise DataError(f"{name[:200]!r} is a URL, which is not fetched; download it and write its file name here")
-        if path is None:
-            looked = ", ".join(dict.fromkeys(f"{f.relative_to(root).as_posix()}/" for f in folders))
-            raise DataError(f"there is no file {name!r} (looked in {looked} of the data folder)")
-        found = os.lstat(path)
-        if stat.S_ISREG(found.st_mode):  # only what is above it may still be a link: one look-up for a whole folder
-            above, own = os.path.split(path)
-            real = os.path.join(real_folder(above), own)
-        else:
-            real = os.path.realpath(path, strict=True)
-            found = os.stat(real)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # NUL in the name, too long, loop of symlinks, dangling one
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{name[:200]!r} cannot be opened: {reason}; check the name and what it points to") from None
-    if not allow_outside and not real.startswith(os.path.join(root, "")) and real != str(root):
-        raise DataError(f"{name!r} lies outside of the data folder; move it there, or pass --allow-outside to trust it")
-    if not stat.S_ISREG(found.st_mode):
-        what = "a folder" if stat.S_ISDIR(found.st_mode) else "a device, a pipe or a socket"
-        raise DataError(f"{name!r} is {what}; expected an image file")
-    return ImageRef(path=Path(real), name=name, size=found.st_size)
-
-
-@lru_cache(maxsize=64)
-def real_folder(folder: str) -> str:
-    """The folder without links; to be forgotten (`cache_clear`) when data are read anew."""
-    return os.path.realpath(folder, strict=True)
-
-
-def is_web_address(name: object) -> bool:
-    """Whether this is a name of something on the web."""
-    return isinstance(name, str) and re.match(r"https?://", name, re.IGNORECASE) is not None

@@ -73,10 +73,10 @@ def without_held_out(dataset: Dataset, held_out: Dataset, held_out_name: str) ->
     sizes = {ref.size for ref in images(held_out)}
     held = {_hash(ref): ref.name for ref in _of_sizes(images(held_out), {ref.size for ref in images(dataset)})}
     held.pop("", None)
-    found = {ref: held.get(_hash(ref)) for ref in _of_sizes(images(dataset), sizes)} if held else {}
+    twins = {ref: held.get(_hash(ref)) for ref in _of_sizes(images(dataset), sizes)} if held else {}
     kept, bad = [], list(dataset.bad)
     for example in dataset.examples:
-        if name := next(filter(None, map(found.get, example.images)), None):
+        if name := next(filter(None, map(twins.get, example.images)), None):
             reason = f"its image is in the held-out data too ({name!r} of {held_out_name}); take it out of one of them"
             bad += bad_rows(example, reason)
         else:
@@ -89,6 +89,6 @@ def _of_sizes(refs: Sequence[ImageRef], sizes: set[int | None]) -> list[ImageRef
 
 
 def _hash(ref: ImageRef) -> str:
-    with suppress(DataError):  # that it cannot be read is told where it is decoded
+    with suppress(DataError):  # where it is decoded, it is reported
         return ref.sha256 or content_hash(ref.read_bytes())
     return ""

@@ -3,16 +3,21 @@
 import re
 import unicodedata
 
-# Not U+200C to U+200F and the like (category Cf): they join emoji and shape Persian and Hindi words.
 _CONTROLS = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff"
 _CONTROL = re.compile(f"[{_CONTROLS}]")
-_VISIBLE = re.compile(rf"[^\s{_CONTROLS}]")
+# What shows nothing of itself (Unicode's Default_Ignorable_Code_Point, and the empty Braille cell). It stays within
+# a text: U+200C, U+200D and the like join emoji and shape Persian and Hindi words.
+_INVISIBLE = (
+    r"\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800"
+    r"\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+_VISIBLE = re.compile(rf"[^\s{_CONTROLS}{_INVISIBLE}]")
 _LINE_END = re.compile(r"\r\n?|\x85|\u2028|\u2029")
 _SPACES = re.compile(r"[^\S\n]+")
 
 
 def is_blank(text: str) -> bool:
-    """Whether cleaning leaves nothing of the text."""
+    """Whether a person would see nothing of the text; cleaning leaves nothing of it."""
     return _VISIBLE.search(text) is None
 
 
@@ -34,4 +39,6 @@ def clean_text(text: str) -> tuple[str, tuple[str, ...]]:
     plain = "\n".join(lines).strip("\n")
     if plain != visible:
         reasons.append("white space")
+    if plain and is_blank(plain):
+        return "", ("invisible characters",)
     return plain, tuple(reasons)

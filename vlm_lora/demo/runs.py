@@ -5,13 +5,13 @@ import logging
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 import vlm_lora
-from vlm_lora import ImageRef, VlmLoraError, load_image, read_dataset
-from vlm_lora.config import HUB_NAME, config_from, parse_columns, read_yaml
+from vlm_lora import DataSettings, ImageRef, VlmLoraError, load_image, read_dataset
+from vlm_lora.config import HUB_NAME, config_from, read_yaml
 from vlm_lora.errors import AdapterError, DataError
 
 if TYPE_CHECKING:
@@ -119,8 +119,7 @@ def _read(run: Path) -> "Evaluation | None":
     examples = ()
     try:
         config = config_from(read_yaml(run / "config.yaml"), str(run / "config.yaml"))
-        reading: dict[str, Any] = config.reading | {"columns": parse_columns(config.columns)}
-        examples = read_dataset(config.val or config.sources, **reading).examples
+        examples = read_dataset(config.val or config.sources, DataSettings(**config.reading)).examples
     except VlmLoraError as error:
         log.warning("No pictures: the data of %s cannot be read again (%s)", run, error)
     try:

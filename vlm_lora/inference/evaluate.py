@@ -189,7 +189,7 @@ def evaluate(
     scores = replace(
         _score(answered, values, level),
         base_in_four_bits=captioner.backbone.quantised,
-        failed=tuple(FailedExample(examples[i].source, failed[i]) for i in sorted(failed)),
+        failed=tuple(FailedExample(examples[i].place, failed[i]) for i in sorted(failed)),
         also=evaluate(captioner, also, level=level, decoding=decoding, progress=progress).scores if also else None,
     )
     return Evaluation(tuple(answered), scores, values)

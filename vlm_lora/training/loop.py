@@ -336,7 +336,7 @@ def _start_alike(
 
 
 def _sources(examples: Sequence[EncodedExample]) -> list[str]:
-    return [each.example.source for each in examples]
+    return [each.example.place for each in examples]
 
 
 def _named(examples: Sequence[EncodedExample]) -> str:

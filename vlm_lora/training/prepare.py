@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vlm_lora.config import TrainConfig, parse_columns
+from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Example, ImageRef
-from vlm_lora.data.readers import BadRow, Dataset, bad_rows, read_dataset
+from vlm_lora.data.readers import BadRow, Dataset, DataSettings, bad_rows, read_dataset
 from vlm_lora.data.split import split_examples, without_held_out
 from vlm_lora.errors import DataError
 from vlm_lora.model.encode import Encoder
@@ -46,7 +46,7 @@ class Prepared:
 
 
 def read_data(config: TrainConfig, sources: Sequence[str]) -> Dataset:
-    return read_dataset(sources, **config.reading | {"columns": parse_columns(config.columns)})
+    return read_dataset(sources, DataSettings(**config.reading))
 
 
 def read_and_split(config: TrainConfig) -> SplitData:
@@ -165,5 +165,5 @@ def no_usable_example(config: TrainConfig, bad: Sequence[BadRow]) -> DataError:
 
 
 def _listed(bad: Sequence[BadRow]) -> str:
-    rows = [f"{row.source}{f':{row.line}' if row.line else ''}: {row.reason}." for row in bad[:5]]
+    rows = [f"{row.place}: {row.reason}." for row in bad[:5]]
     return " ".join(rows) + (f" And {len(bad) - 5} more." if len(bad) > 5 else "")

@@ -1,37 +1,36 @@
 """COCO captions (`images`, `annotations`) and VQAv2 (a file of questions, one of annotations)."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from vlm_lora.data.example import Dialogue, ImageRef, Turn
-from vlm_lora.data.readers.gather import BadRow, Said
+from vlm_lora.data.locate import Find
+from vlm_lora.data.readers.gather import BadRow, Entry
 from vlm_lora.data.readers.rows import answered, text_of, texts_of
 from vlm_lora.errors import DataError
 
-Find = Callable[[Any], ImageRef]
 
-
-def is_coco(data: object) -> bool:
+def is_coco(data: object) -> TypeGuard[dict]:
     """Whether a JSON value has the lists of a COCO file, of whatever task."""
-    lists = (data.get("images"), data.get("annotations")) if isinstance(data, dict) else (None,)
-    return all(isinstance(found, list) for found in lists)
+    return isinstance(data, dict) and all(isinstance(data.get(key), list) for key in ("images", "annotations"))
 
 
-def is_questions(data: object) -> bool:
+def is_questions(data: object) -> TypeGuard[dict]:
     """Whether a JSON value is VQAv2's file of questions."""
     return isinstance(data, dict) and isinstance(data.get("questions"), list)
 
 
-def is_answers(data: object) -> bool:
+def is_answers(data: object) -> TypeGuard[dict]:
     """Whether a JSON value is VQAv2's file of annotations."""
     rows = data.get("annotations") if isinstance(data, dict) and "images" not in data else None
     return isinstance(rows, list) and any(isinstance(row, dict) and "question_id" in row for row in rows[:10])
 
 
-def read_coco(data: dict, source: str, prompt: str, find: Find) -> Iterator[Said | BadRow]:
+def read_coco(data: dict, source: str, prompt: str, find: Find) -> Iterator[Entry | BadRow]:
     """A dialogue for each caption. BadRows too: an image without captions, a caption without its image.
 
     Raises DataError for a COCO file of another task.
@@ -60,7 +59,7 @@ def read_coco(data: dict, source: str, prompt: str, find: Find) -> Iterator[Said
             captioned.add(image_id)
             caption = text_of(annotation.get("caption"), "caption")
             ref = find(images[image_id]["file_name"])
-            yield Said((ref,), Dialogue((Turn(prompt, caption),)), f"{source}:{where}")
+            yield (ref,), Dialogue((Turn(prompt, caption),), source=f"{source}:{where}")
         except DataError as error:
             yield BadRow(source, None, f"{where}: {error}")
     for image_id, image in images.items():
@@ -68,7 +67,7 @@ def read_coco(data: dict, source: str, prompt: str, find: Find) -> Iterator[Said
             yield BadRow(source, None, f"image {image['file_name']!r} (id {image_id!r}) has no caption")
 
 
-def read_vqa(questions: dict, answers: dict, source: str, find: Find) -> Iterator[Said | BadRow]:
+def read_vqa(questions: dict, answers: dict, source: str, find: Find) -> Iterator[Entry | BadRow]:
     """A dialogue for each question, human answers in `accepted`. BadRows too: either one without the other.
 
     The image is what the question names, or `COCO_<data_subtype>_<image_id, 12 digits>.jpg`.
@@ -96,7 +95,7 @@ def read_vqa(questions: dict, answers: dict, source: str, find: Find) -> Iterato
             question = text_of(row.get("question"), "question")
             dialogue = answered(question, given, best, annotation.get("question_type"))
             ref = find(row["image"]) if "image" in row else _find_by_id(row.get("image_id"), subset, find)
-            yield Said((ref,), dialogue, f"{source}:{where}")
+            yield (ref,), replace(dialogue, source=f"{source}:{where}")
         except DataError as error:
             yield BadRow(source, None, f"{where}: {error}")
     for question_id in by_question:

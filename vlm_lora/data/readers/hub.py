@@ -8,7 +8,7 @@ machine or a URL instead of holding an image is refused like any other.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,14 +17,15 @@ from typing import Any
 
 from vlm_lora.data.example import MAX_FILE_BYTES, ImageRef
 from vlm_lora.data.fetch import keep
-from vlm_lora.data.images import find_image, is_web_address
-from vlm_lora.data.readers.gather import BadRow
-from vlm_lora.data.readers.tables import Rows, image_bytes, image_in_cell, images_in
+from vlm_lora.data.locate import Finder, is_web_address
+from vlm_lora.data.readers.gather import BadRow, Row, Rows
+from vlm_lora.data.readers.parquet import image_bytes, image_in_cell, images_in
+from vlm_lora.data.readers.tables import first_line
 from vlm_lora.errors import DataError
 
 _PART = r"[A-Za-z0-9][\w.-]*"
 _STREAM = "hf-stream:"
-_SLICE = re.compile(r"(.+?)(?:\[(\d*):(\d*)\])?")
+_SLICE = re.compile(r"([^\[]+)(?:\[(\d*):(\d*)\])?")
 _NAME = re.compile(rf"({_PART}/{_PART})(?:/({_PART}))?(?::(.+))?")
 
 
@@ -56,7 +57,7 @@ def is_hub_name(path: str) -> bool:
 def read_hub(path: str) -> tuple[str, Rows]:
     """Name for messages and rows of `[hf:]owner/name[/config][:split]`, the split being "train" if left out.
 
-    Behind `hf-stream:` a slice of the split is two numbers of rows, `train[100:200]`.
+    After `hf-stream:` a slice of the split is two numbers of rows, `train[100:200]`.
 
     Raises DataError where the hub cannot be reached or does not have it.
     """
@@ -64,55 +65,48 @@ def read_hub(path: str) -> tuple[str, Rows]:
     match = _NAME.fullmatch(path.removeprefix(_STREAM if stream else "hf:"))
     if not match:
         raise DataError(f"{path!r}: expected hf:owner/name, hf:owner/name/config or hf:owner/name:split")
-    name, config, split = match.groups()
-    split, first, last = _SLICE.fullmatch(split or "train").groups() if stream else (split or "train", None, None)
-    if stream and "[" in split:
-        raise DataError(f"{path!r}: a part of a stream is counted in rows, as in {_STREAM}{name}:train[:1000]")
+    name, config, split = match[1], match[2], match[3] or "train"
+    first, last = 0, None
+    if stream:
+        part = _SLICE.fullmatch(split)
+        if not part:
+            raise DataError(f"{path!r}: a part of a stream is counted in rows, as in {_STREAM}{name}:train[:1000]")
+        split, first, last = part[1], int(part[2] or 0), int(part[3]) if part[3] else None
     import datasets
     from huggingface_hub import HfApi
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # its warning of every retry; what was wrong is in the error
     bare = not path.startswith(("hf:", _STREAM))
+    options: dict[str, Any] = {"streaming": True} if stream else {}
     try:
-        if bare:  # most often a folder whose name is not quite right: to be told at once, not after many tries
+        if bare:  # most often a folder whose name is not quite right: said at once, not after many tries
             HfApi().dataset_info(name, timeout=5)
-        table = datasets.load_dataset(name, config, split=split, **({"streaming": True} if stream else {}))
+        table = datasets.load_dataset(name, config, split=split, **options)
     except Exception as error:  # of `datasets`, `huggingface_hub`, the HTTP client, pyarrow: no common base
-        reason = (str(error).splitlines() or [""])[0][:300] or type(error).__name__
+        what = f"the hub gave no data set {name!r}"
+        how = "check the name and the network, or download it and give its folder"
         if bare:
-            raise DataError(
-                f"{path!r}: there is no such folder or file, and the hub gave no data set of this name: {reason}; "
-                f"check the name, or say hf:{name} if it is in the cache of the hub"
-            ) from None
-        raise DataError(
-            f"{path!r}: the hub gave no data set {name!r}: {reason}; "
-            "check the name and the network, or download it and give its folder"
-        ) from None
+            what = "there is no such folder or file, and the hub gave no data set of this name"
+            how = f"check the name, or say hf:{name} if it is in the cache of the hub"
+        raise DataError(f"{path!r}: {what}: {first_line(error)}; {how}") from None
     if stream and isinstance(table, datasets.IterableDataset):
-        table = table.skip(int(first or 0))
-        return name, _streamed(table.take(max(0, int(last) - int(first or 0))) if last else table, name)
+        table = table.skip(first)
+        return name, _streamed(table if last is None else table.take(max(0, last - first)), name)
     if not isinstance(table, datasets.Dataset):
         raise DataError(f"{path!r}: expected one split, found {', '.join(table)}; say hf:{name}:SPLIT")
     return name, _rows(table, name)
 
 
-def _rows(table: Any, name: str) -> Iterator[tuple[int, object]]:
+def _rows(table: Any, name: str) -> Rows:
     table = table.with_format("arrow")  # as stored: an image in it is bytes, not decoded
     place = Path(table.cache_files[0]["filename"]) if table.cache_files else Path(name)
     number = 0
     for batch in table.iter(batch_size=64):
         for values in batch.to_pylist():
-            for column, value in values.items():
-                cell = partial(HubCell, table, name, number, column)
-                found = images_in(value, f"{name}:{number + 1}", partial(image_in_cell, place, cell))
-                values[column] = _downloaded_in(found, name)
+            make = partial(image_in_cell, place, partial(HubCell, table, name, number))
             number += 1
-            yield number, values
-
-
-def _kept(data: bytes, name: str, item: int | None) -> ImageRef:
-    return keep(data, name)  # there is nowhere to read a stream from again
+            yield _row(name, number, values, make)
 
 
 def _streamed(table: Any, name: str) -> Rows:
@@ -121,11 +115,16 @@ def _streamed(table: Any, name: str) -> Rows:
         # Without known features nothing is decoded, and there is no way to say that nothing should be
         for values in table.decode(False) if table.features else table:
             number += 1
-            found = {key: images_in(v, f"{name}:{number}", _kept) for key, v in values.items()}
-            yield number, {key: _downloaded_in(v, name) for key, v in found.items()}
+            # A stream cannot be read again: its images are kept
+            yield _row(name, number, values, lambda column, item, data, name: keep(data, name))
     except Exception as error:  # the network, in the midst of it: no common base either
-        reason = (str(error).splitlines() or [""])[0][:300] or type(error).__name__
-        yield BadRow(name, number + 1, f"cannot be had from the hub: {reason}; nothing from here on is read")
+        reason = f"cannot be had from the hub: {first_line(error)}; nothing from here on is read"
+        yield BadRow(name, number + 1, reason)
+
+
+def _row(name: str, number: int, values: dict[str, Any], make: Callable[..., ImageRef]) -> Row:
+    values = images_in(values, f"{name}:{number}", make)
+    return Row(name, number, {column: _downloaded_in(value, name) for column, value in values.items()})
 
 
 def _downloaded_in(value: Any, name: str) -> Any:
@@ -146,17 +145,19 @@ def _downloaded(path: object, name: str) -> Any:
         from huggingface_hub import HfFileSystem
 
         with HfFileSystem().open(path, "rb") as file:
-            return keep(file.read(MAX_FILE_BYTES), path)
-    import datasets
+            data = file.read(MAX_FILE_BYTES)
+        assert isinstance(data, bytes)
+        return keep(data, path)
+    from datasets import config
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    for folder in (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE):
+    for folder in (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE):
         with suppress(DataError, OSError):
-            return find_image(path, Path(folder).resolve())
+            return Finder(Path(folder).resolve()).find(path)
     return path
 
 
-def find_in_row(value: object, fetch: Callable[[str], ImageRef] | None = None) -> ImageRef:
+def find_in_row(value: Any, fetch: Callable[[str], ImageRef] | None = None) -> ImageRef:
     """For `rows.RowReader`: an image that the row holds. Raises DataError for a name of one."""
     if isinstance(value, ImageRef):
         return value

@@ -9,16 +9,26 @@ captions        an image, `caption`, `captions`, `text`, ...
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vlm_lora.data.example import Dialogue, ImageRef, Turn
-from vlm_lora.data.readers.gather import BadRow, Said, bad_row
+from vlm_lora.data.locate import Find
+from vlm_lora.data.readers.gather import BadRow, Entry, Row, Rows
 from vlm_lora.data.texts import is_blank
-from vlm_lora.errors import ConfigError, DataError
+from vlm_lora.errors import DataError
 
-SHAPES = ("messages", "conversations", "query-response", "qa", "captions")
+MAX_CHARACTERS = 1 << 20
+"""Of one text: more than the longest context of the models (256 thousand tokens) holds. Tokenising takes some 200
+bytes of memory for a character, so a longer text is refused before."""
+SHAPES = {
+    "messages": "rows {messages: [{role, content}], images}",
+    "conversations": "rows {conversations: [{from, value}], image} (ShareGPT, LLaVA)",
+    "query-response": "rows {query, response, images}",
+    "qa": "rows {image, question, answer or answers}",
+    "captions": "rows {image, caption or captions or text}",
+}
 MARK = "<image>"
 
 # What people call things; the first that a row has is taken.
@@ -44,42 +54,70 @@ class RowReader:
 
     prompt: str
     """The instruction that captions answer."""
-    find: Callable[[Any], ImageRef]
-    """A name, or whatever else stands for an image in a row -> ImageRef; raises DataError."""
+    find: Find
     columns: dict[str, str]
     """A key of NAMES -> the column of the data."""
     shape: str | None = None
-    """One of SHAPES, or None: found out row by row."""
+    """One of SHAPES; None: each row shows its own."""
 
-    def read(self, row: object, source: str, line: int | str) -> Iterator[Said | BadRow]:
+    def read_all(self, source: str, rows: Rows) -> tuple[list[Entry | BadRow], str]:
+        """What all rows say, those of other shapes than the first too; and how the first one was understood.
+
+        Raises DataError where there are no rows, or none has a shape that we know.
+        """
+        entries: list[Entry | BadRow] = []
+        names: dict[str, None] = {}
+        note = ""
+        for row in rows:
+            if isinstance(row, BadRow):
+                entries.append(row)
+                continue
+            entries += self.read(row)
+            if not note and isinstance(row.value, dict):
+                note = self.guess(row.value)
+                names |= dict.fromkeys(row.value)
+        known = "; ".join(f"{name}: {what}" for name, what in SHAPES.items())
+        if not entries:
+            raise DataError(f"{source}: holds no rows; expected {known}")
+        if not note:
+            what = f"their fields are {', '.join(map(repr, list(names)[:20]))}"
+            if not names and isinstance(entries[0], BadRow):
+                what = f"the first one {entries[0].reason}"
+            raise DataError(
+                f"{source}: none of {len(entries)} rows is understood: {what}; "
+                f"expected {known} (other names: --columns caption=NAME)"
+            )
+        return entries, note
+
+    def read(self, row: Row) -> Iterator[Entry | BadRow]:
         """All that the row says; what is wrong with it as BadRow. Never raises."""
-        place = f"{source}:{line}"
+        fields = row.value
         try:
-            if not isinstance(row, dict):
-                raise DataError(f"is not an object with named fields but {type(row).__name__}")
-            shape = self.shape or self.shape_of(row)
+            if not isinstance(fields, dict):
+                raise DataError(f"is not an object with named fields but {type(fields).__name__}")
+            shape = self.shape or self.shape_of(fields)
             if shape is None:
-                names = ", ".join(map(repr, list(row)[:20])) or "no fields"
+                names = ", ".join(map(repr, list(fields)[:20])) or "no fields"
                 raise DataError(f"has {names}; expected messages, conversations, a question or a caption")
-            named = [row[name] for name in self._names(row, "image") if row[name] is not None]
+            named = [fields[name] for name in self._names(fields, "image") if fields[name] is not None]
             images = tuple(self.find(v) for value in named for v in (value if isinstance(value, list) else [value]))
             if shape == "captions":
-                said: list[Dialogue | str] = self._of_captions(row, len(images))
+                dialogues = list(self._of_captions(fields, len(images)))
             elif shape == "qa":
-                said = list(self._of_question_and_caption(row, len(images)))
+                dialogues = list(self._of_question_and_caption(fields, len(images)))
             else:
-                turns, images = self._of_chat(row, shape, images)
-                said = [Dialogue(turns, self._kind(row))]
+                turns, images = self._of_chat(fields, shape, images)
+                dialogues = [Dialogue(turns, self._kind(fields))]
             if not images:
                 name = self.columns.get("image", "image, images or file_name")
                 raise DataError(f"names no image under {name}; add one, or say --columns image=NAME")
-            for dialogue in said:
-                if isinstance(dialogue, str):  # what is wrong with one of several captions
-                    yield bad_row(place, dialogue)
+            for dialogue in dialogues:
+                if isinstance(dialogue, DataError):  # what is wrong with one of several captions
+                    yield BadRow(row.source, row.line, str(dialogue))
                 else:
-                    yield Said(images, dialogue, place)
+                    yield images, replace(dialogue, source=row.source, line=row.line)
         except DataError as error:
-            yield bad_row(place, str(error))
+            yield BadRow(row.source, row.line, str(error))
 
     def shape_of(self, row: dict) -> str | None:
         """The first of SHAPES whose fields the row has, or None."""
@@ -111,7 +149,7 @@ class RowReader:
         """The field that holds it, if there is one; of images several, "left_file_name" and "right_file_name"."""
         if what in self.columns:
             return [self.columns[what]] if self.columns[what] in row else []
-        # A column that is null in this row does not hide a filled one behind it
+        # A column that is null in this row does not hide a filled one
         filled = [name for name in NAMES[what] if row.get(name) is not None][:1]
         if what == "image" and not filled:  # the convention of Hugging Face's imagefolder
             ends = ("_file_name", "_file_names")
@@ -134,26 +172,24 @@ class RowReader:
         value = self._value(row, "kind")
         return value if isinstance(value, str) and value.strip() else None
 
-    def _of_captions(self, row: dict, num_images: int) -> list[Dialogue | str]:
+    def _of_captions(self, row: dict, num_images: int) -> Iterator[Dialogue | DataError]:
         value = self._value(row, "caption")
         captions = value if isinstance(value, list) else [value]
         if not captions:
             raise DataError("has an empty list of captions; write one, or remove the row")
         if len(captions) > 1 and num_images > 1:  # whole columns in one object, or all about all images?
             raise DataError(f"has {len(captions)} captions, {num_images} images; expected a row for each image")
-        found: list[Dialogue | str] = []
         for caption in captions:
             try:
-                found.append(Dialogue((Turn(self.prompt, text_of(caption, "caption")),), self._kind(row)))
+                yield Dialogue((Turn(self.prompt, text_of(caption, "caption")),), self._kind(row))
             except DataError as error:
-                found.append(str(error))
-        return found
+                yield error
 
-    def _of_question_and_caption(self, row: dict, num_images: int) -> Iterator[Dialogue | str]:
+    def _of_question_and_caption(self, row: dict, num_images: int) -> Iterator[Dialogue | DataError]:
         try:
             yield self._of_question(row, num_images)
         except DataError as error:
-            yield str(error)
+            yield error
         name = self._caption_beside_question(row)
         if name and row[name] not in (None, "", []):
             yield from self._of_captions(row, num_images)
@@ -165,7 +201,7 @@ class RowReader:
         _check_marks(question.count(MARK), num_images)
         answer, best = self._value(row, "answer"), row.get("multiple_choice_answer")
         if "answer" not in self.columns and isinstance(row.get("answers"), list) and row["answers"]:
-            # Both: the answer to learn, and what people said
+            # Both: the answer to learn, and the answers of all people
             answer, best = row["answers"], answer if best is None else best
         return answered(_without_marks(question), texts_of(answer, "answer"), best, self._value(row, "kind"))
 
@@ -188,13 +224,6 @@ class RowReader:
         return _turns(texts), images
 
 
-def check_columns(columns: dict[str, str]) -> None:
-    """Raises ConfigError for a key that is none of ours."""
-    for key, name in columns.items():
-        if key not in NAMES:
-            raise ConfigError(f"--columns {key}={name}: unknown {key!r}; expected one of {', '.join(NAMES)}")
-
-
 def text_of(value: object, what: str) -> str:
     """The text as it is. Raises DataError where there is none, or where it cannot be text."""
     if what == "answer" and isinstance(value, (int, float)) and not isinstance(value, bool):  # a count
@@ -205,8 +234,10 @@ def text_of(value: object, what: str) -> str:
         raise DataError(f"the {what} is no text but {type(value).__name__}; write it as text")
     if "\0" in value:
         raise DataError(f"the {what} holds a NUL byte; the file is damaged or no text: write it again")
+    if len(value) > MAX_CHARACTERS:
+        raise DataError(f"the {what} has {len(value):,} characters, the limit is {MAX_CHARACTERS:,}; shorten it")
     if is_blank(value):
-        raise DataError(f"the {what} is nothing but control characters; write one, or remove the row")
+        raise DataError(f"the {what} is nothing but invisible characters; write one, or remove the row")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -224,7 +255,7 @@ def answered(question: str, answers: list[str], best: object, kind: object) -> D
     """The answer to learn is `best` if that is one of them, else the commonest; `accepted` keeps several."""
     if isinstance(best, int | float) and not isinstance(best, bool):  # a count, as `texts_of` writes it
         best = str(best)
-    if best not in answers:
+    if not isinstance(best, str) or best not in answers:
         best = Counter(answers).most_common(1)[0][0]
     kind = kind if isinstance(kind, str) and kind.strip() else None
     return Dialogue((Turn(question, best),), kind, tuple(answers) if len(answers) > 1 else ())
@@ -297,5 +328,5 @@ def _without_marks(text: str) -> str:
         return text
     parts = [part for part in text.split(MARK) if part.strip()]
     if len(parts) > 1:
-        raise DataError(f"has an {MARK} between words; expected all images before or behind the question")
+        raise DataError(f"has an {MARK} between words; expected all images before or after the question")
     return text_of(parts[0].strip() if parts else None, "question")

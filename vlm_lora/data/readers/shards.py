@@ -13,11 +13,10 @@ from typing import Any
 
 from vlm_lora.data.example import MAX_FILE_BYTES, FilePart, ImageRef
 from vlm_lora.data.images import IMAGE_SUFFIXES, content_hash
-from vlm_lora.data.readers.gather import BadRow
-from vlm_lora.data.readers.tables import Rows, decode_text
+from vlm_lora.data.readers.gather import BadRow, Row, Rows
+from vlm_lora.data.readers.tables import MAX_TEXT_BYTES, decode_text
 from vlm_lora.errors import DataError
 
-MAX_TEXT_BYTES = 16 << 20
 TEXTS = (".txt", ".caption")
 DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError)
 """What tarfile raises for bytes that are no tar."""
@@ -32,11 +31,8 @@ def read_tar(path: Path, source: str) -> Rows:
     try:
         with tarfile.open(path, "r:") as tar:
             for number, (_, group) in enumerate(groupby(_members(tar), key=_key), start=1):
-                members = list(group)
                 try:
-                    if isinstance(members[0], Exception):
-                        raise DataError(f"cannot be read: {members[0]}; nothing from here on is read")
-                    yield number, _row(path, members)
+                    yield Row(source, number, _row(path, list(group)))
                 except DataError as error:
                     yield BadRow(source, number, str(error))
     except DAMAGE as error:
@@ -44,8 +40,8 @@ def read_tar(path: Path, source: str) -> Rows:
         raise DataError(f"{source}: is not readable as an uncompressed tar: {error}; {unpack}") from None
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo | Exception]:
-    """All but folders and hidden files; damage as the last one, so that what is before it is not lost."""
+def _members(tar: Any) -> Iterator[tarfile.TarInfo | Exception]:
+    """All but folders and hidden files of a `TarFile`; damage as the last one, so that what is before is not lost."""
     try:
         for member in tar:
             tar.members = []  # tarfile remembers every member: gigabytes for millions of them
@@ -59,19 +55,20 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo | Exception]:
 
 
 def _key(member: tarfile.TarInfo | Exception) -> object:
-    return member if isinstance(member, Exception) else _stem(member.name)
-
-
-def _stem(name: str) -> str:
-    """WebDataset's key: all up to the first dot of the file's own name."""
-    folder, slash, file = name.rpartition("/")
+    """WebDataset's key: all up to the first dot of the file's own name; damage is a row of its own."""
+    if isinstance(member, Exception):
+        return member
+    folder, slash, file = member.name.rpartition("/")
     return folder + slash + file.partition(".")[0]
 
 
-def _row(path: Path, members: list[tarfile.TarInfo]) -> dict[str, Any]:
+def _row(path: Path, members: list[tarfile.TarInfo | Exception]) -> dict[str, Any]:
     row: dict[str, Any] = {}
-    images, captions = [], []
+    images, captions, names = [], [], []
     for member in members:
+        if isinstance(member, Exception):
+            raise DataError(f"cannot be read: {member}; nothing from here on is read")
+        names.append(repr(member.name))
         suffix = PurePosixPath(member.name).suffix.lower()
         if suffix not in IMAGE_SUFFIXES and suffix not in (*TEXTS, ".json"):
             continue
@@ -90,8 +87,7 @@ def _row(path: Path, members: list[tarfile.TarInfo]) -> dict[str, Any]:
             captions.append(decode_text(data, member.name).rstrip("\r\n"))
     images = [ref for ref in images if PurePosixPath(ref.name).name.count(".") == 1] or images
     if not images:
-        names = ", ".join(repr(member.name) for member in members[:8])
-        raise DataError(f"has no image among its members {names}; expected one beside its text")
+        raise DataError(f"has no image among its members {', '.join(names[:8])}; expected one beside its text")
     row.pop("images", None)  # where a .json names images, they are those beside it
     if captions:
         if row.get("caption", captions[0]) != captions[0] or len(captions) > 1:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -41,7 +42,7 @@ def write_clean(
     """Write the examples so that `read_dataset(folder, prompt=prompt)` gives them again, texts cleaned.
 
     An image keeps its name and place; one without such (absolute, embedded in another file) is numbered.
-    metadata.jsonl is written last: a copy that was stopped is not taken for a whole one.
+    metadata.jsonl is written last: a copy that was stopped is not taken for a complete one.
     """
     check_clean_folder(folder)
     names: dict[ImageRef, str] = {}
@@ -73,49 +74,37 @@ def clean_example(example: Example) -> Example:
 
 
 def _rows(example: Example, names: list[str], prompt: str) -> Iterator[dict]:
-    """Rows for `readers.rows` in the order of the dialogues; captions behind one another share a row."""
+    """Rows for `readers.rows`, in order; captions of one image that follow one another share one."""
     image = {"file_name": names[0]} if len(names) == 1 else {"images": names}
-    captions: list[str] = []
-    caption_kind: str | None = None
 
-    def waiting() -> Iterator[dict]:
-        if captions:
-            yield image | {"captions": captions.copy()} | _kind(caption_kind)
-            captions.clear()
+    def is_caption(dialogue: Dialogue) -> bool:
+        return len(dialogue.turns) == 1 and dialogue.turns[0].user == prompt and not dialogue.accepted
 
-    for dialogue in example.dialogues:
-        first = dialogue.turns[0]
-        is_caption = len(dialogue.turns) == 1 and first.user == prompt and not dialogue.accepted
-        if not is_caption or dialogue.kind != caption_kind or len(names) > 1:
-            yield from waiting()
-        if is_caption:
-            captions.append(first.assistant)
-            caption_kind = dialogue.kind
+    def row_of(numbered: tuple[int, Dialogue]) -> str | int | None:
+        number, dialogue = numbered
+        return dialogue.kind if is_caption(dialogue) and len(names) == 1 else number
+
+    for _, numbered in groupby(enumerate(example.dialogues), row_of):
+        dialogues = [dialogue for _, dialogue in numbered]
+        dialogue, first = dialogues[0], dialogues[0].turns[0]
+        if is_caption(dialogue):
+            fields = {"captions": [each.turns[0].assistant for each in dialogues]}
         elif dialogue.accepted:
-            said = {"question": first.user, "answers": dialogue.accepted}
-            yield image | said | {"multiple_choice_answer": first.assistant} | _kind(dialogue.kind)
+            fields = {"question": first.user, "answers": dialogue.accepted, "multiple_choice_answer": first.assistant}
         else:
-            messages = []
-            for turn in dialogue.turns:
-                messages.append({"role": "user", "content": turn.user})
-                messages.append({"role": "assistant", "content": turn.assistant})
-            yield image | {"messages": messages} | _kind(dialogue.kind)
-    yield from waiting()
-
-
-def _kind(kind: str | None) -> dict[str, str]:
-    return {} if kind is None else {"question_type": kind}
+            texts = [pair for turn in dialogue.turns for pair in (("user", turn.user), ("assistant", turn.assistant))]
+            fields = {"messages": [{"role": role, "content": text} for role, text in texts]}
+        yield image | fields | ({} if dialogue.kind is None else {"question_type": dialogue.kind})
 
 
 def _copy(ref: ImageRef, folder: Path, taken: set[str]) -> str:
     data = ref.read_bytes()
     name = ref.name
     if not _is_plain(name) or name.casefold() in taken:
-        with suppress(Exception):  # HEIC, which Pillow alone does not know
-            suffix = Image.open(io.BytesIO(data), formats=FORMATS).format.lower()
-            name = f"images/{len(taken) + 1:07}.{suffix}"
-        if name == ref.name:
-            name = f"images/{len(taken) + 1:07}.heic"
+        suffix = "heic"  # which Pillow alone does not know
+        with suppress(Exception):
+            suffix = str(Image.open(io.BytesIO(data), formats=FORMATS).format).lower()
+        name = f"images/{len(taken) + 1:07}.{suffix}"
     taken.add(name.casefold())  # A.png and a.png are one file on some systems
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,124 @@
+"""Where an image is that the data name: a regular file inside of the data's folder, or on the web where allowed.
+
+None is decoded here.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from vlm_lora.data.example import ImageRef
+from vlm_lora.errors import DataError
+
+Find = Callable[[Any], ImageRef]
+"""A name, or whatever else stands for an image in a row -> the image; raises DataError."""
+IMAGE_FOLDERS = ("images", "Images", "image", "imgs", "img", "pictures", "photos", "train", "val")
+IMAGE_FOLDERS += ("train2014", "val2014", "train2017", "val2017", "flickr30k_images", "Flicker8k_Dataset")
+
+
+def folders_beside(file: Path, root: Path) -> tuple[Path, ...]:
+    """Where the images of a file of rows may be: its folder, the root, and `images/` and the like below these."""
+    names = [file.stem, *re.findall(r"(?:train|val|test)\d*", file.stem), *IMAGE_FOLDERS]
+    places = [file.parent, root]
+    places += [place / name for place in places for name in names]
+    return tuple(dict.fromkeys(place for place in places if place.is_dir()))
+
+
+@dataclass
+class Finder:
+    """Finds the images of one source, and remembers them."""
+
+    root: Path
+    """The resolved folder that images may not leave."""
+    folders: tuple[Path, ...] = ()
+    """Where a relative name is looked for, the first that has it; the root where left out."""
+    allow_outside: bool = False
+    fetch: Callable[[str], ImageRef] | None = None
+    """Gets an image from the web; without it URLs are refused."""
+    elsewhere: "Finder | None" = None
+    """Looks for the images that are not here."""
+    refs: dict[str, ImageRef | None] = field(init=False, default_factory=dict)
+    """All names that were asked for; None where there is no such image."""
+
+    def __post_init__(self) -> None:
+        self.folders = self.folders or (self.root,)
+        # Only the folder of a regular file may be a link: one look-up for all the files in it
+        self._real_folder = lru_cache(maxsize=64)(os.path.realpath)
+
+    def find(self, value: Any) -> ImageRef:
+        """The image that `value` means: its name in the data, `{"path": name}`, or the image itself.
+
+        Raises DataError if it is missing, a URL, outside of the root (also by a symlink), or no regular file.
+        """
+        if isinstance(value, ImageRef):  # embedded: the container's reader made it
+            return value
+        if isinstance(value, dict) and isinstance(value.get("path"), str):
+            value = value["path"]
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(f"expected the file name of an image, found {value!r}")
+        if ref := self.refs.get(value):
+            return ref
+        self.refs[value] = None
+        try:
+            ref = self._find(value)
+        except DataError as error:
+            if self.elsewhere is None or is_web_address(value):
+                raise
+            try:
+                ref = self.elsewhere.find(value)
+            except DataError:
+                raise DataError(f"{error}; it is not in the folder of --images either") from None
+        self.refs[value] = ref
+        return ref
+
+    def _find(self, name: str) -> ImageRef:
+        plain = unquote(name[7:]) if name.startswith("file:///") else name
+        if is_web_address(plain):
+            if self.fetch:
+                return self.fetch(plain)
+            how = "download it and write its file name here, or pass --allow-urls"
+            raise DataError(f"{name[:200]!r} is a URL, which is not fetched; {how}")
+        try:
+            # A name of other bytes may exist, but could be neither printed nor written to a report
+            plain.encode("utf-8")
+            paths = (os.path.join(folder, plain) for folder in self.folders)
+            path = next((path for path in paths if os.path.lexists(path)), None)
+            if path is None:
+                raise DataError(self._missing(name, plain))
+            status = os.lstat(path)
+            if stat.S_ISREG(status.st_mode):
+                above, own = os.path.split(path)
+                real = os.path.join(self._real_folder(above, strict=True), own)
+            else:
+                real = os.path.realpath(path, strict=True)
+                status = os.stat(real)
+        # A NUL byte in the name, too long a name, a loop of symlinks, one that leads nowhere
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(
+                f"{name[:200]!r} cannot be opened: {reason}; check the name and what it points to"
+            ) from None
+        if not self.allow_outside and not real.startswith(os.path.join(self.root, "")) and real != str(self.root):
+            how = "move it there, or pass --allow-outside to trust it"
+            raise DataError(f"{name!r} lies outside of the data folder; {how}")
+        if not stat.S_ISREG(status.st_mode):
+            what = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, a pipe or a socket"
+            raise DataError(f"{name!r} is {what}; expected an image file")
+        return ImageRef(path=Path(real), name=name, size=status.st_size)
+
+    def _missing(self, name: str, plain: str) -> str:
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", plain):  # two letters or more: C:\ is a drive
+            return f"{name[:200]!r} is a URL, which is not fetched; download it and write its file name here"
+        looked = ", ".join(dict.fromkeys(f"{folder.relative_to(self.root).as_posix()}/" for folder in self.folders))
+        return f"there is no file {name!r} (looked in {looked} of the data folder)"
+
+
+def is_web_address(name: object) -> bool:
+    """Whether this is a name of something on the web."""
+    return isinstance(name, str) and re.match(r"https?://", name, re.IGNORECASE) is not None

@@ -1,0 +1,208 @@
+"""`read_dataset`: from paths to what each holds, to its rows, to Examples and bad rows."""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vlm_lora.config import DEFAULT_PROMPT, parse_columns
+from vlm_lora.data.example import Example
+from vlm_lora.data.fetch import fetch_image
+from vlm_lora.data.locate import Find, Finder, folders_beside
+from vlm_lora.data.readers import coco, folders, hub
+from vlm_lora.data.readers.detect import FORMATS, READERS, Layout, detect
+from vlm_lora.data.readers.gather import BadRow, Dataset, Rows, gather, with_ids
+from vlm_lora.data.readers.rows import NAMES, SHAPES, RowReader
+from vlm_lora.errors import ConfigError, DataError
+
+MAX_WEIGHT = 1000
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSettings:
+    """How data are read: `DataSettings(**config.reading)`, as the fields have the names that `TrainConfig` has."""
+
+    prompt: str = DEFAULT_PROMPT
+    """The instruction that a caption answers."""
+    format: str | None = None
+    """One of FORMATS; None: it is detected."""
+    columns: str | Mapping[str, str] | None = None
+    """Our name (image, caption, question, answer, kind, ...) -> the data's; or text, "image=NAME,caption=NAME"."""
+    images: str | Path | None = None
+    """A folder where images are looked for that are not beside the data."""
+    allow_outside: bool = False
+    """Take images outside of the data's folder too (`..`, absolute names, symlinks)."""
+    allow_urls: bool = False
+    """Download images that are named by an http:// or https:// address, one after the other."""
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """`columns` as a dictionary. Raises ConfigError for text that is not "image=NAME,caption=NAME"."""
+        return dict(self.columns) if isinstance(self.columns, Mapping) else parse_columns(self.columns)
+
+
+def read_dataset(
+    data: str | Path | Sequence[str | Path],
+    settings: DataSettings | None = None,
+    *,
+    progress: Callable[[int], None] = lambda rows: None,
+    **fields: Any,
+) -> Dataset:
+    """All of `data`: a folder, a file, or a hub name (`hf:owner/name`, or `owner/name` that is no path).
+
+    Or several of these, each perhaps with a weight after it: an epoch learns from each answer of `photos:2` twice.
+    Weights are integers, so that no answer is left out, and none comes more often by chance.
+
+    Args:
+        settings: how rows are read. Its fields can be given by name instead, or on top: `prompt="Describe this."`.
+        progress: called with the number of rows read of a source, at every row.
+
+    Raises DataError where nothing is recognised, or more than one thing; ConfigError for an unknown format or
+    column. A bad row never raises: it becomes a BadRow.
+    """
+    settings = replace(settings or DataSettings(), **fields)
+    for key, name in settings.column_names.items():
+        if key not in NAMES:
+            raise ConfigError(f"--columns {key}={name}: unknown {key!r}; expected one of {', '.join(NAMES)}")
+    if settings.format is not None and settings.format not in FORMATS:
+        raise ConfigError(f"--format {settings.format}: unknown; expected one of {', '.join(FORMATS)}")
+    if settings.images is not None and not Path(settings.images).is_dir():
+        raise ConfigError(f"--images {settings.images}: there is no such folder; check the name")
+    sources = [_weighed(source) for source in ([data] if isinstance(data, str | Path) else data)]
+    places = [os.path.realpath(place) for place, _ in sources]
+    if twice := [place for number, (place, _) in enumerate(sources) if places[number] in places[:number]]:
+        raise ConfigError(f"{twice[0]!r} is given twice; to learn from it twice an epoch, say {twice[0]}:2")
+    parts = [(place, weight, _read(place, settings, progress)) for place, weight in sources]
+    return parts[0][2] if len(parts) == 1 and parts[0][1] == 1 else _joined(parts)
+
+
+def _weighed(source: str | Path) -> tuple[str, int]:
+    """`photos:2` as ("photos", 2); what is there under the whole name has no weight."""
+    place, colon, weight = str(source).rpartition(":")
+    if not colon or not re.fullmatch(r"-?[\d.]+", weight) or os.path.lexists(source):
+        return str(source), 1
+    if not weight.isdecimal() or not 1 <= int(weight) <= MAX_WEIGHT:
+        raise ConfigError(
+            f"{str(source)!r}: the weight is how often each answer is seen in an epoch, a whole number from 1 to "
+            f"{MAX_WEIGHT}; found {weight}"
+        )
+    return place, int(weight)
+
+
+def _joined(sources: Iterable[tuple[str, int, Dataset]]) -> Dataset:
+    """Several data sets as one; of each: its name, its weight, its data.
+
+    An image that two of them have stays an example of each.
+    """
+    examples, bad, parts, formats = [], [], [], []
+    for place, weight, dataset in sources:
+        named = below(place, dataset)
+        examples += [replace(example, weight=weight) for example in named.examples]
+        bad += named.bad
+        formats.append(dataset.format)
+        answers = sum(len(e.dialogues) for e in dataset.examples)
+        times = f", each {weight} times an epoch" if weight > 1 else ""
+        parts.append(f"{place}: {len(dataset.examples):,} examples, {answers:,} answers{times}; {dataset.taken_for}")
+    return Dataset(" + ".join(dict.fromkeys(formats)), with_ids(examples), tuple(bad), parts=tuple(parts))
+
+
+def below(place: str, dataset: Dataset) -> Dataset:
+    """The data set of `place`, with its folder in front of the names of images and files: so those of several differ.
+
+    The names of a hub's rows begin with its own already.
+    """
+    if hub.is_hub_name(place):
+        return dataset
+    folder = Path(place) if Path(place).is_dir() else Path(place).parent
+    before = f"{folder.as_posix()}/"
+
+    def moved(e: Example) -> Example:
+        images = tuple(replace(ref, name=before + ref.name) for ref in e.images)
+        dialogues = tuple(replace(d, source=before + d.source) for d in e.dialogues)
+        return replace(e, id=before + e.id, images=images, dialogues=dialogues, source=before + e.source)
+
+    bad = tuple(replace(row, source=before + row.source) for row in dataset.bad)
+    return replace(dataset, examples=tuple(map(moved, dataset.examples)), bad=bad)
+
+
+def _read(place: str, settings: DataSettings, progress: Callable[[int], None]) -> Dataset:
+    """One source. Raises DataError as `read_dataset` does."""
+    if settings.format in (None, "hub") and hub.is_hub_name(place):
+        find = partial(hub.find_in_row, fetch=fetch_image if settings.allow_urls else None)
+        return _read_tables("hub", [hub.read_hub(place)], find, settings, progress)
+    path = Path(place)
+    try:
+        if not path.exists():
+            raise DataError(f"{place!r}: there is no such folder or file; check the name")
+        path = path.resolve()
+        if not path.is_dir() and not path.is_file():
+            expected = ", ".join(READERS)
+            raise DataError(f"{path.name}: is not a regular file; expected a folder or one of {expected}")
+        layout = detect(path, settings.format)
+        return replace(_read_layout(layout, settings, progress), unread=layout.unread)
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or error}; check its permissions"
+        raise DataError(f"{error.filename or path.name}: {reason}") from error
+
+
+def _read_layout(layout: Layout, settings: DataSettings, progress: Callable[[int], None]) -> Dataset:
+    finder, name = _finder(layout, settings), layout.name_of(layout.files[0])
+    if layout.format == "sidecar":
+        entries = folders.read_sidecars(layout.files, finder, settings.prompt)
+    elif layout.format == "coco":
+        entries = coco.read_coco(layout.content, name, settings.prompt, finder.find)
+    elif layout.format == "vqav2":
+        questions, answers = layout.content
+        entries = coco.read_vqa(questions, answers, name, finder.find)
+    else:
+        dataset = _read_tables(layout.format, layout.tables(), finder.find, settings, progress)
+        uncovered = _uncovered(layout, finder) if layout.format == "imagefolder" else ()
+        return replace(dataset, bad=(*dataset.bad, *uncovered))
+    return gather(layout.format, _counted(entries, progress))
+
+
+def _read_tables(
+    format: str | None,
+    tables: Iterable[tuple[str, Rows]],
+    find: Find,
+    settings: DataSettings,
+    progress: Callable[[int], None],
+) -> Dataset:
+    """Tables, each with its name for messages, as one data set; `format` None: the shape of its rows."""
+    reader = RowReader(settings.prompt, find, settings.column_names, format if format in SHAPES else None)
+    entries, note = [], ""
+    for name, rows in tables:
+        more, note = reader.read_all(name, _counted(rows, progress))
+        entries += more
+    return replace(gather(format or note.partition(":")[0], entries), note=note)
+
+
+def _finder(layout: Layout, settings: DataSettings) -> Finder:
+    if layout.format == "sidecar":  # each image is known, and so is its place
+        return Finder(layout.root, allow_outside=settings.allow_outside)
+    file = layout.files[0]
+    places = (file.parent,) if layout.format == "imagefolder" else folders_beside(file, layout.root)
+    elsewhere = settings.images and Finder(Path(settings.images).resolve(), allow_outside=settings.allow_outside)
+    fetch = fetch_image if settings.allow_urls else None
+    return Finder(layout.root, places, settings.allow_outside, fetch, elsewhere or None)
+
+
+def _counted(rows: Iterable[T], progress: Callable[[int], None]) -> Iterator[T]:
+    for number, row in enumerate(rows, start=1):
+        progress(number)
+        yield row
+
+
+def _uncovered(layout: Layout, finder: Finder) -> Iterator[BadRow]:
+    """The images that metadata does not name: the Hugging Face loader drops these without a word."""
+    metadata = layout.files[0]
+    known = {ref.path for ref in finder.refs.values() if ref}
+    for path in folders.images_below(metadata.parent):
+        is_named = path.relative_to(metadata.parent).as_posix() in finder.refs
+        if not is_named and Path(os.path.realpath(path)) not in known:
+            reason = f"no row of {metadata.name} names this image; add one, or remove it"
+            yield BadRow(layout.name_of(path), None, reason)
