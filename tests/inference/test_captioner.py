@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from tests.conftest import picture
-from vlm_lora.config import DEFAULT_PROMPT
+from vlm_lora.config import DEFAULT_PROMPT, TrainConfig
 from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
 from vlm_lora.errors import AdapterError, ConfigError, ModelError
 from vlm_lora.inference.captioner import MEMORY_SHARE, Captioner, Decoding
 from vlm_lora.inference.evaluate import evaluate
 from vlm_lora.inference.scores import tables_as_text
-from vlm_lora.model.adapters.lora import attach_lora
+from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.features import FeatureCache, cache_folder
 
@@ -31,7 +31,7 @@ ONE_FAMILY = pytest.mark.parametrize("captioner", ["qwen2_vl"], indirect=True)
 def captioner(checkpoints, request) -> Captioner:
     """With a random adapter strong enough to change what is said."""
     backbone = load_backbone(str(checkpoints[request.param]))
-    adapter = attach_lora(backbone, rank=4, alpha=8, dropout=0.1, seed=1, prompt=DEFAULT_PROMPT)
+    adapter = attach_adapter(backbone, TrainConfig(data="none", rank=4, dropout=0.1, seed=1))
     for i, (_, parameter) in enumerate(adapter.named_parameters()):
         torch.manual_seed(i)
         parameter.data = torch.randn_like(parameter.data) * 0.3
@@ -220,7 +220,7 @@ def test_several_adapters_share_the_base_and_its_features(checkpoints, files, tm
     folders = []
     for seed in (1, 2):
         backbone = load_backbone(str(checkpoints["qwen2_vl"]))
-        adapter = attach_lora(backbone, rank=4, alpha=8, dropout=0.0, seed=seed, prompt=f"Prompt {seed}.")
+        adapter = attach_adapter(backbone, TrainConfig(data="none", rank=4, seed=seed, prompt=f"Prompt {seed}."))
         for i, (_, parameter) in enumerate(adapter.named_parameters()):
             torch.manual_seed(10 * seed + i)
             parameter.data = torch.randn_like(parameter.data) * 0.3

@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from tests.conftest import picture
+from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
-from vlm_lora.model.adapters.lora import attach_lora
+from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache
@@ -57,7 +58,7 @@ def examples(tmp_path) -> list[Example]:
 def load(checkpoints, family: str, dtype=torch.float64):
     backbone = load_backbone(str(checkpoints[family]), dtype="float32")
     backbone.model.to(dtype)
-    adapter = attach_lora(backbone, rank=4, alpha=8, dropout=0.0, seed=1, prompt="Describe this image.")
+    adapter = attach_adapter(backbone, TrainConfig(data="none", rank=4, seed=1))
     for i, (_, parameter) in enumerate(adapter.named_parameters()):
         torch.manual_seed(i)
         parameter.data = torch.randn_like(parameter.data).to(dtype) * 0.1

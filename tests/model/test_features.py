@@ -17,7 +17,8 @@ from vlm_lora.cli import main
 from vlm_lora.data.example import ImageRef
 from vlm_lora.errors import DataError
 from vlm_lora.model.backbone import load_backbone
-from vlm_lora.model.features import FeatureCache, ImageFeatures, cache_use, found_again, room_for
+from vlm_lora.model.features import FeatureCache, found_again, store_in
+from vlm_lora.model.store import Store, Use
 
 SIZES = [(64, 64), (96, 48), (48, 80), (80, 80), (33, 70), (64, 64)]
 
@@ -40,6 +41,10 @@ def images(tmp_path) -> list[ImageRef]:
 
 def entries(folder) -> list:
     return sorted((folder / "features").glob("*/*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def cache_use(folder) -> Use:
+    return store_in(folder).use()
 
 
 def fill(backbone, folder, images, **settings) -> FeatureCache:
@@ -166,7 +171,7 @@ def test_room_is_foretold(backbone, images, tmp_path, limit):
     """Without knowing one entry's name: as if none were this run's."""
     fill(backbone, tmp_path, images[:3])
     wanted = sum(entry.features.nbytes + 400 for entry in FeatureCache(backbone, None).get(images[3:]))
-    foretold = room_for(tmp_path, limit, wanted)
+    foretold = store_in(tmp_path, limit / 1e9).room_for(wanted)
     found = FeatureCache(backbone, tmp_path, limit_gb=limit / 1e9).survey(images[3:]).room
     assert foretold <= found < foretold + 13_000  # what goes, goes by whole entries
     assert min(limit, wanted) <= foretold <= limit
@@ -178,9 +183,9 @@ def test_what_main_memory_still_holds_is_foretold(backbone, monkeypatch, tmp_pat
     for i in range(40):
         picture(i).save(tmp_path / f"{i}.png")
     images = [ImageRef(path=path, name=path.name) for path in tmp_path.glob("*.png")]
-    cache, draw = FeatureCache(backbone, None), random.Random(0)
-    num_bytes = cache.survey(images).num_bytes
+    draw, num_bytes = random.Random(0), FeatureCache(backbone, None).survey(images).num_bytes
     monkeypatch.setattr("vlm_lora.model.features.IN_MEMORY_BYTES", round(share * num_bytes))
+    cache = FeatureCache(backbone, None)
     for _ in range(8):
         draw.shuffle(images)
         for image in images:
@@ -228,24 +233,20 @@ def test_the_same_entry_is_counted_once(backbone, images, tmp_path):
     assert cache_use(tmp_path).num_bytes <= int(counted) < cache_use(tmp_path).num_bytes + 400 * len(SIZES)
 
 
-class Sizes:
-    """As much of a backbone as `FeatureCache._store` needs."""
-
-    tower_adapted = False
-
-
-def store_many(folder, process: int, limit: int, together) -> None:
-    cache = FeatureCache(Sizes(), folder, limit_gb=limit / 1e9, warn=pytest.fail)
+def put_many(folder, process: int, limit: int, together) -> None:
+    store = Store(folder, limit)
     for i in range(40):
         together.wait(60)
-        cache._store(f"{process}{i:03}", ImageFeatures(torch.full((64, 32), float(i)), torch.tensor([1, 8, 8])))
+        name = f"{process}{i:03}"
+        store.own.add(name)
+        store.put(name, 1000, lambda path: path.write_bytes(bytes(1000)))
 
 
 def test_two_processes_keep_the_limit(tmp_path):
-    limit = 50 * (64 * 32 * 4 + 400)
+    limit = 50 * 1000
     forked = multiprocessing.get_context("fork")
     together = forked.Barrier(2)
-    processes = [forked.Process(target=store_many, args=(tmp_path, i, limit, together)) for i in range(2)]
+    processes = [forked.Process(target=put_many, args=(tmp_path / "features", i, limit, together)) for i in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -258,9 +259,8 @@ def test_two_processes_keep_the_limit(tmp_path):
 
 
 def test_an_entry_that_another_process_evicts_is_computed_again(backbone, images, tmp_path):
-    cache = fill(backbone, tmp_path, images)
+    cache = fill(backbone, tmp_path, images, in_memory=False)
     wanted = cache.get(images)
-    cache._memory.clear()
     assert main_cache(tmp_path, "--limit", "0") == 0
     assert equal(cache.get(images), wanted)
     assert (cache.damaged, cache_use(tmp_path).entries) == (0, len(SIZES))
@@ -295,7 +295,7 @@ def test_a_full_disk_ends_the_caching_and_nothing_else(backbone, images, tmp_pat
     assert equal(cache.get(images), FeatureCache(backbone, None).get(images))
     assert len(told) == 1
     assert "no more features are kept" in told[0]
-    assert not [path for path in (tmp_path / "features").rglob("*") if path.is_file() and path.name != "count"]
+    assert not list((tmp_path / "features").glob("*/*"))
 
 
 def test_a_folder_that_cannot_be_made_is_told_once(backbone, images, tmp_path):
@@ -365,7 +365,7 @@ def test_a_lost_entry_brings_the_tower_back_for_a_moment(checkpoints, images, tm
                 parameter.data.copy_(whole[name])
 
     monkeypatch.setattr(backbone, "park_tower", park)
-    cache = FeatureCache(backbone, tmp_path)
+    cache = FeatureCache(backbone, tmp_path, in_memory=False)
     cache.park_tower(images)
     assert tower_devices(backbone) == {"meta"}
     for path in entries(tmp_path):
@@ -376,7 +376,6 @@ def test_a_lost_entry_brings_the_tower_back_for_a_moment(checkpoints, images, tm
 
     cache.write = False  # what is lost now cannot be kept, and is computed in each step
     entries(tmp_path)[0].unlink()
-    cache._memory.clear()
     assert equal(cache.get(images), wanted)
     assert tower_devices(backbone) == {"cpu"}
 
