@@ -126,5 +126,5 @@ def test_another_adapter_brings_its_own_prompt_and_pixel_limits(checkpoints, tmp
     assert (small.prompt, large.prompt) == ("Prompt small.", "Prompt large.")
     assert (small.backbone.pixel_limits[1], large.backbone.pixel_limits[1]) == (48 * 48, 96 * 96)
     picture_96 = picture(7, (96, 96))
-    assert len(small.features.get([picture_96])[0].features) < len(large.features.get([picture_96])[0].features)
+    assert len(small.features.get([picture_96])[0].values) < len(large.features.get([picture_96])[0].values)
     assert small.with_adapter(tmp_path / "small").features is small.features  # seen once for both

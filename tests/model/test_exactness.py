@@ -320,7 +320,7 @@ def test_what_goes_to_a_gpu_is_pinned(checkpoints, examples, monkeypatch):
     assert pinned == []
     monkeypatch.setattr(type(backbone), "device", torch.device("cuda"))
     (fetched,) = Loader(backbone, features, ALONE).fetch(lessons, 10**6)
-    large = [fetched.packed.attention_mask, fetched.packed.position_ids, *(each.features for each in fetched.images)]
+    large = [fetched.packed.attention_mask, fetched.packed.position_ids, *(each.values for each in fetched.images)]
     assert {tensor.data_ptr() for tensor in large} <= set(pinned)
 
 
@@ -341,7 +341,7 @@ def _one_row(backbone, examples, fault: str | None = None) -> torch.Tensor:
 
 
 def _as_batch(packed, features, lessons) -> MicroBatch:
-    stacked = torch.cat([e.features for lesson in lessons for e in features.get(lesson.example.images)])
+    stacked = torch.cat([e.values for lesson in lessons for e in features.get(lesson.example.images)])
     num_labels = int((packed.labels[:, 1:] >= 0).sum())
     return MicroBatch(packed.input_ids, packed.labels, packed.position_ids, packed.attention_mask, stacked, num_labels)
 

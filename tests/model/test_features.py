@@ -57,8 +57,7 @@ def fill(backbone, folder, images, **settings) -> FeatureCache:
 
 def equal(one, other) -> bool:
     return all(
-        torch.equal(a.features, b.features) and torch.equal(a.grid_thw, b.grid_thw)
-        for a, b in zip(one, other, strict=True)
+        torch.equal(a.values, b.values) and torch.equal(a.grid_thw, b.grid_thw) for a, b in zip(one, other, strict=True)
     )
 
 
@@ -70,7 +69,7 @@ def test_the_size_is_told_before_the_tower_runs(checkpoints, images, tmp_path, m
         survey = FeatureCache(backbone, tmp_path).survey([*images, images[0]])  # a copy is counted once
     assert (survey.images, survey.missing) == (len(SIZES), len(SIZES))
     cache = fill(backbone, tmp_path, images)
-    assert survey.num_bytes == sum(entry.features.nbytes for entry in cache.get(images))
+    assert survey.num_bytes == sum(entry.values.nbytes for entry in cache.get(images))
     assert survey.num_bytes <= cache_use(tmp_path).num_bytes < survey.num_bytes + 400 * len(SIZES)
     again = FeatureCache(backbone, tmp_path).survey(images)
     assert (again.images, again.missing, again.num_bytes) == (len(SIZES), 0, survey.num_bytes)
@@ -157,7 +156,7 @@ def test_what_was_used_longest_ago_goes_first(backbone, images, tmp_path):
         name, _ = FeatureCache(backbone, tmp_path)._identify(image)
         os.utime(tmp_path / "features" / name[:2] / f"{name}.safetensors", (1000 + age, 1000 + age))
     FeatureCache(backbone, tmp_path).get(images[:1])  # ... until it is read
-    sizes = [entry.features.nbytes for entry in FeatureCache(backbone, None).get(images)]
+    sizes = [entry.values.nbytes for entry in FeatureCache(backbone, None).get(images)]
     limit = cache_use(tmp_path).num_bytes + 100
     fill(backbone, tmp_path, images[4:5], limit_gb=limit / 1e9)
     there = [bool(FeatureCache(backbone, tmp_path).survey([image]).missing == 0) for image in images[:5]]
@@ -170,7 +169,7 @@ def test_what_was_used_longest_ago_goes_first(backbone, images, tmp_path):
 def test_room_is_foretold(backbone, images, tmp_path, limit):
     """Without knowing one entry's name: as if none were this run's."""
     fill(backbone, tmp_path, images[:3])
-    wanted = sum(entry.features.nbytes + 400 for entry in FeatureCache(backbone, None).get(images[3:]))
+    wanted = sum(entry.values.nbytes + 400 for entry in FeatureCache(backbone, None).get(images[3:]))
     foretold = store_in(tmp_path, limit / 1e9).room_for(wanted)
     found = FeatureCache(backbone, tmp_path, limit_gb=limit / 1e9).survey(images[3:]).room
     assert foretold <= found < foretold + 13_000  # what goes, goes by whole entries
@@ -196,7 +195,7 @@ def test_what_main_memory_still_holds_is_foretold(backbone, monkeypatch, tmp_pat
 
 def test_a_running_run_keeps_its_own(backbone, images, tmp_path):
     """With no room for a second half, the first half stays, and the second goes through the tower each time."""
-    half = sum(entry.features.nbytes + 400 for entry in FeatureCache(backbone, None).get(images[:3]))
+    half = sum(entry.values.nbytes + 400 for entry in FeatureCache(backbone, None).get(images[:3]))
     cache = fill(backbone, tmp_path, images, limit_gb=half / 1e9)
     assert cache_use(tmp_path).entries == cache.computed == 3
     assert not cache.complete(images)
@@ -208,7 +207,7 @@ def test_a_running_run_keeps_its_own(backbone, images, tmp_path):
 
 def test_two_runs_in_one_folder_keep_its_limit(backbone, images, tmp_path):
     """Also when both looked before either had written."""
-    half = sum(entry.features.nbytes + 400 for entry in FeatureCache(backbone, None).get(images[:3]))
+    half = sum(entry.values.nbytes + 400 for entry in FeatureCache(backbone, None).get(images[:3]))
     one, other = (FeatureCache(backbone, tmp_path, limit_gb=half / 1e9) for _ in range(2))
     for cache, own in ((one, images[:3]), (other, images[3:])):
         assert cache.survey(own).room > 0
@@ -256,6 +255,21 @@ def test_two_processes_keep_the_limit(tmp_path):
     assert use.entries == 50
     assert use.num_bytes <= limit
     assert {path.stem[0] for path in entries(tmp_path)} == {"0", "1"}
+
+
+def test_on_a_disk_without_locks_entries_are_kept_too(tmp_path, monkeypatch):
+    asked = []
+
+    def refuse(lock):
+        asked.append(lock)
+        raise NotImplementedError("no flock here")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    store = Store(tmp_path / "features", limit=2500)
+    for name in ("aa", "bb", "cc"):
+        store.put(name, 1000, lambda path: path.write_bytes(bytes(1000)))
+    assert ("aa" in store, "bb" in store, "cc" in store) == (True, True, False)
+    assert len(asked) == 1  # each might have to be waited for
 
 
 def test_an_entry_that_another_process_evicts_is_computed_again(backbone, images, tmp_path):

@@ -193,7 +193,7 @@ def test_steps_are_the_ones_that_are_trained(checkpoints, photo_folder, tmp_path
     live = predict(settings, shapes, lessons, patches, device=CPU, kept=0.0)
     once = sum(map(CostModel(shapes, settings, torch.float32).tower_operations, patches.values()))
     assert [p.tower_operations for p in (whole, remembered, live)] == pytest.approx([0, once, 3 * once])
-    assert whole.features == sum(entry.features.nbytes for entry in features.get(list(patches)))
+    assert whole.features == sum(entry.values.nbytes for entry in features.get(list(patches)))
 
 
 def test_several_devices_wait_for_the_busiest(checkpoints, photo_folder, tmp_path):

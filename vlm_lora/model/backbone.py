@@ -187,9 +187,10 @@ class Backbone(Preprocessor):
         self, attention_mask: torch.Tensor, position_ids: torch.Tensor, cache: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mask and positions with the prefix before them; an empty cache gets its keys and values."""
-        count = self.prefix.keys.shape[2]
+        prefix = self.prefix
+        count = prefix.keys.shape[2]
         if cache.get_seq_length() == 0:
-            for layer, pairs in enumerate(zip(self.prefix.keys, self.prefix.values, strict=True)):
+            for layer, pairs in enumerate(zip(prefix.keys, prefix.values, strict=True)):
                 cache.update(*(p.to(self.dtype).expand(len(attention_mask), -1, -1, -1) for p in pairs), layer)
         seen = attention_mask.new_ones(*attention_mask.shape[:-1], count)
         return torch.cat([seen, attention_mask], dim=-1), position_ids + count

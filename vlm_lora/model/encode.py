@@ -162,8 +162,8 @@ class Encoder:
         cut = _shared_tokens(conversations)
         assert self.image_token_id not in ids[cut:], "the template puts the images before everything that differs"
         counts = iter((image_grid_thw.prod(-1) // self.merge_size**2).tolist())
-        own = self.num_prompt_tokens
-        prefix = [-1 - i for i in range(self.backbone.num_prompt_tokens if own is None else own)]
+        count = self.backbone.num_prompt_tokens if self.num_prompt_tokens is None else self.num_prompt_tokens
+        prefix = [-1 - i for i in range(count)]
         for token in ids[:cut]:
             prefix += [token] * next(counts) if token == self.image_token_id else [token]
         prefix_ids = torch.tensor(prefix, dtype=torch.long)

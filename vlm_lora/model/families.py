@@ -23,27 +23,32 @@ class QwenVL(nn.Module):
     enable_input_require_grads: Callable[[], None]
 
 
+def _cut_layer_types(config: Any, layers: int) -> None:
+    config.text_config.layer_types = config.text_config.layer_types[:layers]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """One family; modules are named as in the model, those of the tower as in its ``visual``."""
+    """One family. Parts of the tower are named as in ``visual``, linears in full."""
 
     class_name: str
     """Of the model, in transformers."""
     linears: dict[str, str]
-    """Patterns of the full names of the linears that LoRA adapts, by part: language, projector, vision. Anchored at
-    both ends, as PEFT's "all-linear" would adapt the tower too."""
+    """Patterns of the linears that LoRA adapts, by part: language, projector, vision. Whole names, as PEFT's
+    "all-linear" would adapt the tower too."""
     tower: tuple[str, ...] = ("patch_embed", "rotary_pos_emb", "blocks")
     """The parts of the vision tower, which ends before the mergers."""
     mergers: tuple[str, ...] = ("merger",)
     """Modules, or lists of them: that of the tower's last layer, then those of the inner layers that are shown too."""
-    features: Callable[[Any, Any, torch.Tensor], torch.Tensor]
-    """From ``visual``, the output of its forward without mergers and ``grid_thw`` ``(num_images, 3)`` to the features
+    features: Callable[[Any, Any, torch.Tensor], torch.Tensor] = lambda visual, output, grid_thw: (
+        output.last_hidden_state
+    )
+    """From ``visual``, the output of its forward without mergers, and ``grid_thw`` ``(num_images, 3)`` to the features
     ``(patches, width * number of mergers)``, in reading order."""
-    windows: Callable[[Any], tuple[int | None, ...]]
-    """From the vision config, for each layer of the tower, to the patches that see each other; None: all of an
-    image's."""
-    shorten: Callable[[Any, int], None]
-    """Leaves a config of fewer layers in order: cuts what it says of each layer."""
+    windows: Callable[[Any], tuple[int | None, ...]] = lambda config: (None,) * config.depth
+    """From the vision config to the patches that see each other, for each layer; None: all of an image's."""
+    shorten: Callable[[Any, int], None] = _cut_layer_types
+    """Cuts what a config says of each layer down to fewer layers."""
     template_options: dict[str, Any] = field(default_factory=dict)
     """What the chat template needs to be told to open an answer alike where it is asked for and where it is learnt."""
 
@@ -64,48 +69,6 @@ class Family:
         return [merger for part in parts for merger in (part if isinstance(part, nn.ModuleList) else [part])]
 
 
-def _last_layer(visual: Any, output: Any, grid_thw: torch.Tensor) -> torch.Tensor:
-    return output.last_hidden_state
-
-
-def _out_of_windows(visual: Any, output: Any, grid_thw: torch.Tensor) -> torch.Tensor:
-    """Qwen2.5-VL's tower works in windows and orders its tokens back after the merger; here it is done before."""
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-        get_vision_window_index,  # pyright: ignore[reportPrivateImportUsage]  # here in all releases that are tested
-    )
-
-    window_index, _ = get_vision_window_index(
-        grid_thw,
-        spatial_merge_size=visual.spatial_merge_size,
-        window_size=visual.window_size,
-        patch_size=visual.patch_size,
-    )
-    features = output.last_hidden_state
-    groups = features.view(-1, visual.spatial_merge_size**2, features.shape[-1])
-    return groups[torch.argsort(window_index)].reshape(features.shape)
-
-
-def _inner_layers_too(visual: Any, output: Any, grid_thw: torch.Tensor) -> torch.Tensor:
-    return torch.cat([output.last_hidden_state, *output.deepstack_features], 1)
-
-
-def _no_windows(vision_config: Any) -> tuple[int | None, ...]:
-    return (None,) * vision_config.depth
-
-
-def _windows_in_most_layers(vision_config: Any) -> tuple[int | None, ...]:
-    window = (vision_config.window_size // vision_config.patch_size) ** 2
-    return tuple(None if i in vision_config.fullatt_block_indexes else window for i in range(vision_config.depth))
-
-
-def _cut_layer_types(config: Any, layers: int) -> None:
-    config.text_config.layer_types = config.text_config.layer_types[:layers]
-
-
-def _show_no_inner_layers(config: Any, layers: int) -> None:
-    config.vision_config.deepstack_visual_indexes = []
-
-
 def _linears(*, projector: str, vision_mlp: str) -> dict[str, str]:
     return {
         "language": r"model\.language_model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)",
@@ -114,20 +77,43 @@ def _linears(*, projector: str, vision_mlp: str) -> dict[str, str]:
     }
 
 
+def _out_of_windows(visual: Any, output: Any, grid_thw: torch.Tensor) -> torch.Tensor:
+    """Qwen2.5-VL's tower works in windows and orders its tokens back after the merger; here it is done before."""
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+        get_vision_window_index,  # pyright: ignore[reportPrivateImportUsage]  # here in all releases that are tested
+    )
+
+    size = visual.spatial_merge_size
+    index, _ = get_vision_window_index(
+        grid_thw, spatial_merge_size=size, window_size=visual.window_size, patch_size=visual.patch_size
+    )
+    features = output.last_hidden_state
+    return features.view(-1, size**2, features.shape[-1])[torch.argsort(index)].reshape(features.shape)
+
+
+def _windows_in_most_layers(vision_config: Any) -> tuple[int | None, ...]:
+    window = (vision_config.window_size // vision_config.patch_size) ** 2
+    return tuple(None if i in vision_config.fullatt_block_indexes else window for i in range(vision_config.depth))
+
+
+def _inner_layers_too(visual: Any, output: Any, grid_thw: torch.Tensor) -> torch.Tensor:
+    return torch.cat([output.last_hidden_state, *output.deepstack_features], 1)
+
+
+def _show_no_inner_layers(config: Any, layers: int) -> None:
+    config.vision_config.deepstack_visual_indexes = []
+
+
 FAMILIES = {
     "qwen2_vl": Family(
         class_name="Qwen2VLForConditionalGeneration",
-        linears=_linears(projector=r"merger\.mlp\.[02]", vision_mlp="fc[12]"),  # mlp.1 is the activation
-        features=_last_layer,
-        windows=_no_windows,
-        shorten=_cut_layer_types,
+        linears=_linears(projector=r"merger\.mlp\.[02]", vision_mlp="fc[12]"),  # merger.mlp.1 is the activation
     ),
     "qwen2_5_vl": Family(
         class_name="Qwen2_5_VLForConditionalGeneration",
         linears=_linears(projector=r"merger\.mlp\.[02]", vision_mlp="(?:gate|up|down)_proj"),
         features=_out_of_windows,
         windows=_windows_in_most_layers,
-        shorten=_cut_layer_types,
     ),
     # Shows its language layers some of the tower's inner layers too (DeepStack, arXiv:2406.04334): each goes through a
     # merger of its own, and is added to what one of the first language layers gives.
@@ -137,7 +123,6 @@ FAMILIES = {
         tower=("patch_embed", "pos_embed", "rotary_pos_emb", "blocks"),
         mergers=("merger", "deepstack_merger_list"),
         features=_inner_layers_too,
-        windows=_no_windows,
         shorten=_show_no_inner_layers,
     ),
 }

@@ -11,10 +11,11 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -29,6 +30,7 @@ from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.preprocess import Pixels
 from vlm_lora.model.store import Store
 
+T = TypeVar("T")
 CACHE_VARIABLE = "VLM_LORA_CACHE"
 IN_MEMORY_BYTES = 512 * 2**20
 """Entries read or computed lately are kept in main memory up to this many bytes."""
@@ -53,33 +55,24 @@ def store_in(folder: Path, limit_gb: float = DEFAULT_CACHE_GB) -> Store:
 
 @dataclass(frozen=True, slots=True)
 class ImageFeatures:
-    """One image as the tower sees it: ``features`` (patches, width) before the merger, ``grid_thw`` (3,)."""
+    """One image as the tower sees it: ``values`` (patches, width) before the merger, ``grid_thw`` (3,)."""
 
-    features: torch.Tensor
+    values: torch.Tensor
     grid_thw: torch.Tensor
-
-    @property
-    def values(self) -> torch.Tensor:
-        return self.features
 
 
 @dataclass(frozen=True, slots=True)
 class ImagePixels:
-    """One image that is yet to go through the tower: ``pixel_values`` (patches, 3 * 2 * patch * patch), ``grid_thw``
-    (3,). ``name`` is its entry's; None for one that is never kept."""
+    """One image that is yet to go through the tower: ``values`` (patches, 3 * 2 * patch * patch), ``grid_thw`` (3,);
+    ``name`` is its entry's, None for one that is never kept."""
 
-    pixel_values: torch.Tensor
+    values: torch.Tensor
     grid_thw: torch.Tensor
     name: str | None
 
-    @property
-    def values(self) -> torch.Tensor:
-        return self.pixel_values
-
 
 ImageEntry = ImageFeatures | ImagePixels
-"""What a cache gives of an image: features; or pixels, where an adapter has changed the tower. Both have ``values``, a
-row for each patch."""
+"""What a cache gives of an image: features; or pixels, where an adapter has changed the tower."""
 
 
 def together(images: Sequence[ImageEntry], device: torch.device) -> torch.Tensor | Pixels | None:
@@ -150,7 +143,7 @@ class FeatureCache:
 
         One image at a time, so that an entry depends on its image alone and not on which others stood beside it.
         """
-        return self.compute([self._fetch_as_it_is(image) for image in images])
+        return self.compute([self._fetch(image, as_it_is=True) for image in images])
 
     def fetch(self, images: Sequence[ImageRef | Image.Image]) -> list[ImageEntry]:
         """Of each image, its features or its pixels for `compute`. Needs no model: for a thread beside the training.
@@ -181,10 +174,8 @@ class FeatureCache:
                 continue
             sizes[name] = self.backbone.feature_bytes(grid)
         missing = [name for name in sizes if not self._is_there(name)]
-        missing_bytes, room = sum(sizes[name] for name in missing), 0
-        if self.store and self._keeps:
-            with self._keeping():
-                room = self.store.make_room(missing_bytes + HEADER_BYTES * len(missing))
+        missing_bytes = sum(sizes[name] for name in missing)
+        room = self._on_disk(lambda store: store.make_room(missing_bytes + HEADER_BYTES * len(missing)), 0)
         return Survey(len(sizes), sum(sizes.values()), len(missing), missing_bytes, room)
 
     def grid(self, image: ImageRef) -> torch.Tensor:
@@ -202,11 +193,8 @@ class FeatureCache:
         """
         name, grid = self._identify(image)
         if not self._is_there(name):
-            fits = False
-            if self.store and self._keeps:
-                with self._keeping():
-                    fits = self.store.fits(self.backbone.feature_bytes(grid) + HEADER_BYTES)
-            if fits:
+            size = self.backbone.feature_bytes(grid) + HEADER_BYTES
+            if self._on_disk(lambda store: store.fits(size), False):
                 self.compute([self._fetch(image)])
             else:
                 load_image(image)
@@ -237,40 +225,31 @@ class FeatureCache:
 
     def _identify(self, image: ImageRef) -> tuple[str, tuple[int, int, int]]:
         """The name of its entry, and its grid, as they were when the file was first looked at."""
-        if image not in self._known:
-            self._know(image, self._name_and_grid(image, image.read_bytes()))
-        return self._known[image]
+        return self._known.get(image) or self._look_at(image, image.read_bytes())
 
-    def _know(self, image: ImageRef, identity: tuple[str, tuple[int, int, int]]) -> None:
-        name, _ = self._known.setdefault(image, identity)
+    def _look_at(self, image: ImageRef, data: bytes) -> tuple[str, tuple[int, int, int]]:
+        """The same for the bytes that the file holds now."""
+        key = f"{LAYOUT}:{content_hash(data)}:{self.backbone.tower_fingerprint}"
+        name, grid = hashlib.sha256(key.encode()).hexdigest(), self.backbone.grid(*image_size(data, image.name))
+        self._known.setdefault(image, (name, grid))
         if self.store:
             self.store.own.add(name)
+        return name, grid
 
-    def _name_and_grid(self, image: ImageRef, data: bytes) -> tuple[str, tuple[int, int, int]]:
-        key = f"{LAYOUT}:{content_hash(data)}:{self.backbone.tower_fingerprint}"
-        grid = self.backbone.grid(*image_size(data, image.name))
-        return hashlib.sha256(key.encode()).hexdigest(), grid
-
-    def _fetch(self, image: ImageRef | Image.Image) -> ImageEntry:
-        """What the image that was identified has; its file is read only if the cache has nothing."""
+    def _fetch(self, image: ImageRef | Image.Image, as_it_is: bool = False) -> ImageEntry:
+        """What is there of the image that was identified, or of the file ``as_it_is`` now; its pixels, if nothing is.
+        A file that was identified is read only then."""
         if not isinstance(image, ImageRef):
             return self._pixels(image, None)
-        name, _ = self._identify(image)
+        data = image.read_bytes() if as_it_is else None
+        name, _ = self._look_at(image, data) if data is not None else self._identify(image)
         if entry := self._find(name):
             return entry
-        data = image.read_bytes()
+        data = data if data is not None else image.read_bytes()
         # The name must be that of the very bytes that are decoded, or another image's features would go by it.
-        if self._name_and_grid(image, data)[0] != name:
+        if not as_it_is and self._look_at(image, data)[0] != name:
             raise DataError(f"{image.name!r} has changed since it was first read; put it back, or start anew")
         return self._pixels(load_image(data, name=image.name), name)
-
-    def _fetch_as_it_is(self, image: ImageRef | Image.Image) -> ImageEntry:
-        if not isinstance(image, ImageRef):
-            return self._pixels(image, None)
-        data = image.read_bytes()
-        identity = self._name_and_grid(image, data)
-        self._know(image, identity)
-        return self._find(identity[0]) or self._pixels(load_image(data, name=image.name), identity[0])
 
     def _find(self, name: str) -> ImageEntry | None:
         """The entry in memory or on disk."""
@@ -292,11 +271,11 @@ class FeatureCache:
         if self.live:
             entry = image
         else:
-            features = self.backbone.tower(image.pixel_values, image.grid_thw[None])
+            features = self.backbone.tower(image.values, image.grid_thw[None])
             entry = ImageFeatures(features.cpu(), image.grid_thw)
-            if image.name and self.store and self._keeps:
-                with self._keeping():
-                    _put(self.store, image.name, entry)
+            if name := image.name:
+                size, write = features.nbytes + HEADER_BYTES, partial(_write, name, entry)
+                self._on_disk(lambda store: store.put(name, size, write), None)
         if image.name:
             self._memory.put(image.name, entry)
         return entry
@@ -305,38 +284,29 @@ class FeatureCache:
         return self.store is not None and name in self.store
 
     def _load(self, name: str) -> ImageFeatures | None:
-        """The entry on disk. A damaged one is removed, and told of."""
+        """The entry on disk. A damaged one is deleted, with a warning."""
         if self.store is None:
             return None
         try:
-            with safe_open(self.store.path(name), framework="pt") as file:
-                entry = ImageFeatures(file.get_tensor("features"), file.get_tensor("grid_thw"))
-                sound = (file.metadata() or {}).get("crc32") == _checksum(name, entry)
+            entry = self.store.get(name, partial(_read, name))
         except FileNotFoundError:
             return None
-        except (SafetensorError, OSError):
-            entry, sound = None, False
-        if sound:
-            self.store.mark_used(name)
-            return entry
-        self.store.remove(name)
-        self.damaged += 1
-        self.warn(f"{self.store.path(name)} is damaged; these features are computed again.")
-        return None
+        if entry is None:
+            self.damaged += 1
+            self.warn(f"{self.store.path(name)} is damaged; these features are computed again.")
+        return entry
 
-    @property
-    def _keeps(self) -> bool:
-        """Whether new features are written at all."""
-        return self.write and not self._failing
-
-    @contextmanager
-    def _keeping(self) -> Iterator[None]:
-        """Inside, a disk that is full or read only ends the keeping of features, and is told of, once."""
+    def _on_disk(self, work: Callable[[Store], T], otherwise: T) -> T:
+        """What ``work`` gives where new features are kept. A disk that is full or read only ends that, with a
+        warning."""
+        if self.store is None or not self.write or self._failing:
+            return otherwise
         try:
-            yield
+            return work(self.store)
         except (OSError, SafetensorError) as error:
             self._failing = True
             self.warn(f"no more features are kept in {self.folder}, the tower computes them anew: {error}")
+            return otherwise
 
 
 class _Recent:
@@ -372,19 +342,30 @@ def found_again(num_bytes: int) -> float:
     return share + (1 - share) * math.log1p(-share) if share < 1 else 1.0
 
 
-def _put(store: Store, name: str, entry: ImageFeatures) -> None:
-    tensors = {"features": entry.features.contiguous(), "grid_thw": entry.grid_thw}
-    about = {"crc32": _checksum(name, entry)}
-    store.put(name, entry.features.nbytes + HEADER_BYTES, lambda path: save_file(tensors, path, metadata=about))
+def _read(name: str, path: Path) -> ImageFeatures | None:
+    """The entry in a file; None if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            entry = ImageFeatures(file.get_tensor("features"), file.get_tensor("grid_thw"))
+            return entry if (file.metadata() or {}).get("crc32") == _checksum(name, entry) else None
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError):
+        return None
+
+
+def _write(name: str, entry: ImageFeatures, path: Path) -> None:
+    tensors = {"features": entry.values.contiguous(), "grid_thw": entry.grid_thw}
+    save_file(tensors, path, metadata={"crc32": _checksum(name, entry)})
 
 
 def _checksum(name: str, entry: ImageFeatures) -> str:
     """Of all that an entry is: whose it is, both tensors' shape, number format and numbers."""
-    features, grid = entry.features, entry.grid_thw
-    header = f"{name} {features.dtype} {tuple(features.shape)} {grid.dtype} {grid.tolist()}"
-    return str(crc32(features, zlib.crc32(header.encode())))
+    values, grid = entry.values, entry.grid_thw
+    header = f"{name} {values.dtype} {tuple(values.shape)} {grid.dtype} {grid.tolist()}"
+    return str(crc32(values, zlib.crc32(header.encode())))
 
 
 def crc32(values: torch.Tensor, start: int = 0) -> int:
-    """A checksum of the numbers of a tensor, on top of another one."""
+    """A checksum of a tensor's numbers, on top of another one."""
     return zlib.crc32(values.contiguous().view(torch.uint8).numpy().data, start)

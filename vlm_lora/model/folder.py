@@ -13,9 +13,6 @@ from safetensors import safe_open
 from vlm_lora.errors import ModelError, VlmLoraError
 from vlm_lora.model.families import FAMILIES
 
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-"""What a name on the model hub looks like: owner/name."""
-
 LAYOUTS = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?")
 """What stands before a weight's name in the files of one release of transformers and not in those of another."""
 

@@ -124,7 +124,7 @@ def load_preprocessor(name: str, *, min_pixels: int | None = None, max_pixels: i
 def read_preprocessor(
     folder: Path, config: dict, name: str, min_pixels: int | None, max_pixels: int | None
 ) -> Preprocessor:
-    """The processor of a folder already found and checked; None leaves its own limit.
+    """The processor in a folder that is checked already; None leaves its own limit.
 
     Raises:
         ModelError: the processor cannot be loaded, is another model's, or the limits leave no size between them.

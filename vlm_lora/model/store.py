@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock
 
+T = TypeVar("T")
 SUFFIX = ".safetensors"
 
 DISK_SHARE = 0.9
@@ -25,7 +27,7 @@ ABANDONED_SECONDS = 24 * 3600
 """A temporary file this old belongs to no running process."""
 
 LOCK_SECONDS = 60
-"""A lock that takes longer is done without: each process then keeps the limit by itself."""
+"""A lock that takes longer is not waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class Store:
         self.own: set[str] = set()
         self._left_free: int | None = None  # bytes of the disk that stay free; None: nobody has looked
         self._lock = FileLock(folder / "count.lock", timeout=LOCK_SECONDS, poll_interval=0.01)
+        self._lockable = True
 
     def path(self, name: str) -> Path:
         return self.folder / name[:2] / f"{name}{SUFFIX}"
@@ -59,21 +62,20 @@ class Store:
     def __contains__(self, name: str) -> bool:
         return self.path(name).exists()
 
-    def mark_used(self, name: str) -> None:
-        """It was used now, so it is the last to be evicted."""
-        with suppress(OSError):  # a folder of somebody else's may be read only
-            os.utime(self.path(name))
-
-    def remove(self, name: str) -> None:
-        with suppress(OSError):
-            self.path(name).unlink(missing_ok=True)
-
     def use(self) -> Use:
         entries = self._entries()
         return Use(len(entries), sum(size for _, size, _ in entries), min((used for used, *_ in entries), default=None))
 
     def clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def get(self, name: str, read: Callable[[Path], T | None]) -> T | None:
+        """What ``read`` makes of the file of an entry, which was used now; where that is None, the entry is deleted."""
+        path = self.path(name)
+        content = read(path)
+        with suppress(OSError):  # a folder of somebody else's may be read only
+            os.utime(path) if content is not None else path.unlink(missing_ok=True)
+        return content
 
     def put(self, name: str, num_bytes: int, write: Callable[[Path], object]) -> None:
         """Have ``write`` make the file of an entry, if it fits and no other process was faster."""
@@ -141,10 +143,17 @@ class Store:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Inside, no other process counts, writes or evicts."""
+        """Inside, no other process counts, writes or evicts.
+
+        On a disk without locks each process keeps the limit by itself. So it does beside one of a release that locked
+        ``count`` instead, which filelock may empty: what both write at the same moment may then pass the limit.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError, NotImplementedError):  # some network disks have no locks
-            self._lock.acquire()
+        try:
+            if self._lockable:
+                self._lock.acquire()
+        except (OSError, NotImplementedError):
+            self._lockable = False
         try:
             yield
         finally:

@@ -11,7 +11,7 @@ as they are in the model they sit in, such as
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -23,7 +23,7 @@ from vlm_lora.config import HUB_NAME
 from vlm_lora.errors import AdapterError
 from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.families import ADAPTED, PARTS, part_of
-from vlm_lora.model.folder import HUB_NAME, read_json
+from vlm_lora.model.folder import read_json
 from vlm_lora.model.shapes import num_numbers
 
 WEIGHTS, CONFIG, CONTRACT = "adapter_model.safetensors", "adapter_config.json", "contract.json"
@@ -182,6 +182,20 @@ def base_of(folder: Path) -> str:
 def read_settings(folder: Path) -> dict:
     """``adapter_config.json``."""
     return _read(folder / CONFIG)
+
+
+def cannot_be_loaded(folder: Path, error: Exception) -> AdapterError:
+    """The error to raise where a library gives up on a folder: its own words, in one line."""
+    return AdapterError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}")
+
+
+def require_none(odd: Collection[str], folder: Path, backbone: Backbone) -> None:
+    """Refuse tensors that an adapter has and the base has no place for, or the other way round."""
+    if odd:
+        raise AdapterError(
+            f"{folder}: {len(odd)} of its tensors and the base model's do not match, first {min(odd)}. It was "
+            f"made for another model than {backbone.name}."
+        )
 
 
 def check_contract(backbone: Backbone, folder: Path) -> Contract | None:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,21 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch.autograd.function import once_differentiable
 
 from vlm_lora.config import TrainConfig
 from vlm_lora.errors import AdapterError
-from vlm_lora.model.adapters.base import CONFIG, WEIGHTS, Adapter, Contract, check_contract, read_settings
+from vlm_lora.model.adapters.base import (
+    CONFIG,
+    WEIGHTS,
+    Adapter,
+    Contract,
+    cannot_be_loaded,
+    check_contract,
+    read_settings,
+    require_none,
+)
 from vlm_lora.model.backbone import Backbone
 
 
@@ -42,7 +51,7 @@ def attach_lora(backbone: Backbone, config: TrainConfig, contract: Contract) -> 
     own = "projector" in targets and (rank, alpha) != (config.rank, config.lora_alpha)
     settings = LoraConfig(
         r=halves * config.rank,
-        lora_alpha=halves * config.lora_alpha,
+        lora_alpha=cast(int, halves * config.lora_alpha),  # any number will do
         lora_dropout=config.dropout,
         use_rslora=config.variant == "rslora",
         use_dora=config.variant == "dora",
@@ -184,14 +193,8 @@ def load_lora(backbone: Backbone, folder: Path) -> Adapter:
             warnings.simplefilter("ignore")  # PEFT only warns of unmatched keys; they are an error below
             peft_model = PeftModel.from_pretrained(backbone.model, str(folder), is_trainable=False)
     except Exception as error:  # PEFT raises nearly anything for a configuration that it cannot use
-        raise AdapterError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    expected = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
-    if saved != expected:
-        odd = sorted(saved ^ expected)
-        raise AdapterError(
-            f"{folder}: {len(odd)} of its tensors and the base model's do not match, first {odd[0]}. It was "
-            f"made for another model than {backbone.name}."
-        )
+        raise cannot_be_loaded(folder, error) from error
+    require_none(saved ^ set(get_peft_model_state_dict(peft_model, save_embedding_layers=False)), folder, backbone)
     peft_model.eval()
     return _adapter(backbone, peft_model, contract)
 
@@ -211,7 +214,7 @@ def merged_weights(adapter: Adapter) -> Iterator[tuple[str, torch.Tensor]]:
     for name, module in modules.items():
         if isinstance(module, ModulesToSaveWrapper):
             raise AdapterError(f"{name} is replaced as a whole (modules_to_save); only LoRA of linears can be merged.")
-        adapted = isinstance(module, LoraLayer)
+        adapted = isinstance(modules[name], LoraLayer)
         base = module.get_base_layer() if adapted else module
         quantised = getattr(getattr(base, "weight", None), "quant_state", None) is not None
         if name.endswith(".base_layer") or not (adapted or quantised):

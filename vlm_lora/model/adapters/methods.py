@@ -20,9 +20,11 @@ from vlm_lora.model.adapters.base import (
     WEIGHTS,
     Adapter,
     Contract,
+    cannot_be_loaded,
     check_contract,
     new_contract,
     read_settings,
+    require_none,
     write_json,
 )
 from vlm_lora.model.adapters.bottleneck import add_bottlenecks
@@ -73,7 +75,7 @@ def load_adapter(backbone: Backbone, folder: Path) -> Adapter:
             f"{FORMAT} and a number from 1 on."
         )
     adapter = _attach_own(backbone, method, size, 0, check_contract(backbone, folder))
-    _fill(dict(adapter.named_parameters()), folder, backbone.name)
+    _fill(adapter, folder)
     return adapter
 
 
@@ -100,20 +102,15 @@ def _attach_own(backbone: Backbone, method: str, size: int, seed: int, contract:
     return Adapter(backbone, contract, switched_off, write)
 
 
-def _fill(parameters: dict[str, torch.nn.Parameter], folder: Path, name: str) -> None:
+@torch.no_grad()
+def _fill(adapter: Adapter, folder: Path) -> None:
     """Fill the parameters of a newly attached adapter from its folder; none may be left over."""
     try:
         saved = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    odd = sorted(saved.keys() ^ parameters.keys())
-    odd += sorted(n for n in saved.keys() & parameters.keys() if saved[n].shape != parameters[n].shape)
-    if odd:
-        raise AdapterError(
-            f"{folder}: {len(odd)} of its tensors and the base model's do not match, first {odd[0]}. It was "
-            f"made for another model than {name}."
-        )
-    with torch.no_grad():
-        for n, parameter in parameters.items():
-            parameter.copy_(saved[n])
-            parameter.requires_grad_(False)
+        raise cannot_be_loaded(folder, error) from error
+    parameters = dict(adapter.named_parameters())
+    alike = {name for name in saved.keys() & parameters.keys() if saved[name].shape == parameters[name].shape}
+    require_none((saved.keys() | parameters.keys()) - alike, folder, adapter.backbone)
+    for name, parameter in parameters.items():
+        parameter.copy_(saved[name]).requires_grad_(False)
