@@ -105,7 +105,6 @@ def main() -> None:
         place = Path(name)
         write_model(place / "model")
         backbone = load_backbone(str(place / "model"), dtype="float32")
-        plain = load_backbone(str(place / "model"), dtype="float32")  # a captioner's linears are packed
         files, (large,) = write_photos(place, args.images, 224), write_photos(place, 1, 448)
 
         def captioner(cache: Path | None) -> Captioner:
@@ -118,11 +117,11 @@ def main() -> None:
         captions(place / "cache")  # fills it, and hashes the tower: once a process
         several = [PROMPT] * args.images
         works = {
-            "one_at_a_time": lambda: [by_generate(plain, [f], [PROMPT], args.tokens)[0] for f in files],
-            "batched": lambda: by_generate(plain, files, several, args.tokens),
+            "one_at_a_time": lambda: [by_generate(backbone, [f], [PROMPT], args.tokens)[0] for f in files],
+            "batched": lambda: by_generate(backbone, files, several, args.tokens),
             "cold": lambda: captions(None),
             "cached": lambda: captions(place / "cache"),
-            "ten_batched": lambda: by_generate(plain, [large] * 10, QUESTIONS, args.tokens),
+            "ten_batched": lambda: by_generate(backbone, [large] * 10, QUESTIONS, args.tokens),
             "ten_questions": lambda: captioner(None).answer(large, QUESTIONS, decoding=decoding),
             "ten_questions_cached": lambda: captioner(place / "cache").answer(large, QUESTIONS, decoding=decoding),
         }

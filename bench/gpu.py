@@ -50,7 +50,7 @@ from vlm_lora import Captioner, Dialogue, Turn, __version__
 from vlm_lora.cli.console import say
 from vlm_lora.config import DEFAULT_PROMPT, TrainConfig
 from vlm_lora.inference.captioner import Decoding
-from vlm_lora.model.adapters.lora import attach_lora
+from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import Backbone, load_backbone
 from vlm_lora.model.device import best_device
 from vlm_lora.model.encode import Encoder
@@ -271,7 +271,7 @@ def measure(backbone: Backbone, base: str, model: str, args: argparse.Namespace)
     """What the steps of every variant take and give, and captioning. Raises `torch.OutOfMemoryError` beside them."""
     device = backbone.device
     work = Work(backbone, args.images, args.captions, args.side, args.words, args.max_tokens)
-    adapter = attach_lora(backbone, rank=RANK, alpha=2 * RANK, dropout=0.0, seed=0, prompt=DEFAULT_PROMPT)
+    adapter = attach_adapter(backbone, TrainConfig(data="none", rank=RANK))
     predicted = work.predicted_bytes(base, model)
     product = attainable(device, backbone.dtype)
     variants = VARIANTS | ({COMPILED: VARIANTS["all"]} if args.compiled else {})

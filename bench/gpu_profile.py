@@ -34,8 +34,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.profiler import ProfilerActivity, profile
 
 from bench.gpu import RANK, ROOT, SIZES, VARIANTS, Work, device_name, seconds, write_model
-from vlm_lora.config import DEFAULT_PROMPT
-from vlm_lora.model.adapters.lora import _AddLowRank, attach_lora
+from vlm_lora.config import TrainConfig
+from vlm_lora.model.adapters.lora import _AddLowRank
+from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.attention import packed_attention
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.device import best_device
@@ -379,7 +380,7 @@ def main() -> None:
         work, fewer, few = (
             Work(backbone, n, 5, side, 12, 8192) for n in (images, 1 if small else 10, 1 if small else 4)
         )
-        adapter = attach_lora(backbone, rank=RANK, alpha=2 * RANK, dropout=0.0, seed=0, prompt=DEFAULT_PROMPT)
+        adapter = attach_adapter(backbone, TrainConfig(data="none", rank=RANK))
         tensors = dict(adapter.named_parameters())
     torch.manual_seed(1)
     with torch.no_grad():

@@ -207,10 +207,10 @@ def prepare(work: Path, shape: str, dtype: str, said: str, tokens: int, answers:
 def peer_job(path: Path, examples, schedule, steps: int, settings: dict) -> dict:
     """What another tool needs to learn the schedule's first ``steps`` steps in their order, with these ``settings``:
     batch_size, rank, lr, seed. ``path`` gets an answer a line."""
-    from vlm_lora.model.backbone import LANGUAGE_LINEARS, MERGER_LINEARS
+    from vlm_lora.model.families import FAMILIES
     from vlm_lora.training.step import learning_rate
 
-    rows = []
+    rows, linears = [], FAMILIES["qwen2_vl"].linears
     for step in range(steps):
         for example, dialogues in schedule.step(step):
             for dialogue in dialogues:
@@ -220,7 +220,7 @@ def peer_job(path: Path, examples, schedule, steps: int, settings: dict) -> dict
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return settings | {
         "rows": str(path),
-        "targets": f"(?:.*\\.)?(?:{LANGUAGE_LINEARS}|{MERGER_LINEARS})",
+        "targets": f"(?:.*\\.)?(?:{linears['language']}|{linears['projector']})",
         "alpha": 2 * settings["rank"],
         # The other tools that allow it are given these very rates.
         "rates": [learning_rate(s, schedule.num_steps, settings["lr"], 0.05) for s in range(schedule.num_steps)],

@@ -15,9 +15,10 @@ from PIL import Image
 
 from tests.conftest import picture
 from vlm_lora.cli import main
+from vlm_lora.config import TrainConfig
 from vlm_lora.data.readers import read_dataset
 from vlm_lora.inference.captioner import Captioner, Decoding
-from vlm_lora.model.adapters.lora import attach_lora
+from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import load_backbone
 
 HOSTILE = [
@@ -36,7 +37,7 @@ def adapters(tmp_path_factory, checkpoints):
     folders = []
     for seed in (1, 2):
         backbone = load_backbone(str(checkpoints["qwen2_vl"]))
-        adapter = attach_lora(backbone, rank=2, alpha=8, dropout=0.0, seed=seed, prompt="Say it.")
+        adapter = attach_adapter(backbone, TrainConfig(data="none", rank=2, alpha=8, seed=seed, prompt="Say it."))
         for _, parameter in adapter.named_parameters():
             parameter.data += 0.3 * seed
         folders.append(tmp_path_factory.mktemp("adapters") / f"{seed}")

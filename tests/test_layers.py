@@ -63,6 +63,15 @@ def test_no_module_needs_itself():
     assert tuple(graphlib.TopologicalSorter(needs).static_order())
 
 
+def test_nothing_but_the_table_asks_which_family_a_model_is_of():
+    from vlm_lora.model.families import FAMILIES
+
+    names = {*FAMILIES, *(family.class_name for family in FAMILIES.values())}
+    for path in PACKAGE.rglob("*.py"):
+        texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert path.name == "families.py" or not texts & names, path
+
+
 def test_the_demo_uses_the_public_names_only():
     for path in (PACKAGE / "demo").glob("*.py"):
         for module, names in imports(path):

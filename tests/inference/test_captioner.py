@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from tests.conftest import picture
-from vlm_lora.config import DEFAULT_PROMPT
+from vlm_lora.config import DEFAULT_PROMPT, TrainConfig
 from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
 from vlm_lora.errors import AdapterError, ConfigError, ModelError
 from vlm_lora.inference.captioner import MEMORY_SHARE, Captioner, Decoding
 from vlm_lora.inference.evaluate import evaluate
 from vlm_lora.inference.scores import tables_as_text
-from vlm_lora.model.adapters.lora import attach_lora
+from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.features import FeatureCache, cache_folder
 
@@ -31,7 +31,7 @@ ONE_FAMILY = pytest.mark.parametrize("captioner", ["qwen2_vl"], indirect=True)
 def captioner(checkpoints, request) -> Captioner:
     """With a random adapter strong enough to change what is said."""
     backbone = load_backbone(str(checkpoints[request.param]))
-    adapter = attach_lora(backbone, rank=4, alpha=8, dropout=0.1, seed=1, prompt=DEFAULT_PROMPT)
+    adapter = attach_adapter(backbone, TrainConfig(data="none", rank=4, dropout=0.1, seed=1))
     for i, (_, parameter) in enumerate(adapter.named_parameters()):
         torch.manual_seed(i)
         parameter.data = torch.randn_like(parameter.data) * 0.3
@@ -138,10 +138,10 @@ def test_rows_are_counted_by_what_is_kept_of_them(captioner, monkeypatch):
         ids, positions = torch.arange(5, 15)[None], torch.arange(10).expand(3, 1, -1)
         backbone.forward(ids, torch.ones(1, 10), positions, None, past_key_values=cache)
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / 10
-    tokens = len(entry.features) // 4 + 8 + 64
-    row = tokens * (kept + 4 * (3 * text.intermediate_size + 8 * text.hidden_size)) + entry.features.nbytes
+    tokens = len(entry.values) // 4 + 8 + 64
+    row = tokens * (kept + 4 * (3 * text.intermediate_size + 8 * text.hidden_size)) + entry.values.nbytes
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10.5 * row / MEMORY_SHARE))
-    assert captioner._rows_that_fit(len(entry.features), Decoding(max_new_tokens=8)) == 10
+    assert captioner._rows_that_fit(len(entry.values), Decoding(max_new_tokens=8)) == 10
 
 
 @ONE_FAMILY
@@ -184,10 +184,8 @@ def test_what_all_images_begin_with_is_computed_once(captioner, files, monkeypat
     whole = captioner.encoder.encode_requests([[Turn(DEFAULT_PROMPT, "")]], grid[0].grid_thw[None])
     assert (one, rows) == (1, 4)
     assert whole.prefix_ids[head] == captioner.backbone.image_token_id  # up to the picture
-    longest = max(len(entry.features) for entry in grid) // 4
-    assert (
-        head + rest == len(whole.prefix_ids) + len(whole.branches[0].input_ids) - len(grid[0].features) // 4 + longest
-    )
+    longest = max(len(entry.values) for entry in grid) // 4
+    assert head + rest == len(whole.prefix_ids) + len(whole.branches[0].input_ids) - len(grid[0].values) // 4 + longest
 
 
 @ONE_FAMILY
@@ -203,7 +201,7 @@ def test_images_of_all_sizes_are_batched_by_length_and_come_in_order(captioner, 
     def watched(asked, **how):
         if len(asked) > 2:
             raise torch.OutOfMemoryError("as a GPU does")
-        batches.append([len(entries[0].features) for entries, _ in asked])
+        batches.append([len(entries[0].values) for entries, _ in asked])
         return generate(asked, **how)
 
     monkeypatch.setattr(captioner, "generate", watched)
@@ -220,7 +218,7 @@ def test_several_adapters_share_the_base_and_its_features(checkpoints, files, tm
     folders = []
     for seed in (1, 2):
         backbone = load_backbone(str(checkpoints["qwen2_vl"]))
-        adapter = attach_lora(backbone, rank=4, alpha=8, dropout=0.0, seed=seed, prompt=f"Prompt {seed}.")
+        adapter = attach_adapter(backbone, TrainConfig(data="none", rank=4, seed=seed, prompt=f"Prompt {seed}."))
         for i, (_, parameter) in enumerate(adapter.named_parameters()):
             torch.manual_seed(10 * seed + i)
             parameter.data = torch.randn_like(parameter.data) * 0.3

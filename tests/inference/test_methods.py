@@ -7,12 +7,12 @@ import torch
 
 from tests.conftest import picture
 from tests.model.test_methods import LOGITS, METHODS, attach
-from vlm_lora.config import DEFAULT_PROMPT
+from vlm_lora.config import DEFAULT_PROMPT, TrainConfig
 from vlm_lora.data.example import Turn
 from vlm_lora.errors import AdapterError
 from vlm_lora.inference.captioner import Captioner, Decoding
 from vlm_lora.model.adapters.base import ADAPTED
-from vlm_lora.model.adapters.lora import attach_lora
+from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.features import FeatureCache
 
@@ -119,11 +119,12 @@ def test_another_adapter_brings_its_own_prompt_and_pixel_limits(checkpoints, tmp
     model = str(checkpoints["qwen2_vl"])
     for name, limit in (("small", 48 * 48), ("large", 96 * 96)):
         backbone = load_backbone(model, max_pixels=limit)
-        attach_lora(backbone, rank=4, alpha=8, dropout=0.0, seed=1, prompt=f"Prompt {name}.").save(tmp_path / name)
+        config = TrainConfig(data="none", rank=4, seed=1, prompt=f"Prompt {name}.")
+        attach_adapter(backbone, config).save(tmp_path / name)
     small = Captioner.load(model, tmp_path / "small")
     large = small.with_adapter(tmp_path / "large")
     assert (small.prompt, large.prompt) == ("Prompt small.", "Prompt large.")
     assert (small.backbone.pixel_limits[1], large.backbone.pixel_limits[1]) == (48 * 48, 96 * 96)
     picture_96 = picture(7, (96, 96))
-    assert len(small.features.get([picture_96])[0].features) < len(large.features.get([picture_96])[0].features)
+    assert len(small.features.get([picture_96])[0].values) < len(large.features.get([picture_96])[0].values)
     assert small.with_adapter(tmp_path / "small").features is small.features  # seen once for both

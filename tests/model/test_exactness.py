@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from tests.conftest import picture
+from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
-from vlm_lora.model.adapters.lora import attach_lora
+from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache
@@ -57,7 +58,7 @@ def examples(tmp_path) -> list[Example]:
 def load(checkpoints, family: str, dtype=torch.float64):
     backbone = load_backbone(str(checkpoints[family]), dtype="float32")
     backbone.model.to(dtype)
-    adapter = attach_lora(backbone, rank=4, alpha=8, dropout=0.0, seed=1, prompt="Describe this image.")
+    adapter = attach_adapter(backbone, TrainConfig(data="none", rank=4, seed=1))
     for i, (_, parameter) in enumerate(adapter.named_parameters()):
         torch.manual_seed(i)
         parameter.data = torch.randn_like(parameter.data).to(dtype) * 0.1
@@ -319,7 +320,7 @@ def test_what_goes_to_a_gpu_is_pinned(checkpoints, examples, monkeypatch):
     assert pinned == []
     monkeypatch.setattr(type(backbone), "device", torch.device("cuda"))
     (fetched,) = Loader(backbone, features, ALONE).fetch(lessons, 10**6)
-    large = [fetched.packed.attention_mask, fetched.packed.position_ids, *(each.features for each in fetched.images)]
+    large = [fetched.packed.attention_mask, fetched.packed.position_ids, *(each.values for each in fetched.images)]
     assert {tensor.data_ptr() for tensor in large} <= set(pinned)
 
 
@@ -340,7 +341,7 @@ def _one_row(backbone, examples, fault: str | None = None) -> torch.Tensor:
 
 
 def _as_batch(packed, features, lessons) -> MicroBatch:
-    stacked = torch.cat([e.features for lesson in lessons for e in features.get(lesson.example.images)])
+    stacked = torch.cat([e.values for lesson in lessons for e in features.get(lesson.example.images)])
     num_labels = int((packed.labels[:, 1:] >= 0).sum())
     return MicroBatch(packed.input_ids, packed.labels, packed.position_ids, packed.attention_mask, stacked, num_labels)
 

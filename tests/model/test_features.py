@@ -17,7 +17,8 @@ from vlm_lora.cli import main
 from vlm_lora.data.example import ImageRef
 from vlm_lora.errors import DataError
 from vlm_lora.model.backbone import load_backbone
-from vlm_lora.model.features import FeatureCache, ImageFeatures, cache_use, found_again, room_for
+from vlm_lora.model.features import FeatureCache, found_again, store_in
+from vlm_lora.model.store import Store, Use
 
 SIZES = [(64, 64), (96, 48), (48, 80), (80, 80), (33, 70), (64, 64)]
 
@@ -42,6 +43,10 @@ def entries(folder) -> list:
     return sorted((folder / "features").glob("*/*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
 
 
+def cache_use(folder) -> Use:
+    return store_in(folder).use()
+
+
 def fill(backbone, folder, images, **settings) -> FeatureCache:
     cache = FeatureCache(backbone, folder, **settings)
     cache.survey(images)
@@ -52,8 +57,7 @@ def fill(backbone, folder, images, **settings) -> FeatureCache:
 
 def equal(one, other) -> bool:
     return all(
-        torch.equal(a.features, b.features) and torch.equal(a.grid_thw, b.grid_thw)
-        for a, b in zip(one, other, strict=True)
+        torch.equal(a.values, b.values) and torch.equal(a.grid_thw, b.grid_thw) for a, b in zip(one, other, strict=True)
     )
 
 
@@ -65,7 +69,7 @@ def test_the_size_is_told_before_the_tower_runs(checkpoints, images, tmp_path, m
         survey = FeatureCache(backbone, tmp_path).survey([*images, images[0]])  # a copy is counted once
     assert (survey.images, survey.missing) == (len(SIZES), len(SIZES))
     cache = fill(backbone, tmp_path, images)
-    assert survey.num_bytes == sum(entry.features.nbytes for entry in cache.get(images))
+    assert survey.num_bytes == sum(entry.values.nbytes for entry in cache.get(images))
     assert survey.num_bytes <= cache_use(tmp_path).num_bytes < survey.num_bytes + 400 * len(SIZES)
     again = FeatureCache(backbone, tmp_path).survey(images)
     assert (again.images, again.missing, again.num_bytes) == (len(SIZES), 0, survey.num_bytes)
@@ -152,7 +156,7 @@ def test_what_was_used_longest_ago_goes_first(backbone, images, tmp_path):
         name, _ = FeatureCache(backbone, tmp_path)._identify(image)
         os.utime(tmp_path / "features" / name[:2] / f"{name}.safetensors", (1000 + age, 1000 + age))
     FeatureCache(backbone, tmp_path).get(images[:1])  # ... until it is read
-    sizes = [entry.features.nbytes for entry in FeatureCache(backbone, None).get(images)]
+    sizes = [entry.values.nbytes for entry in FeatureCache(backbone, None).get(images)]
     limit = cache_use(tmp_path).num_bytes + 100
     fill(backbone, tmp_path, images[4:5], limit_gb=limit / 1e9)
     there = [bool(FeatureCache(backbone, tmp_path).survey([image]).missing == 0) for image in images[:5]]
@@ -165,8 +169,8 @@ def test_what_was_used_longest_ago_goes_first(backbone, images, tmp_path):
 def test_room_is_foretold(backbone, images, tmp_path, limit):
     """Without knowing one entry's name: as if none were this run's."""
     fill(backbone, tmp_path, images[:3])
-    wanted = sum(entry.features.nbytes + 400 for entry in FeatureCache(backbone, None).get(images[3:]))
-    foretold = room_for(tmp_path, limit, wanted)
+    wanted = sum(entry.values.nbytes + 400 for entry in FeatureCache(backbone, None).get(images[3:]))
+    foretold = store_in(tmp_path, limit / 1e9).room_for(wanted)
     found = FeatureCache(backbone, tmp_path, limit_gb=limit / 1e9).survey(images[3:]).room
     assert foretold <= found < foretold + 13_000  # what goes, goes by whole entries
     assert min(limit, wanted) <= foretold <= limit
@@ -178,9 +182,9 @@ def test_what_main_memory_still_holds_is_foretold(backbone, monkeypatch, tmp_pat
     for i in range(40):
         picture(i).save(tmp_path / f"{i}.png")
     images = [ImageRef(path=path, name=path.name) for path in tmp_path.glob("*.png")]
-    cache, draw = FeatureCache(backbone, None), random.Random(0)
-    num_bytes = cache.survey(images).num_bytes
+    draw, num_bytes = random.Random(0), FeatureCache(backbone, None).survey(images).num_bytes
     monkeypatch.setattr("vlm_lora.model.features.IN_MEMORY_BYTES", round(share * num_bytes))
+    cache = FeatureCache(backbone, None)
     for _ in range(8):
         draw.shuffle(images)
         for image in images:
@@ -191,7 +195,7 @@ def test_what_main_memory_still_holds_is_foretold(backbone, monkeypatch, tmp_pat
 
 def test_a_running_run_keeps_its_own(backbone, images, tmp_path):
     """With no room for a second half, the first half stays, and the second goes through the tower each time."""
-    half = sum(entry.features.nbytes + 400 for entry in FeatureCache(backbone, None).get(images[:3]))
+    half = sum(entry.values.nbytes + 400 for entry in FeatureCache(backbone, None).get(images[:3]))
     cache = fill(backbone, tmp_path, images, limit_gb=half / 1e9)
     assert cache_use(tmp_path).entries == cache.computed == 3
     assert not cache.complete(images)
@@ -203,7 +207,7 @@ def test_a_running_run_keeps_its_own(backbone, images, tmp_path):
 
 def test_two_runs_in_one_folder_keep_its_limit(backbone, images, tmp_path):
     """Also when both looked before either had written."""
-    half = sum(entry.features.nbytes + 400 for entry in FeatureCache(backbone, None).get(images[:3]))
+    half = sum(entry.values.nbytes + 400 for entry in FeatureCache(backbone, None).get(images[:3]))
     one, other = (FeatureCache(backbone, tmp_path, limit_gb=half / 1e9) for _ in range(2))
     for cache, own in ((one, images[:3]), (other, images[3:])):
         assert cache.survey(own).room > 0
@@ -228,24 +232,20 @@ def test_the_same_entry_is_counted_once(backbone, images, tmp_path):
     assert cache_use(tmp_path).num_bytes <= int(counted) < cache_use(tmp_path).num_bytes + 400 * len(SIZES)
 
 
-class Sizes:
-    """As much of a backbone as `FeatureCache._store` needs."""
-
-    tower_adapted = False
-
-
-def store_many(folder, process: int, limit: int, together) -> None:
-    cache = FeatureCache(Sizes(), folder, limit_gb=limit / 1e9, warn=pytest.fail)
+def put_many(folder, process: int, limit: int, together) -> None:
+    store = Store(folder, limit)
     for i in range(40):
         together.wait(60)
-        cache._store(f"{process}{i:03}", ImageFeatures(torch.full((64, 32), float(i)), torch.tensor([1, 8, 8])))
+        name = f"{process}{i:03}"
+        store.own.add(name)
+        store.put(name, 1000, lambda path: path.write_bytes(bytes(1000)))
 
 
 def test_two_processes_keep_the_limit(tmp_path):
-    limit = 50 * (64 * 32 * 4 + 400)
+    limit = 50 * 1000
     forked = multiprocessing.get_context("fork")
     together = forked.Barrier(2)
-    processes = [forked.Process(target=store_many, args=(tmp_path, i, limit, together)) for i in range(2)]
+    processes = [forked.Process(target=put_many, args=(tmp_path / "features", i, limit, together)) for i in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -257,10 +257,24 @@ def test_two_processes_keep_the_limit(tmp_path):
     assert {path.stem[0] for path in entries(tmp_path)} == {"0", "1"}
 
 
+def test_on_a_disk_without_locks_entries_are_kept_too(tmp_path, monkeypatch):
+    asked = []
+
+    def refuse(lock):
+        asked.append(lock)
+        raise NotImplementedError("no flock here")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    store = Store(tmp_path / "features", limit=2500)
+    for name in ("aa", "bb", "cc"):
+        store.put(name, 1000, lambda path: path.write_bytes(bytes(1000)))
+    assert ("aa" in store, "bb" in store, "cc" in store) == (True, True, False)
+    assert len(asked) == 1  # each might have to be waited for
+
+
 def test_an_entry_that_another_process_evicts_is_computed_again(backbone, images, tmp_path):
-    cache = fill(backbone, tmp_path, images)
+    cache = fill(backbone, tmp_path, images, in_memory=False)
     wanted = cache.get(images)
-    cache._memory.clear()
     assert main_cache(tmp_path, "--limit", "0") == 0
     assert equal(cache.get(images), wanted)
     assert (cache.damaged, cache_use(tmp_path).entries) == (0, len(SIZES))
@@ -295,7 +309,7 @@ def test_a_full_disk_ends_the_caching_and_nothing_else(backbone, images, tmp_pat
     assert equal(cache.get(images), FeatureCache(backbone, None).get(images))
     assert len(told) == 1
     assert "no more features are kept" in told[0]
-    assert not [path for path in (tmp_path / "features").rglob("*") if path.is_file() and path.name != "count"]
+    assert not list((tmp_path / "features").glob("*/*"))
 
 
 def test_a_folder_that_cannot_be_made_is_told_once(backbone, images, tmp_path):
@@ -365,7 +379,7 @@ def test_a_lost_entry_brings_the_tower_back_for_a_moment(checkpoints, images, tm
                 parameter.data.copy_(whole[name])
 
     monkeypatch.setattr(backbone, "park_tower", park)
-    cache = FeatureCache(backbone, tmp_path)
+    cache = FeatureCache(backbone, tmp_path, in_memory=False)
     cache.park_tower(images)
     assert tower_devices(backbone) == {"meta"}
     for path in entries(tmp_path):
@@ -376,7 +390,6 @@ def test_a_lost_entry_brings_the_tower_back_for_a_moment(checkpoints, images, tm
 
     cache.write = False  # what is lost now cannot be kept, and is computed in each step
     entries(tmp_path)[0].unlink()
-    cache._memory.clear()
     assert equal(cache.get(images), wanted)
     assert tower_devices(backbone) == {"cpu"}
 

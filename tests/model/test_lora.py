@@ -7,14 +7,15 @@ import pytest
 import torch
 from peft.tuners.lora import Linear
 
-from vlm_lora.model.adapters.lora import attach_lora
+from vlm_lora.config import TrainConfig
+from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import load_backbone
 
 
 @pytest.fixture(scope="module", params=[0.0, 0.3], ids=["no dropout", "dropout"])
 def backbone(checkpoints, request):
     backbone = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32")
-    attach_lora(backbone, rank=4, alpha=7, dropout=request.param, seed=1, prompt="Describe this image.")
+    attach_adapter(backbone, TrainConfig(data="none", rank=4, alpha=7, dropout=request.param, seed=1))
     return backbone
 
 

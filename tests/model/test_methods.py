@@ -222,7 +222,7 @@ def test_a_fault_would_be_noticed(checkpoints, examples, fault, monkeypatch):
         mrope_positions = encode.mrope_positions
         monkeypatch.setattr(encode, "mrope_positions", positions)
     else:
-        right = Backbone._behind_prefix
+        right = Backbone._after_prefix
 
         def wrong(self, mask, positions, cache):
             mask, positions = right(self, mask, positions, cache)
@@ -231,7 +231,7 @@ def test_a_fault_would_be_noticed(checkpoints, examples, fault, monkeypatch):
             mask[..., 0] = False
             return mask, positions
 
-        monkeypatch.setattr(Backbone, "_behind_prefix", wrong)
+        monkeypatch.setattr(Backbone, "_after_prefix", wrong)
     with pytest.raises(AssertionError):
         assert_equal(gradients(adapter, fast(backbone, examples, 4096)), expected, 1e-3)
 

@@ -25,7 +25,7 @@ from vlm_lora.errors import DataError
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.encode import Encoder
-from vlm_lora.model.features import FeatureCache, cache_folder, cache_use
+from vlm_lora.model.features import FeatureCache, cache_folder, store_in
 from vlm_lora.model.shapes import load_shapes, shapes_of
 from vlm_lora.training.batches import EncodedExample, Loader
 from vlm_lora.training.cost import CostModel, MicroShape, _passes, _waited_for, micro_shapes, predict
@@ -193,7 +193,7 @@ def test_steps_are_the_ones_that_are_trained(checkpoints, photo_folder, tmp_path
     live = predict(settings, shapes, lessons, patches, device=CPU, kept=0.0)
     once = sum(map(CostModel(shapes, settings, torch.float32).tower_operations, patches.values()))
     assert [p.tower_operations for p in (whole, remembered, live)] == pytest.approx([0, once, 3 * once])
-    assert whole.features == sum(entry.features.nbytes for entry in features.get(list(patches)))
+    assert whole.features == sum(entry.values.nbytes for entry in features.get(list(patches)))
 
 
 def test_several_devices_wait_for_the_busiest(checkpoints, photo_folder, tmp_path):
@@ -339,7 +339,7 @@ def test_the_disk_is_what_training_fills(checkpoints, photo_folder, tmp_path, mo
     assert plan.cached == 0
     assert plan.room > plan.cost.features
     train(settings)
-    use = cache_use(cache_folder())
+    use = store_in(cache_folder()).use()
     assert plan.cost.features < use.num_bytes < plan.cost.features + 400 * use.entries
     patches = plan.cost.features // (4 * load_shapes(settings.model).tower_width)
     cost = CostModel(load_shapes(settings.model), settings, torch.float32)

@@ -15,10 +15,10 @@ from tests.told import Listener
 from vlm_lora.cli import main
 from vlm_lora.config import TrainConfig
 from vlm_lora.errors import AdapterError, CheckpointError, DataError
-from vlm_lora.model.adapters import lora
 from vlm_lora.model.adapters.methods import load_adapter
 from vlm_lora.model.backbone import Backbone, load_backbone
-from vlm_lora.model.features import FeatureCache, cache_folder, cache_use
+from vlm_lora.model.families import FAMILIES
+from vlm_lora.model.features import FeatureCache, cache_folder, store_in
 from vlm_lora.training import loop
 from vlm_lora.training import step as one_step
 from vlm_lora.training.run import train_adapter as train
@@ -132,7 +132,7 @@ def test_plain_peft_loads_the_adapter(checkpoints, photo_folder, tmp_path, famil
 def test_a_run_fails_if_a_target_is_empty_or_the_tower_would_train(
     checkpoints, photo_folder, tmp_path, monkeypatch, pattern, message
 ):
-    monkeypatch.setitem(lora.TARGETS, "projector", pattern)
+    monkeypatch.setitem(FAMILIES["qwen2_vl"].linears, "projector", pattern)
     with pytest.raises(AdapterError, match=message):
         train(config(checkpoints, photo_folder, tmp_path / "run"))
 
@@ -258,9 +258,9 @@ def test_what_is_not_cached_is_computed_in_the_step_with_the_same_result(checkpo
     for path in (cache_folder() / "features").rglob("*.safetensors"):
         path.unlink()
     none, features = run("none", cache_gb=1e-9)
-    assert (features.computed, cache_use(cache_folder()).entries) == (12, 0)
+    assert (features.computed, store_in(cache_folder()).use().entries) == (12, 0)
     half, features = run("half", cache_gb=60_000 / 1e9)
-    assert 0 < cache_use(cache_folder()).entries < 10
+    assert 0 < store_in(cache_folder()).use().entries < 10
     assert_same(none, wanted)
     assert_same(half, wanted)
 
@@ -268,7 +268,7 @@ def test_what_is_not_cached_is_computed_in_the_step_with_the_same_result(checkpo
     for path in (cache_folder() / "features").rglob("*.safetensors"):
         path.unlink()
     once, features = run("once", epochs=1)
-    assert cache_use(cache_folder()).entries == 2  # the held-out ones
+    assert store_in(cache_folder()).use().entries == 2  # the held-out ones
     assert features.computed == 12
     assert_same(once, cached)
     room = {name: v["survey"].room for name, v in told if not v["seen_once"]}

@@ -63,7 +63,7 @@ def count_tokens(
         progress(done, len(examples))
         if fitting is None:
             continue
-        example, encoded = fitting
+        example, encoded = fitting.example, fitting.encoded
         kept.append(example)
         longest.append(longest_sequence(encoded))
         prefix, branches = len(encoded.prefix_ids), [len(branch.input_ids) for branch in encoded.branches]

@@ -19,18 +19,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from vlm_lora.model.features import cache_folder, cache_use, clear_cache, evict
+    from vlm_lora.model.features import cache_folder, store_in
 
     if options.limit is not None and options.limit < 0:
         raise ConfigError(f"--limit {options.limit}: expected a size in GB, 0 or more")
-    folder = cache_folder()
+    store = store_in(cache_folder())
     if options.limit is not None:
-        evict(folder, int(options.limit * 1e9))
-    use = cache_use(folder)
-    print(f"{folder / 'features'}: {use.entries:,} images, {size(use.num_bytes)}", end="")
+        store.shrink(int(options.limit * 1e9))
+    use = store.use()
+    print(f"{store.folder}: {use.entries:,} images, {size(use.num_bytes)}", end="")
     since = f", last used since {time.strftime('%Y-%m-%d %H:%M', time.localtime(use.oldest))}" if use.oldest else ""
     print(f"{since}. A run lets it grow to {DEFAULT_CACHE_GB:,.0f} GB, or to its --cache-gb.")
     if options.clear:
-        clear_cache(folder)
+        store.clear()
         print("Cleared.")
     return 0

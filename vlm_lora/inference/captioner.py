@@ -5,7 +5,6 @@ by all questions' branches, which are then decoded together.
 """
 
 import random
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,8 +21,7 @@ from vlm_lora.model.adapters.methods import load_adapter
 from vlm_lora.model.backbone import Backbone, load_backbone
 from vlm_lora.model.device import is_out_of_memory
 from vlm_lora.model.encode import Encoder
-from vlm_lora.model.features import FeatureCache, ImageFeatures, cache_folder
-from vlm_lora.model.linears import pack_linears
+from vlm_lora.model.features import FeatureCache, ImageEntry, cache_folder, crc32, together
 from vlm_lora.model.packing import Encoded
 
 MOST_ROWS = 32
@@ -39,8 +37,6 @@ EVEN = 1.25
 class Captioner:
     """A base model, with an adapter or without, that speaks about images.
 
-    From here on the base's weights must not change: on a CPU a second copy of them may be read (`pack_linears`).
-
     >>> captioner = Captioner.load(adapter="runs/photos")
     >>> captioner.answer("cat.jpg", "What colour is the cat?")
     >>> for caption in captioner.caption(Path("photos").glob("*.jpg")): print(caption.image, caption.text)
@@ -53,7 +49,6 @@ class Captioner:
         self.prompt = prompt
         self.encoder = Encoder(backbone)
         self._base: Captioner | None = None  # of one that `with_adapter` made
-        pack_linears(backbone.model)
 
     @classmethod
     def load(
@@ -156,13 +151,13 @@ class Captioner:
             raise ConfigError(f"batch_size is {batch_size}; expected 1 or more images, or None for what fits.")
         decoding = decoding or Decoding()
         requests = [_ask(prompt or self.prompt)]
-        window: list[tuple[str, ImageFeatures | str]] = []
+        window: list[tuple[str, ImageEntry | str]] = []
         for image in images:
             try:
                 window.append((name_of(image), self.features.get([source_of(image)])[0]))
             except DataError as error:
                 window.append((name_of(image), str(error)))
-            sizes = [len(seen.features) for _, seen in window if not isinstance(seen, str)]
+            sizes = [len(seen.values) for _, seen in window if not isinstance(seen, str)]
             wanted = batch_size or (self._rows_that_fit(max(sizes), decoding) if sizes else MOST_ROWS)
             even = len(sizes) * max(sizes, default=0) <= EVEN * sum(sizes)
             if len(window) >= (wanted if even else WINDOW * wanted):
@@ -202,7 +197,7 @@ class Captioner:
 
     def generate(
         self,
-        asked: Sequence[tuple[Sequence[ImageFeatures], Sequence[Sequence[Turn]]]],
+        asked: Sequence[tuple[Sequence[ImageEntry], Sequence[Sequence[Turn]]]],
         *,
         tuned: bool = True,
         decoding: Decoding | None = None,
@@ -239,10 +234,10 @@ class Captioner:
     def _captions(self, window, requests, tuned: bool, batch_size: int | None, decoding: Decoding) -> Iterator[Caption]:
         """Captions of the window's images, in order, from batches of images of like size."""
         order = [i for i, (_, seen) in enumerate(window) if not isinstance(seen, str)]
-        order.sort(key=lambda i: -len(window[i][1].features))
+        order.sort(key=lambda i: -len(window[i][1].values))
         told: dict[int, str] = {}
         while order:
-            rows = batch_size or self._rows_that_fit(len(window[order[0]][1].features), decoding)
+            rows = batch_size or self._rows_that_fit(len(window[order[0]][1].values), decoding)
             batch, order = order[:rows], order[rows:]
             answers = self._within_memory([([window[i][1]], requests) for i in batch], tuned, decoding)
             told |= {i: text for i, (text,) in zip(batch, answers, strict=True)}
@@ -297,7 +292,7 @@ class Captioner:
             yield from step
 
     def _decode(
-        self, encoded: Sequence[Encoded], images: Sequence[Sequence[ImageFeatures]], decoding: Decoding
+        self, encoded: Sequence[Encoded], images: Sequence[Sequence[ImageEntry]], decoding: Decoding
     ) -> Iterator[list[tuple[int, int]]]:
         """The (row, token) pairs of each step. Each of ``encoded`` has its own ``images``."""
         backbone, device = self.backbone, self.backbone.device
@@ -323,10 +318,9 @@ class Captioner:
             for i, e in enumerate(encoded):
                 positions[:, i, ids.shape[1] - len(e.prefix_ids) + head :] = e.prefix_positions[:, head:]
             positions = positions.to(device)
-            seen = [entry.features for entries in images for entry in entries]
-            features = torch.cat(seen).to(device) if seen else None
+            seen = together([entry for entries in images for entry in entries], device)
             mask = torch.cat([mask, prefix_mask.to(device)], dim=1)
-            hidden = backbone.forward(ids, mask, positions, features, cache)[:, -1]
+            hidden = backbone.forward(ids, mask, positions, seen, cache)[:, -1]
             position = positions[0, :, -1:]
 
         # 2. Every branch behind its image's keys and values.
@@ -453,11 +447,11 @@ def _left_pad(sequences: Sequence[torch.Tensor], pad_token_id: int) -> tuple[tor
     return ids, mask
 
 
-def _luck(encoded: Sequence[Encoded], images: Sequence[Sequence[ImageFeatures]], seed: int) -> list[random.Random]:
+def _luck(encoded: Sequence[Encoded], images: Sequence[Sequence[ImageEntry]], seed: int) -> list[random.Random]:
     """Random numbers for each row, from its own images and question: the same ones in any batch."""
     luck = []
     for e, entries in zip(encoded, images, strict=True):
-        seen = [zlib.crc32(entry.features.contiguous().view(torch.uint8).numpy().data) for entry in entries]
+        seen = [crc32(entry.values) for entry in entries]
         luck += [random.Random(f"{seed} {seen} {branch.input_ids.tolist()}") for branch in e.branches]
     return luck
 

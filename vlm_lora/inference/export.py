@@ -23,7 +23,7 @@ from vlm_lora.inference.captioner import Captioner
 from vlm_lora.model.adapters.base import base_of, find_adapter, read_contract, read_settings
 from vlm_lora.model.adapters.lora import merged_weights
 from vlm_lora.model.backbone import Backbone, load_backbone
-from vlm_lora.model.features import FeatureCache
+from vlm_lora.model.features import FeatureCache, together
 from vlm_lora.model.folder import saved_dtype
 from vlm_lora.model.packing import IGNORE_INDEX, pack
 
@@ -212,8 +212,8 @@ def _logits(captioner: Captioner, pictures: Sequence[Image.Image], texts: Sequen
         (entry,) = captioner.features.get([picture])
         encoded = captioner.encoder.encode([Dialogue((Turn(captioner.prompt, text),))], entry.grid_thw[None])
         row = pack([[encoded]], backbone.pad_token_id)
-        tensors = (row.input_ids, row.attention_mask, row.position_ids, entry.features)
-        hidden = backbone.forward(*(tensor.to(backbone.device) for tensor in tensors))
+        mask, positions = (tensor.to(backbone.device) for tensor in (row.attention_mask, row.position_ids))
+        hidden = backbone.forward(row.input_ids, mask, positions, together([entry], backbone.device))
         labelled = (row.labels[:, 1:] != IGNORE_INDEX).to(backbone.device)
         logits.append(backbone.logits(hidden[:, :-1][labelled]).float().cpu())
     return torch.cat(logits)

@@ -3,5 +3,5 @@
 import logging
 
 # PEFT imports bitsandbytes, if it is installed, for plain LoRA too. On CPUs with AVX512-BF16 that asks the reader to
-# install a kernel which is never used here (`_keep_as_quantised`). Whatever else it has to say is heard.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda told: "gemm_4bit_forward" not in told.getMessage())
+# install a kernel which is never used here (`_keep_as_quantised`). Its other messages pass.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda line: "gemm_4bit_forward" not in line.getMessage())

@@ -5,13 +5,17 @@ before are the prefix, which is causal by itself and goes through the kernel tha
 half. With a full mask, or none, this is transformers' own SDPA attention.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
+
+from vlm_lora.model.families import QwenVL
 
 NAME = "vlm_lora_packed"
 
 
-def use_packed_attention(model: nn.Module) -> None:
+def use_packed_attention(model: QwenVL) -> None:
     """Have the language layers of a Qwen-VL model attend by `packed_attention`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -27,14 +31,14 @@ def packed_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """``(B, T, heads, head_dim)`` from queries ``(B, heads, T, head_dim)``, as many keys or more that stand before."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    count = 0 if attention_mask is None else query.shape[2] - attention_mask.shape[2]  # tokens of the prefix
-    if not count:
+    if attention_mask is None or attention_mask.shape[2] == query.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    count = query.shape[2] - attention_mask.shape[2]  # tokens of the prefix
     seen = key.shape[2] - attention_mask.shape[2]  # keys of the prefix, and of what stands before it
     causal = None  # that is, by the kernel; it aligns queries with the first keys
     if seen > count:

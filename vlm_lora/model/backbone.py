@@ -2,10 +2,8 @@
 
 A Qwen-VL model is a vision tower (``visual.blocks``), a projector that merges each 2x2 patches into one token
 (``visual.merger``), and a language model. The tower is frozen here, so what it gives for an image is a constant;
-`Backbone.tower` computes it and `Backbone.forward` starts behind it, with the live merger.
-
-Qwen3-VL shows its language layers some of the tower's inner layers too (DeepStack, arXiv:2406.04334): each goes through
-a merger of its own (``visual.deepstack_merger_list``), and is added to what one of the first language layers gives.
+`Backbone.tower` computes it and `Backbone.forward` starts after it, with the live merger. What is particular to a
+family of models is in `families`.
 """
 
 import copy
@@ -13,11 +11,12 @@ import hashlib
 import importlib.util
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,18 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from vlm_lora.errors import ModelError
 from vlm_lora.model.attention import use_packed_attention
 from vlm_lora.model.device import best_device, resolve_dtype
-from vlm_lora.model.folder import FAMILIES, cannot_be_loaded, check_model_folder, find_model, fingerprint
-from vlm_lora.model.linears import PackedLinear
-from vlm_lora.model.preprocess import FITTING, Preprocessor, read_preprocessor
-
-# Anchored at both ends: "all-linear" would also adapt the tower. merger.mlp.1 is the activation; Qwen3-VL's two linears
-# have names instead.
-LANGUAGE_LINEARS = r"model\.language_model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
-MERGER_LINEARS = r"model\.visual\.(?:merger\.mlp\.(?:0|2)|(?:merger|deepstack_merger_list\.\d+)\.linear_fc[12])"
-# The tower's own, of any family; an adapter goes there on request only.
-VISION_LINEARS = r"model\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.(?:(?:linear_)?fc[12]|(?:gate|up|down)_proj))"
-TOWER_PARTS = ("patch_embed", "pos_embed", "rotary_pos_emb", "blocks")
-TOWER_PREFIXES = tuple(f"model.visual.{part}." for part in TOWER_PARTS)
+from vlm_lora.model.families import ADAPTED, QwenVL
+from vlm_lora.model.folder import cannot_be_loaded, check_model_folder, find_model, fingerprint
+from vlm_lora.model.preprocess import FITTING, Pixels, Preprocessor, read_preprocessor
 
 
 @dataclass(kw_only=True)
@@ -45,21 +35,17 @@ class Backbone(Preprocessor):
     """A loaded base model with its processor.
 
     ``model`` is transformers' own class, with the weights in ``folder`` (None: random ones). Where it is ``quantised``,
-    the language layers' linears are kept in four bits. Where ``tower_adapted``, an adapter sits in the vision blocks:
-    what they give is no constant of an image any more.
-    ``prefix`` holds ``keys`` and ``values`` ``(layers, heads, count, head_dim)`` that all tokens see, and behind which
-    positions begin.
+    the language layers' linears are kept in four bits. An adapter puts modules of its own into the model; what they
+    change here (`num_prompt_tokens`, `prefix`, `tower_adapted`) is asked of the model each time.
     """
 
-    model: nn.Module
+    model: QwenVL
     folder: Path | None = None
     quantised: bool = False
-    tower_adapted: bool = False
-    prefix: nn.Module | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where it computes. Not `model.device`: that is the tower's, which may be parked."""
+        """Where the model computes. Not `model.device`: that is the tower's, which may be parked."""
         return self.language_model.norm.weight.device
 
     @property
@@ -68,7 +54,8 @@ class Backbone(Preprocessor):
 
     def feature_bytes(self, grid_thw: Sequence[int]) -> int:
         """Size of what `tower` gives for an image of this grid."""
-        return math.prod(grid_thw) * self._tower_width * len(mergers_of(self.model)) * self.dtype.itemsize
+        width = self._tower_width * len(self.family.mergers_of(self.model))
+        return math.prod(grid_thw) * width * self.dtype.itemsize
 
     @property
     def pad_token_id(self) -> int:
@@ -84,7 +71,6 @@ class Backbone(Preprocessor):
         """The same base for another adapter: modules of its own around the very same weights, and pixel limits."""
         weights = [*self.model.parameters(), *self.model.buffers()]
         weights += [weight.quant_state for weight in weights if hasattr(weight, "quant_state")]
-        weights += [module.packed for module in self.model.modules() if isinstance(module, PackedLinear)]
         processor = copy.copy(self.processor)
         processor.image_processor = copy.copy(processor.image_processor)
         processor.image_processor.size = dict(self.processor.image_processor.size) | {
@@ -94,6 +80,25 @@ class Backbone(Preprocessor):
         model = copy.deepcopy(self.model, {id(weight): weight for weight in weights})
         return replace(self, model=model, processor=processor)
 
+    # -- what an adapter has put into the model ------------------------------------------------------------------
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return getattr(self.language_model.embed_tokens, "num_prompt_tokens", 0)
+
+    @property
+    def prefix(self) -> Any:
+        """Holds ``keys`` and ``values`` ``(layers, heads, count, head_dim)`` that all tokens see, and after which
+        positions begin; None: there is no prefix, or it is switched off."""
+        prefix = getattr(self.language_model, "prefix", None)
+        return prefix if prefix is not None and prefix.on else None
+
+    @property
+    def tower_adapted(self) -> bool:
+        """Whether an adapter sits in the tower: what that gives for an image is not a constant any more."""
+        names = (name for name, _ in self.model.named_parameters())
+        return any(name.startswith(self.family.tower_prefixes) and ADAPTED.search(name) for name in names)
+
     # -- pictures ------------------------------------------------------------------------------------------------
 
     @property
@@ -101,65 +106,45 @@ class Backbone(Preprocessor):
         return len(self.model.model.visual.patch_embed.proj.weight)
 
     @torch.no_grad()
-    def tower(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
-        """The frozen tower's output before the merger, ``(patches, width)``; each 4 patches in a row are one token.
-        Qwen3-VL's has its inner layers beside the last one.
+    def tower(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+        """The frozen tower's output before the merger, ``(patches, width)``, of `Pixels`; each 4 patches in a row are
+        one token. Where inner layers are shown too, they stand beside the last one.
 
         Its value depends on the image and the base alone: `Backbone.forward` runs the merger, which an adapter changes.
-        Where one changes the tower too, its value is the pixels, each patch with its image's grid behind it, and
-        `Backbone.forward` runs the tower as well.
         """
-        if self.tower_adapted:
-            grids = image_grid_thw.repeat_interleave(image_grid_thw.prod(-1), 0)
-            return torch.cat([pixel_values, grids.to(pixel_values.dtype)], 1)
         self.park_tower(self.device)  # that is, have it back
-        return self._through_blocks(pixel_values, image_grid_thw)
+        return self._through_tower(pixel_values, grid_thw)
 
-    def _through_blocks(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
-        pixel_values, grid = pixel_values.to(self.device, self.dtype), image_grid_thw.to(self.device)
-        family = self.model.config.model_type
-        given = _without_mergers(self.model.model.visual)(pixel_values, grid_thw=grid)
-        if family == "qwen2_5_vl":
-            return self._leave_windows(given.last_hidden_state, grid)
-        if family == "qwen3_vl":
-            return torch.cat([given.last_hidden_state, *given.deepstack_features], 1)
-        return given.last_hidden_state
+    def _through_tower(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+        pixel_values, grid_thw = pixel_values.to(self.device, self.dtype), grid_thw.to(self.device)
+        visual = self._without_mergers()
+        return self.family.features(visual, visual(pixel_values, grid_thw=grid_thw), grid_thw)
+
+    def _without_mergers(self) -> Any:
+        """The same tower, whose stock forward ends before the mergers. It would run them to no use, and the dropout of
+        an adapter in them would draw random numbers.
+
+        A shallow copy, as others may be at work with the original.
+        """
+        bare = copy.copy(self.model.model.visual)
+        bare._modules = dict(bare._modules)
+        for name in self.family.mergers:
+            merger = bare._modules[name]
+            several = isinstance(merger, nn.ModuleList)
+            bare._modules[name] = nn.ModuleList(nn.Identity() for _ in merger) if several else nn.Identity()
+        return bare
 
     def park_tower(self, device: torch.device | str = "cpu") -> None:
         """Have the tower's weights elsewhere while they are not needed; `tower` takes them back by itself."""
-        visual = self.model.model.visual
-        for part in TOWER_PARTS:
-            if hasattr(visual, part):  # an embedding of positions is Qwen3-VL's alone
-                getattr(visual, part).to(device)
-
-    def _live_features(self, patches: torch.Tensor) -> torch.Tensor:
-        """Through the adapted tower, from pixels with their grids behind them."""
-        grids, at = [], 0
-        while at < len(patches):
-            grids.append(patches[at, -3:].long())
-            at += int(grids[-1].prod())
-        return self._through_blocks(patches[:, :-3], torch.stack(grids))
-
-    def _leave_windows(self, features: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        """Qwen2.5-VL's tower works in windows and orders its tokens back after the merger; here it is done before."""
-        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import get_vision_window_index
-
-        visual = self.model.model.visual
-        window_index, _ = get_vision_window_index(
-            grid,
-            spatial_merge_size=visual.spatial_merge_size,
-            window_size=visual.window_size,
-            patch_size=visual.patch_size,
-        )
-        groups = features.view(-1, self.merge_size**2, features.shape[-1])
-        return groups[torch.argsort(window_index)].reshape(features.shape)
+        for part in self.family.tower:
+            getattr(self.model.model.visual, part).to(device)
 
     @cached_property
     def tower_fingerprint(self) -> str:
         """Hash of everything that decides what `tower` gives for a picture: weights, number format, preprocessing."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
-            if name.startswith(TOWER_PREFIXES):
+            if name.startswith(self.family.tower_prefixes):
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         digest.update(str(self.dtype).encode())
@@ -177,7 +162,7 @@ class Backbone(Preprocessor):
     # -- language ------------------------------------------------------------------------------------------------
 
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> Any:
         return self.model.model.language_model
 
     def checkpoint_layers(self) -> None:
@@ -187,7 +172,7 @@ class Backbone(Preprocessor):
             # Around the stock forward: transformers' own switch would drop the prefix, which comes as a cache.
             layer.forward = partial(_run_again, layer, layer.forward)
 
-    def new_cache(self):
+    def new_cache(self) -> Any:
         """An empty cache of keys and values for `forward`."""
         from transformers import DynamicCache
 
@@ -198,11 +183,14 @@ class Backbone(Preprocessor):
         """The name of the cache in transformers' forward: ``cache`` since 5.24, which warns of the older one."""
         return next(n for n in ("cache", "past_key_values") if n in signature(self.language_model.forward).parameters)
 
-    def _behind_prefix(self, attention_mask, position_ids, cache) -> tuple[torch.Tensor, torch.Tensor]:
+    def _after_prefix(
+        self, attention_mask: torch.Tensor, position_ids: torch.Tensor, cache: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mask and positions with the prefix before them; an empty cache gets its keys and values."""
-        count = self.prefix.keys.shape[2]
+        prefix = self.prefix
+        count = prefix.keys.shape[2]
         if cache.get_seq_length() == 0:
-            for layer, pairs in enumerate(zip(self.prefix.keys, self.prefix.values, strict=True)):
+            for layer, pairs in enumerate(zip(prefix.keys, prefix.values, strict=True)):
                 cache.update(*(p.to(self.dtype).expand(len(attention_mask), -1, -1, -1) for p in pairs), layer)
         seen = attention_mask.new_ones(*attention_mask.shape[:-1], count)
         return torch.cat([seen, attention_mask], dim=-1), position_ids + count
@@ -212,8 +200,8 @@ class Backbone(Preprocessor):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
-        features: torch.Tensor | None,
-        past_key_values=None,
+        images: torch.Tensor | Pixels | None,
+        past_key_values: Any = None,
     ) -> torch.Tensor:
         """Last hidden states ``(B, T, hidden)``, through the live merger and the language model's public forward.
 
@@ -222,32 +210,20 @@ class Backbone(Preprocessor):
             attention_mask: boolean ``(B, 1, W, T)``, that of the last ``W`` tokens, those before being causal; or
                 ``(B, T)`` of ones and zeros.
             position_ids: ``(3, B, T)``; always given, as the model would work out others for packed rows.
-            features: what `tower` gave for all images of the batch in reading order, ``(patches, width)``; None if the
-                input holds no image.
+            images: what `tower` gave for all images of the batch in reading order, ``(patches, width)``; or their
+                pixels, which go through the tower now, with gradients; None if the input holds no image.
 
         Raises:
             IndexError: not as many image placeholders as features.
         """
         vectors = self.language_model.embed_tokens(input_ids.to(self.device, non_blocking=True))
         shown = {}
-        if features is not None:
-            features = self._live_features(features) if self.tower_adapted else features
-            parts = zip(mergers_of(self.model), features.split(self._tower_width, 1), strict=True)
-            merged, *deeper = (merger(part.contiguous()).to(vectors.dtype) for merger, part in parts)
-            # The stock forward would ask the device how many they are, and its backward pass again.
-            places = (input_ids == self.image_token_id).flatten().nonzero()[:, 0].to(self.device, non_blocking=True)
-            vectors = vectors.flatten(0, 1).index_copy(0, places, merged).view_as(vectors)
-            if deeper:
-                # Whole rows, with zeros for all that is no image: from a mask of places, the stock forward would have
-                # the device count them in each layer.
-                empty = torch.zeros_like(vectors).flatten(0, 1)
-                shown = {
-                    "visual_pos_masks": torch.arange(len(vectors), device=vectors.device),
-                    "deepstack_visual_embeds": [empty.index_copy(0, places, d).view_as(vectors) for d in deeper],
-                }
+        if images is not None:
+            features = self._through_tower(*images) if isinstance(images, Pixels) else images
+            vectors, shown = self._place_images(vectors, input_ids, features)
         if self.prefix is not None:
             cache = self.new_cache() if past_key_values is None else past_key_values
-            attention_mask, position_ids = self._behind_prefix(attention_mask, position_ids, cache)
+            attention_mask, position_ids = self._after_prefix(attention_mask, position_ids, cache)
             past_key_values = _read_only(cache) if past_key_values is None else past_key_values
         if attention_mask.ndim == 4:
             # What SDPA makes of a boolean mask, anew in each layer, and keeps for each layer's backward pass.
@@ -262,11 +238,32 @@ class Backbone(Preprocessor):
             **shown,
         ).last_hidden_state
 
-    def shard(self, group, device: torch.device) -> None:
+    def _place_images(
+        self, vectors: torch.Tensor, input_ids: torch.Tensor, features: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The vectors ``(B, T, hidden)`` with those of images in their places, and the arguments that show inner layers
+        of the tower."""
+        parts = zip(self.family.mergers_of(self.model), features.split(self._tower_width, 1), strict=True)
+        merged, *inner = (merger(part.contiguous()).to(vectors.dtype) for merger, part in parts)
+        # The stock forward would ask the device how many they are, and its backward pass again.
+        places = (input_ids == self.image_token_id).flatten().nonzero()[:, 0].to(self.device, non_blocking=True)
+        vectors = vectors.flatten(0, 1).index_copy(0, places, merged).view_as(vectors)
+        if not inner:
+            return vectors, {}
+        # All rows, with zeros for all that is no image: from a mask of places, the stock forward would have the device
+        # count them in each layer.
+        empty = torch.zeros_like(vectors).flatten(0, 1)
+        return vectors, {
+            "visual_pos_masks": torch.arange(len(vectors), device=vectors.device),
+            "deepstack_visual_embeds": [empty.index_copy(0, places, each).view_as(vectors) for each in inner],
+        }
+
+    def shard(self, group: Any, device: torch.device) -> None:
         """Keep the language layers' frozen weights in pieces over the processes of ``group``, the rest on ``device``.
 
         FSDP2 puts a layer together while it computes and takes it apart again. What trains stays whole in each process:
-        it is small, and so optimizer, gradient norm and saving know nothing of this. So do tower, embeddings and head.
+        it is small, and so optimizer, gradient norm and saving know nothing of this. Tower, embeddings and head stay
+        whole too.
         """
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import fully_shard
@@ -287,33 +284,13 @@ class Backbone(Preprocessor):
         return self.model.lm_head(hidden)
 
 
-def mergers_of(model: nn.Module) -> list[nn.Module]:
-    """The projector's: of the tower's last layer, then of those inside it that are shown too."""
-    visual = model.model.visual
-    return [visual.merger, *(visual.deepstack_merger_list if model.config.model_type == "qwen3_vl" else ())]
-
-
-def _without_mergers(visual: nn.Module) -> nn.Module:
-    """The same tower, whose stock forward ends before the mergers. It would run them to no use, and the dropout of an
-    adapter in them would draw random numbers.
-
-    A shallow copy, as others may be at work with the whole one.
-    """
-    bare = copy.copy(visual)
-    bare._modules = dict(visual._modules)
-    bare.merger = nn.Identity()
-    if "deepstack_merger_list" in bare._modules:
-        bare.deepstack_merger_list = nn.ModuleList(nn.Identity() for _ in visual.deepstack_merger_list)
-    return bare
-
-
-def _run_again(layer: nn.Module, forward, *args, **kwargs):
+def _run_again(layer: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
     if layer.training and torch.is_grad_enabled():
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
     return forward(*args, **kwargs)
 
 
-def _read_only(cache):
+def _read_only(cache: Any) -> Any:
     """The cache, which from here on keeps nothing new: a layer that runs twice would find its own keys in it."""
 
     def update(keys: torch.Tensor, values: torch.Tensor, layer: int, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
@@ -347,9 +324,9 @@ def load_backbone(
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    model_class = getattr(transformers, FAMILIES[config["model_type"]])
+    preprocessor = read_preprocessor(folder, config, name, min_pixels, max_pixels)
     try:
-        model, report = model_class.from_pretrained(
+        model, report = preprocessor.family.model_class.from_pretrained(
             folder,
             dtype=resolve_dtype(dtype, device),
             use_safetensors=True,
@@ -360,7 +337,6 @@ def load_backbone(
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise cannot_be_loaded(name, folder, error) from error
-    preprocessor = read_preprocessor(folder, config, name, min_pixels, max_pixels)
     missing = sorted(set(report["missing_keys"]) | set(report["mismatched_keys"]))
     if missing:
         raise ModelError(f"--model {name}: {len(missing)} weights are missing or misshapen, first {missing[0]}.")
@@ -370,7 +346,14 @@ def load_backbone(
     model = model.to(device).eval()
     if quantise:
         _keep_as_quantised(model)
-    return Backbone(model=model, processor=preprocessor.processor, name=name, folder=folder, quantised=quantise)
+    return Backbone(
+        model=model,
+        processor=preprocessor.processor,
+        name=name,
+        family=preprocessor.family,
+        folder=folder,
+        quantised=quantise,
+    )
 
 
 def require_bitsandbytes() -> None:
@@ -394,7 +377,7 @@ def _four_bits(dtype: torch.dtype, device: torch.device) -> dict:
 def _keep_as_quantised(model: nn.Module) -> None:
     """On a CPU with AVX512-BF16, bitsandbytes repacks the weights once they are used in eval mode, for a kernel that
     rounds to bfloat16 and knows no gradients, and leaves them so for training and merging. Not so here."""
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):

@@ -7,7 +7,8 @@ where, as with captions, it is the same for all.
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import torch
 
@@ -20,11 +21,32 @@ from vlm_lora.model.preprocess import Preprocessor
 USER_TEXT, ANSWER_TEXT = TEXTS = ("\ue000", "\ue001")
 
 
-class Encoder:
-    """Turns dialogues about images into tokens for one base model."""
+@dataclass(frozen=True, slots=True)
+class EncodedExample:
+    """An example ready to learn from, and its tokens."""
 
-    def __init__(self, backbone: Preprocessor):
+    example: Example
+    encoded: Encoded
+
+    @property
+    def num_tokens(self) -> int:
+        return self.encoded.num_tokens
+
+    def with_branches(self, dialogues: Sequence[int]) -> "EncodedExample":
+        """The same with these of its dialogues only."""
+        branches = tuple(self.encoded.branches[i] for i in dialogues)
+        return replace(self, encoded=replace(self.encoded, branches=branches))
+
+
+class Encoder:
+    """Turns dialogues about images into tokens for one base model.
+
+    ``num_prompt_tokens`` tokens, -1, -2 and so on, begin each prefix; by default as many as the backbone has vectors.
+    """
+
+    def __init__(self, backbone: Preprocessor, num_prompt_tokens: int | None = None):
         self.backbone = backbone
+        self.num_prompt_tokens = num_prompt_tokens
         self.processor = backbone.processor
         self.tokenizer = backbone.tokenizer
         self.image_token_id = backbone.image_token_id
@@ -34,7 +56,7 @@ class Encoder:
         self._text_ids = lru_cache(maxsize=2**16)(self._tokenize_text)  # questions and answers come again and again
 
     def encode(self, dialogues: Sequence[Dialogue], image_grid_thw: torch.Tensor) -> Encoded:
-        """Prefix and one branch a dialogue; labels are the answers' tokens and the end-of-turn token behind each.
+        """Prefix and one branch a dialogue; labels are the answers' tokens and the end-of-turn token after each.
 
         Args:
             image_grid_thw: ``(num_images, 3)``; no rows for an example of text only.
@@ -44,7 +66,7 @@ class Encoder:
         )
 
     def tokenize_ahead(self, examples: Sequence[Example]) -> None:
-        """Tokenise the texts of these examples together, on all cores: what `encode` then asks for is there."""
+        """Tokenise the texts of these examples together, on all cores, for the `encode` of each that follows."""
         texts = {text.strip() for e in examples for d in e.dialogues for t in d.turns for text in (t.user, t.assistant)}
         ordered = sorted(texts)
         self._ahead = dict(zip(ordered, map(tuple, self._tokenize(ordered)), strict=True)) if ordered else {}
@@ -72,14 +94,15 @@ class Encoder:
             images = [{"type": "image"}] * (num_images if turn == 0 else 0)
             messages.append({"role": "user", "content": [*images, {"type": "text", "text": USER_TEXT}]})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": ANSWER_TEXT}]})
-        rendered = self.processor.apply_chat_template(messages, tokenize=False)
+        render = partial(self.processor.apply_chat_template, tokenize=False, **self.backbone.family.template_options)
+        rendered = render(messages)
         parts = [part for part in re.split(f"([{USER_TEXT}{ANSWER_TEXT}])", rendered) if part]
         if [part for part in parts if part in (USER_TEXT, ANSWER_TEXT)] != [USER_TEXT, ANSWER_TEXT] * num_turns:
             raise ModelError(
                 "The model's chat template leaves out a part of the conversation; it cannot be trained on."
             )
         opening = rendered[rendered.rindex(USER_TEXT) + 1 : rendered.rindex(ANSWER_TEXT)]
-        asked = self.processor.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        asked = render(messages[:-1], add_generation_prompt=True)
         if not asked.endswith(USER_TEXT + opening):
             begun = asked[asked.rindex(USER_TEXT) + 1 :]
             raise ModelError(
@@ -95,12 +118,12 @@ class Encoder:
         ]
         if skeleton[-1] == ANSWER_TEXT or skeleton[0] in (USER_TEXT, ANSWER_TEXT):
             raise ModelError(
-                "The model's chat template has no mark before a turn or behind it; it cannot be trained on."
+                "The model's chat template has no mark before a turn or after it; it cannot be trained on."
             )
         placeholders = sum(token == self.image_token_id for part in skeleton if part not in TEXTS for token in part)
         if placeholders != num_images:
             raise ModelError(f"The chat template makes {placeholders} image placeholders for {num_images} images.")
-        # What follows the last end-of-turn token (a line break) is behind everything that is predicted.
+        # What follows the last end-of-turn token (a line break) comes after everything that is predicted.
         return (*skeleton[:-1], skeleton[-1][:1])
 
     def _tokenize_text(self, text: str) -> tuple[int, ...]:
@@ -118,28 +141,29 @@ class Encoder:
         ids: list[int] = []
         labels: list[int] = []
         texts = iter([text for turn in turns for text in (turn.user, turn.assistant)])
-        behind_answer = False
+        after_answer = False
         skeleton = self._skeleton(len(turns), num_images)
         # The last answer stands before the last part: the end-of-turn token.
         for part in skeleton[:-2] if without_last_answer else skeleton:
-            new = self._text_ids(next(texts)) if part in TEXTS else part
+            new = self._text_ids(next(texts)) if isinstance(part, str) else part
             ids += new
             if part == ANSWER_TEXT:
                 labels += new
             else:
-                # The end-of-turn token behind an answer is learnt with it: it is how the model stops.
-                learnt = 1 if behind_answer else 0
+                # The end-of-turn token after an answer is learnt with it: it is how the model stops.
+                learnt = 1 if after_answer else 0
                 labels += [*new[:learnt], *[IGNORE_INDEX] * (len(new) - learnt)]
-            behind_answer = part == ANSWER_TEXT
+            after_answer = part == ANSWER_TEXT
         return ids, labels
 
     def _encode(self, conversations: list[tuple[list[int], list[int]]], image_grid_thw: torch.Tensor) -> Encoded:
-        """Cut each conversation behind what all begin with, and give every image as many tokens as it has."""
+        """Cut each conversation after what all begin with, and give every image as many tokens as it has."""
         ids = conversations[0][0]
         cut = _shared_tokens(conversations)
         assert self.image_token_id not in ids[cut:], "the template puts the images before everything that differs"
         counts = iter((image_grid_thw.prod(-1) // self.merge_size**2).tolist())
-        prefix = [-1 - i for i in range(self.backbone.num_prompt_tokens)]
+        count = self.backbone.num_prompt_tokens if self.num_prompt_tokens is None else self.num_prompt_tokens
+        prefix = [-1 - i for i in range(count)]
         for token in ids[:cut]:
             prefix += [token] * next(counts) if token == self.image_token_id else [token]
         prefix_ids = torch.tensor(prefix, dtype=torch.long)

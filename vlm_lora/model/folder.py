@@ -5,20 +5,18 @@ import json
 import re
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from vlm_lora.errors import ModelError
-
-FAMILIES = {
-    "qwen2_vl": "Qwen2VLForConditionalGeneration",
-    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
-    "qwen3_vl": "Qwen3VLForConditionalGeneration",
-}
+from vlm_lora.errors import ModelError, VlmLoraError
+from vlm_lora.model.families import FAMILIES
 
 LAYOUTS = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?")
 """What stands before a weight's name in the files of one release of transformers and not in those of another."""
+
+REPAIR = " Download the base model again."
 
 
 def tiny_path() -> Path:
@@ -60,51 +58,63 @@ def find_model(name: str, *, weights: bool = True) -> Path:
         ) from error
 
 
-def _json(file: Path) -> dict:
+def read_json(file: Path, wrong: type[VlmLoraError] = ModelError, advice: str = REPAIR) -> dict:
+    """The object in a JSON file, a dictionary.
+
+    Raises:
+        wrong: it cannot be read, or holds something else; the message ends in ``advice``.
+    """
     try:
-        read = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: cannot be read ({error}). Download the base model again.") from error
-    if not isinstance(read, dict):
-        raise ModelError(f"{file}: holds {str(read)[:20]!r}; expected {{...}}. Download the base model again.")
-    return read
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise wrong(f"{file}: cannot be read ({error}).{advice}") from error
+    if not isinstance(content, dict):
+        raise wrong(f"{file}: holds {str(content)[:20]!r}; expected {{...}}.{advice}")
+    return content
 
 
 def _weight_map(index: Path) -> dict:
     """Which file each weight is in."""
-    weight_map = _json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ModelError(f"{index}: weight_map is {str(weight_map)[:20]!r}; expected {{weight: file, ...}}.")
     return weight_map
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Those that transformers loads."""
-    whole = folder / "model.safetensors"
-    if whole.exists():
-        return [whole]
+    """The files of weights that transformers loads."""
+    single = folder / "model.safetensors"
+    if single.exists():
+        return [single]
     return sorted({folder / part for part in _weight_map(folder / "model.safetensors.index.json").values()})
 
 
 def _asks_for_code(file: Path) -> bool:
     """Whether there is an ``auto_map`` at any depth: transformers would import the modules that it names."""
-
-    def found(value) -> bool:
+    waiting: list[Any] = [read_json(file)]
+    while waiting:
+        value = waiting.pop()
         if isinstance(value, dict):
-            return "auto_map" in value or any(found(part) for part in value.values())
-        return isinstance(value, list) and any(found(part) for part in value)
-
-    return found(_json(file))
+            if "auto_map" in value:
+                return True
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return False
 
 
 def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> dict:
-    """Its ``config.json``, once it is sure that loading the folder runs no code and opens no pickle."""
+    """The folder's ``config.json``, once it is sure that loading the folder runs no code and opens no pickle.
+
+    Raises:
+        ModelError: it is not sure, or this is no base model that is known here.
+    """
     if not (folder / "config.json").exists():
         raise ModelError(
             f"--model {name}: {folder} holds no config.json. "
             "A base model's folder holds config.json, tokenizer files and *.safetensors."
         )
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             f"--model {name}: {folder} holds an adapter too (adapter_config.json), which would be loaded with the base "
@@ -119,17 +129,17 @@ def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> dict
             raise ModelError(
                 f"--model {name}: {file.name} names {odd[0]}; only *.safetensors are read, never a pickle."
             )
-    if config.get("model_type") not in FAMILIES:
+    if str(config.get("model_type")) not in FAMILIES:
         raise ModelError(
             f"--model {name}: its model_type is {config.get('model_type')!r}; supported are {', '.join(FAMILIES)}."
         )
-    if any(place.get("quantization_config") for place in (config, config.get("text_config") or {})):
+    if any(isinstance(part, dict) and part.get("quantization_config") for part in (config, config.get("text_config"))):
         raise ModelError(
             f"--model {name}: is quantised already. Give the plain checkpoint; --method qlora keeps it in four bits."
         )
     if weights and not any(folder.glob("*.safetensors")):
-        found = sorted(p.name for p in folder.iterdir())[:8]
-        raise ModelError(f"--model {name}: {folder} holds no *.safetensors weights (it holds {', '.join(found)}).")
+        there = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
+        raise ModelError(f"--model {name}: {folder} holds no *.safetensors weights (it holds {there}).")
     return config
 
 
@@ -141,16 +151,16 @@ def saved_dtype(name: str) -> torch.dtype:
 
 
 def fingerprint(folder: Path) -> str:
-    """Tells one base from another: a hash of its weights' names and shapes, then one of a row of each weight.
+    """What tells one base from another: a hash of its weights' names and shapes, then one of a row of each weight.
 
-    Of the files, so that neither how they were loaded (number format, four bits, in pieces) nor the release of
-    transformers is in it; a copy in a wider number format is the same base.
+    It is taken from the files. So neither how they were loaded (number format, four bits, in pieces) nor the release
+    of transformers is in it, and a copy in a wider number format is the same base.
     """
     shapes, values = hashlib.sha256(), hashlib.sha256()
     with ExitStack() as opened:
         files = [opened.enter_context(safe_open(path, framework="pt")) for path in _weight_files(folder)]
-        found = {LAYOUTS.sub("", name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118
-        for plain, (file, name) in sorted(found.items()):
+        weights = {LAYOUTS.sub("", name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118
+        for plain, (file, name) in sorted(weights.items()):
             if plain == "lm_head.weight" or not plain.endswith((".weight", ".bias")):
                 continue  # the head, where it is the embeddings again, is in some copies and not in others
             weight = file.get_slice(name)
@@ -163,5 +173,5 @@ def fingerprint(folder: Path) -> str:
 
 
 def cannot_be_loaded(name: str, folder: Path, error: Exception) -> ModelError:
-    """What is raised where transformers gives up on a folder: its own words, in one line."""
+    """The error to raise where transformers gives up on a folder: its own words, in one line."""
     return ModelError(f"--model {name}: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}")

@@ -4,7 +4,7 @@ A row holds, one after the other, each image's prefix and its branches::
 
     [prefix A][branch A1][branch A2][prefix B][branch B1] ...
 
-A branch sees its own prefix and itself, nothing else, and its positions start right behind the prefix, whatever
+A branch sees its own prefix and itself, nothing else, and its positions start right after the prefix, whatever
 branches stand between. So every branch computes exactly what it would compute in a sequence of its own, and the
 prefix, which under a causal mask never sees a branch, is computed once for all of them. For a prefix of two tokens
 and branches of two and one::
@@ -28,7 +28,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """One conversation behind a prefix.
+    """One conversation after a prefix.
 
     ``input_ids`` and ``labels`` are both ``(L,)``; ``labels`` is `IGNORE_INDEX` outside the answers, and always on the
     first token: the next-token shift would otherwise predict it from a neighbour's last token.
@@ -44,7 +44,7 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An example in tokens: the shared prefix ``(P,)``, its positions ``(3, P)``, the branches behind it."""
+    """An example in tokens: the shared prefix ``(P,)``, its positions ``(3, P)``, the branches after it."""
 
     prefix_ids: torch.Tensor
     prefix_positions: torch.Tensor
@@ -82,7 +82,7 @@ def mrope_positions(
 
     Returns:
         ``(3, T)``: text counts up alike on all three axes; an image's tokens take their place in its grid, and what
-        follows goes on behind the longer side.
+        follows goes on after the longer side.
     """
     positions = torch.zeros(3, len(input_ids), dtype=torch.long)
     is_image = (input_ids == image_token_id).tolist()
@@ -104,7 +104,7 @@ def mrope_positions(
 
 
 def pack(rows: Sequence[Sequence[Encoded]], pad_token_id: int) -> Packed:
-    """Lay out each row's examples one behind the other and pad the rows to the longest; one mask for all."""
+    """Lay out each row's examples one after the other and pad the rows to the longest; one mask for all."""
     return _pack(rows, pad_token_id, 0)
 
 
@@ -114,7 +114,7 @@ def pack_apart(examples: Sequence[Encoded], pad_token_id: int) -> Packed:
         [prefix A      ][branch A1][branch A2]
         [prefix B][pad ][branch B1][pad      ]
 
-    Padding behind a prefix is seen by nobody but itself: the prefix is causal, and the mask leaves it out.
+    Padding after a prefix is seen by nobody but itself: the prefix is causal, and the mask leaves it out.
     """
     return _pack([[encoded] for encoded in examples], pad_token_id, max(len(e.prefix_ids) for e in examples))
 
@@ -128,7 +128,7 @@ def padded_tokens(examples: Sequence[Encoded]) -> int:
 
 
 def _pack(rows: Sequence[Sequence[Encoded]], pad_token_id: int, start: int) -> Packed:
-    """Branches begin at column ``start`` or behind it, and the mask is that of the tokens from there on."""
+    """Branches begin at column ``start`` or after it, and the mask is that of the tokens from there on."""
     lengths = [sum(max(start, len(e.prefix_ids)) + e.num_tokens - len(e.prefix_ids) for e in row) for row in rows]
     width = max(lengths)
     input_ids = torch.full((len(rows), width), pad_token_id)

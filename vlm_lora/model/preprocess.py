@@ -5,30 +5,47 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 
 from vlm_lora.errors import ModelError
+from vlm_lora.model.families import FAMILIES, Family
 from vlm_lora.model.folder import cannot_be_loaded, check_model_folder, find_model
 
 MAX_ASPECT = 200  # of transformers' smart_resize, which raises beyond it
 FITTING = "fit 1"  # goes into the fingerprint of features: change it with what `Preprocessor.preprocess` does
 
 
+class Pixels(NamedTuple):
+    """Images in patches, as the tower takes them.
+
+    ``pixel_values`` is ``(patches, 3 * 2 * patch * patch)``; ``grid_thw`` ``(num_images, 3)``, before the 2x2 merge.
+    """
+
+    pixel_values: torch.Tensor
+    grid_thw: torch.Tensor
+
+
 @dataclass(kw_only=True)
 class Preprocessor:
     """A base model's processor without its weights: pictures to patches, sizes to grids, texts to tokens.
 
-    ``name`` is what the user called the model. ``num_prompt_tokens`` tokens, -1, -2 and so on, begin each prefix.
+    ``name`` is what the user called the model.
     """
 
-    processor: object
+    processor: Any
     name: str
-    num_prompt_tokens: int = 0
+    family: Family
 
     @property
-    def tokenizer(self):
+    def num_prompt_tokens(self) -> int:
+        """How many trained vectors stand before everything, as tokens -1, -2 and so on."""
+        return 0
+
+    @property
+    def tokenizer(self) -> Any:
         return self.processor.tokenizer
 
     @property
@@ -45,8 +62,8 @@ class Preprocessor:
         size = self.processor.image_processor.size
         return size["shortest_edge"], size["longest_edge"]
 
-    def preprocess(self, images: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
-        """``pixel_values`` (patches, 3 * 2 * patch * patch) of all images, and their ``image_grid_thw`` (n, 3).
+    def preprocess(self, images: Sequence[Image.Image]) -> Pixels:
+        """The images in patches.
 
         The one place where a picture is given the model's size, in training, evaluation, captioning and the
         demo. It takes any size from 1x1. Pictures so long and thin that the processor would refuse them (one
@@ -58,10 +75,10 @@ class Preprocessor:
             wide, high, padded = self._fit(*image.size)
             fitted.append(_on_white(image, padded, (wide, high)) if padded else image)
         batch = self.processor.image_processor(images=fitted, return_tensors="pt")
-        return batch["pixel_values"], batch["image_grid_thw"]
+        return Pixels(batch["pixel_values"], batch["image_grid_thw"])
 
     def grid(self, width: int, height: int) -> tuple[int, int, int]:
-        """The ``image_grid_thw`` that `preprocess` gives for a picture of this size; no picture is needed."""
+        """The ``grid_thw`` that `preprocess` gives for a picture of this size; no picture is needed."""
         wide, high, _ = self._fit(width, height)
         patch = self.processor.image_processor.patch_size
         return 1, high // patch, wide // patch
@@ -70,7 +87,7 @@ class Preprocessor:
         """Width and height that a picture is resized to, and the size it is first padded to, or None.
 
         The processor works to whole merged patches, so the area may be above ``max_pixels`` by one row of
-        them (of a square picture); where it would be more, the shorter side is padded until it is none.
+        them (of a square picture); where it would be more, the shorter side is padded until it is not.
         """
         smart_resize = _smart_resize()
         factor = self.processor.image_processor.patch_size * self.merge_size
@@ -107,7 +124,7 @@ def load_preprocessor(name: str, *, min_pixels: int | None = None, max_pixels: i
 def read_preprocessor(
     folder: Path, config: dict, name: str, min_pixels: int | None, max_pixels: int | None
 ) -> Preprocessor:
-    """That of a folder already found and checked; None leaves its own limit.
+    """The processor in a folder that is checked already; None leaves its own limit.
 
     Raises:
         ModelError: the processor cannot be loaded, is another model's, or the limits leave no size between them.
@@ -136,7 +153,7 @@ def read_preprocessor(
             f"--model {name}: the tokenizer's {processor.image_token} is token {image_token}, but config.json says "
             f"image_token_id {config.get('image_token_id')}. Model and tokenizer are not of one checkpoint."
         )
-    return Preprocessor(processor=processor, name=name)
+    return Preprocessor(processor=processor, name=name, family=FAMILIES[config["model_type"]])
 
 
 @cache

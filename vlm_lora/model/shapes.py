@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from vlm_lora.model.attention import use_packed_attention
-from vlm_lora.model.backbone import Backbone, mergers_of
+from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.device import resolve_dtype
-from vlm_lora.model.folder import FAMILIES, cannot_be_loaded, check_model_folder, find_model
+from vlm_lora.model.families import FAMILIES, QwenVL
+from vlm_lora.model.folder import cannot_be_loaded, check_model_folder, find_model
 from vlm_lora.model.preprocess import load_preprocessor
 
 
@@ -42,16 +43,12 @@ def load_shapes(name: str) -> Shapes:
     return shapes_of(_without_weights(name))
 
 
-def shapes_of(model: nn.Module) -> Shapes:
+def shapes_of(model: QwenVL) -> Shapes:
     """The sizes of a model that no adapter sits in yet."""
     text, vision, visual = model.config.text_config, model.config.vision_config, model.model.visual
     attention = model.model.language_model.layers[0].self_attn
-    if model.config.model_type == "qwen2_5_vl":
-        whole, window = vision.fullatt_block_indexes, (vision.window_size // vision.patch_size) ** 2
-        windows = tuple(None if i in whole else window for i in range(len(visual.blocks)))
-    else:
-        windows = (None,) * len(visual.blocks)
-    mergers = mergers_of(model)
+    family = FAMILIES[model.config.model_type]
+    mergers = family.mergers_of(model)
     patch = visual.patch_embed.proj.weight
     return Shapes(
         parameters=sum(map(num_numbers, model.parameters())),
@@ -68,7 +65,7 @@ def shapes_of(model: nn.Module) -> Shapes:
         vocabulary=text.vocab_size,
         tower_width=len(patch),
         feature_width=len(patch) * len(mergers),
-        tower_windows=windows,
+        tower_windows=family.windows(vision),
     )
 
 
@@ -85,16 +82,18 @@ def _linears(part: nn.Module) -> tuple[tuple[int, int], ...]:
 def load_sample(name: str, *, dtype: str, device: torch.device) -> Backbone:
     """One random layer of language and of tower each, as wide as the base's, to measure how fast they are here."""
     model = _without_weights(name, device, resolve_dtype(dtype, device), layers=1)
-    processor = load_preprocessor(name).processor
-    return Backbone(model=model.requires_grad_(False), processor=processor, name=name)
+    base = load_preprocessor(name)
+    return Backbone(model=model.requires_grad_(False), processor=base.processor, name=name, family=base.family)
 
 
-def _without_weights(name: str, device: torch.device | str = "meta", dtype=torch.float32, layers=None) -> nn.Module:
+def _without_weights(
+    name: str, device: torch.device | str = "meta", dtype: torch.dtype = torch.float32, layers: int | None = None
+) -> QwenVL:
     """The model with random weights, which on the meta device are shapes alone; with fewer ``layers``, few tokens."""
     import transformers
 
     folder = find_model(name, weights=False)
-    model_class = getattr(transformers, FAMILIES[check_model_folder(folder, name, weights=False)["model_type"]])
+    family = FAMILIES[check_model_folder(folder, name, weights=False)["model_type"]]
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -102,11 +101,8 @@ def _without_weights(name: str, device: torch.device | str = "meta", dtype=torch
     if layers:
         text, vision = config.text_config, config.vision_config
         text.num_hidden_layers, text.vocab_size, text.pad_token_id, vision.depth = layers, 1024, None, layers
-        if config.model_type == "qwen3_vl":
-            vision.deepstack_visual_indexes = []
-        else:
-            text.layer_types = text.layer_types[:layers]
+        family.shorten(config, layers)
     with torch.device(device):
-        model = model_class._from_config(config, attn_implementation="sdpa", dtype=dtype)
+        model = family.model_class._from_config(config, attn_implementation="sdpa", dtype=dtype)
     use_packed_attention(model)
     return model

@@ -6,7 +6,7 @@ import torch
 
 from vlm_lora.data.example import Example
 from vlm_lora.data.readers import BadRow
-from vlm_lora.model.encode import Encoder
+from vlm_lora.model.encode import EncodedExample, Encoder
 from vlm_lora.model.packing import Encoded
 
 
@@ -17,14 +17,14 @@ def longest_sequence(encoded: Encoded) -> int:
 
 def encode_fitting(
     encoder: Encoder, example: Example, image_grid_thw: torch.Tensor, max_tokens: int
-) -> tuple[tuple[Example, Encoded] | None, list[BadRow]]:
+) -> tuple[EncodedExample | None, list[BadRow]]:
     """The example with those of its dialogues that fit into the budget, in tokens, and the rows of the others.
 
     None instead of the example where nothing of it fits. ``image_grid_thw`` ``(num_images, 3)``.
     """
     encoded = encoder.encode(example.dialogues, image_grid_thw)
     if longest_sequence(encoded) <= max_tokens:
-        return (example, encoded), []
+        return EncodedExample(example, encoded), []
     prefix, fit, bad = len(encoded.prefix_ids), [], []
     for dialogue, branch in zip(example.dialogues, encoded.branches, strict=True):
         if (needed := prefix + len(branch.input_ids)) <= max_tokens:
@@ -37,4 +37,4 @@ def encode_fitting(
         bad.append(BadRow(dialogue.source, dialogue.line, reason))
     if not fit:
         return None, bad
-    return (replace(example, dialogues=tuple(fit)), encoder.encode(fit, image_grid_thw)), bad
+    return EncodedExample(replace(example, dialogues=tuple(fit)), encoder.encode(fit, image_grid_thw)), bad

@@ -9,32 +9,16 @@ from typing import TypeVar, cast
 
 import torch
 
-from vlm_lora.data.example import Example
 from vlm_lora.errors import ModelError
 from vlm_lora.model.backbone import Backbone
-from vlm_lora.model.features import FeatureCache, ImageFeatures, Pixels
+from vlm_lora.model.encode import EncodedExample
+from vlm_lora.model.features import FeatureCache, ImageEntry, together
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded, Packed, pack_apart, padded_tokens
+from vlm_lora.model.preprocess import Pixels
 from vlm_lora.training.processes import Processes
 from vlm_lora.training.techniques import ALL, Techniques
 
-T = TypeVar("T", Packed, ImageFeatures | Pixels)
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedExample:
-    """An example ready to learn from, and its tokens."""
-
-    example: Example
-    encoded: Encoded
-
-    @property
-    def num_tokens(self) -> int:
-        return self.encoded.num_tokens
-
-    def with_branches(self, dialogues: Sequence[int]) -> "EncodedExample":
-        """The same with these of its dialogues only."""
-        branches = tuple(self.encoded.branches[i] for i in dialogues)
-        return replace(self, encoded=replace(self.encoded, branches=branches))
+T = TypeVar("T", Packed, ImageEntry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +26,7 @@ class Fetched:
     """A micro-batch before it is on the device, its images perhaps still pixels."""
 
     packed: Packed
-    images: list[ImageFeatures | Pixels]
+    images: list[ImageEntry]
 
     @property
     def num_labels(self) -> int:
@@ -51,17 +35,18 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows of tokens and, in the same order, the features of their images; ``num_labels`` tokens carry loss.
+    """Rows of tokens and, in the same order, what `Backbone.forward` takes of their images; ``num_labels`` tokens carry
+    loss.
 
     ``input_ids`` and ``labels`` ``(B, T)`` stay on the CPU, where the code asks about them; ``position_ids``
-    ``(3, B, T)``, ``attention_mask`` and ``features`` ``(patches, width)`` are on the device.
+    ``(3, B, T)``, ``attention_mask`` and ``images`` are on the device.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor
-    features: torch.Tensor | None
+    images: torch.Tensor | Pixels | None
     num_labels: int
 
 
@@ -188,16 +173,17 @@ class Loader:
             ModelError: the tokens expect other images than were seen.
         """
         packed, device = fetched.packed, self.backbone.device
-        features = [each.features.to(device, non_blocking=True) for each in self.features.compute(fetched.images)]
+        images = self.features.compute(fetched.images)
         expected = int((packed.input_ids == self.backbone.image_token_id).sum()) * self.backbone.merge_size**2
-        if expected != sum(map(len, features)):
-            raise ModelError(f"{expected} patches are expected by the tokens, {sum(map(len, features))} were computed.")
+        computed = sum(len(image.values) for image in images)
+        if expected != computed:
+            raise ModelError(f"{expected} patches are expected by the tokens, {computed} were computed.")
         return MicroBatch(
             packed.input_ids,
             packed.labels,
             packed.position_ids.to(device, non_blocking=True),
             packed.attention_mask.to(device, non_blocking=True),
-            torch.cat(features) if features else None,
+            together(images, device),
             fetched.num_labels,
         )
 

@@ -16,7 +16,7 @@ from vlm_lora.errors import ConfigError, DataError
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.device import best_device, resolve_dtype
 from vlm_lora.model.encode import Encoder
-from vlm_lora.model.features import cache_folder, cache_use, room_for
+from vlm_lora.model.features import cache_folder, store_in
 from vlm_lora.model.preprocess import Preprocessor, load_preprocessor
 from vlm_lora.model.shapes import Shapes, load_sample, load_shapes
 from vlm_lora.training.cost import CostModel, MicroShape, Prediction, predict
@@ -121,7 +121,8 @@ def estimate_run(
     learnt = headers.once(patches) if can_be_kept and not seen_once else {}
     held = held_patches if can_be_kept else {}
     learnt_bytes, held_bytes = (sum(n.values()) * shapes.feature_width * dtype.itemsize for n in (learnt, held))
-    room = room_for(cache_folder(), round(config.cache_gb * 1e9), learnt_bytes + held_bytes)
+    store = store_in(cache_folder(), config.cache_gb)
+    room = store.room_for(learnt_bytes + held_bytes)
     kept = min(1.0, room / learnt_bytes) if learnt else 0.0  # these come first
 
     def cost_of(config: TrainConfig, sharded: bool = sharded) -> Prediction:
@@ -141,7 +142,7 @@ def estimate_run(
         seen_once=seen_once,
         kept=kept,
         room=room,
-        cached=cache_use(cache_folder()).entries,
+        cached=store.use().entries,
         device=target,
         dtype=str(dtype).removeprefix("torch."),
         device_memory=memory,
@@ -155,9 +156,9 @@ def estimate_run(
 def _prepare(config: TrainConfig, progress: Callable[[int, int], None]) -> tuple[Prepared, _Headers]:
     """The examples in tokens; no weight is read. Bad rows are counted, `check` says what is wrong with them."""
     base = load_preprocessor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-    base.num_prompt_tokens = config.num_virtual_tokens if config.method == "prompt" else 0
+    encoder = Encoder(base, num_prompt_tokens=config.num_virtual_tokens if config.method == "prompt" else 0)
     headers = _Headers(base)
-    prepared = encode(config, read_and_split(config), Encoder(base), headers.grid, progress)
+    prepared = encode(config, read_and_split(config), encoder, headers.grid, progress)
     if not prepared.train:
         raise DataError(f"{', '.join(config.sources)}: no usable example in it; vlm-lora check says why.")
     return prepared, headers

@@ -11,10 +11,9 @@ from vlm_lora.data.example import Example, ImageRef
 from vlm_lora.data.readers import BadRow, Dataset, DataSettings, bad_rows, read_dataset
 from vlm_lora.data.split import split_examples, without_held_out
 from vlm_lora.errors import DataError
-from vlm_lora.model.encode import Encoder
+from vlm_lora.model.encode import EncodedExample, Encoder
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.model.tokens import encode_fitting
-from vlm_lora.training.batches import EncodedExample
 from vlm_lora.training.events import Events
 from vlm_lora.training.processes import Processes
 
@@ -92,7 +91,7 @@ def encode(
                 continue
             grid_thw = torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
             fitting, too_long = encode_fitting(encoder, example, grid_thw, config.max_tokens)
-            result += [EncodedExample(*fitting)] if fitting else []
+            result += [fitting] if fitting else []
             bad.extend(too_long)
         return result
 

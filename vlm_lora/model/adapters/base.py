@@ -2,35 +2,31 @@
 
 An adapter folder holds ``adapter_config.json`` (the method and its settings), ``adapter_model.safetensors``
 (its tensors) and ``contract.json``: what the adapter was trained on and with, so that loading it elsewhere
-cannot go wrong in silence. LoRA's two files are PEFT's own. Those of the methods PEFT has not, or has not
-right for images, are ours: the settings are ``{"method": ..., "format": 1, ...}`` and the tensors are named
+cannot go wrong in silence. LoRA's two files are PEFT's own. Those of the methods that PEFT does not have, or does not
+have right for images, are ours: the settings are ``{"method": ..., "format": 1, ...}`` and the tensors are named
 as they are in the model they sit in, such as
 ``model.language_model.layers.0.self_attn.o_proj.bottleneck.up.weight``.
 """
 
 import json
-import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from vlm_lora.config import HUB_NAME
 from vlm_lora.errors import AdapterError
-from vlm_lora.model.backbone import TOWER_PREFIXES, Backbone
+from vlm_lora.model.backbone import Backbone
+from vlm_lora.model.families import ADAPTED, PARTS, part_of
+from vlm_lora.model.folder import read_json
 from vlm_lora.model.shapes import num_numbers
 
 WEIGHTS, CONFIG, CONTRACT = "adapter_model.safetensors", "adapter_config.json", "contract.json"
-FORMAT = 1
-
-ADAPTED = re.compile(r"\.(?:lora_|bottleneck\.|prompt|prefix\.)")
-"""Where in a parameter's name the adapter begins; what stands before it is the module that is adapted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +43,6 @@ class Contract:
     dtype: str
 
 
-PARTS = ("vision tower", "merger (projector)", "language layers", "embeddings and head")
-
-
-def part_of(name: str) -> str:
-    """The one of `PARTS` that a parameter is in."""
-    if name.startswith(TOWER_PREFIXES):
-        return PARTS[0]
-    if name.startswith("model.visual."):
-        return PARTS[1]
-    return PARTS[2 if name.startswith(("model.language_model.layers.", "model.language_model.prefix.")) else 3]
-
-
 @dataclass(frozen=True, slots=True)
 class Part:
     """A part of the model, its adapted modules, and its numbers of trained and frozen parameters."""
@@ -73,28 +57,22 @@ class Part:
 class Adapter:
     """An adapter attached to a backbone.
 
-    ``disable`` gives a context in which the model is the base model; ``write`` puts tensors and settings in a
-    folder.
+    ``switched_off`` gives a context in which the model is the base model; ``write`` puts tensors and settings in a
+    folder. ``contract`` is None for one that another tool wrote.
     """
 
     backbone: Backbone
     contract: Contract | None
-    disable: Callable[[], AbstractContextManager]
+    switched_off: Callable[[], AbstractContextManager]
     write: Callable[[Path], None]
 
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Names, as in the base model, and tensors of all that trains."""
         return [(n, p) for n, p in self.backbone.model.named_parameters() if p.requires_grad]
 
-    @contextmanager
-    def switched_off(self) -> Iterator[None]:
-        """Inside, the model is the base model."""
-        with self.disable():
-            yield
-
     def parts(self) -> list[Part]:
         """What trains and what is frozen, for the table a run starts with."""
-        groups: dict[str, list] = {part: [] for part in PARTS}
+        groups: dict[str, list[tuple[str, torch.nn.Parameter]]] = {part: [] for part in PARTS}
         for name, parameter in self.backbone.model.named_parameters():
             groups[part_of(name)].append((name, parameter))
         return [
@@ -113,8 +91,7 @@ class Adapter:
         self.write(folder)
         shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors writes for the owner alone; engines read too
         if self.contract is not None:
-            text = json.dumps(asdict(self.contract), indent=2, ensure_ascii=False)
-            (folder / CONTRACT).write_text(text + "\n", encoding="utf-8")
+            write_json(asdict(self.contract), folder / CONTRACT)
 
 
 def _trained(parameter: torch.nn.Parameter) -> int:
@@ -134,6 +111,9 @@ def new_contract(backbone: Backbone, method: str, prompt: str) -> Contract:
         max_pixels=max_pixels,
         dtype=str(backbone.dtype).removeprefix("torch."),
     )
+
+
+# -- the folder ----------------------------------------------------------------------------------------------
 
 
 def find_adapter(path: str | Path) -> Path:
@@ -168,23 +148,32 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
+_read = partial(read_json, wrong=AdapterError, advice=" Train the adapter again, or copy it from where it is sound.")
+
+
+def write_json(content: dict, file: Path) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def read_contract(folder: Path) -> Contract | None:
     """The contract of an adapter folder; None if another tool wrote the adapter."""
     file = folder / CONTRACT
     if not file.is_file():
         return None
-    try:
-        return Contract(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise AdapterError(f"{file}: is not a contract that vlm-lora wrote ({error}).") from error
+    content = _read(file)
+    types = {field.name: field.type for field in fields(Contract)}
+    odd = sorted(content.keys() ^ types.keys()) + [
+        n for n, t in types.items() if n in content and type(content[n]) is not t
+    ]
+    if odd:
+        raise AdapterError(f"{file}: is not a contract that vlm-lora wrote ({odd[0]} is {content.get(odd[0])!r}).")
+    return Contract(**content)
 
 
 def base_of(folder: Path) -> str:
     """The base model that an adapter folder names."""
     contract = read_contract(folder)
-    if contract:
-        return contract.base
-    base = read_settings(folder).get("base_model_name_or_path")
+    base = contract.base if contract else read_settings(folder).get("base_model_name_or_path")
     if not base:
         raise AdapterError(f"{folder / CONFIG}: names no base model; give --model.")
     return base
@@ -192,10 +181,21 @@ def base_of(folder: Path) -> str:
 
 def read_settings(folder: Path) -> dict:
     """``adapter_config.json``."""
-    try:
-        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{folder / CONFIG}: cannot be read ({error}).") from error
+    return _read(folder / CONFIG)
+
+
+def cannot_be_loaded(folder: Path, error: Exception) -> AdapterError:
+    """The error to raise where a library gives up on a folder: its own words, in one line."""
+    return AdapterError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}")
+
+
+def require_none(odd: Collection[str], folder: Path, backbone: Backbone) -> None:
+    """Refuse tensors that an adapter has and the base has no place for, or the other way round."""
+    if odd:
+        raise AdapterError(
+            f"{folder}: {len(odd)} of its tensors and the base model's do not match, first {min(odd)}. It was "
+            f"made for another model than {backbone.name}."
+        )
 
 
 def check_contract(backbone: Backbone, folder: Path) -> Contract | None:
@@ -219,43 +219,3 @@ def check_contract(backbone: Backbone, folder: Path) -> Contract | None:
             stacklevel=2,
         )
     return contract
-
-
-# -- the folder of the methods that are ours -----------------------------------------------------------------
-
-
-def write_tensors(adapter_tensors: dict[str, torch.Tensor], settings: dict, folder: Path) -> None:
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in adapter_tensors.items()}
-    save_file(tensors, folder / WEIGHTS)
-    text = json.dumps({"format": FORMAT} | settings, indent=2, ensure_ascii=False)
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-
-
-def size_in(settings: dict, name: str, folder: Path) -> int:
-    """A positive whole number out of ``adapter_config.json``."""
-    size = settings.get(name)
-    if settings.get("format") != FORMAT or not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise AdapterError(
-            f"{folder / CONFIG}: format {settings.get('format')!r}, {name} {size!r}; expected format "
-            f"{FORMAT} and a number from 1 on."
-        )
-    return size
-
-
-def read_tensors(parameters: dict[str, torch.nn.Parameter], folder: Path, name: str) -> None:
-    """Fill the parameters of a newly attached adapter from its folder; none may be left over."""
-    try:
-        saved = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    odd = sorted(saved.keys() ^ parameters.keys())
-    odd += sorted(n for n in saved.keys() & parameters.keys() if saved[n].shape != parameters[n].shape)
-    if odd:
-        raise AdapterError(
-            f"{folder}: {len(odd)} of its tensors and the base model's do not match, first {odd[0]}. It was "
-            f"made for another model than {name}."
-        )
-    with torch.no_grad():
-        for n, parameter in parameters.items():
-            parameter.copy_(saved[n])
-            parameter.requires_grad_(False)

@@ -13,73 +13,62 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch.autograd.function import once_differentiable
 
+from vlm_lora.config import TrainConfig
 from vlm_lora.errors import AdapterError
 from vlm_lora.model.adapters.base import (
     CONFIG,
     WEIGHTS,
     Adapter,
     Contract,
+    cannot_be_loaded,
     check_contract,
-    new_contract,
     read_settings,
+    require_none,
 )
-from vlm_lora.model.backbone import LANGUAGE_LINEARS, MERGER_LINEARS, TOWER_PREFIXES, VISION_LINEARS, Backbone
-
-TARGETS = {"language": LANGUAGE_LINEARS, "projector": MERGER_LINEARS, "vision": VISION_LINEARS}
+from vlm_lora.model.backbone import Backbone
 
 
-def attach_lora(
-    backbone: Backbone,
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    seed: int,
-    prompt: str,
-    variant: str = "plain",
-    targets: Sequence[str] = ("language", "projector"),
-    projector: tuple[int, float] | None = None,
-    method: str = "lora",
-) -> Adapter:
-    """Freeze the base and add LoRA; the tensors' first values come from ``seed``.
-
-    ``projector`` is rank and alpha there, if not those of the others.
+def attach_lora(backbone: Backbone, config: TrainConfig, contract: Contract) -> Adapter:
+    """Freeze the base and add LoRA; the tensors' first values come from the seed.
 
     Raises:
-        AdapterError: a part of the vision tower would train, or one of ``targets`` was not found.
+        AdapterError: a part of the vision tower would train unasked, or one of the targets is not in the model.
     """
-    halves = 2 if variant == "pissa" else 1
-    own = projector is not None and projector != (rank, alpha) and "projector" in targets
-    contract = new_contract(backbone, method, prompt)  # of the base alone, before anything sits in it
-    config = LoraConfig(
-        r=halves * rank,
-        lora_alpha=halves * alpha,
-        lora_dropout=dropout,
-        use_rslora=variant == "rslora",
-        use_dora=variant == "dora",
-        target_modules="|".join(f"(?:{TARGETS[target]})" for target in targets),
-        rank_pattern={MERGER_LINEARS: halves * projector[0]} if own else {},
-        alpha_pattern={MERGER_LINEARS: halves * projector[1]} if own else {},
+    patterns, targets = backbone.family.linears, config.lora_targets
+    halves = 2 if config.variant == "pissa" else 1
+    rank, alpha = config.lora_of_projector
+    own = "projector" in targets and (rank, alpha) != (config.rank, config.lora_alpha)
+    settings = LoraConfig(
+        r=halves * config.rank,
+        lora_alpha=cast(int, halves * config.lora_alpha),  # any number will do
+        lora_dropout=config.dropout,
+        use_rslora=config.variant == "rslora",
+        use_dora=config.variant == "dora",
+        target_modules="|".join(f"(?:{patterns[target]})" for target in targets),
+        rank_pattern={patterns["projector"]: halves * rank} if own else {},
+        alpha_pattern={patterns["projector"]: halves * alpha} if own else {},
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for an attribute by its old name
-        torch.manual_seed(seed)
-        peft_model = get_peft_model(backbone.model, config)
-    if variant == "pissa":
+        torch.manual_seed(config.seed)
+        peft_model = get_peft_model(backbone.model, settings)
+    if config.variant == "pissa":
         _start_from_principal_parts(peft_model)
     # The name the user knows it by, which may be the hub's, and not the folder it happened to be loaded from.
     peft_model.peft_config["default"].base_model_name_or_path = backbone.name
     adapter = _adapter(backbone, peft_model, contract)
-    check_trained(adapter, targets)
+    _check_trained(adapter, targets)
     return adapter
 
 
@@ -88,9 +77,7 @@ def _start_from_principal_parts(peft_model: PeftModel) -> None:
     """The first half of LoRA's rows and columns are the base's largest singular parts, the rest minus the same,
     frozen.
     """
-    for module in peft_model.modules():
-        if not isinstance(module, LoraLayer):
-            continue
+    for module in _lora_layers(peft_model):
         down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
         rank, scaling = len(down) // 2, module.scaling["default"]
         weight = module.get_base_layer().weight
@@ -112,16 +99,19 @@ def _adapter(backbone: Backbone, peft_model: PeftModel, contract: Contract | Non
         # "auto" would ask the hub whether the vocabulary has changed; embeddings are never trained here.
         peft_model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
 
-    for module in peft_model.modules():
-        linear = isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), torch.nn.Linear)
-        if linear and not module.lora_variant and not module.lora_bias["default"]:
-            module.forward = partial(_plain_lora, module)  # no DoRA, no other tool's extras
-    names = [name for name, _ in backbone.model.named_parameters()]
-    backbone.tower_adapted = any(name.startswith(TOWER_PREFIXES) and ".lora_" in name for name in names)
+    for layer in _lora_layers(peft_model):
+        linear = isinstance(layer.get_base_layer(), torch.nn.Linear)
+        if linear and not layer.lora_variant and not layer.lora_bias["default"]:
+            layer.forward = partial(_plain_lora, layer)  # no DoRA, no other tool's extras
     return Adapter(backbone, contract, peft_model.disable_adapter, write)
 
 
-def _plain_lora(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
+def _lora_layers(peft_model: PeftModel) -> list[Any]:
+    """PEFT's layers; what they hold by the adapter's name ("default"), a Module's types know nothing of."""
+    return [module for module in peft_model.modules() if isinstance(module, LoraLayer)]
+
+
+def _plain_lora(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """What PEFT's forward computes for one LoRA, by `_AddLowRank`."""
     out = layer.base_layer(x)
     if layer.disable_adapters:
@@ -144,7 +134,7 @@ class _AddLowRank(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, out, x, down, up, scaling):
+    def forward(ctx: Any, out, x, down, up, scaling: float) -> torch.Tensor:
         narrow = scaling * F.linear(x.to(down.dtype), down)
         ctx.save_for_backward(x, narrow, down, up)
         ctx.scaling = scaling
@@ -154,7 +144,8 @@ class _AddLowRank(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
         x, narrow, down, up = ctx.saved_tensors
         wide = grad.to(up.dtype)
         back = ctx.scaling * F.linear(wide, up.T.contiguous())  # at rank 8 a CPU takes twice as long for `wide @ up`
@@ -165,15 +156,15 @@ class _AddLowRank(torch.autograd.Function):
         return grad, of_x, of_down, of_up, None
 
 
-def check_trained(adapter: Adapter, targets: Sequence[str]) -> None:
+def _check_trained(adapter: Adapter, targets: Sequence[str]) -> None:
     """Raises `AdapterError` unless LoRA sits in each of ``targets``, and nothing else trains."""
-    trained = [name for name, _ in adapter.named_parameters()]
-    frozen = () if "vision" in targets else TOWER_PREFIXES
+    family, trained = adapter.backbone.family, [name for name, _ in adapter.named_parameters()]
+    frozen = () if "vision" in targets else family.tower_prefixes
     strays = [name for name in trained if name.startswith(frozen) or ".lora_" not in name]
     if strays:
         raise AdapterError(f"{len(strays)} tensors would train that must not, first {strays[0]}.")
     for target in targets:
-        if not any(re.match(TARGETS[target], name) for name in trained):
+        if not any(re.match(family.linears[target], name) for name in trained):
             raise AdapterError(
                 f"No linear layer of the {target} was found to adapt in {adapter.backbone.name}: nothing "
                 "there would be learnt. This is not a checkpoint layout that vlm-lora knows."
@@ -201,15 +192,9 @@ def load_lora(backbone: Backbone, folder: Path) -> Adapter:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT only warns of unmatched keys; they are an error below
             peft_model = PeftModel.from_pretrained(backbone.model, str(folder), is_trainable=False)
-    except (SafetensorError, RuntimeError, ValueError, TypeError) as error:
-        raise AdapterError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    expected = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
-    if saved != expected:
-        odd = sorted(saved ^ expected)
-        raise AdapterError(
-            f"{folder}: {len(odd)} of its tensors and the base model's do not match, first {odd[0]}. It was "
-            f"made for another model than {backbone.name}."
-        )
+    except Exception as error:  # PEFT raises nearly anything for a configuration that it cannot use
+        raise cannot_be_loaded(folder, error) from error
+    require_none(saved ^ set(get_peft_model_state_dict(peft_model, save_embedding_layers=False)), folder, backbone)
     peft_model.eval()
     return _adapter(backbone, peft_model, contract)
 
@@ -225,9 +210,11 @@ def merged_weights(adapter: Adapter) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         AdapterError: something else than a linear is adapted; another tool's adapter may.
     """
-    modules = dict(adapter.backbone.model.named_modules())
+    modules: dict[str, Any] = dict(adapter.backbone.model.named_modules())
     for name, module in modules.items():
-        adapted = isinstance(module, LoraLayer)
+        if isinstance(module, ModulesToSaveWrapper):
+            raise AdapterError(f"{name} is replaced as a whole (modules_to_save); only LoRA of linears can be merged.")
+        adapted = isinstance(modules[name], LoraLayer)
         base = module.get_base_layer() if adapted else module
         quantised = getattr(getattr(base, "weight", None), "quant_state", None) is not None
         if name.endswith(".base_layer") or not (adapted or quantised):
