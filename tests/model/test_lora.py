@@ -8,6 +8,7 @@ import torch
 from peft.tuners.lora import Linear
 
 from vlm_lora.config import TrainConfig
+from vlm_lora.model.adapters import lora
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import load_backbone
 
@@ -53,6 +54,30 @@ def test_plain_lora_is_pefts(layer, base, lora, tolerance):
         assert (mine - expected).norm() / expected.norm() < tolerance
     layer.scaling["default"] *= 1.1  # negative control
     assert not torch.allclose(outcome(layer, layer)[0], theirs[0], rtol=1e-2)
+    layer.scaling["default"] /= 1.1
+
+
+@pytest.mark.parametrize("size", [0.02, 1.0])
+def test_in_bfloat16_it_is_as_right_as_pefts_float32(layer, monkeypatch, size):
+    """What a GPU computes: products in the base's format, from float32 weights, with float32 gradients. Held against
+    float64 over the same rounded base, input and output, beside PEFT's way, which rounds once at the end."""
+    layer.base_layer.to(torch.bfloat16)
+    layer.lora_A.float()
+    torch.nn.init.normal_(layer.lora_B.float()["default"].weight, std=size, generator=torch.Generator().manual_seed(3))
+    theirs = outcome(layer, lambda x: Linear.forward(layer, x))
+    monkeypatch.setattr(lora, "_product_dtype", lambda out, up: out.dtype)
+    ours = outcome(layer, layer)
+    assert layer.lora_A["default"].weight.grad.dtype == torch.float32
+
+    layer.base_layer.double()  # the values stay those of bfloat16
+    layer.lora_A.double()
+    layer.lora_B.double()
+    exact = outcome(layer, layer)
+    for mine, other, expected in zip(ours, theirs, exact, strict=True):
+        off, usual = ((each - expected).norm() / expected.norm() for each in (mine, other))
+        assert off < 2.5 * usual
+    layer.scaling["default"] *= 1.1  # negative control
+    assert (outcome(layer, layer)[2] - exact[2]).norm() / exact[2].norm() > 0.02
     layer.scaling["default"] /= 1.1
 
 
