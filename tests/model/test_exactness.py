@@ -88,7 +88,7 @@ def naive(backbone, examples) -> torch.Tensor:
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.assistant}]})
             text = processor.apply_chat_template(messages, tokenize=False)
             pictures = [picture_of(image) for image in example.images] or None
-            inputs = processor(text=[text], images=pictures, return_tensors="pt")
+            inputs = processor(text=[text], images=pictures, return_tensors="pt").to(backbone.device)
             inputs.pop("token_type_ids", None)
             ids = inputs["input_ids"][0].tolist()
             labels = torch.full_like(inputs["input_ids"], -100)
