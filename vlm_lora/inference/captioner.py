@@ -66,8 +66,9 @@ class Captioner:
             prompt: the instruction for captions; by default the one the adapter was trained with. So with the pixel
                 limits.
         """
-        limits = (min_pixels, max_pixels)
-        (captioner,) = cls._load(model, [adapter], prompt=prompt, dtype=dtype, pixel_limits=limits)
+        (captioner,) = cls.load_several(
+            model, [adapter], prompt=prompt, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels
+        )
         return captioner
 
     @classmethod
@@ -78,6 +79,8 @@ class Captioner:
         *,
         prompt: str | None = None,
         dtype: str = "auto",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> list["Captioner"]:
         """A captioner of each adapter, None for the base alone, over one copy of the base's weights.
 
@@ -86,7 +89,28 @@ class Captioner:
         Raises:
             AdapterError: QLoRA's adapters and others: the base is kept in four bits for those alone.
         """
-        return cls._load(model, adapters, prompt=prompt, dtype=dtype)
+        folders = [None if adapter is None else find_adapter(adapter) for adapter in adapters]
+        given = [folder for folder in folders if folder]
+        contracts = {folder: read_contract(folder) for folder in given}
+        in_four_bits = [folder for folder in given if _in_four_bits(contracts[folder])]
+        others = [folder for folder in given if folder not in in_four_bits]
+        if in_four_bits and others:
+            raise AdapterError(
+                f"{in_four_bits[0]} was trained by --method qlora, on a base in four bits, and {others[0]} was not: "
+                "they cannot share one base. Give them in commands of their own."
+            )
+        first = next(filter(None, contracts.values()), None)
+        backbone = load_backbone(
+            model or (base_of(given[0]) if given else DEFAULT_MODEL),
+            dtype=dtype,
+            min_pixels=min_pixels or (first.min_pixels if first else None),
+            max_pixels=max_pixels or (first.max_pixels if first else None),
+            quantise=bool(in_four_bits),
+        )
+        # Read from the disk cache, but do not fill it: most folders are captioned once.
+        features = FeatureCache(backbone, cache_folder(), write=False)
+        base = cls(backbone, None, features, prompt or (first.prompt if first else DEFAULT_PROMPT))
+        return [base._tuned(folder, prompt, min_pixels, max_pixels) if folder else base for folder in folders]
 
     @property
     def base(self) -> "Captioner | None":
@@ -182,53 +206,19 @@ class Captioner:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    @classmethod
-    def _load(
-        cls,
-        model: str | None,
-        adapters: Sequence[str | Path | None],
-        *,
-        prompt: str | None,
-        dtype: str,
-        pixel_limits: tuple[int | None, int | None] = (None, None),
-    ) -> list["Captioner"]:
-        folders = [None if adapter is None else find_adapter(adapter) for adapter in adapters]
-        given = [folder for folder in folders if folder]
-        contracts = {folder: read_contract(folder) for folder in given}
-        in_four_bits = [folder for folder in given if _in_four_bits(contracts[folder])]
-        others = [folder for folder in given if folder not in in_four_bits]
-        if in_four_bits and others:
-            raise AdapterError(
-                f"{in_four_bits[0]} was trained by --method qlora, on a base in four bits, and {others[0]} was not: "
-                "they cannot share one base. Give them in commands of their own."
-            )
-        contract = next(filter(None, contracts.values()), None)
-        least, most = pixel_limits
-        backbone = load_backbone(
-            model or (base_of(given[0]) if given else DEFAULT_MODEL),
-            dtype=dtype,
-            min_pixels=least or (contract.min_pixels if contract else None),
-            max_pixels=most or (contract.max_pixels if contract else None),
-            quantise=bool(in_four_bits),
-        )
-        # Read from the disk cache, but do not fill it: most folders are captioned once.
-        features = FeatureCache(backbone, cache_folder(), write=False)
-        base = cls(backbone, None, features, prompt or (contract.prompt if contract else DEFAULT_PROMPT))
-        return [base._tuned(folder, prompt, pixel_limits) if folder else base for folder in folders]
-
     def _tuned(
-        self, folder: Path, prompt: str | None, pixel_limits: tuple[int | None, int | None] = (None, None)
+        self, folder: Path, prompt: str | None = None, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> "Captioner":
-        """The adapter in ``folder`` on this base. What is not given is what the adapter was trained with, or else the
-        base's."""
+        """The adapter in ``folder`` on this base. What is not given is what the adapter was trained with."""
         contract = read_contract(folder)
         least, most = (contract.min_pixels, contract.max_pixels) if contract else self.backbone.pixel_limits
-        limits = (pixel_limits[0] or least, pixel_limits[1] or most)
+        limits = (min_pixels or least, max_pixels or most)
         backbone = self.backbone.twin(*limits)
         adapter = load_adapter(backbone, folder)
         same = limits == self.backbone.pixel_limits and not backbone.tower_adapted
         features = self.features if same else FeatureCache(backbone, cache_folder(), write=False)
-        captioner = Captioner(backbone, adapter, features, prompt or (contract.prompt if contract else DEFAULT_PROMPT))
+        prompt = prompt or (contract.prompt if contract else DEFAULT_PROMPT)
+        captioner = Captioner(backbone, adapter, features, prompt)
         captioner._base = self
         return captioner
 
