@@ -263,6 +263,9 @@ def test_adapters_side_by_side(caption, adapters, folder, checkpoints, capsys):
     out, err = capsys.readouterr()
     assert [line.count("\t") for line in out.splitlines()] == [3, 3]
     assert err.startswith(f"Columns: image, {', '.join(names)}\n")
+    first = out.splitlines()[0]
+    assert caption("photos/a.png", *both, "text") == 0  # one image alone leaves none of them out
+    assert capsys.readouterr().out == first + "\n"
     assert caption("photos", *both, "sidecar") == 2
 
 

@@ -15,7 +15,8 @@ from tests.conftest import picture
 from vlm_lora.config import DEFAULT_PROMPT, TrainConfig
 from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
 from vlm_lora.errors import AdapterError, ConfigError, ModelError
-from vlm_lora.inference.captioner import MEMORY_SHARE, Captioner, Decoding
+from vlm_lora.inference.captioner import Captioner, Decoding
+from vlm_lora.inference.decode import MEMORY_SHARE, decode, rows_that_fit
 from vlm_lora.inference.evaluate import evaluate
 from vlm_lora.inference.scores import tables_as_text
 from vlm_lora.model.adapters.methods import attach_adapter
@@ -95,10 +96,10 @@ def test_answers_end_where_the_model_ends_them(captioner, files, monkeypatch):
     with torch.inference_mode():
         flat = [captioner.encoder.encode_requests(requests, entries[0].grid_thw[None]) for entries, requests in asked]
         entries = [images for images, _ in asked]
-        whole = _rows(captioner._decode(flat, entries, SHORT), 12)
+        whole = _rows(decode(captioner.backbone, flat, entries, SHORT), 12)
         end = whole[0][4]
         monkeypatch.setattr(type(captioner.backbone), "eos_token_ids", frozenset({end}))
-        cut = _rows(captioner._decode(flat, entries, SHORT), 12)
+        cut = _rows(decode(captioner.backbone, flat, entries, SHORT), 12)
     assert len({len(row) for row in cut}) > 1
     assert cut == [row[: row.index(end)] if end in row else row for row in whole]
 
@@ -141,7 +142,7 @@ def test_rows_are_counted_by_what_is_kept_of_them(captioner, monkeypatch):
     tokens = len(entry.values) // 4 + 8 + 64
     row = tokens * (kept + 4 * (3 * text.intermediate_size + 8 * text.hidden_size)) + entry.values.nbytes
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10.5 * row / MEMORY_SHARE))
-    assert captioner._rows_that_fit(len(entry.values), Decoding(max_new_tokens=8)) == 10
+    assert rows_that_fit(backbone, len(entry.values), Decoding(max_new_tokens=8)) == 10
 
 
 @ONE_FAMILY
@@ -152,7 +153,6 @@ def test_what_is_drawn_does_not_depend_on_the_batch(captioner, files):
     assert alone != [c.text for c in captioner.caption(files, decoding=SHORT)]
 
 
-@ONE_FAMILY
 def test_beam_search_equals_generate(captioner, files, monkeypatch):
     """At beams that end early too: a token that random answers hold is made an end of theirs."""
     wanted, files, how = [], files[:2], Decoding(max_new_tokens=8, num_beams=3)
@@ -165,7 +165,33 @@ def test_beam_search_equals_generate(captioner, files, monkeypatch):
         wanted = [[stock(captioner, file, q, 8, num_beams=3) for q in QUESTIONS[:2]] for file in files]
         asked = [(captioner.features.get([_ref(file)]), [(Turn(q, ""),) for q in QUESTIONS[:2]]) for file in files]
         assert captioner.generate(asked, decoding=how) == wanted
+        assert [[captioner.answer(file, q, decoding=how) for q in QUESTIONS[:2]] for file in files] == wanted
         assert wanted != captioner.generate(asked, decoding=Decoding(max_new_tokens=8))  # greedy would pass otherwise
+
+
+@ONE_FAMILY
+def test_the_settings_that_come_with_a_model_do_not_change_the_search(captioner, files, monkeypatch, caplog):
+    """As Qwen2.5-VL's do: they punish repetition, and draw."""
+    wanted = [c.text for c in captioner.caption(files, decoding=Decoding(max_new_tokens=8, num_beams=3))]
+    own = captioner.backbone.model.generation_config
+    for name, value in {"do_sample": True, "repetition_penalty": 1.5, "top_k": 1, "temperature": 0.01}.items():
+        monkeypatch.setattr(own, name, value)
+    assert [c.text for c in captioner.caption(files, decoding=Decoding(max_new_tokens=8, num_beams=3))] == wanted
+    assert own.repetition_penalty == 1.5
+    assert caplog.text == ""
+
+
+@ONE_FAMILY
+def test_beams_share_the_prefix_that_is_read_once(captioner, files):
+    """Stock `generate` reads an image once for each beam."""
+    read = []
+    hook = captioner.backbone.language_model.register_forward_pre_hook(
+        lambda module, args, named: read.append(named["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    captioner.answer(files[0], QUESTIONS, decoding=Decoding(max_new_tokens=3, num_beams=4))
+    hook.remove()
+    assert [rows for rows, _ in read] == [1, 3, 12, 12, 12]
+    assert [width for _, width in read[2:]] == [1, 1, 1]
 
 
 @ONE_FAMILY

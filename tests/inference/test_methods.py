@@ -21,30 +21,56 @@ SHORT = Decoding(max_new_tokens=8)
 PICTURES = [picture(i, size) for i, size in enumerate([(64, 64), (96, 48), (32, 80)])]
 
 
-def said_by_hand(captioner, method: str, image, question: str) -> str:
-    """The whole sequence again for each token, with positions and mask written out."""
+def logits_by_hand(captioner, method: str, image, question: str):
+    """A function that gives, for the answer's tokens so far, the logits of the next one ``(vocabulary,)``: from the
+    whole sequence again, with positions and mask written out."""
     backbone, processor = captioner.backbone, captioner.backbone.processor
     content = [*([{"type": "image"}] if image else []), {"type": "text", "text": question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(text=[text], images=[image] if image else None, return_tensors="pt")
-    ids, pixels, grid = inputs["input_ids"], inputs.get("pixel_values"), inputs.get("image_grid_thw")
+    pixels, grid = inputs.get("pixel_values"), inputs.get("image_grid_thw")
     tensors = [p for _, p in captioner.adapter.named_parameters()]
-    said = []
-    for _ in range(SHORT.max_new_tokens):
+
+    def logits(answer: list[int]) -> torch.Tensor:
+        ids = torch.cat([inputs["input_ids"], torch.tensor([answer], dtype=torch.long)], 1)
         if method in LOGITS:
             with captioner.adapter.switched_off():
-                logits = LOGITS[method](backbone, *tensors, ids, pixels, grid)
-        else:
-            kinds = (ids == backbone.image_token_id).int()
-            more = {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": kinds}
-            more = more if image else {}
-            logits = backbone.model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits
-        token = logits[:, -1].argmax(-1)
-        if token.item() in backbone.eos_token_ids:
+                return LOGITS[method](backbone, *tensors, ids, pixels, grid)[0, -1]
+        kinds = (ids == backbone.image_token_id).int()
+        more = {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": kinds} if image else {}
+        return backbone.model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits[0, -1]
+
+    return logits
+
+
+def said_by_hand(captioner, method: str, image, question: str) -> str:
+    answer, logits = [], logits_by_hand(captioner, method, image, question)
+    while len(answer) < SHORT.max_new_tokens:
+        token = int(logits(answer).argmax())
+        if token in captioner.backbone.eos_token_ids:
             break
-        said.append(token.item())
-        ids = torch.cat([ids, token[None]], 1)
-    return captioner.encoder.decode(said)
+        answer.append(token)
+    return captioner.encoder.decode(answer)
+
+
+def searched_by_hand(captioner, method: str, image, question: str, width: int, length: int) -> str:
+    """Beam search by its definition: of all answers that grow out of the ``width`` likeliest, the one with the highest
+    mean log-probability a token, its end among them."""
+    ends, logits = captioner.backbone.eos_token_ids, logits_by_hand(captioner, method, image, question)
+    growing, ended = [(0.0, [])], []
+    for size in range(1, length + 1):
+        grown = [
+            (total + share, [*answer, token])
+            for total, answer in growing
+            for token, share in enumerate(logits(answer).log_softmax(-1).tolist())
+        ]
+        grown.sort(key=lambda each: -each[0])
+        over = [(total / size, answer) for total, answer in grown[:width] if answer[-1] in ends or size == length]
+        ended = sorted([*ended, *over], key=lambda each: -each[0])[:width]
+        growing = [(total, answer) for total, answer in grown if answer[-1] not in ends][:width]
+        if len(ended) == width and growing[0][0] / size <= ended[-1][0]:
+            break
+    return captioner.encoder.decode([token for token in ended[0][1] if token not in ends])
 
 
 @pytest.mark.parametrize(
@@ -75,6 +101,25 @@ def test_batched_shared_and_single_equal_decoding_by_hand(checkpoints, monkeypat
     bare = Captioner.load(str(checkpoints[family]))
     assert off == [bare.answer(image, QUESTIONS, decoding=SHORT) for image in PICTURES]
     assert off != batched[:3]
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "adapter"])
+def test_beams_of_every_method_equal_a_search_by_hand(checkpoints, monkeypatch, method):
+    """LoRA's are held against transformers' own in test_captioner."""
+    backbone, adapter = attach(checkpoints, method, "qwen2_vl", dtype=torch.float32)
+    backbone.model.eval()
+    captioner = Captioner(backbone, adapter, FeatureCache(backbone, None), DEFAULT_PROMPT)
+    with torch.inference_mode():
+        first = said_by_hand(captioner, method, PICTURES[0], QUESTIONS[0])
+        early = backbone.tokenizer(first)["input_ids"][2:3]  # so that answers end before their time
+        ends = backbone.eos_token_ids | {backbone.image_token_id, *early}
+        monkeypatch.setattr(type(backbone), "eos_token_ids", ends)
+        wanted = [[searched_by_hand(captioner, method, p, q, width=4, length=6) for q in QUESTIONS] for p in PICTURES]
+    how = Decoding(max_new_tokens=6, num_beams=4)
+    asked = [(captioner.features.get([p]), asking(*QUESTIONS)) for p in PICTURES]
+    assert captioner.generate(asked, decoding=how) == wanted
+    assert [[captioner.answer(p, q, decoding=how) for q in QUESTIONS] for p in PICTURES] == wanted
+    assert wanted != captioner.generate(asked, decoding=Decoding(max_new_tokens=6))  # greedy would pass otherwise
 
 
 def asking(*questions: str) -> list[tuple[Turn]]:

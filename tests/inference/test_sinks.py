@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import picture
 from vlm_lora.data.readers import read_dataset
 from vlm_lora.errors import ConfigError, DataError
-from vlm_lora.inference.sinks import NotWritten, Rows, Sidecars, one_line, printable
+from vlm_lora.inference.sinks import NotWritten, Rows, Sidecars, Stdout, one_line, printable
 
 MADE_WITH = {"--prompt": None, "--adapter": ["runs/a"]}
 
@@ -22,7 +22,7 @@ def here(tmp_path, monkeypatch):
 
 
 def rows(paths, format="jsonl", file="out", made_with=MADE_WITH, **how) -> Rows:
-    return Rows([Path(path) for path in paths], format, file and Path(file), made_with=made_with, **how)
+    return Rows([Path(path) for path in paths], format, Path(file), made_with=made_with, **how)
 
 
 def write(sink, *names: str, text: str = "said") -> None:
@@ -40,6 +40,35 @@ def test_a_file_that_is_not_ours_stays(here, format, foreign):
     with pytest.raises(ConfigError, match="this file stays as it is"):
         rows(["a.png"], format, overwrite=True)
     assert (here / "out").read_text() == foreign
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_table_of_something_else_stays(here, overwrite):
+    foreign = "name\tprice\r\nscrew\t3\r\n"
+    (here / "out").write_bytes(foreign.encode())
+    with pytest.raises(ConfigError, match="out:1: is not a line that `caption --format text` wrote"):
+        rows(["a.png"], "text", overwrite=overwrite)
+    assert (here / "out").read_bytes() == foreign.encode()
+
+
+def test_a_file_of_ours_may_name_what_does_not_look_like_an_image(here):
+    for name in ("picture", "photo.dat"):
+        write(rows([name], "text"), name)
+    assert (here / "out").read_text() == "picture\tsaid\nphoto.dat\tsaid\n"
+    (here / ".out.made-with").unlink()  # it was moved; then its lines are known by their names
+    assert rows(["picture", "photo.dat"], "text").has(Path("picture"))
+    (here / "out").write_text("b.png\tsaid\n")
+    assert rows(["a.png", "b.png"], "text").has(Path("b.png"))
+
+
+@pytest.mark.parametrize("other", ["metadata.csv", "metadata.parquet"])
+def test_metadata_is_not_put_beside_metadata_of_another_kind(here, other):
+    """A folder with both could not be read any more."""
+    (here / other).write_text("file_name,text\na.png,mine\n")
+    with pytest.raises(ConfigError, match=f"^metadata.jsonl: {other} lies beside it, and a folder with both"):
+        rows(["a.png"], "metadata", "metadata.jsonl")
+    assert os.listdir() == [other]
+    rows(["a.png"], "metadata", "captions.jsonl")  # which no reader takes for metadata
 
 
 @pytest.mark.parametrize("format", ["text", "jsonl", "metadata"])
@@ -183,7 +212,7 @@ def test_metadata_holds_no_name_that_cannot_be_read_back(here):
 
 
 def test_a_full_disk_is_said_in_one_line(here):
-    sink, out = rows(["a.png", "b.png"]), rows(["a.png"], file=None)
+    sink, out = rows(["a.png", "b.png"]), Stdout("jsonl")
     sink.write(Path("a.png"), ["said"])
     full = pytest.raises(DataError, match=r"^out: cannot be written \(No space left on device\)\.$")
     with open("/dev/full", "w") as sink.stream, full:
@@ -195,7 +224,7 @@ def test_a_full_disk_is_said_in_one_line(here):
 
 def test_stdout_of_another_encoding_and_what_steers_terminals(capsys, monkeypatch):
     assert printable("æ 🦊 \udcff", "latin-1") == "æ ? ?"
-    rows(["a.png"], "text", None).write(Path("a.png"), ["one\ntwo \x1b[31m"], alone=True)
+    Stdout("text", alone=True).write(Path("a.png"), ["one\ntwo \x1b[31m"])
     assert capsys.readouterr().out == "one\ntwo  [31m\n"
 
 
@@ -221,6 +250,27 @@ def test_a_caption_file_that_cannot_be_written_is_that_image_alone(here, monkeyp
             sink.write(images[3], ["said"])
     assert sorted(os.listdir()) == ["folder.txt", "latin.txt", "x" * 250 + ".txt"]
     assert not Sidecars(images).has(images[0])
+
+
+@pytest.mark.parametrize("name", ["a.TXT", "a.Txt", "a.Caption", "a.CAPTION", "a.caption"])
+def test_a_caption_file_is_the_one_that_is_read(here, name):
+    picture(0).save("a.png")
+    (here / name).write_text("mine")
+    assert Sidecars([Path("a.png")]).has(Path("a.png"))
+    write(Sidecars([Path("a.png")], append=True), "a.png")
+    assert (here / name).read_text() == "mine\nsaid\n"
+    write(Sidecars([Path("a.png")], overwrite=True), "a.png", text="anew")
+    assert sorted(os.listdir()) == [name, "a.png"] if name < "a.png" else ["a.png", name]
+    read = read_dataset(here, prompt="What?")
+    assert (read.bad, read.examples[0].dialogues[0].turns[0].assistant) == ((), "anew")
+
+
+@pytest.mark.parametrize("end", ["", "\r\n"])
+def test_appending_keeps_a_files_line_ends(here, end):
+    (here / "a.txt").write_bytes(b"one\r\ntwo" + end.encode())
+    for _ in range(2):
+        write(Sidecars([Path("a.png")], append=True), "a.png", text="three\nlines")
+    assert (here / "a.txt").read_bytes() == b"one\r\ntwo\r\nthree\r\nlines\r\n"
 
 
 def test_an_image_never_becomes_its_caption(here):

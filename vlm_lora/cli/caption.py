@@ -22,7 +22,7 @@ from pathlib import Path
 from vlm_lora.cli.console import Progress, say
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT
 from vlm_lora.errors import ConfigError
-from vlm_lora.inference.sinks import NotWritten, Rows, Sidecars, one_line, printable
+from vlm_lora.inference.sinks import NotWritten, Rows, Sidecars, Stdout, one_line, printable
 
 BASE = "base"
 """What to give as --adapter for the base alone."""
@@ -83,7 +83,8 @@ def run(options: argparse.Namespace) -> int:
     paths = list(dict.fromkeys(_images(options)))
     if not paths:
         raise ConfigError(f"No image in {', '.join(options.paths) or options.list}.")
-    sink = _sink(options, adapters, paths)
+    alone = [Path(given) for given in options.paths] == paths and len(paths) == 1
+    sink = _sink(options, adapters, paths, alone)
     left = [path for path in paths if not sink.has(path)]
     if len(left) < len(paths):
         say(f"{len(paths) - len(left):,} images have a caption already; --overwrite captions them anew.")
@@ -97,7 +98,6 @@ def run(options: argparse.Namespace) -> int:
     columns = _captions(options, adapters, batch_size, left)
     if len(columns) > 1 and options.format == "text":
         say("Columns: image, " + ", ".join(adapters))
-    alone = [Path(given) for given in options.paths] == paths and len(paths) == 1
     progress, started, failed = Progress(), time.monotonic(), 0
     with closing(sink):
         for done, results in enumerate(zip(*columns, strict=True), start=1):
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
             error = next((result.error for result in results if result.error is not None), None)
             texts = None if error is not None else [f"{options.prefix}{r.text}{options.suffix}" for r in results]
             try:
-                sink.write(Path(image), texts, error, alone=alone)
+                sink.write(Path(image), texts, error)
             except NotWritten as its_own:
                 error = str(its_own)
             failed += error is not None
@@ -149,7 +149,9 @@ def _checked(options: argparse.Namespace, adapters: list[str]) -> int | None:
     return int(options.batch_size)
 
 
-def _sink(options: argparse.Namespace, adapters: list[str], paths: Sequence[Path]) -> Rows | Sidecars:
+def _sink(
+    options: argparse.Namespace, adapters: list[str], paths: Sequence[Path], alone: bool
+) -> Stdout | Rows | Sidecars:
     inputs = [options.list] if options.list else []
     if options.format == "sidecar":
         return Sidecars(paths, overwrite=options.overwrite, append=options.append, inputs=inputs)
@@ -159,12 +161,21 @@ def _sink(options: argparse.Namespace, adapters: list[str], paths: Sequence[Path
         if (len(options.paths), len(folders)) != (1, 1):
             raise ConfigError("--format metadata: say with --output where; it goes beside or above the images.")
         file = folders[0] / "metadata.jsonl"
+    if not file:
+        return Stdout(options.format, adapters=adapters, alone=alone)
     made_with = {"--model": options.model, "--prompt": options.prompt, "--endpoint": options.endpoint}
     made_with |= {"--adapter": [os.path.realpath(a) if os.path.isdir(a) else a for a in adapters]}
     for name in ("prefix", "suffix", "max_new_tokens", "num_beams", "temperature", "top_p", "seed"):
         made_with[f"--{name.replace('_', '-')}"] = getattr(options, name)
-    how = {"made_with": made_with, "adapters": adapters, "overwrite": options.overwrite, "inputs": inputs}
-    return Rows(paths, options.format, file, **how)
+    return Rows(
+        paths,
+        options.format,
+        file,
+        made_with=made_with,
+        adapters=adapters,
+        overwrite=options.overwrite,
+        inputs=inputs,
+    )
 
 
 def _captions(

@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -21,15 +22,48 @@ NAME_KEY = {"jsonl": "image", "metadata": "file_name"}
 """What a row calls its image, by format."""
 
 
+class Stdout:
+    """A line an image, on stdout: ``text`` or ``jsonl`` as in `Rows`.
+
+    ``alone``: there is one image only, and text leaves out its name.
+    """
+
+    def __init__(self, format: str, *, adapters: Sequence[str] = (), alone: bool = False):
+        self.format, self.adapters, self.alone = format, adapters, alone
+        self.holds_errors = format == "jsonl"
+        self.stream = sys.stdout
+
+    def has(self, path: Path) -> bool:
+        return False
+
+    def write(self, path: Path, texts: Sequence[str] | None, error: str | None = None) -> None:
+        """As `Rows.write`. A reader of stdout that has gone is a BrokenPipeError."""
+        if texts is None and not self.holds_errors:
+            return
+        if texts and len(texts) == 1 and self.alone and self.format == "text":
+            line = "\n".join(map(_spaced, texts[0].split("\n")))
+        else:
+            name = one_line(path) if self.format == "text" else str(path)
+            line = _line(self.format, name, texts, error, self.adapters, self.stream.encoding)
+        try:
+            print(printable(line), file=self.stream, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError as failure:
+            raise _cannot_be_written("stdout", self.stream, failure) from failure
+
+    def close(self) -> None:
+        pass
+
+
 class Rows:
-    """A line an image, in a file that an interrupted run resumes, or on stdout.
+    """A line an image, in a file that an interrupted run resumes.
 
     A line that is in the file stays until a better one takes its place: a new caption of its image.
 
     Args:
         paths: the images that are to have a caption.
         format: ``text`` (path, tab, captions), ``jsonl`` or ``metadata``.
-        file: None for stdout.
         made_with: what the captions depend on, kept beside the file: captions made with something else are not mixed
             into it.
         adapters: names of the captions of an image, if there are several.
@@ -44,7 +78,7 @@ class Rows:
         self,
         paths: Sequence[Path],
         format: str,
-        file: Path | None,
+        file: Path,
         *,
         made_with: dict[str, object],
         adapters: Sequence[str] = (),
@@ -58,13 +92,10 @@ class Rows:
         self.done: set[str] = set()  # names of the images that need no caption any more
         self._replaced = False  # whether `lines` holds what the file does not
         self._next_rewrite = 0.0
-        if file is None:
-            return
         if format == "metadata":
-            above = Path(os.path.abspath(file)).parent
-            if outside := [p for p in paths if not Path(os.path.abspath(p)).is_relative_to(above)]:
-                raise ConfigError(f"{one_line(outside[0])} is not below {above}, where {file.name} goes.")
+            self._require_metadata_place(paths)
         _require_output(file, (*paths, *inputs))
+        self.beside = file.with_name(f".{file.name}.made-with")
         self._read({self._name(path) for path in paths})
         if overwrite:
             self.done = set()
@@ -72,57 +103,34 @@ class Rows:
             self._refuse_to_mix()
 
     def has(self, path: Path) -> bool:
-        return self.file is not None and self._name(path) in self.done
+        return self._name(path) in self.done
 
-    def write(self, path: Path, texts: Sequence[str] | None, error: str | None = None, *, alone: bool = False) -> None:
-        """The captions of an image, or without any its error. ``alone`` on stdout leaves out the image's name.
+    def write(self, path: Path, texts: Sequence[str] | None, error: str | None = None) -> None:
+        """The captions of an image, or without any its error.
 
         Raises:
             NotWritten: a training set cannot name this image.
-            DataError: the disk is full or the like. A reader of stdout that has gone is a BrokenPipeError.
+            DataError: the disk is full or the like.
         """
         if texts is None and not self.holds_errors:
             return
-        if self.format == "text":
-            told = [_spaced(text) for text in texts]
-            if alone and not self.file:
-                line = "\n".join(map(_spaced, texts[0].split("\n")))
-            else:
-                line = "\t".join([self._name(path), *told])
-        else:
-            row = {NAME_KEY[self.format]: self._name(path)}
-            if texts is None:
-                row["error"] = error
-            elif self.format == "metadata":
-                if printable(self._name(path), "utf-8") != self._name(path):
-                    raise NotWritten("its name is not UTF-8, so that no training set can name it; rename it")
-                row["text"] = texts[0]
-            elif len(texts) == 1:
-                row["caption"] = texts[0]
-            else:
-                row["captions"] = dict(zip(self.adapters, texts, strict=True))
-            line = _json(row, "utf-8" if self.file else sys.stdout.encoding)
+        name = self._name(path)
+        line = _line(self.format, name, texts, error, self.adapters, "utf-8")
+        known = name in self.lines
+        self.lines[name] = [line]
         try:
             # Opened for the first caption: where there never is one, an earlier file stays.
-            self.stream = self.stream or self._open()
-            if not self.file:
-                print(printable(line), file=self.stream, flush=True)
-            elif (name := self._name(path)) in self.lines:
-                self.lines[name] = [line]
+            if self.stream is None or (known and time.monotonic() >= self._next_rewrite):
+                self._rewrite()
+            elif known:
                 self._replaced = True
-                if time.monotonic() >= self._next_rewrite:
-                    self._rewrite()
             else:
-                self.lines[name] = [line]
                 print(line, file=self.stream, flush=True)
-        except BrokenPipeError:
-            raise
         except OSError as failure:
-            self._drop_what_is_left()
-            raise DataError(f"{self.file or 'stdout'}: cannot be written ({failure.strerror}).") from failure
+            raise _cannot_be_written(self.file, self.stream, failure) from failure
 
     def close(self) -> None:
-        if self.file and self.stream:
+        if self.stream:
             if self._replaced:
                 self._rewrite()
             self.stream.close()
@@ -135,12 +143,25 @@ class Rows:
             return Path(os.path.abspath(path)).relative_to(Path(os.path.abspath(self.file)).parent).as_posix()
         return str(path) if self.format == "jsonl" else one_line(path)
 
+    def _require_metadata_place(self, paths: Sequence[Path]) -> None:
+        from vlm_lora.data.readers import METADATA  # here, as it brings PIL
+
+        above = Path(os.path.abspath(self.file)).parent
+        if outside := [p for p in paths if not Path(os.path.abspath(p)).is_relative_to(above)]:
+            raise ConfigError(f"{one_line(outside[0])} is not below {above}, where {self.file.name} goes.")
+        others = [name for name in METADATA if name != self.file.name and (above / name).exists()]
+        if self.file.name in METADATA and others:
+            raise ConfigError(
+                f"{self.file}: {others[0]} lies beside it, and a folder with both cannot be read as data. Move that "
+                "one, or give another --output."
+            )
+
     def _read(self, names: set[str]) -> None:
         """Fill ``lines`` and ``done`` from the file. Images of ``names`` that have an error there are tried again."""
         if not self.file.exists():
             return
         try:
-            *ended, cut_off = self.file.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+            *ended, cut_off = self.file.read_bytes().decode("utf-8", "surrogateescape").split("\n")
         except OSError as error:
             raise ConfigError(f"--output {self.file}: cannot be read ({error.strerror}).") from error
         for number, line in enumerate([*ended, cut_off], start=1):
@@ -163,12 +184,15 @@ class Rows:
 
         Raises ValueError, TypeError or KeyError for a line that is not of this format.
         """
+        from vlm_lora.data.readers.folders import is_image_name  # here, as it brings PIL
+
         if self.format == "text":
             name, tab, _ = line.partition("\t")
             if last and not tab and any(other.startswith(line) for other in names):
                 return None, False
-            if not tab:
-                raise ValueError("no tab")
+            # Any table with tabs looks like ours: then the names in it, or the file beside it, have to tell.
+            if not tab or not (name in names or is_image_name(Path(name)) or self.beside.is_file()):
+                raise ValueError("a line of something else")
             return name, not (last and name in names)  # the last line may be cut off: nothing tells
         key = NAME_KEY[self.format]
         start = json.dumps({key: ""})[:-2]  # {"image": "
@@ -180,13 +204,9 @@ class Rows:
         failed = self.holds_errors and row.keys() == {key, "error"}  # as `write` has it
         return row[key], not failed
 
-    @property
-    def _beside(self) -> Path:
-        return self.file.with_name(f".{self.file.name}.made-with")
-
     def _refuse_to_mix(self) -> None:
         try:
-            before = json.loads(self._beside.read_text(encoding="utf-8"))
+            before = json.loads(self.beside.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # an older file, or one that has moved
             return
         for key, value in self.made_with.items():
@@ -196,34 +216,23 @@ class Rows:
                     "another --output, or --overwrite to caption anew."
                 )
 
-    def _open(self) -> IO[str]:
-        if not self.file:
-            return sys.stdout
-        replace_text(self.file, self._text())
-        replace_text(self._beside, json.dumps(self.made_with) + "\n")
-        return self.file.open("a", encoding="utf-8", errors="surrogateescape", newline="\n")
-
-    def _text(self) -> str:
-        return "".join(line + "\n" for lines in self.lines.values() for line in lines)
-
     def _rewrite(self) -> None:
-        """Put the replaced lines into the file. It is written whole, so in a long one only every now and then: a kill
-        loses a few seconds of captions, and no line that was there before."""
-        started = time.monotonic()
-        self.stream.close()
-        replace_text(self.file, self._text())
+        """Put all lines into the file. It is written whole, so in a long one only every now and then: a kill loses a
+        few seconds of captions, and no line that was there before."""
+        started, first = time.monotonic(), self.stream is None
+        if self.stream:
+            self.stream.close()
+        replace_text(self.file, "".join(line + "\n" for lines in self.lines.values() for line in lines))
+        if first:
+            replace_text(self.beside, json.dumps(self.made_with) + "\n")
         self.stream = self.file.open("a", encoding="utf-8", errors="surrogateescape", newline="\n")
         self._replaced = False
-        self._next_rewrite = time.monotonic() + max(1.0, 20 * (time.monotonic() - started))
-
-    def _drop_what_is_left(self) -> None:
-        """What could not be written would be tried again when the stream is closed, and fail there a second time."""
-        if self.stream:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        if not first:
+            self._next_rewrite = time.monotonic() + max(1.0, 20 * (time.monotonic() - started))
 
 
 class Sidecars:
-    """A caption file beside each image: .txt, or the .caption that is there already.
+    """A caption file beside each image: the one that is there already, as the readers find it, or a new .txt.
 
     Raises:
         ConfigError: two images would share one caption file, or it is itself one of the images or other ``inputs``.
@@ -235,10 +244,10 @@ class Sidecars:
         self, paths: Sequence[Path], *, overwrite: bool = False, append: bool = False, inputs: Sequence[Path] = ()
     ):
         self.overwrite, self.append = overwrite, append
+        self.files = _caption_files(paths)
         read = {os.path.realpath(path) for path in (*paths, *inputs)}
         of: dict[Path, Path] = {}
-        for path in paths:
-            file = self._file(path)
+        for path, file in self.files.items():
             if os.path.realpath(file) in read:
                 raise ConfigError(f"{one_line(file)} would hold a caption, and is one of the inputs; rename it.")
             other = of.setdefault(file, path)
@@ -246,17 +255,19 @@ class Sidecars:
                 raise ConfigError(f"{one_line(f'{other} and {path}')} would share one caption file, {file.name}.")
 
     def has(self, path: Path) -> bool:
-        return not (self.overwrite or self.append) and os.path.isfile(self._file(path))
+        return not (self.overwrite or self.append) and os.path.isfile(self.files[path])
 
-    def write(self, path: Path, texts: Sequence[str] | None, error: str | None = None, *, alone: bool = False) -> None:
+    def write(self, path: Path, texts: Sequence[str] | None, error: str | None = None) -> None:
         """Raises NotWritten where this image's file cannot be written."""
         if texts is None:
             return
-        file, text = self._file(path), texts[0] + "\n"
+        file, text = self.files[path], texts[0] + "\n"
         try:
-            before = file.read_text(encoding="utf-8") if self.append and file.exists() else ""
-            before += "\n" if before and not before.endswith("\n") else ""
-            if f"\n{text}" not in f"\n{before}":  # else said the last time, before the run was stopped
+            before = file.read_bytes().decode() if self.append and file.exists() else ""
+            end = "\r\n" if "\r\n" in before else "\n"
+            text = text.replace("\n", end)
+            before += end if before and not before.endswith("\n") else ""
+            if f"\n{text}" not in f"\n{before}":  # else written the last time, before the run was stopped
                 replace_text(file, before + text)
         except UnicodeDecodeError as failure:
             byte = f"byte 0x{failure.object[failure.start]:02x} at position {failure.start}"
@@ -267,9 +278,19 @@ class Sidecars:
     def close(self) -> None:
         pass
 
-    def _file(self, path: Path) -> Path:
-        other = path.with_suffix(".caption")
-        return other if os.path.exists(other) else path.with_suffix(".txt")
+
+def _caption_files(paths: Sequence[Path]) -> dict[Path, Path]:
+    """The caption file of each image, whether it is there yet or not."""
+    from vlm_lora.data.readers.folders import CAPTION_SUFFIXES  # here, as it brings PIL
+
+    there: dict[Path, Path] = {}  # by the path without its suffix; .caption before .txt
+    for folder in {path.parent for path in paths}:
+        with suppress(OSError):  # one that cannot be listed; if it can be written to, is found out later
+            files = [folder / name for name in os.listdir(folder)]
+            files = [file for file in files if file.suffix.lower() in CAPTION_SUFFIXES]
+            files.sort(key=lambda file: (file.suffix.lower() == ".caption", file))
+            there |= {file.with_suffix(""): file for file in files}
+    return {path: there.get(path.with_suffix(""), path.with_suffix(".txt")) for path in paths}
 
 
 def _require_output(file: Path, inputs: Sequence[Path]) -> None:
@@ -315,11 +336,37 @@ def one_line(name: Path | str) -> str:
     return escaped.sub(lambda char: char[0].encode("unicode_escape").decode(), str(name))
 
 
-def printable(text: str, encoding: str | None = None) -> str:
+def printable(text: str, encoding: str = "") -> str:
     """The text as stdout can show it: � or ? for what its encoding (by default) has not."""
     encoding = encoding or sys.stdout.encoding
-    whole = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return whole.encode(encoding, "replace").decode(encoding)
+    return (
+        text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode(encoding, "replace").decode(encoding)
+    )
+
+
+def _line(
+    format: str, name: str, texts: Sequence[str] | None, error: str | None, adapters: Sequence[str], encoding: str
+) -> str:
+    """What is said of the image of that name, in a format of `Rows`; ``encoding`` is where it goes."""
+    if format == "text":
+        return "\t".join([name, *map(_spaced, texts or ())])
+    row: dict[str, object] = {NAME_KEY[format]: name}
+    if texts is None:
+        row["error"] = error
+    elif format == "metadata":
+        if printable(name, "utf-8") != name:
+            raise NotWritten("its name is not UTF-8, so that no training set can name it; rename it")
+        row["text"] = texts[0]
+    elif len(texts) == 1:
+        row["caption"] = texts[0]
+    else:
+        row["captions"] = dict(zip(adapters, texts, strict=True))
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode(encoding)
+    except UnicodeEncodeError:  # a name of bytes that are no text, or a small encoding: JSON has a way to write it
+        return json.dumps(row)
+    return line
 
 
 def _spaced(caption: str) -> str:
@@ -334,10 +381,9 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def _json(row: dict, encoding: str) -> str:
-    line = json.dumps(row, ensure_ascii=False)
-    try:
-        line.encode(encoding)
-    except UnicodeEncodeError:  # a name of bytes that are no text, or a small encoding: JSON has a way to write it
-        return json.dumps(row)
-    return line
+def _cannot_be_written(where: Path | str, stream: IO[str] | None, failure: OSError) -> DataError:
+    """The error to raise. What is left in the stream would be tried again when it is closed, and fail there a second
+    time: it is dropped."""
+    if stream and not stream.closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return DataError(f"{where}: cannot be written ({failure.strerror}).")

@@ -179,7 +179,7 @@ class Backbone(Preprocessor):
         return DynamicCache(config=self.model.config.text_config)
 
     @cached_property
-    def _cache_argument(self) -> str:
+    def cache_argument(self) -> str:
         """The name of the cache in transformers' forward: ``cache`` since 5.24, which warns of the older one."""
         return next(n for n in ("cache", "past_key_values") if n in signature(self.language_model.forward).parameters)
 
@@ -234,7 +234,7 @@ class Backbone(Preprocessor):
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=past_key_values is not None,
-            **{self._cache_argument: past_key_values},
+            **{self.cache_argument: past_key_values},
             **shown,
         ).last_hidden_state
 

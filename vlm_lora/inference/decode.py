@@ -1,0 +1,231 @@
+"""Decoding: each image's prefix once, its questions' branches after it, then a token at a time.
+
+A prefix is the image and whatever all questions about it begin with. Its keys and values are shared by the branches,
+which are then decoded together, as one batch.
+"""
+
+import copy
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import psutil
+import torch
+
+from vlm_lora.inference.caption import Decoding
+from vlm_lora.model.backbone import Backbone
+from vlm_lora.model.features import ImageEntry, crc32, together
+from vlm_lora.model.packing import Encoded
+
+MOST_ROWS = 32
+"""Captions decoded together at most; beyond it little is gained."""
+MEMORY_SHARE = 0.4
+"""Of the free memory, for keys, values and activations of a batch whose size is not given."""
+
+Step = list[tuple[int, int]]
+"""(row, token) of all rows that do not end with this token."""
+
+
+def decode(
+    backbone: Backbone, encoded: Sequence[Encoded], images: Sequence[Sequence[ImageEntry]], decoding: Decoding
+) -> Iterator[Step]:
+    """The answers' tokens as they are decoded: a row for each branch, in order. Tokens that end an answer are left out.
+
+    ``images`` are those of each of ``encoded``. A beam search gives all its tokens in one step, at its end.
+    """
+    rows = _prefill(backbone, encoded, images)
+    if decoding.num_beams > 1:
+        yield _search(rows, torch.stack([b.input_ids[-1] for e in encoded for b in e.branches]), decoding)
+        return
+    numbers = _random_numbers(encoded, images, decoding.seed) if decoding.temperature > 0 else []
+    left = torch.arange(len(rows.mask), device=backbone.device)
+    ends = torch.tensor(sorted(backbone.eos_token_ids), device=backbone.device)
+    for step in range(decoding.max_new_tokens):
+        drawn = torch.tensor([numbers[row].random() for row in left.tolist()], device=left.device) if numbers else None
+        token = _pick(backbone.logits(rows.hidden).float(), decoding, drawn)
+        going = ~torch.isin(token, ends)
+        yield list(zip(left[going].tolist(), token[going].tolist(), strict=True))
+        if not going.any() or step + 1 == decoding.max_new_tokens:
+            return
+        if not going.all():  # rows that have ended leave the batch
+            kept = going.nonzero()[:, 0]
+            left, token = left[kept], token[kept]
+            rows.select(kept)
+        rows.read(token[:, None], torch.ones_like(token[:, None]), (rows.position + 1).expand(3, -1, -1))
+
+
+def rows_that_fit(backbone: Backbone, patches: int, decoding: Decoding) -> int:
+    """How many images of ``patches`` patches can be decoded together in the memory that is free now."""
+    model: Any = backbone.model  # the families' classes have no type in common
+    text, head_dim = model.config.text_config, model.model.language_model.layers[0].self_attn.head_dim
+    kept = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
+    passing = 3 * text.intermediate_size + 8 * text.hidden_size  # one layer's activations
+    tokens = patches // backbone.merge_size**2 + decoding.max_new_tokens + 64  # 64: template and prompt
+    on_gpu = backbone.device.type == "cuda"
+    free = torch.cuda.mem_get_info(backbone.device)[0] if on_gpu else psutil.virtual_memory().available
+    row = tokens * (kept * decoding.num_beams + passing) * backbone.dtype.itemsize
+    row += backbone.feature_bytes((1, 1, patches))
+    return max(1, min(MOST_ROWS, int(MEMORY_SHARE * free / row)))
+
+
+class _Rows:
+    """``B`` sequences of ``T`` tokens, padded on the left, that have gone through the language model.
+
+    ``mask`` ``(B, T)`` is 0 on padding. Once something is read, ``hidden`` ``(B, hidden)`` is what the model makes of
+    each row's last token and ``position`` ``(B, 1)`` where that token stands; ``cache`` holds all keys and values.
+    """
+
+    hidden: torch.Tensor
+    position: torch.Tensor
+
+    def __init__(self, backbone: Backbone, count: int):
+        self.backbone = backbone
+        self.cache = backbone.new_cache()
+        self.mask = torch.zeros(count, 0, dtype=torch.long, device=backbone.device)
+
+    def read(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, features: torch.Tensor | None = None
+    ) -> None:
+        """Further tokens of every row: ``ids`` and ``mask`` ``(B, t)``, ``positions`` ``(3, B, t)``."""
+        self.mask = torch.cat([self.mask, mask], dim=1)
+        self.hidden = self.backbone.forward(ids, self.mask, positions, features, self.cache)[:, -1]
+        self.position = positions[0, :, -1:]
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Have these rows alone, by number; one that comes several times is there several times."""
+        self.mask = self.mask[rows]
+        if self.mask.shape[1]:
+            self.cache.batch_select_indices(rows)
+            self.hidden, self.position = self.hidden[rows], self.position[rows]
+
+
+def _prefill(backbone: Backbone, encoded: Sequence[Encoded], images: Sequence[Sequence[ImageEntry]]) -> _Rows:
+    """A row for each branch: its image's prefix, computed once for all branches after it, and the branch."""
+    if all(len(e.branches) == 1 for e in encoded):  # nothing to share: the branch goes with its prefix
+        return _read_prefixes(backbone, [_in_one(e) for e in encoded], images)
+    rows = _read_prefixes(backbone, encoded, images)
+    device = backbone.device
+    owner = torch.tensor([i for i, e in enumerate(encoded) for _ in e.branches], device=device)
+    rows.select(owner)
+    ids, mask = _left_pad([b.input_ids for e in encoded for b in e.branches], backbone.pad_token_id)
+    start = torch.tensor([_end(e) for e in encoded], device=device)[owner]
+    mask = mask.to(device)
+    positions = start[:, None] + (mask.cumsum(1) - 1).clamp(min=0)
+    rows.read(ids, mask, positions.expand(3, -1, -1))
+    return rows
+
+
+def _read_prefixes(backbone: Backbone, encoded: Sequence[Encoded], images: Sequence[Sequence[ImageEntry]]) -> _Rows:
+    """A row for each prefix. What all of them begin with is computed once for all."""
+    device = backbone.device
+    if not any(len(e.prefix_ids) for e in encoded):  # text only, and nothing in common: branches start from nothing
+        return _Rows(backbone, len(encoded))
+    head = _common_head([e.prefix_ids for e in encoded], backbone.image_token_id)
+    rows = _Rows(backbone, 1 if head else len(encoded))
+    if head:
+        ids, positions = encoded[0].prefix_ids[None, :head], encoded[0].prefix_positions[:, None, :head]
+        rows.read(ids, torch.ones(1, head, dtype=torch.long, device=device), positions.to(device))
+        rows.select(torch.zeros(len(encoded), dtype=torch.long, device=device))
+    ids, mask = _left_pad([e.prefix_ids[head:] for e in encoded], backbone.pad_token_id)
+    positions = torch.zeros(3, *ids.shape, dtype=torch.long)
+    for i, e in enumerate(encoded):
+        positions[:, i, ids.shape[1] - len(e.prefix_ids) + head :] = e.prefix_positions[:, head:]
+    seen = together([entry for entries in images for entry in entries], device)
+    rows.read(ids, mask.to(device), positions.to(device), seen)
+    return rows
+
+
+def _search(rows: _Rows, last: torch.Tensor, decoding: Decoding) -> Step:
+    """The likeliest answers, by transformers' own beam search, which goes on from the keys and values of ``rows``.
+
+    ``last`` ``(B,)`` is each row's last token: the search begins by reading it once more, as it asks for the logits
+    itself. It reads all rows until the last one has ended.
+    """
+    from transformers import GenerationConfig
+
+    backbone, cache = rows.backbone, rows.cache
+    model: Any = copy.copy(backbone.model)  # with settings of its own: a model's may punish repetition, or draw
+    model.generation_config = GenerationConfig(
+        num_beams=decoding.num_beams,
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=False,
+        eos_token_id=sorted(backbone.eos_token_ids),
+        pad_token_id=backbone.pad_token_id,
+    )
+    before = cache.get_seq_length() - rows.mask.shape[1]  # keys and values of a trained prefix, which all tokens see
+    mask = torch.cat([rows.mask.new_ones(len(rows.mask), before), rows.mask], dim=1)
+    cache.crop(-1)
+    cache.batch_repeat_interleave(decoding.num_beams)
+    tokens = model.generate(
+        last[:, None].to(backbone.device),
+        attention_mask=mask,
+        position_ids=(rows.position + before).expand(3, -1, -1),
+        **{backbone.cache_argument: cache},
+    )
+    step: Step = []
+    for row, answer in enumerate(tokens[:, 1:].tolist()):
+        end = next((i for i, token in enumerate(answer) if token in backbone.eos_token_ids), len(answer))
+        step += [(row, token) for token in answer[:end]]
+    return step
+
+
+# -- small parts ---------------------------------------------------------------------------------------------
+
+
+def _end(encoded: Encoded) -> int:
+    """The position right after the prefix."""
+    return int(encoded.prefix_positions.max()) + 1 if len(encoded.prefix_ids) else 0
+
+
+def _in_one(encoded: Encoded) -> Encoded:
+    """With the only branch as the end of the prefix too."""
+    (branch,) = encoded.branches
+    positions = (torch.arange(len(branch.input_ids)) + _end(encoded)).expand(3, -1)
+    return Encoded(
+        torch.cat([encoded.prefix_ids, branch.input_ids]),
+        torch.cat([encoded.prefix_positions, positions], dim=1),
+        encoded.branches,
+    )
+
+
+def _common_head(prefixes: Sequence[torch.Tensor], image_token_id: int) -> int:
+    """How many tokens several prefixes begin with alike, before any image and short of anyone's last token."""
+    width = min(map(len, prefixes)) - 1
+    if len(prefixes) == 1 or width < 1:
+        return 0
+    rows = torch.stack([prefix[:width] for prefix in prefixes])
+    return int(((rows == rows[0]).all(0) & (rows[0] != image_token_id)).long().cumprod(0).sum())
+
+
+def _left_pad(sequences: Sequence[torch.Tensor], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(B, T)`` tokens with padding on the left, so that all end together, and their mask."""
+    width = max(len(sequence) for sequence in sequences)
+    ids = torch.full((len(sequences), width), pad_token_id)
+    mask = torch.zeros(len(sequences), width, dtype=torch.long)
+    for i, sequence in enumerate(sequences):
+        ids[i, width - len(sequence) :] = sequence
+        mask[i, width - len(sequence) :] = 1
+    return ids, mask
+
+
+def _random_numbers(
+    encoded: Sequence[Encoded], images: Sequence[Sequence[ImageEntry]], seed: int
+) -> list[random.Random]:
+    """Random numbers for each row, from its own images and question: the same ones in any batch."""
+    numbers = []
+    for e, entries in zip(encoded, images, strict=True):
+        seen = [crc32(entry.values) for entry in entries]
+        numbers += [random.Random(f"{seed} {seen} {branch.input_ids.tolist()}") for branch in e.branches]
+    return numbers
+
+
+def _pick(logits: torch.Tensor, decoding: Decoding, drawn: torch.Tensor | None) -> torch.Tensor:
+    """The next token of each row, ``(B,)`` from ``(B, vocabulary)`` and, if sampled, a number of 0 to 1 for each."""
+    if drawn is None:
+        return logits.argmax(-1)
+    shares, tokens = (logits / decoding.temperature).softmax(-1).sort(-1, descending=True)
+    before = shares.cumsum(-1) - shares
+    shares = shares.masked_fill(before >= decoding.top_p, 0.0)  # nucleus sampling, arXiv:1904.09751
+    upto = shares.cumsum(-1)
+    place = (upto <= drawn[:, None] * upto[:, -1:]).sum(-1, keepdim=True)
+    return tokens.gather(-1, place.clamp(max=shares.shape[-1] - 1))[:, 0]
