@@ -268,6 +268,17 @@ def test_a_clean_copy_keeps_chats_several_images_kinds_and_order(pictures, tmp_p
     assert not (tmp_path / "clean/c.png").exists()
 
 
+def test_no_image_of_a_clean_copy_overwrites_another(pictures, tmp_path):
+    """One is called as those are that have no plain name of their own."""
+    folder = pictures("images/0000002.png", "odd:name.png", into="data")
+    rows = [{"image": "images/0000002.png", "caption": "plain"}, {"image": "odd:name.png", "caption": "odd"}]
+    (folder / "x.jsonl").write_text(lines(rows))
+    examples = read_dataset(folder, prompt=PROMPT).examples
+    write_clean(tmp_path / "clean", examples, PROMPT)
+    copy = read_dataset(tmp_path / "clean", prompt=PROMPT)
+    assert without_place(copy.examples) == without_place(examples)
+
+
 def test_a_clean_copy_goes_into_a_new_folder_only(pictures, tmp_path):
     folder = pictures("a.png", into="data")
     (folder / "a.txt").write_text("a")

@@ -156,6 +156,18 @@ def test_f23_f24_outside_is_read_when_allowed(folder):
     assert [bad.line for bad in read(folder).bad] == [1, 2, 3]
 
 
+def test_f23_f24_a_folder_of_a_longer_name_and_a_linked_folder_are_outside(folder, pictures):
+    pictures("a.png", into="data-2")
+    (folder / "linked").symlink_to(folder.parent / "data-2")
+    rows = [{"image": name, "caption": "x"} for name in ("../data-2/a.png", "linked/a.png", "a.png")]
+    (folder / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = read(folder / "x.jsonl")
+    assert [(bad.line, "lies outside of the data folder" in bad.reason) for bad in dataset.bad] == [
+        (1, True),
+        (2, True),
+    ]
+
+
 def test_f30_bytes_of_a_jsonl_file(folder):
     lines = [
         b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n",

@@ -438,6 +438,20 @@ def test_a_parquet_file_written_by_datasets(pictures):
         assert content_hash(example.images[0].read_bytes()) == example.images[0].sha256
 
 
+@pytest.mark.parametrize("file", ["x.jsonl", "x_questions.json"])
+def test_the_best_answer_is_learnt_though_it_is_not_the_commonest(file, pictures):
+    folder = pictures("a.png")
+    answer = {"answers": [{"answer": text} for text in ("two", "2", "2")], "multiple_choice_answer": "two"}
+    asked = {"question_id": 1, "image": "a.png", "question": "How many?"}
+    if file == "x.jsonl":
+        (folder / file).write_text(lines([asked | answer]))
+    else:
+        (folder / file).write_text(json.dumps({"questions": [asked]}))
+        (folder / "x_annotations.json").write_text(json.dumps({"annotations": [{"question_id": 1} | answer]}))
+    (example,) = read_dataset(folder / file, prompt=PROMPT).examples
+    assert example.dialogues == (Dialogue((Turn("How many?", "two"),), None, ("two", "2", "2")),)
+
+
 def test_multi_turn_and_multi_image(pictures):
     folder = pictures(*NAMES)
     turns = [

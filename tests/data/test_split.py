@@ -105,5 +105,9 @@ def test_images_that_are_held_out_too_are_no_training_rows(pictures, monkeypatch
     monkeypatch.chdir(folder.parent)
     with pytest.raises(DataError, match=r"1 rows cannot be used.* b\.png:1: its image is in the held-out data too"):
         run.train_adapter(TrainConfig(data="train", val="val", model="tiny"))
+    (folder / "x.jsonl").write_text('{"images": ["a.png", "b.png"], "caption": "x"}\n')
+    both = read_dataset(folder / "x.jsonl", prompt="-")
+    assert [(bad.source, bad.line) for bad in without_held_out(both, held, "val").bad] == [("x.jsonl", 1)]
+    (folder / "x.jsonl").unlink()
     (val / "copy.png").unlink()
     assert without_held_out(train, read_dataset(val, prompt="-"), "val") == train

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -104,7 +104,8 @@ def _copy(ref: ImageRef, folder: Path, taken: set[str]) -> str:
         suffix = "heic"  # which Pillow alone does not know
         with suppress(Exception):
             suffix = str(Image.open(io.BytesIO(data), formats=FORMATS).format).lower()
-        name = f"images/{len(taken) + 1:07}.{suffix}"
+        numbered = (f"images/{number:07}.{suffix}" for number in count(len(taken) + 1))
+        name = next(name for name in numbered if name not in taken)
     taken.add(name.casefold())  # A.png and a.png are one file on some systems
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -66,15 +66,14 @@ class Finder:
             return ref
         self.refs[value] = None
         try:
-            ref = self._find(value)
+            ref = self.refs[value] = self._find(value)
         except DataError as error:
             if self.elsewhere is None or is_web_address(value):
                 raise
             try:
-                ref = self.elsewhere.find(value)
+                ref = self.refs[value] = self.elsewhere.find(value)
             except DataError:
                 raise DataError(f"{error}; it is not in the folder of --images either") from None
-        self.refs[value] = ref
         return ref
 
     def _find(self, name: str) -> ImageRef:

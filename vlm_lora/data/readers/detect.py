@@ -74,11 +74,7 @@ def detect(path: Path, format: str | None) -> Layout:
 
     A folder is read as what it holds itself; where it has a `train/` and no data of its own, as that. Files of rows
     are also looked for in `data/` and `annotations/`; sidecar folders are read with all that is below them, linked
-    folders left out.
-
-    Args:
-        path: resolved.
-        format: one of FORMATS where it is known.
+    folders left out. `path` is resolved.
     """
     if path.is_dir():
         return _in_folder(path, path, format)

@@ -8,18 +8,18 @@ machine or a URL instead of holding an image is refused like any other.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from vlm_lora.data.example import MAX_FILE_BYTES, ImageRef
 from vlm_lora.data.fetch import keep
 from vlm_lora.data.locate import Finder, is_web_address
 from vlm_lora.data.readers.gather import BadRow, Row, Rows
-from vlm_lora.data.readers.parquet import image_bytes, image_in_cell, images_in
+from vlm_lora.data.readers.parquet import Make, image_bytes, image_in_cell, images_in
 from vlm_lora.data.readers.tables import first_line
 from vlm_lora.errors import DataError
 
@@ -92,39 +92,31 @@ def read_hub(path: str) -> tuple[str, Rows]:
         raise DataError(f"{path!r}: {what}: {first_line(error)}; {how}") from None
     if stream and isinstance(table, datasets.IterableDataset):
         table = table.skip(first)
-        return name, _streamed(table if last is None else table.take(max(0, last - first)), name)
+        table = table if last is None else table.take(max(0, last - first))
+        # Without known features nothing is decoded, and there is no way to say that nothing should be
+        rows = table.decode(False) if table.features else table
+        # A stream cannot be read again: its images are kept
+        return name, _rows(rows, name, lambda row: lambda column, item, data, name: keep(data, name))
     if not isinstance(table, datasets.Dataset):
         raise DataError(f"{path!r}: expected one split, found {', '.join(table)}; say hf:{name}:SPLIT")
-    return name, _rows(table, name)
-
-
-def _rows(table: Any, name: str) -> Rows:
     table = table.with_format("arrow")  # as stored: an image in it is bytes, not decoded
     place = Path(table.cache_files[0]["filename"]) if table.cache_files else Path(name)
-    number = 0
-    for batch in table.iter(batch_size=64):
-        for values in batch.to_pylist():
-            make = partial(image_in_cell, place, partial(HubCell, table, name, number))
-            number += 1
-            yield _row(name, number, values, make)
+    rows = (values for batch in table.iter(batch_size=64) for values in cast(Any, batch).to_pylist())
+    return name, _rows(rows, name, lambda row: partial(image_in_cell, place, partial(HubCell, table, name, row)))
 
 
-def _streamed(table: Any, name: str) -> Rows:
+def _rows(rows: Iterable[dict], name: str, maker: Callable[[int], Make]) -> Rows:
+    """`maker` gives what makes the images of a row, for `images_in`, by its index."""
     number = 0
     try:
-        # Without known features nothing is decoded, and there is no way to say that nothing should be
-        for values in table.decode(False) if table.features else table:
+        for values in rows:
+            values = images_in(values, f"{name}:{number + 1}", maker(number))
+            values = {column: _downloaded_in(value, name) for column, value in values.items()}
             number += 1
-            # A stream cannot be read again: its images are kept
-            yield _row(name, number, values, lambda column, item, data, name: keep(data, name))
+            yield Row(name, number, values)
     except Exception as error:  # the network, in the midst of it: no common base either
         reason = f"cannot be had from the hub: {first_line(error)}; nothing from here on is read"
         yield BadRow(name, number + 1, reason)
-
-
-def _row(name: str, number: int, values: dict[str, Any], make: Callable[..., ImageRef]) -> Row:
-    values = images_in(values, f"{name}:{number}", make)
-    return Row(name, number, {column: _downloaded_in(value, name) for column, value in values.items()})
 
 
 def _downloaded_in(value: Any, name: str) -> Any:

@@ -20,6 +20,8 @@ BUFFER = 1 << 20
 """Bytes that are read together; without this pyarrow reads a whole row group."""
 Cell = Callable[[str, int | None], ByteSource]
 """Where an image of one row is, by its column and its index where the cell is a list."""
+Make = Callable[[str, int | None, bytes, str], ImageRef]
+"""An image of one row, by its column, its index where the cell is a list, its bytes and its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +122,10 @@ def image_in_cell(place: Path, cell: Cell, column: str, item: int | None, data: 
     return ImageRef(place, name, len(data), content_hash(data), cell(column, item))
 
 
-def images_in(
-    row: dict[str, Any], name: str, make: Callable[[str, int | None, bytes, str], ImageRef]
-) -> dict[str, Any]:
+def images_in(row: dict[str, Any], name: str, make: Make) -> dict[str, Any]:
     """A row of a table, where each struct with bytes, bytes, or a list of these is an image; the rest is as it was.
 
-    Args:
-        name: what an image is called that has no name of its own.
-        make: gives the image for its column, its index where the cell is a list, its bytes and its name.
+    `name` is that of an image which has none of its own.
     """
 
     def images(value: Any, name: str, column: str, item: int | None = None) -> Any:

@@ -145,8 +145,7 @@ def _list_of(cell: str) -> object:
 
 
 def read_text(path: Path, source: str) -> str:
-    """The file as text, without byte order mark. A byte that is no UTF-8 becomes a surrogate, for which `rows` looks:
-    it makes its own row bad and no other."""
+    """The file as text, without byte order mark. A byte that is no UTF-8 becomes a surrogate: `rows` finds its row."""
     data = path.read_bytes()
     _check_not_utf16(data, source)
     return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
