@@ -16,6 +16,7 @@ from vlm_lora.inference.caption import Decoding
 from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.features import ImageEntry, crc32, together
 from vlm_lora.model.packing import Encoded
+from vlm_lora.model.preprocess import Pixels
 
 MOST_ROWS = 32
 """Captions decoded together at most; beyond it little is gained."""
@@ -84,11 +85,11 @@ class _Rows:
         self.mask = torch.zeros(count, 0, dtype=torch.long, device=backbone.device)
 
     def read(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, features: torch.Tensor | None = None
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor | Pixels | None = None
     ) -> None:
         """Further tokens of every row: ``ids`` and ``mask`` ``(B, t)``, ``positions`` ``(3, B, t)``."""
         self.mask = torch.cat([self.mask, mask], dim=1)
-        self.hidden = self.backbone.forward(ids, self.mask, positions, features, self.cache)[:, -1]
+        self.hidden = self.backbone.forward(ids, self.mask, positions, seen, self.cache)[:, -1]
         self.position = positions[0, :, -1:]
 
     def select(self, rows: torch.Tensor) -> None:

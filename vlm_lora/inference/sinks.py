@@ -144,7 +144,7 @@ class Rows:
         return str(path) if self.format == "jsonl" else one_line(path)
 
     def _require_metadata_place(self, paths: Sequence[Path]) -> None:
-        from vlm_lora.data.readers import METADATA  # here, as it brings PIL
+        from vlm_lora.data.readers.detect import METADATA  # here, as it brings PIL
 
         above = Path(os.path.abspath(self.file)).parent
         if outside := [p for p in paths if not Path(os.path.abspath(p)).is_relative_to(above)]:
