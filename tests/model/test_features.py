@@ -257,10 +257,28 @@ def test_two_processes_keep_the_limit(tmp_path):
     assert {path.stem[0] for path in entries(tmp_path)} == {"0", "1"}
 
 
+def test_a_process_of_an_older_release_is_waited_for(tmp_path):
+    """It locks the file ``count`` by flock, and keeps the number in it."""
+    fcntl = pytest.importorskip("fcntl")
+    store = Store(tmp_path, limit=2500)
+    assert store.make_room(2500) == 2500
+    with (tmp_path / "count").open("a+") as count:
+        fcntl.flock(count, fcntl.LOCK_EX)
+        thread = threading.Thread(target=store.put, args=("aa", 1000, lambda path: path.write_bytes(bytes(1000))))
+        thread.start()
+        thread.join(0.3)
+        assert "aa" not in store
+        count.truncate(0)
+        count.write("1000")  # of an entry
+    thread.join()
+    assert "aa" in store
+    assert (tmp_path / "count").read_text() == "2000"
+
+
 def test_on_a_disk_without_locks_entries_are_kept_too(tmp_path, monkeypatch):
     asked = []
 
-    def refuse(lock):
+    def refuse(lock, **_):
         asked.append(lock)
         raise NotImplementedError("no flock here")
 

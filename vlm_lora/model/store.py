@@ -26,8 +26,12 @@ DISK_SHARE = 0.9
 ABANDONED_SECONDS = 24 * 3600
 """A temporary file this old belongs to no running process."""
 
-LOCK_SECONDS = 60
-"""A lock that takes longer is not waited for."""
+LOCK_SECONDS = 30
+"""A lock that takes longer is not waited for: each process then keeps the limit by itself."""
+
+COUNT, COPY = "count", "count.copy"
+"""The first is locked while it is read or written, by older releases too. Where a locked file cannot be read (Windows),
+or has been emptied (by older filelocks), the second is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,7 @@ class Store:
         self.limit = limit
         self.own: set[str] = set()
         self._left_free: int | None = None  # bytes of the disk that stay free; None: nobody has looked
-        self._lock = FileLock(folder / "count.lock", timeout=LOCK_SECONDS, poll_interval=0.01)
+        self._lock = FileLock(folder / COUNT, timeout=LOCK_SECONDS)
         self._lockable = True
 
     def path(self, name: str) -> Path:
@@ -143,15 +147,11 @@ class Store:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Inside, no other process counts, writes or evicts.
-
-        On a disk without locks each process keeps the limit by itself. So it does beside one of a release that locked
-        ``count`` instead, which filelock may empty: what both write at the same moment may then pass the limit.
-        """
+        """Inside, no other process counts, writes or evicts, unless the disk has no locks."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             if self._lockable:
-                self._lock.acquire()
+                self._lock.acquire(poll_interval=0.01)
         except (OSError, NotImplementedError):
             self._lockable = False
         try:
@@ -170,12 +170,15 @@ class Store:
 
     def _counted(self) -> int:
         """The bytes of all entries; added up where nobody has counted, or was killed while writing the count."""
-        with suppress(OSError, ValueError):
-            return int((self.folder / "count").read_text())
+        for name in (COUNT, COPY):
+            with suppress(OSError, ValueError):
+                return int((self.folder / name).read_text())
         return self.use().num_bytes
 
     def _note(self, num_bytes: int) -> None:
-        (self.folder / "count").write_text(str(num_bytes))
+        (self.folder / COPY).write_text(str(num_bytes))
+        with suppress(OSError):
+            (self.folder / COUNT).write_text(str(num_bytes))
 
     def _allowed(self, num_bytes: int) -> bool:
         free = shutil.disk_usage(self.folder).free
