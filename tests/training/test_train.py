@@ -61,7 +61,7 @@ def test_a_run_trains_lora_and_nothing_else(checkpoints, photo_folder, tmp_path,
         if "lora_B" in name:
             assert tensor.any(), f"{name} has not moved"
 
-    parts = {part.name: part for part in told["parts"]["parts"]}
+    parts = {part.name: part for part in told["parts"]["adapter"].parts()}
     assert parts["vision tower"].trained == 0
     assert parts["language layers"].modules == layers * 7
     assert parts["merger (projector)"].modules == mergers * 2
