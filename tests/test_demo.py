@@ -26,7 +26,7 @@ from vlm_lora.config import TrainConfig, write_yaml  # noqa: E402
 from vlm_lora.demo import LOOPBACK, build_app, launch, safe_settings  # noqa: E402
 from vlm_lora.demo.downloads import FORMATS, unlike, write_captions  # noqa: E402
 from vlm_lora.demo.runs import Evaluations, Pictures, find_runs, read_losses  # noqa: E402
-from vlm_lora.demo.speaker import Speaker  # noqa: E402
+from vlm_lora.demo.speaker import MAX_WAITING, Speaker, Turn  # noqa: E402
 from vlm_lora.errors import AdapterError, ConfigError, DataError  # noqa: E402
 from vlm_lora.inference.scores import ModelScores  # noqa: E402
 
@@ -41,6 +41,7 @@ class Parrot:
         self.asked = []
         self.ended = []
         self.threads = set()
+        self.words = 0
 
     def with_adapter(self, folder):
         if folder.name == "foreign":
@@ -59,6 +60,7 @@ class Parrot:
             for i in range(len(words) if request != "endless" else 10**6):
                 self.threads.add(threading.get_ident())
                 time.sleep(0.01)
+                self.words += 1
                 yield " ".join(words[: i + 1])
         finally:
             self.ended.append(request)
@@ -203,6 +205,42 @@ def test_a_cancelled_answer_ends_and_the_next_one_comes(client, captioner, pictu
     assert base.endswith("And now?")
 
 
+def test_stop_ends_what_runs_within_two_words_and_what_comes_late(app, captioner, picture):
+    """As a page asks it: a number first, then the request with that number, which may come at any time."""
+
+    def at_once(name: str) -> list:
+        asked = {"data": [], "fn_index": number_of[name], "session_hash": "page"}
+        return httpx.post(f"{app.local_url}gradio_api/run/predict", json=asked).json()["data"]
+
+    def ask(prompt: str, number: int) -> str:
+        values = [given(upload(app, picture.read_bytes())), prompt, *NUMBERS, number]
+        asked = {"data": values, "fn_index": number_of["caption"], "session_hash": "page"}
+        return httpx.post(f"{app.local_url}gradio_api/queue/join", json=asked).json()["event_id"]
+
+    number_of: dict[str, int] = {}
+    for i, fn in app.fns.items():
+        if fn.name != "caption" or fn.targets:  # that without a page's event is for programs
+            number_of.setdefault(fn.name, i)
+    captioner.ended.clear()
+    before, late = len(captioner.asked), at_once("begin")[-1]
+    ask("endless", at_once("begin")[-1])
+    end = time.monotonic() + 20
+    while len(captioner.asked) == before and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    at_once("end")
+    words = captioner.words
+    ask("late", late)
+    while not captioner.ended and time.monotonic() < end:
+        time.sleep(0.01)
+    assert captioner.ended == ["endless"]
+    assert captioner.words <= words + 2
+    ask("the last", at_once("begin")[-1])
+    while captioner.ended != ["endless", "the last", "the last"] and time.monotonic() < end:
+        time.sleep(0.01)
+    assert captioner.ended == ["endless", "the last", "the last"]  # by tuned and base
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [
@@ -255,8 +293,9 @@ def test_who_has_to_wait_is_told_and_blocks_nobody(picture):
     captioner = Parrot()
     speaker = Speaker(loaded, {}, "")
 
-    def asks(what: str):
-        return speaker.say(ImageRef(path=picture, name="a.png"), what, {"max_new_tokens": 8}, "", ("base",))
+    def asks(what: str, turn: Turn | None = None):
+        numbers = {"max_new_tokens": 8}
+        return speaker.say(ImageRef(path=picture, name="a.png"), what, numbers, "", ("base",), turn)
 
     async def whole(answer) -> list:
         return [texts async for texts in answer]
@@ -268,20 +307,37 @@ def test_who_has_to_wait_is_told_and_blocks_nobody(picture):
         with pytest.raises(asyncio.CancelledError):
             await asyncio.wait_for(answer, 1)
 
+    async def is_stopped(what: str):
+        turn = Turn()
+        answer = asyncio.ensure_future(whole(asks(what, turn)))
+        await asyncio.sleep(0.05)
+        turn.next()
+        assert all(isinstance(ahead, int) for ahead in await asyncio.wait_for(answer, 1))
+
     async def visit() -> list:
         await gives_up("while it loads")
+        await is_stopped("while it loads")
         loaded.set_result(captioner)
-        with speaker.decoding:  # somebody else's turn
-            said = asks("Red?")
-            told = [await asyncio.wait_for(anext(said), 20)]
-            await gives_up("while another speaks")
+        long = asks("endless")
+        while not isinstance(await asyncio.wait_for(anext(long), 20), tuple):
+            pass  # those that gave up are about to leave the line
+        said = asks("Red?")
+        told = [await asyncio.wait_for(anext(said), 20)]
+        await gives_up("while another speaks")
+        await is_stopped("while another speaks")
+        waiting = [asks(f"Number {i}?") for i in range(MAX_WAITING - 1)]
+        assert [await asyncio.wait_for(anext(each), 20) for each in waiting] == list(range(2, MAX_WAITING + 1))
+        with pytest.raises(gradio.Error, match="16 requests wait already"):
+            await anext(asks("One too many?"))
+        for each in (long, *waiting):
+            await each.aclose()
         return told + await whole(said)
 
     told = asyncio.run(visit())
-    assert told[0] is None
+    assert told[0] == 1
     assert told[-1] == (f"base {HTML} Red?", "")
-    assert None not in told[1:]
-    assert [request for _, request, _ in captioner.asked] == ["Red?"]
+    assert all(isinstance(texts, tuple) for texts in told[1:])
+    assert [request for _, request, _ in captioner.asked] == ["endless", "Red?"]
 
 
 def test_the_evaluation_is_not_drawn_before_somebody_looks(app):

@@ -21,6 +21,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from vlm_lora.demo.page import SCRIPT, STYLE, Page, build_app, set_variable
 from vlm_lora.demo.runs import find_runs
+from vlm_lora.demo.speaker import MAX_WAITING
 from vlm_lora.errors import ConfigError
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -139,7 +140,7 @@ def safe_settings(hosts: Sequence[str], share: bool = False) -> dict:
         "share": share,
         "app_kwargs": {"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))]},
         "max_file_size": MAX_UPLOAD,
-        "max_threads": 8,
+        "max_threads": MAX_WAITING + 8,  # so that those who wait for the model keep nobody else waiting
         "allowed_paths": [],
         "show_error": False,
         "enable_monitoring": False,

@@ -14,14 +14,12 @@ import gradio as gr
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS
 from vlm_lora.demo.inputs import MAX_NEW_TOKENS, Number, Slider
 from vlm_lora.demo.runs import Evaluations, Pictures
-from vlm_lora.demo.speaker import Speaker
+from vlm_lora.demo.speaker import MAX_WAITING, Speaker
 from vlm_lora.demo.tabs import QUIETLY, Desk, evaluation_tab, one_picture_tab, several_pictures_tab
 
 if TYPE_CHECKING:
     from vlm_lora import Captioner
 
-MAX_WAITING = 16
-"""Requests in the queue; whoever comes then is told so."""
 KEPT_SECONDS = 3600
 """Uploaded pictures are deleted after that long, and when the demo ends."""
 
@@ -37,28 +35,7 @@ STYLE = """
 """
 
 # Gradio's names for screen readers are thin: a thumbnail's is its number, a box with a copy button has none.
-# And nothing says when a request has its number and so can be cancelled, nor when one that was cancelled is over
-# in the page: see `_ended` of the tabs. A request counts from the moment it is asked for; a busy page sends it later.
 SCRIPT = """() => {
-const fetch = window.fetch;
-window.unsettled = 0;
-window.coming = () => {
-  const sent = () => { if (window.sent === sent) { window.sent = null; window.unsettled--; } };
-  window.sent?.();
-  window.sent = sent;
-  window.unsettled++;
-  setTimeout(sent, 5000);  // one that gradio does not send at all
-};
-window.fetch = async (...asked) => {
-  const begins = /\\/queue\\/join(\\?|$)/.test(asked[0]), counts = begins || /\\/(cancel|reset)(\\?|$)/.test(asked[0]);
-  window.unsettled += counts;
-  if (begins) window.sent?.();
-  try {
-    const answer = await fetch(...asked);
-    if (begins) await answer.clone().text();  // it holds the number by which a request is cancelled
-    return answer;
-  } finally { if (counts) setTimeout(() => window.unsettled--, 20); }
-};
 new MutationObserver(() => {
   const name = (element, text) => { if (text && element.ariaLabel !== text) element.ariaLabel = text; };
   for (const button of document.querySelectorAll('.thumbnail-item'))
@@ -166,5 +143,5 @@ def build_app(
         shown = {"fn": evaluation.show, "inputs": adapter, "outputs": evaluation.outputs, "queue": False}
         evaluation_opened.select(**shown, show_progress="minimal", api_visibility="private")
         adapter.change(**shown, js=IF_OPEN, **QUIETLY)
-    app.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+    app.queue(max_size=4 * MAX_WAITING, default_concurrency_limit=1)
     return app

@@ -1,14 +1,16 @@
 """The models behind the page: one base, loaded once, the adapters that were chosen, and one answer at a time."""
 
 import asyncio
+import itertools
 import logging
 import reprlib
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,12 @@ log = logging.getLogger(__name__)
 
 MAX_SECONDS = 120
 """For one request, both models together."""
+MAX_WAITING = 16
+"""Requests that wait for the model; whoever comes then is told so."""
+MAX_PAGES = 1000
+"""Open pages whose last request is remembered."""
+NUMBERS = itertools.count(1)
+"""Of all requests, so that none has the number of another."""
 
 
 def plainly(error: Exception) -> gr.Error:
@@ -35,23 +43,56 @@ def plainly(error: Exception) -> gr.Error:
     return plain("The model could not answer this. What went wrong is in the demo's log.")
 
 
-@dataclass
-class _Answer:
-    """What was said so far, written by the thread that decodes and read by the page, in whose loop it is made."""
+@dataclass(eq=False)
+class Answer:
+    """What was said so far: written by the thread that decodes, read by the page, in whose loop it is made."""
 
     base: str = ""
     tuned: str = ""
-    waits: bool = False
+    ahead: int = 0
+    """Requests that come first."""
     done: bool = False
     cut: bool = False
+    stopped: bool = False
     error: Exception | None = None
-    stopped: threading.Event = field(default_factory=threading.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
 
     def tell(self) -> None:
         with suppress(RuntimeError):  # the page was closed, and nobody listens
             self.loop.call_soon_threadsafe(self.changed.set)
+
+    def stop(self) -> None:
+        self.stopped = True
+        self.tell()
+
+
+@dataclass
+class Turn:
+    """What a page asked last in one of its tabs; whatever it asked before ends.
+
+    Gradio's own cancelling (6.31) misses a request that a busy page is yet to send, and one that is made while another
+    is being cancelled. So each has a number, and comes to nothing where it is no longer the last one's.
+    """
+
+    number: int = 0
+    about: object = None
+    stays: bool = False
+    """Whether what was said stays on the page."""
+    answer: Answer | None = None
+
+    def next(self, about: object = None, *, stays: bool = False) -> int:
+        """The number of a new request, which is ``about`` something; or of none, where all is to end."""
+        self.number, self.about, self.stays = next(NUMBERS), about, stays
+        if self.answer:
+            self.answer.stop()
+        return self.number
+
+
+def turns() -> Callable[[gr.Request], Turn]:
+    """The turn of each open page, by a request of it."""
+    of_page = lru_cache(MAX_PAGES)(lambda page: Turn())
+    return lambda request: of_page(request.session_hash)
 
 
 class Speaker:
@@ -72,7 +113,8 @@ class Speaker:
         self.chosen = chosen
         self.others: dict[str, Captioner] = {}
         self.attaching = threading.Lock()
-        self.decoding = threading.Lock()
+        self.line: list[Answer] = []  # that which is decoded, and those that wait
+        self.moved = threading.Condition()
 
     def captioner(self, name: str) -> "Captioner":
         """The base with the adapter of that name; waits until the base is loaded.
@@ -105,54 +147,80 @@ class Speaker:
             raise plainly(error) from None
 
     async def say(
-        self, image: ImageRef, prompt: str | None, numbers: dict, name: str, who: tuple[str, ...]
-    ) -> AsyncIterator[tuple[str, str] | None]:
-        """(base, tuned) so far, whenever there is more; None where another answer comes first.
+        self,
+        image: ImageRef,
+        prompt: str | None,
+        numbers: dict,
+        name: str,
+        who: tuple[str, ...],
+        turn: Turn | None = None,
+    ) -> AsyncIterator[tuple[str, str] | int]:
+        """(base, tuned) so far, whenever there is more; how many requests come first, while any do.
 
-        The decoding stops when the generator is closed or cancelled.
+        It ends, and the decoding with it, where the generator is closed or cancelled, or ``turn`` goes on to the next.
         """
-        answer = _Answer()
-        threading.Thread(target=self._decode, args=(answer, image, prompt, numbers, name, who), daemon=True).start()
+        if len(self.line) > MAX_WAITING:
+            raise plain(f"{MAX_WAITING} requests wait already. Try again later")
+        answer = Answer()
+        if turn:
+            if turn.answer:
+                turn.answer.stop()
+            turn.answer = answer
+        with self.moved:
+            self.line.append(answer)
+        threading.Thread(target=self._work, args=(answer, image, prompt, numbers, name, who), daemon=True).start()
         done = False
         try:
             while not done:
                 await answer.changed.wait()
                 answer.changed.clear()
+                if answer.stopped:
+                    return
                 done = answer.done  # read before the texts, which are whole then
                 if answer.error is None:
-                    yield None if answer.waits else (answer.base, answer.tuned)
+                    yield answer.ahead or (answer.base, answer.tuned)
         finally:
-            answer.stopped.set()
+            answer.stopped = True
+            with self.moved:
+                self.moved.notify_all()
         if answer.error is not None:
             raise plainly(answer.error) from answer.error
         if answer.cut:
             gr.Warning(f"Stopped after {MAX_SECONDS} seconds.")
 
-    def _decode(
-        self, answer: _Answer, image: ImageRef, prompt: str | None, numbers: dict, name: str, who: tuple[str, ...]
-    ) -> None:
+    def _work(self, answer: Answer, *request) -> None:
         try:
-            captioner = self.captioner(name)
-            from vlm_lora import Decoding  # here, as it brings torch, which the page does not wait for
-
-            decoding = Decoding(**numbers)
-            if self.decoding.locked():
-                answer.waits = True
-                answer.tell()
-            with self.decoding:
-                answer.waits = False
-                end = time.monotonic() + MAX_SECONDS
-                for speaker in who:
-                    if answer.stopped.is_set():
-                        return
-                    for text in captioner.stream(image, prompt, tuned=speaker == "tuned", decoding=decoding):
-                        setattr(answer, speaker, text)
+            with self.moved:
+                while (ahead := self.line.index(answer)) and not answer.stopped:
+                    if ahead != answer.ahead:
+                        answer.ahead = ahead
                         answer.tell()
-                        answer.cut = time.monotonic() > end
-                        if answer.cut or answer.stopped.is_set():
-                            return
+                    self.moved.wait()
+                answer.ahead = 0
+            if not answer.stopped:
+                self._decode(answer, *request)
         except Exception as error:
             answer.error = error
         finally:
+            with self.moved:
+                self.line.remove(answer)
+                self.moved.notify_all()
             answer.done = True
             answer.tell()
+
+    def _decode(
+        self, answer: Answer, image: ImageRef, prompt: str | None, numbers: dict, name: str, who: tuple[str, ...]
+    ) -> None:
+        captioner = self.captioner(name)
+        from vlm_lora import Decoding  # here, as it brings torch, which the page does not wait for
+
+        decoding, end = Decoding(**numbers), time.monotonic() + MAX_SECONDS
+        for speaker in who:
+            if answer.stopped:
+                return
+            for text in captioner.stream(image, prompt, tuned=speaker == "tuned", decoding=decoding):
+                setattr(answer, speaker, text)
+                answer.tell()
+                answer.cut = time.monotonic() > end
+                if answer.cut or answer.stopped:
+                    return

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import pandas as pd
@@ -14,7 +15,7 @@ from vlm_lora.config import DEFAULT_PROMPT
 from vlm_lora.demo.downloads import BESIDE, FORMATS, unlike, write_captions
 from vlm_lora.demo.inputs import MAX_FILES, SafeFiles, SafeImage, decoding, plain
 from vlm_lora.demo.runs import Evaluations, Pictures, read_losses
-from vlm_lora.demo.speaker import Speaker
+from vlm_lora.demo.speaker import Speaker, Turn, turns
 from vlm_lora.errors import ConfigError
 
 MAX_PROMPT = 2000
@@ -22,11 +23,15 @@ MAX_PROMPT = 2000
 EXAMPLES = 8
 GALLERY = 60
 """Held-out pictures shown at once."""
-COMES_FIRST = "request comes first"
 GAINED, WORSE = "Gained most first", "Only where tuned is worse"
 
-QUIETLY = {"show_progress": "hidden", "api_visibility": "private"}
+QUIETLY: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """For events that only tidy up the page."""
+AT_ONCE: dict[str, Any] = QUIETLY | {"queue": False, "trigger_mode": "multiple"}
+IN_ORDER: dict[str, Any] = QUIETLY | {"concurrency_limit": None, "trigger_mode": "multiple"}
+"""For events whose values must reach the page after all that was sent to it before: the queue sees to that."""
+ANSWER: dict[str, Any] = IN_ORDER | {"show_progress": "minimal"}
+"""For requests: they all begin at once, and wait for the model in `Speaker`, where they can be ended."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,6 @@ def one_picture_tab(desk: Desk) -> Tab:
             with gr.Row():
                 go = gr.Button("Caption or answer", variant="primary", min_width=120)
                 stop = gr.Button("Stop", min_width=80, scale=0)
-                end = gr.Button(visible="hidden", elem_id="picture-end")
         with gr.Column(min_width=300):
             reference = _said("What the data says", visible=False)
             with gr.Row():
@@ -88,51 +92,63 @@ def one_picture_tab(desk: Desk) -> Tab:
         top_p,
         seed,
         adapter,
+        number: int = 0,  # 0: a program asks
+        request: gr.Request = None,
         progress=gr.Progress(),  # noqa: B008
     ) -> AsyncIterator[tuple[str, str]]:
+        turn = turn_of(request) if number else None
+        if turn and number != turn.number:
+            yield gr.skip(), gr.skip()
+            return
         if image is None:
             raise plain("Choose a picture first.")
         numbers = decoding(max_new_tokens, temperature, top_p, seed)
         who = ("tuned", "base") if adapter else ("base",)
-        async with aclosing(desk.speaker.say(image, _asked(prompt), numbers, adapter, who)) as answer:
+        async with aclosing(desk.speaker.say(image, _asked(prompt), numbers, adapter, who, turn)) as answer:
             async for texts in answer:
-                if texts is None:
-                    progress((1, None), unit=COMES_FIRST)  # reads "1 request comes first"
+                if isinstance(texts, int):
+                    progress((texts, None), unit=_come_first(texts))  # reads "1 request comes first"
                 else:
                     yield texts
+        if turn and number != turn.number and not turn.stays:
+            yield "", ""
 
-    begin = gr.on(
-        [go.click, prompt.submit], None, None, [base, tuned], js=_ended("picture", "['', '']", asks=True), **QUIETLY
-    )
-    running = begin.success(
+    asked = [image, prompt, *desk.numbers, desk.adapter]
+    gr.on(
+        [],
         caption,
-        [image, prompt, *desk.numbers, desk.adapter],
+        asked,
         [base, tuned],
+        concurrency_limit=None,
         api_name="caption",
         api_description="Caption a picture, or answer a question about it. The parameters are those of "
         "`vlm-lora caption`; an empty prompt asks for a caption. Gives what the base model says and what "
         "the tuned model says (empty without an adapter), as they grow.",
-        trigger_mode="multiple",
-        show_progress="minimal",
     )
-    end.click(None, cancels=[running])
-    stop.click(None, js=_ended("picture"), **QUIETLY)
+    number, turn_of = gr.Number(0, visible="hidden"), turns()
+    number.change(caption, [*asked, number], [base, tuned], **ANSWER)
+
+    async def begin(request: gr.Request):
+        return "", "", turn_of(request).next()
+
+    gr.on([go.click, prompt.submit], begin, None, [base, tuned, number], **AT_ONCE)
+    stop.click(_end(turn_of, stays=True), **AT_ONCE)
     # Answers never stand beside another picture, or below another adapter, than the one they are about.
     answers = [base, tuned, reference]
-    cleared = _ended("picture", "['', '', {__type__: 'update', value: '', visible: false}]")
-    gr.on([image.input, desk.adapter.change], None, None, answers, js=cleared, **QUIETLY)
+    changes = [image.input, desk.adapter.change]
+    gr.on(changes, _end(turn_of), **AT_ONCE)
+    gr.on(changes, lambda: ["", "", gr.Textbox("", visible=False)], None, answers, **IN_ORDER)
 
     def examples_of(adapter: str) -> list:
         rows = desk.evaluations.examples(adapter, EXAMPLES)
         return [row for row in rows if desk.pictures.whole(row.images[0])]
 
-    def pick(adapter: str, event: gr.SelectData):
+    def pick(adapter: str, event: gr.SelectData, request: gr.Request):
+        turn_of(request).next()
         row = examples_of(adapter)[event.index]
-        told = gr.Textbox(_references(row), visible=True)
-        return str(desk.pictures.whole(row.images[0])), row.question, "", "", told
+        return str(desk.pictures.whole(row.images[0])), row.question, "", "", gr.Textbox(_references(row), visible=True)
 
-    told = [image, prompt, *answers]
-    examples.select(pick, desk.adapter, told, js=_ended("picture"), queue=False, trigger_mode="multiple", **QUIETLY)
+    examples.select(pick, desk.adapter, [image, prompt, *answers], **IN_ORDER)
 
     def show(adapter: str) -> list:
         rows = examples_of(adapter)
@@ -157,7 +173,6 @@ def several_pictures_tab(desk: Desk) -> Tab:
     with gr.Row():
         go = gr.Button("Caption all", variant="primary", min_width=120)
         stop = gr.Button("Stop", min_width=80, scale=0)
-        end = gr.Button(visible="hidden", elem_id="several-end")
     told = _said("How far it is", lines=2)
     table = gr.Dataframe(
         headers=["File", "Caption"],
@@ -175,7 +190,13 @@ def several_pictures_tab(desk: Desk) -> Tab:
         make = gr.Button("Make the file", min_width=120)
     file = gr.File(label="Download", interactive=False, visible=False, elem_id="download")
 
-    async def caption_all(images, prompt, max_new_tokens, temperature, top_p, seed, adapter):
+    async def caption_all(
+        images, prompt, max_new_tokens, temperature, top_p, seed, adapter, number, request: gr.Request
+    ):
+        turn = turn_of(request)
+        if number != turn.number:
+            yield gr.skip(), gr.skip()
+            return
         if not images:
             raise plain("Choose some pictures first.")
         asked, numbers = _asked(prompt), decoding(max_new_tokens, temperature, top_p, seed)
@@ -183,11 +204,17 @@ def several_pictures_tab(desk: Desk) -> Tab:
         rows, wrong = [], []
         for name, image in _by_name(images).items():
             try:
-                said = desk.speaker.say(image, asked, numbers, adapter, ("tuned",) if adapter else ("base",))
-                async with aclosing(said):
-                    async for texts in said:  # a caption that was stopped half-way never gets into the table
-                        caption = f"1 {COMES_FIRST}" if texts is None else "".join(texts)
+                caption = ""
+                who = ("tuned",) if adapter else ("base",)
+                async with aclosing(desk.speaker.say(image, asked, numbers, adapter, who, turn)) as answer:
+                    async for texts in answer:
+                        waits = isinstance(texts, int)
+                        caption = f"{texts} {_come_first(texts)}" if waits else "".join(texts)
                         yield rows, f"{len(rows)} of {len(images)} captioned. {name}: {caption}"
+                if number != turn.number:  # a caption that was stopped half-way never gets into the table
+                    if not turn.stays:
+                        yield [], ""
+                    return
                 rows = [*rows, [name, caption]]
             except gr.Error as error:
                 if isinstance(error.__cause__, ConfigError):  # of the adapter or a number, and so of all pictures
@@ -195,18 +222,25 @@ def several_pictures_tab(desk: Desk) -> Tab:
                 wrong.append(str(error.message))
         yield rows, "\n".join([f"{len(rows)} of {len(images)} captioned.", *wrong])
 
-    running = go.click(None, js=_ended("several", asks=True), **QUIETLY).success(
-        caption_all,
-        [files, prompt, *desk.numbers, desk.adapter],
-        [table, told],
-        api_visibility="private",
-        trigger_mode="multiple",
-        show_progress="minimal",
-    )
-    end.click(None, cancels=[running])
-    stop.click(None, js=_ended("several"), **QUIETLY)
-    # Captions belong to the pictures they were made of: others may have the same names.
-    files.change(lambda: ([], ""), None, [table, told], js=_ended("several"), queue=False, **QUIETLY)
+    number, turn_of = gr.Number(0, visible="hidden"), turns()
+    asked = [files, prompt, *desk.numbers, desk.adapter, number]
+    number.change(caption_all, asked, [table, told], **ANSWER)
+
+    async def begin(images, request: gr.Request):
+        return turn_of(request).next(images)
+
+    go.click(begin, files, number, **AT_ONCE)
+    stop.click(_end(turn_of, stays=True), **AT_ONCE)
+
+    def changed(images: list[ImageRef], request: gr.Request):
+        """Captions belong to the pictures they were made of: others may have the same names."""
+        turn = turn_of(request)
+        if images == turn.about:  # a busy page tells of them after they were asked about
+            return gr.skip(), gr.skip()
+        turn.next()
+        return [], ""
+
+    files.change(changed, files, [table, told], **IN_ORDER)
 
     def download(kind, images, table) -> Iterator[gr.File]:
         by_name = _by_name(images)
@@ -283,26 +317,17 @@ def evaluation_tab(desk: Desk) -> Tab:
 # -- small parts ---------------------------------------------------------------------------------------------
 
 
-def _ended(tab: str, then: str = "given", *, asks: bool = False) -> str:
-    """JavaScript of an event that first ends what is running in the tab, and waits until that is over in the page too.
+def _end(turn_of: Callable[[gr.Request], Turn], *, stays: bool = False) -> Callable:
+    """What an event does that ends the tab's request, whether it runs, waits, or is yet to be sent by a busy page."""
 
-    Gradio drops a click while an answer is open in the page. It cancels in vain what the server has not numbered
-    yet, and without waiting: what was on its way would still be shown. So no cancelling before, and nothing new
-    until, all is settled. Of several such events the last one goes on, with ``then`` as its values; whether it
-    ``asks`` for an answer then must be known, as that is not settled from here on.
-    """
-    return f"""async (...given) => {{
-        const events = window.events ??= {{}}, mine = events.{tab} = (events.{tab} ?? 0) + 1;
-        const settled = async () => {{
-            do await new Promise(done => setTimeout(done, 20)); while (window.unsettled);
-            if (mine !== events.{tab}) throw new Error('a later one goes on');
-        }};
-        if (window.unsettled) await settled();
-        document.getElementById('{tab}-end').click();
-        await settled();
-        {"window.coming();" * asks}
-        return {then};
-    }}"""
+    async def end(request: gr.Request) -> None:
+        turn_of(request).next(stays=stays)
+
+    return end
+
+
+def _come_first(count: int) -> str:
+    return "request comes first" if count == 1 else "requests come first"
 
 
 def _by_name(images: list[ImageRef]) -> dict[str, ImageRef]:
