@@ -22,7 +22,7 @@ gradio_client = pytest.importorskip("gradio_client")
 from tests.conftest import ROOT  # noqa: E402
 from vlm_lora import ImageRef, demo, load_image, read_dataset  # noqa: E402
 from vlm_lora.cli import main  # noqa: E402
-from vlm_lora.config import TrainConfig, write_yaml  # noqa: E402
+from vlm_lora.config import TrainConfig, config_from, read_yaml, write_yaml  # noqa: E402
 from vlm_lora.demo import LOOPBACK, build_app, launch, safe_settings  # noqa: E402
 from vlm_lora.demo.downloads import FORMATS, unlike, write_captions  # noqa: E402
 from vlm_lora.demo.runs import Evaluations, Pictures, find_runs, read_losses  # noqa: E402
@@ -659,6 +659,45 @@ def test_a_run_whose_data_or_files_are_gone_is_told_plainly(tmp_path):
     (run / "scores.json").unlink()
     assert "was not evaluated" in Evaluations({"run": run}).summary("run", 60)
     assert "Choose an adapter" in evaluations.summary("", 60)
+
+
+def rewrite_config(run: Path, **settings) -> None:
+    write_yaml(config_from(read_yaml(run / "config.yaml"), "config.yaml").replace(**settings), run / "config.yaml")
+
+
+def test_pictures_that_are_not_beside_the_data_are_found(tmp_path):
+    """As of a run with --images."""
+    run = write_run(tmp_path)
+    rows = [{"image": f"{i}.png", "caption": f"picture {i}"} for i in range(3)]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rewrite_config(run, data=str(tmp_path / "texts/rows.jsonl"), images=str(tmp_path / "photos"))
+    assert len(Evaluations({"run": run}).examples("run", 8)) == 3
+
+
+@pytest.mark.parametrize("output", ["runs/run", "./runs/run", "../work/runs/run"])
+@pytest.mark.parametrize("from_there", [True, False])
+def test_data_is_found_from_wherever_the_demo_is_started(tmp_path, monkeypatch, output, from_there):
+    """config.yaml names it as the training did, from where that was started."""
+    work = tmp_path / "work"
+    run = write_run(work / "runs")
+    (work / "runs/photos").rename(work / "photos")
+    (work / "texts").mkdir()
+    rows = [{"image": f"{i}.png", "caption": f"picture {i}"} for i in range(3)]
+    (work / "texts/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(work if from_there else tmp_path)
+    for settings in (
+        {"data": "photos"},
+        {"data": "texts", "images": "photos"},
+        {"data": "nowhere", "val": "texts/rows.jsonl", "images": "photos"},
+    ):
+        rewrite_config(run, **{"val": None, "images": None, "output": output} | settings)
+        assert len(Evaluations({"run": run}).examples("run", 8)) == 3, settings
+    # Of several sources, the training named pictures by the folder that it was given
+    text = (run / "predictions.jsonl").read_text()
+    (run / "predictions.jsonl").write_text(re.sub(r'"(\d.png)"', r'"photos/\1"', text))
+    rewrite_config(run, data=("photos:2", "texts"), val=None, images="photos")
+    assert len(Evaluations({"run": run}).examples("run", 8)) == 3
 
 
 def test_a_damaged_picture_is_left_out(tmp_path, caplog):

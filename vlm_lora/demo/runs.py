@@ -4,6 +4,7 @@ import io
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,10 +117,14 @@ def _read(run: Path) -> "Evaluation | None":
 
     if not (run / "predictions.jsonl").is_file():
         return None
-    examples = ()
+    examples = []
     try:
         config = config_from(read_yaml(run / "config.yaml"), str(run / "config.yaml"))
-        examples = read_dataset(config.val or config.sources, DataSettings(**config.reading)).examples
+        start = _started_in(run, config.output)
+        sources = [_seen_from(start, source) for source in ([config.val] if config.val else config.sources)]
+        images = config.images and _seen_from(start, config.images)
+        examples = read_dataset(sources, DataSettings(**config.reading | {"images": images})).examples
+        examples = [replace(example, id=example.id.removeprefix(f"{start.as_posix()}/")) for example in examples]
     except VlmLoraError as error:
         log.warning("No pictures: the data of %s cannot be read again (%s)", run, error)
     try:
@@ -127,6 +132,20 @@ def _read(run: Path) -> "Evaluation | None":
     except DataError as error:
         log.warning("%s", error)
         return None
+
+
+def _started_in(run: Path, output: str | None) -> Path:
+    """The folder in which the training was started; this process's where ``output``, its name for the run, does not
+    tell."""
+    run = run.resolve()
+    above = run.parents if output and not Path(output).is_absolute() else ()
+    return next((folder for folder in above if (folder / output).resolve() == run), Path.cwd())
+
+
+def _seen_from(start: Path, name: str) -> str:
+    """A file that config.yaml names, perhaps with a weight after it; what is not there stays as it is: a hub's name."""
+    there = any((start / path).exists() for path in (name, name.rpartition(":")[0] or name))
+    return (start / name).as_posix() if there else name
 
 
 class Pictures:
