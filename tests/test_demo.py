@@ -406,6 +406,39 @@ def test_a_foreign_host_name_is_refused(app, host):
     assert httpx.get(f"{app.local_url}config", headers={"Host": host}).status_code == 400
 
 
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "https://127.0.0.1.evil.example", "null", "file://", "http://["]
+)
+def test_another_web_page_cannot_send_anything(app, folder, origin):
+    """A form on any page can upload without being asked; its browser says where it comes from."""
+    before = set(folder.rglob("*"))
+    for path, sent in (("upload", {"files": {"files": ("a.png", b"mine")}}), ("queue/join", {"json": {"data": []}})):
+        answer = httpx.post(f"{app.local_url}gradio_api/{path}", headers={"Origin": origin}, **sent)
+        assert answer.status_code == 403
+    assert set(folder.rglob("*")) == before
+    for own in (app.local_url.rstrip("/"), "http://127.0.0.1:9"):
+        files = {"files": ("a.png", b"mine")}
+        assert httpx.post(f"{app.local_url}gradio_api/upload", headers={"Origin": own}, files=files).status_code == 200
+
+
+def test_a_proxy_is_believed_only_names_that_are_allowed(captioner, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    app = build_app(captioner)
+    app.launch(server_name="127.0.0.1", server_port=None, **safe_settings([*LOOPBACK, "demo.example"]))
+    try:
+        for forwarded in ("evil.example", "evil.example, demo.example", "demo.example.evil.example", "["):
+            assert httpx.get(f"{app.local_url}config", headers={"X-Forwarded-Host": forwarded}).status_code == 400
+        for forwarded in ("demo.example", "demo.example:8443", "demo.example, 127.0.0.1"):
+            proxied = {"X-Forwarded-Host": forwarded, "X-Forwarded-Proto": "https", "Origin": "https://demo.example"}
+            root = httpx.get(f"{app.local_url}config", headers=proxied).json()["root"]
+            assert root == f"https://{forwarded.partition(',')[0]}"
+        # Nor does what is allowed vouch for the name by which it is asked.
+        both = {"Host": "evil.example", "X-Forwarded-Host": "demo.example"}
+        assert httpx.get(f"{app.local_url}config", headers=both).status_code == 400
+    finally:
+        app.close(verbose=False)
+
+
 def test_what_is_not_needed_is_closed(app):
     for closed in ("monitoring", "monitoring/summary", "gradio_api/runs", "gradio_api/mcp/sse", "mcp"):
         assert httpx.get(app.local_url + closed).status_code in (403, 404), closed
@@ -589,7 +622,7 @@ def test_where_no_public_link_is_to_be_had_the_demo_does_not_stay(asked_for):
         launch(share=True, auth=("me", "secret"), block=False)
     assert asked_for["share"] is True
     assert asked_for["closed"]
-    (middleware,) = asked_for["app_kwargs"]["middleware"]
+    middleware = asked_for["app_kwargs"]["middleware"][0]
     assert set(middleware.kwargs["allowed_hosts"]) == {*LOOPBACK, "*.gradio.live"}
 
 

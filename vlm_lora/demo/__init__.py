@@ -15,9 +15,13 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vlm_lora.demo.page import SCRIPT, STYLE, Page, build_app, set_variable
 from vlm_lora.demo.runs import find_runs
@@ -134,11 +138,38 @@ def _is_own(host: str) -> bool:
     return True
 
 
+class OwnPages:
+    """Refuses what another web page sends: a browser says where a request comes from. The name that a proxy says it was
+    asked by takes the place of the host's, so that it is checked in the same way."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = MutableHeaders(scope=scope)
+            if forwarded := headers.get("x-forwarded-host"):
+                headers["host"] = forwarded.partition(",")[0].strip()
+            origin = headers.get("origin")
+            if origin and (_name_in(origin) or "null") != _name_in(f"//{headers.get('host')}"):
+                await PlainTextResponse("This comes from another web page.", 403)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def _name_in(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:  # half an IPv6 address, say
+        return None
+
+
 def safe_settings(hosts: Sequence[str], share: bool = False) -> dict:
     """What `gr.Blocks.launch` is to be called with; all said, as environment variables could turn them on."""
+    names = Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     return {
         "share": share,
-        "app_kwargs": {"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))]},
+        "app_kwargs": {"middleware": [names, Middleware(OwnPages), names]},
         "max_file_size": MAX_UPLOAD,
         "max_threads": MAX_WAITING + 8,  # so that those who wait for the model keep nobody else waiting
         "allowed_paths": [],
