@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import itertools
 import json
 import os
 import re
@@ -334,9 +335,10 @@ def test_who_has_to_wait_is_told_and_blocks_nobody(picture):
         return told + await whole(said)
 
     told = asyncio.run(visit())
-    assert told[0] == 1
+    waited = list(itertools.takewhile(lambda ahead: ahead == 1, told))
+    assert waited
     assert told[-1] == (f"base {HTML} Red?", "")
-    assert all(isinstance(texts, tuple) for texts in told[1:])
+    assert all(isinstance(texts, tuple) for texts in told[len(waited) :])
     assert [request for _, request, _ in captioner.asked] == ["endless", "Red?"]
 
 

@@ -49,8 +49,6 @@ class Answer:
 
     base: str = ""
     tuned: str = ""
-    ahead: int = 0
-    """Requests that come first."""
     done: bool = False
     cut: bool = False
     stopped: bool = False
@@ -58,13 +56,19 @@ class Answer:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
 
-    def tell(self) -> None:
-        with suppress(RuntimeError):  # the page was closed, and nobody listens
-            self.loop.call_soon_threadsafe(self.changed.set)
+    def in_loop(self, function: Callable, *given) -> None:
+        with suppress(RuntimeError):  # the demo has ended, and nobody listens
+            self.loop.call_soon_threadsafe(function, *given)
 
     def stop(self) -> None:
         self.stopped = True
-        self.tell()
+        self.in_loop(self.changed.set)
+
+    async def news(self) -> bool:
+        """Waits for a change; whether it is any other than that it was stopped."""
+        await self.changed.wait()
+        self.changed.clear()
+        return not self.stopped
 
 
 @dataclass
@@ -113,8 +117,7 @@ class Speaker:
         self.chosen = chosen
         self.others: dict[str, Captioner] = {}
         self.attaching = threading.Lock()
-        self.line: list[Answer] = []  # that which is decoded, and those that wait
-        self.moved = threading.Condition()
+        self.line: list[Answer] = []  # the one that is decoded, and those that wait
 
     def captioner(self, name: str) -> "Captioner":
         """The base with the adapter of that name; waits until the base is loaded.
@@ -161,66 +164,57 @@ class Speaker:
         """
         if len(self.line) > MAX_WAITING:
             raise plain(f"{MAX_WAITING} requests wait already. Try again later")
-        answer = Answer()
+        answer, begun, done = Answer(), False, False
         if turn:
             if turn.answer:
                 turn.answer.stop()
             turn.answer = answer
-        with self.moved:
-            self.line.append(answer)
-        threading.Thread(target=self._work, args=(answer, image, prompt, numbers, name, who), daemon=True).start()
-        done = False
+        self.line.append(answer)
         try:
-            while not done:
-                await answer.changed.wait()
-                answer.changed.clear()
-                if answer.stopped:
+            while ahead := self.line.index(answer):
+                yield ahead
+                if not await answer.news():
                     return
+            begun = True
+            threading.Thread(target=self._decode, args=(answer, image, prompt, numbers, name, who), daemon=True).start()
+            while not done and await answer.news():
                 done = answer.done  # read before the texts, which are whole then
                 if answer.error is None:
-                    yield answer.ahead or (answer.base, answer.tuned)
+                    yield answer.base, answer.tuned
         finally:
             answer.stopped = True
-            with self.moved:
-                self.moved.notify_all()
-        if answer.error is not None:
+            if not begun:
+                self._leave(answer)
+        if done and answer.error is not None:
             raise plainly(answer.error) from answer.error
         if answer.cut:
             gr.Warning(f"Stopped after {MAX_SECONDS} seconds.")
 
-    def _work(self, answer: Answer, *request) -> None:
-        try:
-            with self.moved:
-                while (ahead := self.line.index(answer)) and not answer.stopped:
-                    if ahead != answer.ahead:
-                        answer.ahead = ahead
-                        answer.tell()
-                    self.moved.wait()
-                answer.ahead = 0
-            if not answer.stopped:
-                self._decode(answer, *request)
-        except Exception as error:
-            answer.error = error
-        finally:
-            with self.moved:
-                self.line.remove(answer)
-                self.moved.notify_all()
-            answer.done = True
-            answer.tell()
+    def _leave(self, answer: Answer) -> None:
+        self.line.remove(answer)
+        for other in self.line:
+            other.changed.set()
 
     def _decode(
         self, answer: Answer, image: ImageRef, prompt: str | None, numbers: dict, name: str, who: tuple[str, ...]
     ) -> None:
-        captioner = self.captioner(name)
-        from vlm_lora import Decoding  # here, as it brings torch, which the page does not wait for
+        try:
+            captioner = self.captioner(name)
+            from vlm_lora import Decoding  # here, as it brings torch, which the page does not wait for
 
-        decoding, end = Decoding(**numbers), time.monotonic() + MAX_SECONDS
-        for speaker in who:
-            if answer.stopped:
-                return
-            for text in captioner.stream(image, prompt, tuned=speaker == "tuned", decoding=decoding):
-                setattr(answer, speaker, text)
-                answer.tell()
-                answer.cut = time.monotonic() > end
-                if answer.cut or answer.stopped:
+            decoding, end = Decoding(**numbers), time.monotonic() + MAX_SECONDS
+            for speaker in who:
+                if answer.stopped:
                     return
+                for text in captioner.stream(image, prompt, tuned=speaker == "tuned", decoding=decoding):
+                    setattr(answer, speaker, text)
+                    answer.in_loop(answer.changed.set)
+                    answer.cut = time.monotonic() > end
+                    if answer.cut or answer.stopped:
+                        return
+        except Exception as error:
+            answer.error = error
+        finally:
+            answer.done = True
+            answer.in_loop(answer.changed.set)
+            answer.in_loop(self._leave, answer)
