@@ -20,13 +20,13 @@ class Captions:
         self.decoding = Decoding(max_new_tokens=max_new_tokens)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        told = list(self.captioner.caption([str(name) for name in batch["image"]], decoding=self.decoding))
-        texts = {"caption": [c.text or "" for c in told], "error": [c.error or "" for c in told]}
+        captions = list(self.captioner.caption([str(name) for name in batch["image"]], decoding=self.decoding))
+        texts = {"caption": [c.text or "" for c in captions], "error": [c.error or "" for c in captions]}
         return batch | {name: np.array(column, dtype=object) for name, column in texts.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Captions of a folder of images on many GPUs, by Ray Data.")
     parser.add_argument("images", type=Path)
     parser.add_argument("output", type=Path, help="folder for the JSON lines")
     parser.add_argument("--adapter")
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="copies of the model, a GPU each")
     parser.add_argument("--gpus", type=float, default=1.0, help="GPUs of a worker; 0 runs on CPUs")
     options = parser.parse_args()
-    import ray.data
+    import ray.data  # pyright: ignore[reportMissingImports]  # who runs this has Ray; the tests have not
 
     names = [str(path.absolute()) for path in images_below(options.images)]
     rows = ray.data.from_items([{"image": name} for name in names])

@@ -22,23 +22,16 @@ BESIDE = ("JSONL", "CSV")
 
 
 def unlike(names: Sequence[str], stems: bool = False) -> list[str]:
-    """The names, where two are alike the later one with a number: whole ones, or also ones that share a sidecar."""
-    taken: set[str] = set()
-    found = []
+    """The names; where two are alike, the later one with a number. With ``stems``, ones that would share a sidecar are
+    alike too."""
+    unique: dict[str, str] = {}
     for name in names:
-        stem, suffix = Path(name).stem, Path(name).suffix
-        number, tried = 1, name
-        while (key := (Path(tried).stem if stems else tried).casefold()) in taken:
+        number, new = 1, name
+        while (key := (Path(new).stem if stems else new).casefold()) in unique:
             number += 1
-            tried = f"{stem}-{number}{suffix}"
-        taken.add(key)
-        found.append(tried)
-    return found
-
-
-def _kind(picture: ImageRef) -> str:
-    with Image.open(io.BytesIO(picture.read_bytes())) as image:
-        return image.format.lower()
+            new = f"{Path(name).stem}-{number}{Path(name).suffix}"
+        unique[key] = new
+    return list(unique.values())
 
 
 def write_captions(kind: str, captions: Sequence[tuple[str, str, ImageRef]], folder: Path) -> Path:
@@ -51,11 +44,17 @@ def write_captions(kind: str, captions: Sequence[tuple[str, str, ImageRef]], fol
         with file.open("w", encoding="utf-8", newline="") as target:
             csv.writer(target).writerows([("image", "caption"), *((name, text) for name, text, _ in captions)])
     else:
-        # Unpacked, a picture without a suffix would not be taken for one.
-        names = [name if Path(name).suffix else f"{name}.{_kind(picture)}" for name, _, picture in captions]
-        names = unlike(names, stems=True)
+        names = unlike([_with_suffix(name, picture) for name, _, picture in captions], stems=True)
         with zipfile.ZipFile(file, "w") as target:  # stored: pictures are compressed already
             for name, (_, text, picture) in zip(names, captions, strict=True):
                 target.writestr(name, picture.read_bytes())
                 target.writestr(re.sub(r"\.[^.]*$", "", name) + ".txt", text + "\n")
     return file
+
+
+def _with_suffix(name: str, picture: ImageRef) -> str:
+    """Unpacked, a picture whose name has none would not be taken for one."""
+    if Path(name).suffix:
+        return name
+    with Image.open(io.BytesIO(picture.read_bytes())) as image:
+        return f"{name}.{(image.format or 'png').lower()}"

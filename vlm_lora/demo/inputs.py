@@ -4,9 +4,11 @@ import re
 import reprlib
 from abc import ABCMeta
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
-from gradio.data_classes import ImageData
+from gradio.blocks import Block
+from gradio.data_classes import FileData, ImageData
 from pydantic import ValidationError
 
 from vlm_lora import ImageRef, load_image
@@ -23,6 +25,9 @@ def plain(text: str) -> gr.Error:
     return gr.Error(text[0].upper() + text[1:], print_exception=False)
 
 
+# What `preprocess` gives is Any below: the types of gradio's own are those of its own components' values.
+
+
 class _WithoutStub(type(gr.Image)):
     """Gradio writes a .pyi file beside the source of a new component; a package does not change itself."""
 
@@ -30,14 +35,17 @@ class _WithoutStub(type(gr.Image)):
         return ABCMeta.__new__(mcs, name, bases, attributes)
 
 
-async def _from_their_machine(component, url_or_file_path):
-    """Refuses web addresses, which the API would have the server fetch."""
-    if str(url_or_file_path).startswith(("http:", "https:")):
-        raise plain("Web addresses are not fetched. Send the picture itself.")
-    return await gr.blocks.Block.async_move_resource_to_block_cache(component, url_or_file_path)
+class _FromTheirMachine(Block):
+    is_template = True  # drawn in the browser as the component that it is one of
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
+        """Refuses web addresses, which the API would have the server fetch."""
+        if str(url_or_file_path).startswith(("http:", "https:")):
+            raise plain("Web addresses are not fetched. Send the picture itself.")
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
 
 
-def _reference(file) -> ImageRef:
+def _reference(file: FileData) -> ImageRef:
     """By reference, so that both models share what the tower made of it; named as on their machine."""
     if not file.path:
         raise plain("The picture did not arrive. Choose it again.")
@@ -49,21 +57,19 @@ def _reference(file) -> ImageRef:
 
 class _SentImage(ImageData):
     @classmethod
-    def model_validate(cls, given, **how):
+    def model_validate(cls, obj: Any, **how: Any) -> "_SentImage":
         try:
-            return super().model_validate(given, **how)
+            return super().model_validate(obj, **how)
         except ValidationError:
             raise plain("The picture is no file. From Python send it as handle_file('cat.jpg')") from None
 
 
-class SafeImage(gr.Image, metaclass=_WithoutStub):
+class SafeImage(_FromTheirMachine, gr.Image, metaclass=_WithoutStub):
     """An image input whose pictures go through our loader: a bad one gives a plain sentence."""
 
-    is_template = True  # drawn in the browser as gr.Image is
     data_model = _SentImage
-    async_move_resource_to_block_cache = _from_their_machine
 
-    def preprocess(self, payload) -> ImageRef | None:
+    def preprocess(self, payload: Any) -> Any:
         if payload is None:
             return None
         picture = _reference(payload)
@@ -74,48 +80,47 @@ class SafeImage(gr.Image, metaclass=_WithoutStub):
         return picture
 
 
-class SafeFiles(gr.File, metaclass=_WithoutStub):
+class SafeFiles(_FromTheirMachine, gr.File, metaclass=_WithoutStub):
     """Several pictures at once; whether each can be read is found out when it is its turn."""
 
-    is_template = True
-    async_move_resource_to_block_cache = _from_their_machine
-
-    def preprocess(self, payload) -> list[ImageRef]:
-        given = list(payload or [])
-        if len(given) > MAX_FILES:
-            raise plain(f"{len(given)} pictures are too many at once; choose {MAX_FILES} or fewer")
-        return [_reference(file) for file in given]
+    def preprocess(self, payload: Any) -> Any:
+        files = list(payload or [])
+        if len(files) > MAX_FILES:
+            raise plain(f"{len(files)} pictures are too many at once; choose {MAX_FILES} or fewer")
+        return [_reference(file) for file in files]
 
 
-class Slider(gr.Slider, metaclass=_WithoutStub):
+class _AsSent(Block):
     """Gives what was sent as it is, for `decoding` to check: gradio's own errors do not say which number they mean."""
 
     is_template = True
-    api_info = gr.Number.api_info
+    precision: int | None = None
 
-    def preprocess(self, payload):
+    def api_info(self) -> dict[str, Any]:
+        return {"type": "integer" if self.precision == 0 else "number"}
+
+    def preprocess(self, payload: Any) -> Any:
         return payload
 
 
-class Number(gr.Number, metaclass=_WithoutStub):
-    """As `Slider`."""
-
-    is_template = True
-
-    def preprocess(self, payload):
-        return payload
+class Slider(_AsSent, gr.Slider, metaclass=_WithoutStub):
+    pass
 
 
-def decoding(max_new_tokens, temperature, top_p, seed) -> dict:
+class Number(_AsSent, gr.Number, metaclass=_WithoutStub):
+    pass
+
+
+def decoding(max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any) -> dict[str, Any]:
     """What was sent, as numbers; the bounds are `Decoding`'s, but for those of the demo."""
     seed = 0 if seed is None else seed  # an emptied field
     numbers = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     for name, number in numbers.items():
-        flag, whole = "--" + name.replace("_", "-"), name in ("max_new_tokens", "seed")
-        if type(number) not in (int, float) or (whole and number % 1 != 0):
-            found = "empty" if number is None else reprlib.repr(number)
-            raise plain(f"{flag} is {found}; expected a {'whole ' * whole}number")
-        if whole:
+        flag, integer = "--" + name.replace("_", "-"), name in ("max_new_tokens", "seed")
+        if type(number) not in (int, float) or (integer and number % 1 != 0):
+            sent = "empty" if number is None else reprlib.repr(number)
+            raise plain(f"{flag} is {sent}; expected a {'whole ' * integer}number")
+        if integer:
             numbers[name] = int(number)
     if numbers["max_new_tokens"] > MAX_NEW_TOKENS:
         raise plain(f"--max-new-tokens is {max_new_tokens:.0f}; the demo gives {MAX_NEW_TOKENS} or fewer")

@@ -15,7 +15,7 @@ from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS
 from vlm_lora.demo.inputs import MAX_NEW_TOKENS, Number, Slider
 from vlm_lora.demo.runs import Evaluations, Pictures
 from vlm_lora.demo.speaker import MAX_WAITING, Speaker
-from vlm_lora.demo.tabs import QUIETLY, Desk, evaluation_tab, one_picture_tab, several_pictures_tab
+from vlm_lora.demo.tabs import QUIETLY, Desk, EvaluationOfRun, OnePicture, SeveralPictures
 
 if TYPE_CHECKING:
     from vlm_lora import Captioner
@@ -86,8 +86,10 @@ def build_app(
         chosen: which of them the captioner has; empty where it is the base alone.
         loading: what the page says is being loaded.
     """
-    future = captioner if isinstance(captioner, Future) else Future()
-    if future is not captioner:
+    if isinstance(captioner, Future):
+        future = captioner
+    else:
+        future: Future[Captioner] = Future()
         future.set_result(captioner)
     runs = dict(runs or {})
     started = time.monotonic()
@@ -119,11 +121,11 @@ def build_app(
         ]
         desk = Desk(Speaker(future, runs, chosen), Evaluations(runs), Pictures(Path(files.name)), adapter, numbers)
         with gr.Tab("Picture"):
-            one = one_picture_tab(desk)
+            one = OnePicture(desk)
         with gr.Tab("Several"):
-            several = several_pictures_tab(desk)
+            several = SeveralPictures(desk)
         with gr.Tab("Evaluation") as evaluation_opened:
-            evaluation = evaluation_tab(desk)
+            evaluation = EvaluationOfRun(desk)
         with gr.Accordion("Advanced: length and sampling", open=False):
             for number in numbers:
                 number.render()

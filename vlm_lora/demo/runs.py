@@ -137,9 +137,9 @@ def _read(run: Path) -> "Evaluation | None":
 def _started_in(run: Path, output: str | None) -> Path:
     """The folder in which the training was started; this process's where ``output``, its name for the run, does not
     tell."""
-    run = run.resolve()
-    above = run.parents if output and not Path(output).is_absolute() else ()
-    return next((folder for folder in above if (folder / output).resolve() == run), Path.cwd())
+    run, name = run.resolve(), Path(output or run.resolve())
+    above = () if name.is_absolute() else run.parents
+    return next((folder for folder in above if (folder / name).resolve() == run), Path.cwd())
 
 
 def _seen_from(start: Path, name: str) -> str:

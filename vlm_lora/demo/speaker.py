@@ -6,7 +6,7 @@ import logging
 import reprlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -157,7 +157,7 @@ class Speaker:
         name: str,
         who: tuple[str, ...],
         turn: Turn | None = None,
-    ) -> AsyncIterator[tuple[str, str] | int]:
+    ) -> AsyncGenerator[tuple[str, str] | int, None]:
         """(base, tuned) so far, whenever there is more; how many requests come first, while any do.
 
         It ends, and the decoding with it, where the generator is closed or cancelled, or ``turn`` goes on to the next.
