@@ -16,7 +16,6 @@ from vlm_lora.data.readers import BadRow
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded
 from vlm_lora.model.preprocess import Preprocessor, load_preprocessor
-from vlm_lora.model.tokens import encode_fitting, longest_sequence
 
 AT_ONCE = 256
 """Examples whose texts are tokenised together."""
@@ -58,14 +57,14 @@ def count_tokens(
             encoder.tokenize_ahead(examples[done - 1 : done - 1 + AT_ONCE])
         grids = torch.tensor([base.grid(*sizes[ref]) for ref in example.images], dtype=torch.long).reshape(-1, 3)
         images += (grids.prod(-1) // encoder.merge_size**2).tolist()
-        fitting, bad = encode_fitting(encoder, example, grids, max_tokens)
+        fitting, bad = encoder.encode_fitting(example, grids, max_tokens)
         too_long += bad
         progress(done, len(examples))
         if fitting is None:
             continue
         example, encoded = fitting.example, fitting.encoded
         kept.append(example)
-        longest.append(longest_sequence(encoded))
+        longest.append(encoded.longest_sequence)
         prefix, branches = len(encoded.prefix_ids), [len(branch.input_ids) for branch in encoded.branches]
         sums["packed"] += example.weight * (prefix + sum(branches))
         sums["separate"] += example.weight * (prefix * len(branches) + sum(branches))

@@ -13,6 +13,7 @@ from functools import lru_cache, partial
 import torch
 
 from vlm_lora.data.example import Dialogue, Example, Turn
+from vlm_lora.data.readers import BadRow
 from vlm_lora.errors import ModelError
 from vlm_lora.model.packing import IGNORE_INDEX, Branch, Encoded, mrope_positions
 from vlm_lora.model.preprocess import Preprocessor
@@ -64,6 +65,30 @@ class Encoder:
         return self._encode(
             [self._tokens(dialogue.turns, len(image_grid_thw)) for dialogue in dialogues], image_grid_thw
         )
+
+    def encode_fitting(
+        self, example: Example, image_grid_thw: torch.Tensor, max_tokens: int
+    ) -> tuple[EncodedExample | None, list[BadRow]]:
+        """The example with those of its dialogues that fit into ``max_tokens``, and the rows of the others.
+
+        None instead of the example where nothing of it fits. ``image_grid_thw`` ``(num_images, 3)``.
+        """
+        encoded = self.encode(example.dialogues, image_grid_thw)
+        if encoded.longest_sequence <= max_tokens:
+            return EncodedExample(example, encoded), []
+        prefix, fit, bad = len(encoded.prefix_ids), [], []
+        for dialogue, branch in zip(example.dialogues, encoded.branches, strict=True):
+            if (needed := prefix + len(branch.input_ids)) <= max_tokens:
+                fit.append(dialogue)
+                continue
+            reason = (
+                f"needs {needed} tokens, {prefix} of them for images and instruction; --max-tokens is {max_tokens}. "
+                f"Shorten its text, lower --max-pixels or raise --max-tokens"
+            )
+            bad.append(BadRow(dialogue.source, dialogue.line, reason))
+        if not fit:
+            return None, bad
+        return EncodedExample(replace(example, dialogues=tuple(fit)), self.encode(fit, image_grid_thw)), bad
 
     def tokenize_ahead(self, examples: Sequence[Example]) -> None:
         """Tokenise the texts of these examples together, on all cores, for the `encode` of each that follows."""

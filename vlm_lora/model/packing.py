@@ -54,6 +54,11 @@ class Encoded:
     def num_tokens(self) -> int:
         return len(self.prefix_ids) + sum(len(branch.input_ids) for branch in self.branches)
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the prefix and the longest branch."""
+        return len(self.prefix_ids) + max(len(branch.input_ids) for branch in self.branches)
+
 
 @dataclass(frozen=True, slots=True)
 class Packed:

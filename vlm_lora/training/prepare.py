@@ -13,7 +13,6 @@ from vlm_lora.data.split import split_examples, without_held_out
 from vlm_lora.errors import DataError
 from vlm_lora.model.encode import EncodedExample, Encoder
 from vlm_lora.model.features import FeatureCache
-from vlm_lora.model.tokens import encode_fitting
 from vlm_lora.training.events import Events
 from vlm_lora.training.processes import Processes
 
@@ -90,7 +89,7 @@ def encode(
                 bad.extend(bad_rows(example, str(error)))
                 continue
             grid_thw = torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
-            fitting, too_long = encode_fitting(encoder, example, grid_thw, config.max_tokens)
+            fitting, too_long = encoder.encode_fitting(example, grid_thw, config.max_tokens)
             result += [fitting] if fitting else []
             bad.extend(too_long)
         return result
