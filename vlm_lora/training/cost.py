@@ -248,7 +248,7 @@ def _multiply_adds(linears: Sequence[tuple[int, int]]) -> int:
     return sum(i * o for i, o in linears)
 
 
-def predict(
+def predict(  # arguments: what is trained, on what, and three facts of the machines and the cache
     config: TrainConfig,
     shapes: Shapes,
     examples: Sequence[EncodedExample],

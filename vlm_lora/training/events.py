@@ -49,7 +49,7 @@ class Events:
     ) -> None:
         """The steps begin, after ``step`` of them; ``answers`` is of an epoch."""
 
-    def step(
+    def step(  # arguments: the numbers of a line of metrics.jsonl
         self,
         *,
         step: int,
