@@ -34,7 +34,7 @@ SHARED = "*.gradio.live"
 MAX_UPLOAD = "20mb"
 
 
-def launch(
+def launch(  # arguments: the flags of `vlm-lora demo`
     model: str | None = None,
     adapter: str | Path | None = None,
     host: str = "127.0.0.1",
@@ -68,11 +68,7 @@ def launch(
     """
     local = _is_loopback(host)
     if (share or not local) and not auth and not without_auth:
-        flag, whom = ("--share", "the internet") if share else (f"--host {host}", "whoever can reach this machine")
-        raise ConfigError(
-            f"{flag} opens the demo to {whom}. Give a user and a password with --auth, or say --no-auth if "
-            "that is what you want."
-        )
+        raise _open_to_others(host, share)
     if port is not None and not 0 < port < 2**16:
         raise ConfigError(f"--port {port}: is no port. Give one from 1 to 65535.")
     runs = find_runs(adapter)
@@ -120,6 +116,14 @@ def launch(
         app.close(verbose=False)
         raise
     return app
+
+
+def _open_to_others(host: str, share: bool) -> ConfigError:
+    flag, whom = ("--share", "the internet") if share else (f"--host {host}", "whoever can reach this machine")
+    return ConfigError(
+        f"{flag} opens the demo to {whom}. Give a user and a password with --auth, or say --no-auth if that is what "
+        "you want."
+    )
 
 
 def _is_loopback(host: str) -> bool:

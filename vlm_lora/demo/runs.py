@@ -123,7 +123,8 @@ def _read(run: Path) -> "Evaluation | None":
         start = _started_in(run, config.output)
         sources = [_seen_from(start, source) for source in ([config.val] if config.val else config.sources)]
         images = config.images and _seen_from(start, config.images)
-        examples = read_dataset(sources, DataSettings(**config.reading | {"images": images})).examples
+        settings = replace(DataSettings(**config.reading), images=images)
+        examples = read_dataset(sources, settings).examples
         examples = [replace(example, id=example.id.removeprefix(f"{start.as_posix()}/")) for example in examples]
     except VlmLoraError as error:
         log.warning("No pictures: the data of %s cannot be read again (%s)", run, error)

@@ -104,7 +104,7 @@ class OnePicture:
     async def begin(self, request: gr.Request):
         return "", "", self.turn_of(request).next()
 
-    async def caption(
+    async def caption(  # arguments: a field of the page each
         self,
         image,
         prompt,
@@ -207,7 +207,7 @@ class SeveralPictures:
         turn.next()
         return [], ""
 
-    async def caption_all(
+    async def caption_all(  # arguments: a field of the page each
         self, images, prompt, max_new_tokens, temperature, top_p, seed, adapter, number, request: gr.Request
     ) -> AsyncIterator[tuple]:
         """Of so many arguments as the page has fields."""
