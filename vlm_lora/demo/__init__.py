@@ -88,10 +88,7 @@ def launch(  # arguments: the flags of `vlm-lora demo`
     app.at_close.callback(set_variable, place, before)
     for number, handler in handlers.items():
         app.at_close.callback(signal.signal, number, handler or signal.SIG_DFL)
-    name = f"[{host}]" if ":" in host else host  # as in an address
-    hosts = [*({*LOOPBACK, name} if local else LOOPBACK), *allowed_hosts, *([SHARED] if share else [])]
-    if not local and not allowed_hosts:
-        hosts = ["*"]
+    hosts = _served_as(host, allowed_hosts, share)
     try:
         try:
             app.launch(server_name=name, server_port=port, auth=auth, **safe_settings(hosts, share))
@@ -116,6 +113,14 @@ def launch(  # arguments: the flags of `vlm-lora demo`
         app.close(verbose=False)
         raise
     return app
+
+
+def _served_as(host: str, allowed_hosts: Sequence[str], share: bool) -> list[str]:
+    """The names under which the demo answers; "*" is any."""
+    local, name = _is_loopback(host), f"[{host}]" if ":" in host else host  # as in an address
+    if not local and not allowed_hosts:
+        return ["*"]
+    return [*({*LOOPBACK, name} if local else LOOPBACK), *allowed_hosts, *([SHARED] if share else [])]
 
 
 def _open_to_others(host: str, share: bool) -> ConfigError:
