@@ -88,7 +88,8 @@ def launch(  # arguments: the flags of `vlm-lora demo`
     app.at_close.callback(set_variable, place, before)
     for number, handler in handlers.items():
         app.at_close.callback(signal.signal, number, handler or signal.SIG_DFL)
-    hosts = _served_as(host, allowed_hosts, share)
+    name = f"[{host}]" if ":" in host else host  # as in an address
+    hosts = _served_as(name, local, allowed_hosts, share)
     try:
         try:
             app.launch(server_name=name, server_port=port, auth=auth, **safe_settings(hosts, share))
@@ -115,9 +116,8 @@ def launch(  # arguments: the flags of `vlm-lora demo`
     return app
 
 
-def _served_as(host: str, allowed_hosts: Sequence[str], share: bool) -> list[str]:
+def _served_as(name: str, local: bool, allowed_hosts: Sequence[str], share: bool) -> list[str]:
     """The names under which the demo answers; "*" is any."""
-    local, name = _is_loopback(host), f"[{host}]" if ":" in host else host  # as in an address
     if not local and not allowed_hosts:
         return ["*"]
     return [*({*LOOPBACK, name} if local else LOOPBACK), *allowed_hosts, *([SHARED] if share else [])]
