@@ -46,7 +46,7 @@ class Bounds:
     def __str__(self) -> str:
         if self.high == math.inf:
             finite = "a finite number" if self.below else "a number"
-            return f"{finite} above {self.low:g}" if self.above else f"{self.low:g} or more"
+            return f"{finite} above {self.low:g}" if self.above else f"{finite}, {self.low:g} or more"
         return f"a number {'above' if self.above else 'from'} {self.low:g} to {'below ' * self.below}{self.high:g}"
 
 
