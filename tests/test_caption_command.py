@@ -51,14 +51,14 @@ def caption(adapters, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     loaded = {}
 
-    def load_once(cls, model=None, adapter=None, **how):
-        key = (model, str(adapter))
+    def load_once(cls, model, adapters, **how):
+        key = (model, *map(str, adapters))
         if key not in loaded:
-            loaded[key] = load(model, adapter, **how)
+            loaded[key] = load(model, adapters, **how)
         return loaded[key]
 
-    load = Captioner.load
-    monkeypatch.setattr(Captioner, "load", classmethod(load_once))
+    load = Captioner.load_several
+    monkeypatch.setattr(Captioner, "load_several", classmethod(load_once))
     return lambda *words: main(["caption", *words, "--adapter", str(adapters[0]), "--max-new-tokens", "4"])
 
 

@@ -738,7 +738,7 @@ def test_data_is_found_from_wherever_the_demo_is_started(tmp_path, monkeypatch, 
 def test_a_damaged_picture_is_left_out(tmp_path, caplog):
     path = tmp_path / "a.png"
     path.write_bytes(b"nothing")
-    assert Pictures(tmp_path).whole(ImageRef(path=path, name="a.png")) is None
+    assert Pictures(tmp_path).file(ImageRef(path=path, name="a.png")) is None
     assert "a.png" in caplog.text
 
 

@@ -1,7 +1,7 @@
 """Caption images: files, all images in folders, or a list of them.
 
-One image: its caption alone. Several: a line each, as `--format` says. Stopped? Say the same again: images that have
-a caption in --output, or a sidecar file, are not captioned twice.
+One image: its caption alone. Several: a line each, as `--format` says. Stopped? Run the same command again: images that
+have a caption in --output, or a sidecar file, are not captioned twice.
 
   vlm-lora caption cat.jpg --adapter runs/photos
   vlm-lora caption ./more --adapter runs/photos --format jsonl --output captions.jsonl
@@ -20,12 +20,14 @@ from contextlib import closing
 from pathlib import Path
 
 from vlm_lora.cli.console import Progress, say
-from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT
+from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT, flag_of
 from vlm_lora.errors import ConfigError
 from vlm_lora.inference.sinks import NotWritten, Rows, Sidecars, Stdout, one_line, printable
 
 BASE = "base"
 """What to give as --adapter for the base alone."""
+DECODING = ("max_new_tokens", "num_beams", "temperature", "top_p", "seed")
+"""The fields of `Decoding`, which have a flag each."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="TEXT", help="base model (default: the one the adapter names)")
     parser.add_argument("--prompt", metavar="TEXT", help="what to ask about each image (default: the adapter's)")
     parser.add_argument("--prefix", default="", metavar="TEXT", help="written before each caption, as it is")
-    parser.add_argument("--suffix", default="", metavar="TEXT", help="written behind each caption, as it is")
+    parser.add_argument("--suffix", default="", metavar="TEXT", help="written after each caption, as it is")
     parser.add_argument(
         "--format",
         choices=("text", "jsonl", "metadata", "sidecar"),
@@ -61,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--append", action="store_true", help="sidecar: add the caption as a line to the file's own")
     parser.add_argument("--dry-run", action="store_true", help="only list what would be captioned")
     parser.add_argument("--max-new-tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, metavar="N")
-    parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="beam search of so many (default: 1)")
+    parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="beams of a beam search (default: 1)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: 0)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="nucleus sampling (default: 1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
@@ -106,8 +108,8 @@ def run(options: argparse.Namespace) -> int:
             texts = None if error is not None else [f"{options.prefix}{r.text}{options.suffix}" for r in results]
             try:
                 sink.write(Path(image), texts, error)
-            except NotWritten as its_own:
-                error = str(its_own)
+            except NotWritten as reason:
+                error = str(reason)
             failed += error is not None
             if error is not None and not sink.holds_errors:
                 say(f"{one_line(image)}: {error}")
@@ -165,17 +167,9 @@ def _sink(
         return Stdout(options.format, adapters=adapters, alone=alone)
     made_with = {"--model": options.model, "--prompt": options.prompt, "--endpoint": options.endpoint}
     made_with |= {"--adapter": [os.path.realpath(a) if os.path.isdir(a) else a for a in adapters]}
-    for name in ("prefix", "suffix", "max_new_tokens", "num_beams", "temperature", "top_p", "seed"):
-        made_with[f"--{name.replace('_', '-')}"] = getattr(options, name)
-    return Rows(
-        paths,
-        options.format,
-        file,
-        made_with=made_with,
-        adapters=adapters,
-        overwrite=options.overwrite,
-        inputs=inputs,
-    )
+    made_with |= {flag_of(name): getattr(options, name) for name in ("prefix", "suffix", *DECODING)}
+    rows = {"made_with": made_with, "adapters": adapters, "inputs": inputs}
+    return Rows(paths, options.format, file, overwrite=options.overwrite, **rows)
 
 
 def _captions(
@@ -184,13 +178,7 @@ def _captions(
     """For each adapter an iterator of the captions, in the order of the images."""
     from vlm_lora.inference.caption import Decoding
 
-    decoding = Decoding(
-        max_new_tokens=options.max_new_tokens,
-        num_beams=options.num_beams,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
+    decoding = Decoding(**{name: getattr(options, name) for name in DECODING})
     if options.endpoint:
         from vlm_lora.inference.endpoint import Endpoint
 
@@ -198,12 +186,8 @@ def _captions(
         return [server.caption(paths, options.prompt or DEFAULT_PROMPT, decoding=decoding)]
     from vlm_lora.inference.captioner import Captioner  # here, as it brings torch, which --endpoint does without
 
-    given = [None if adapter == BASE else adapter for adapter in adapters]
-    how = {"prompt": options.prompt, "dtype": options.dtype}
-    if len(given) > 1:
-        captioners = Captioner.load_several(options.model, given, **how)
-    else:
-        captioners = [Captioner.load(options.model, *given, **how)]
+    given = [None if adapter == BASE else adapter for adapter in adapters or [BASE]]
+    captioners = Captioner.load_several(options.model, given, prompt=options.prompt, dtype=options.dtype)
     # In step with each other: what one computes for an image, the next finds in memory.
     return [captioner.caption(paths, batch_size=batch_size, decoding=decoding) for captioner in captioners]
 
@@ -219,8 +203,8 @@ def _images(options: argparse.Namespace) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             return
-        found = images_below(path) if options.recursive else visible_files(path, below=False)
-        yield from filter(is_image_name, found)
+        files = images_below(path) if options.recursive else visible_files(path, below=False)
+        yield from filter(is_image_name, files)
 
     names = list(options.paths)
     if options.list:
@@ -231,10 +215,10 @@ def _images(options: argparse.Namespace) -> Iterator[Path]:
     for given in names:
         for name in _names(sys.stdin.buffer.read()) if given == "-" else [given]:
             name = name if os.path.lexists(name) else os.path.expanduser(name)
-            found = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
-            if not found:
+            paths = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
+            if not paths:
                 raise ConfigError(f"{one_line(name)}: there is no such file or folder.")
-            for path in found:  # a shell that expands the pattern gives the same
+            for path in paths:  # a shell that expands the pattern gives the same
                 yield from inside(Path(path))
 
 

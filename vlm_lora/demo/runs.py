@@ -3,10 +3,11 @@
 import io
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -46,9 +47,9 @@ def find_runs(adapter: str | Path | None, beside: str | Path = "runs") -> dict[s
     if given and given.name == "adapter" and (given.parent / "config.yaml").is_file():
         given = given.parent
     place = given.parent if given else Path(beside).resolve()
-    found = [settings.parent.parent for settings in place.glob("*/adapter/adapter_config.json")]
-    found.sort(key=lambda run: run.stat().st_mtime, reverse=True)
-    return {run.name: run for run in ([given] if given else []) + found}
+    runs = [settings.parent.parent for settings in place.glob("*/adapter/adapter_config.json")]
+    runs.sort(key=lambda run: run.stat().st_mtime, reverse=True)
+    return {run.name: run for run in ([given] if given else []) + runs}
 
 
 def read_losses(run: Path | None) -> list[tuple[int, float, str]]:
@@ -68,13 +69,7 @@ class Evaluations:
 
     def __init__(self, runs: Mapping[str, Path]):
         self.runs = runs
-        self.read: dict[str, Evaluation | None] = {}
-
-    def of(self, name: str) -> "Evaluation | None":
-        """None where the run has none. Without pictures where the data is gone."""
-        if name not in self.read:
-            self.read[name] = _read(self.runs[name]) if name in self.runs else None
-        return self.read[name]
+        self.of = cache(lambda name: _read(runs[name]) if name in runs else None)
 
     def examples(self, name: str, most: int) -> list["Answered"]:
         """The first answer about each held-out picture, evenly from all that can be shown."""
@@ -83,8 +78,8 @@ class Evaluations:
         for row in evaluation.answered if evaluation else ():
             if len(row.images) == 1:
                 first.setdefault(row.example, row)
-        found = list(first.values())
-        return found[:: max(1, len(found) // most)][:most]
+        rows = list(first.values())
+        return rows[:: max(1, len(rows) // most)][:most]
 
     def by_gain(self, name: str, only_worse: bool) -> list[tuple["Answered", str]]:
         """Answers, and if tuned is better or worse: gained most first; or the worse ones, lost most first."""
@@ -105,14 +100,15 @@ class Evaluations:
         evaluation = self.of(name)
         if evaluation is None or not evaluation.scores.tuned:
             return f"{name} was not evaluated: train it with held-out pictures (--val-split or --val)."
-        told = f"{evaluation.changes()} Intervals and all scores are in the run's report."
+        text = f"{evaluation.changes()} Intervals and all scores are in the run's report."
         shown = sum(bool(row.images) for row in evaluation.answered)
         if not shown:
-            return told + " The pictures are no longer where they were when it was trained."
-        return told + (f" At most {most} are shown." if shown > most else "")
+            return text + " The pictures are no longer where they were when it was trained."
+        return text + (f" At most {most} are shown." if shown > most else "")
 
 
 def _read(run: Path) -> "Evaluation | None":
+    """What the run's evaluation wrote; None where it has none. Without pictures where the data is gone."""
     from vlm_lora import Evaluation  # here, as it brings torch
 
     if not (run / "predictions.jsonl").is_file():
@@ -122,9 +118,9 @@ def _read(run: Path) -> "Evaluation | None":
         config = config_from(read_yaml(run / "config.yaml"), str(run / "config.yaml"))
         start = _started_in(run, config.output)
         sources = [_seen_from(start, source) for source in ([config.val] if config.val else config.sources)]
-        images = config.images and _seen_from(start, config.images)
-        settings = replace(DataSettings(**config.reading), images=images)
-        examples = read_dataset(sources, settings).examples
+        reading: dict[str, Any] = config.reading
+        reading["images"] = config.images and _seen_from(start, config.images)
+        examples = read_dataset(sources, DataSettings(**reading)).examples
         examples = [replace(example, id=example.id.removeprefix(f"{start.as_posix()}/")) for example in examples]
     except VlmLoraError as error:
         log.warning("No pictures: the data of %s cannot be read again (%s)", run, error)
@@ -150,34 +146,22 @@ def _seen_from(start: Path, name: str) -> str:
 
 
 class Pictures:
-    """Files that a browser shows, made when first asked for, in a folder that is deleted with the app."""
+    """Files that a browser shows, made when first asked for, in a folder that is deleted with the app.
+
+    ``file(image, small)`` is the picture as it is, or a thumbnail; None, and a line in the log, where there is none.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.made: dict[tuple[ImageRef, bool], Path | None] = {}
+        self.file = cache(self._file)
 
-    def whole(self, image: ImageRef) -> Path | None:
-        """The picture as it is; None, and a line in the log, where it cannot be read.
-
-        Its bytes stay what they are where possible, so that features kept from the training are found again.
-        """
-        return self._made(image, small=False)
-
-    def small(self, images: Iterable[ImageRef]) -> Path | None:
-        """The first of the images as a thumbnail."""
-        return self._made(next(iter(images)), small=True)
-
-    def _made(self, image: ImageRef, small: bool) -> Path | None:
-        if (image, small) not in self.made:
-            try:
-                self.made[image, small] = self._make(image, small)
-            except DataError as error:
-                log.warning("Picture left out: %s", error)
-                self.made[image, small] = None
-        return self.made[image, small]
-
-    def _make(self, image: ImageRef, small: bool) -> Path:
-        picture, data = load_image(image), image.read_bytes()
+    def _file(self, image: ImageRef, small: bool = False) -> Path | None:
+        try:
+            picture, data = load_image(image), image.read_bytes()
+        except DataError as error:
+            log.warning("Picture left out: %s", error)
+            return None
+        # Its bytes stay what they are where possible, so that features kept from the training are found again.
         kind = Image.open(io.BytesIO(data)).format
         if (small and max(picture.size) > THUMBNAIL) or kind not in BROWSER_FORMATS:
             if small:

@@ -138,7 +138,7 @@ class OnePicture:
     def examples_of(self, adapter: str) -> "list[tuple[Answered, str]]":
         """Answers about held-out pictures, and the pictures' files."""
         rows = self.desk.evaluations.examples(adapter, EXAMPLES)
-        files = [(row, self.desk.pictures.whole(row.images[0])) for row in rows]
+        files = [(row, self.desk.pictures.file(row.images[0])) for row in rows]
         return [(row, str(file)) for row, file in files if file]
 
     def pick(self, adapter: str, event: gr.SelectData, request: gr.Request):
@@ -281,7 +281,7 @@ class EvaluationOfRun:
     def rows_of(self, adapter: str, order: str) -> "list[tuple[Answered, str, str]]":
         """Answers, whether tuned is better, and the pictures' files."""
         rows = self.desk.evaluations.by_gain(adapter, only_worse=order == WORSE)[:GALLERY]
-        files = [(row, verdict, self.desk.pictures.small(row.images)) for row, verdict in rows]
+        files = [(row, verdict, self.desk.pictures.file(row.images[0], small=True)) for row, verdict in rows]
         return [(row, verdict, str(file)) for row, verdict, file in files if file]
 
     def fill(self, adapter: str, order: str) -> list:

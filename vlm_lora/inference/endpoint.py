@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from itertools import islice
-from queue import SimpleQueue
 
 import httpx
 from PIL import Image
@@ -81,25 +80,23 @@ class Endpoint:
             ModelError: the server refuses every request, or has gone.
         """
         decoding = decoding or Decoding()
-        jobs: SimpleQueue[tuple[Future, ImageSource] | None] = SimpleQueue()
-
-        def work() -> None:
-            while job := jobs.get():
-                future, image = job
-                if future.set_running_or_notify_cancel():
-                    try:
-                        future.set_result(self._one(image, prompt, decoding))
-                    except BaseException as error:  # raised where the result is asked for
-                        future.set_exception(error)
+        free = threading.Semaphore(self.concurrency)
 
         def ask(image: ImageSource) -> Future[tuple[Caption, int]]:
             future: Future[tuple[Caption, int]] = Future()
-            jobs.put((future, image))
+
+            def work() -> None:
+                with free:
+                    if future.set_running_or_notify_cancel():
+                        try:
+                            future.set_result(self._one(image, prompt, decoding))
+                        except BaseException as error:  # raised where the result is asked for
+                            future.set_exception(error)
+
+            # A daemon, unlike the threads of an executor: the program may end while a server hangs.
+            threading.Thread(target=work, daemon=True).start()
             return future
 
-        # Daemons, unlike the threads of an executor: the program may end while a server hangs.
-        for _ in range(self.concurrency):
-            threading.Thread(target=work, daemon=True).start()
         asked = map(ask, images)
         # Twice as many as can be under way: one slow answer does not make the others wait.
         waiting = deque(islice(asked, 2 * self.concurrency))
@@ -120,8 +117,6 @@ class Endpoint:
         finally:
             for future in waiting:
                 future.cancel()
-            for _ in range(self.concurrency):
-                jobs.put(None)
 
     # -- inside --------------------------------------------------------------------------------------------------
 

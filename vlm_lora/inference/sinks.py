@@ -165,22 +165,26 @@ class Rows:
         except OSError as error:
             raise ConfigError(f"--output {self.file}: cannot be read ({error.strerror}).") from error
         for number, line in enumerate([*ended, cut_off], start=1):
+            last = number > len(ended)  # and so cut off by a kill, or by an editor that ends no last line
             if not line.strip():
                 continue
-            last = number > len(ended)
             try:
-                name, done = self._name_in(line, names, last)
+                name, done = self._name_in(line, names)
             except (ValueError, TypeError, KeyError):
+                if last and self.lines:
+                    continue
                 raise ConfigError(
                     f"{self.file}:{number}: is not a line that `caption --format {self.format}` wrote, so this file "
                     "stays as it is. Give another --output."
                 ) from None
-            if name is not None:
-                self.lines.setdefault(name, []).append(line)
-                self.done |= {name} if done else set()
+            self.lines.setdefault(name, []).append(line)
+            if done and not (
+                last and self.format == "text" and name in names
+            ):  # whose caption may go on: nothing tells
+                self.done.add(name)
 
-    def _name_in(self, line: str, names: set[str], last: bool) -> tuple[str | None, bool]:
-        """The image that a line names and whether it has its caption; None for a line that a kill cut off.
+    def _name_in(self, line: str, names: set[str]) -> tuple[str, bool]:
+        """The image that a line names and whether it has its caption.
 
         Raises ValueError, TypeError or KeyError for a line that is not of this format.
         """
@@ -188,17 +192,11 @@ class Rows:
 
         if self.format == "text":
             name, tab, _ = line.partition("\t")
-            if last and not tab and any(other.startswith(line) for other in names):
-                return None, False
             # Any table with tabs looks like ours: then the names in it, or the file beside it, have to tell.
             if not tab or not (name in names or is_image_name(Path(name)) or self.beside.is_file()):
                 raise ValueError("a line of something else")
-            return name, not (last and name in names)  # the last line may be cut off: nothing tells
-        key = NAME_KEY[self.format]
-        start = json.dumps({key: ""})[:-2]  # {"image": "
-        if last and (line.startswith(start) or start.startswith(line)) and not _is_json(line):
-            return None, False
-        row = json.loads(line)
+            return name, True
+        row, key = json.loads(line), NAME_KEY[self.format]
         if not isinstance(row[key], str):
             raise TypeError("no name")
         failed = self.holds_errors and row.keys() == {key, "error"}  # as `write` has it
@@ -371,14 +369,6 @@ def _line(
 
 def _spaced(caption: str) -> str:
     return re.sub(CONTROL, " ", caption)
-
-
-def _is_json(line: str) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
 
 
 def _cannot_be_written(where: Path | str, stream: IO[str] | None, failure: OSError) -> DataError:
