@@ -44,18 +44,25 @@ def find_model(name: str, *, weights: bool = True) -> Path:
             f"--model {name}: there is no such folder, and a hub name looks like 'owner/name'. "
             "Give a folder that holds config.json and *.safetensors, or --model tiny (embedded, needs no network)."
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    wanted = ["*.json", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        return from_hub(name, ["*.json", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else []))
+    except LookupError as error:
         raise ModelError(
-            f"--model {name}: not on this machine, and the model hub gave no copy ({type(error).__name__}). "
+            f"--model {name}: not on this machine, and the model hub gave no copy ({error}). "
             "Use --model tiny (embedded, needs no network), or download the model elsewhere and give its folder: "
             "--model path/to/folder."
         ) from error
+
+
+def from_hub(name: str, patterns: list[str]) -> Path:
+    """A local copy of these files of a repository on the model hub. Raises LookupError with the kind of failure."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise LookupError(type(error).__name__) from error
 
 
 def read_json(file: Path, wrong: type[VlmLoraError] = ModelError, advice: str = REPAIR) -> dict:

@@ -23,7 +23,7 @@ from vlm_lora.config import HUB_NAME
 from vlm_lora.errors import AdapterError
 from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.families import ADAPTED, PARTS, part_of
-from vlm_lora.model.folder import read_json
+from vlm_lora.model.folder import from_hub, read_json
 from vlm_lora.model.shapes import num_numbers
 
 WEIGHTS, CONFIG, CONTRACT = "adapter_model.safetensors", "adapter_config.json", "contract.json"
@@ -124,7 +124,13 @@ def find_adapter(path: str | Path) -> Path:
     """
     given = Path(path).expanduser()
     if not given.exists() and HUB_NAME.fullmatch(str(path)):
-        given = _from_hub(str(path))
+        try:
+            given = from_hub(str(path), [CONFIG, WEIGHTS, CONTRACT])
+        except LookupError as error:
+            raise AdapterError(
+                f"--adapter {path}: there is no such folder, and the model hub gave no adapter of that name "
+                f"({error}). Give a run folder or an adapter folder."
+            ) from error
     for folder in (given, given / "adapter"):
         if (folder / CONFIG).is_file():
             if not (folder / WEIGHTS).is_file():
@@ -133,19 +139,6 @@ def find_adapter(path: str | Path) -> Path:
             return folder
     what = "there is no such folder" if not given.exists() else f"it holds no {CONFIG} and no adapter/{CONFIG}"
     raise AdapterError(f"--adapter {path}: {what}. Give a run folder or an adapter folder.")
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, CONTRACT]))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        raise AdapterError(
-            f"--adapter {name}: there is no such folder, and the model hub gave no adapter of that name "
-            f"({type(error).__name__}). Give a run folder or an adapter folder."
-        ) from error
 
 
 _read = partial(read_json, wrong=AdapterError, advice=" Train the adapter again, or copy it from where it is sound.")
@@ -162,9 +155,7 @@ def read_contract(folder: Path) -> Contract | None:
         return None
     content = _read(file)
     types = {field.name: field.type for field in fields(Contract)}
-    odd = sorted(content.keys() ^ types.keys()) + [
-        n for n, t in types.items() if n in content and type(content[n]) is not t
-    ]
+    odd = [name for name in sorted(content.keys() | types.keys()) if type(content.get(name)) is not types.get(name)]
     if odd:
         raise AdapterError(f"{file}: is not a contract that vlm-lora wrote ({odd[0]} is {content.get(odd[0])!r}).")
     return Contract(**content)
@@ -174,7 +165,7 @@ def base_of(folder: Path) -> str:
     """The base model that an adapter folder names."""
     contract = read_contract(folder)
     base = contract.base if contract else read_settings(folder).get("base_model_name_or_path")
-    if not base:
+    if not isinstance(base, str) or not base:
         raise AdapterError(f"{folder / CONFIG}: names no base model; give --model.")
     return base
 
