@@ -154,7 +154,7 @@ def test_a_server_that_has_gone_ends_the_run(server, files):
     endpoint = Endpoint(f"{url}/v1", model="photos", concurrency=2, pause=0.0)
     process.kill()
     process.wait()
-    with pytest.raises(ModelError, match=r"gave no answer \(ConnectError.*Say the same again once it is back"):
+    with pytest.raises(ModelError, match=r"gave no answer \(ConnectError.*Run the same command again once it is back"):
         list(endpoint.caption(files * HOPELESS, PROMPT))
     with pytest.raises(ModelError, match=r"gave no answer.*Is the server up"):
         Endpoint(f"{url}/v1", pause=0.0)

@@ -14,7 +14,9 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import MutableHeaders
@@ -68,39 +70,33 @@ def launch(  # arguments: the flags of `vlm-lora demo`
     """
     local = _is_loopback(host)
     if (share or not local) and not auth and not without_auth:
-        raise _open_to_others(host, share)
+        flag, whom = ("--share", "the internet") if share else (f"--host {host}", "whoever can reach this machine")
+        raise ConfigError(
+            f"{flag} opens the demo to {whom}. Give a user and a password with --auth, or say --no-auth if "
+            "that is what you want."
+        )
     if port is not None and not 0 < port < 2**16:
         raise ConfigError(f"--port {port}: is no port. Give one from 1 to 65535.")
     runs = find_runs(adapter)
-    handlers = {}
-    if block and threading.current_thread() is threading.main_thread():
-        # Else uploads would stay behind. A script's background job begins with the second one ignored.
-        handlers = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGTERM, signal.SIGINT)}
-    folder = tempfile.TemporaryDirectory(prefix="vlm-lora-demo-", ignore_cleanup_errors=True)
-    place, before = "GRADIO_TEMP_DIR", os.environ.get("GRADIO_TEMP_DIR")
-    os.environ[place] = folder.name  # by default uploads lie in a folder that outlives the demo
     loading: Future = Future()
     base = Path(model).name if model else "the base model"  # names alone: the page shows no path
     chosen = next(iter(runs)) if adapter else ""
     what = f"{base} with {chosen}" if adapter else base
-    app = build_app(loading, runs=runs, chosen=chosen, loading=what)
-    app.at_close.enter_context(folder)
-    app.at_close.callback(set_variable, place, before)
-    for number, handler in handlers.items():
-        app.at_close.callback(signal.signal, number, handler or signal.SIG_DFL)
-    name = f"[{host}]" if ":" in host else host  # as in an address
-    hosts = _served_as(name, local, allowed_hosts, share)
+    with ExitStack() as undo:
+        if block and threading.current_thread() is threading.main_thread():
+            # Else uploads would stay. A script's background job begins with the second one ignored.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                before = signal.signal(number, signal.default_int_handler)
+                undo.callback(signal.signal, number, before or signal.SIG_DFL)
+        # By default uploads lie in a folder that outlives the demo.
+        folder = undo.enter_context(tempfile.TemporaryDirectory(prefix="vlm-lora-demo-", ignore_cleanup_errors=True))
+        undo.callback(set_variable, "GRADIO_TEMP_DIR", os.environ.get("GRADIO_TEMP_DIR"))
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        app = build_app(loading, runs=runs, chosen=chosen, loading=what)
+        app.at_close.enter_context(undo.pop_all())
+    hosts = [*LOOPBACK, *([_in_url(host)] if local else []), *allowed_hosts, *([SHARED] if share else [])]
     try:
-        try:
-            app.launch(server_name=name, server_port=port, auth=auth, **safe_settings(hosts, share))
-        except OSError as error:
-            if not _is_own(host):
-                raise ConfigError(
-                    f"--host {host}: is no address of this machine. Leave it out, or give one."
-                ) from error
-            raise ConfigError(f"--port {port}: in use, or not allowed on {host}. Give another one.") from error
-        if share and not app.share_url:
-            raise ConfigError("--share: gradio gave no public link; is there a way to the internet? Or leave it out.")
+        _open(app, host, port, auth, safe_settings(hosts if local or allowed_hosts else ["*"], share))
         public = f" and, for anyone, on {app.share_url}" if share else ""
         print(f"The demo is on {app.local_url}{public}, loading {what}. Ctrl-C ends it.", file=sys.stderr, flush=True)
         from vlm_lora import Captioner  # now, as it brings torch
@@ -109,26 +105,27 @@ def launch(  # arguments: the flags of `vlm-lora demo`
         print("Ready.", file=sys.stderr, flush=True)
         if block:
             app.block_thread()
-            app.close(verbose=False)
+            app.close()
     except BaseException:
-        app.close(verbose=False)
+        app.close()
         raise
     return app
 
 
-def _served_as(name: str, local: bool, allowed_hosts: Sequence[str], share: bool) -> list[str]:
-    """The names under which the demo answers; "*" is any."""
-    if not local and not allowed_hosts:
-        return ["*"]
-    return [*({*LOOPBACK, name} if local else LOOPBACK), *allowed_hosts, *([SHARED] if share else [])]
+def _open(app: Page, host: str, port: int | None, auth: tuple[str, str] | None, settings: dict[str, Any]) -> None:
+    """Raises ConfigError where the demo cannot be served as it is wanted."""
+    try:
+        app.launch(server_name=_in_url(host), server_port=port, auth=auth, **settings)
+    except OSError as error:
+        if not _is_own(host):
+            raise ConfigError(f"--host {host}: is no address of this machine. Leave it out, or give one.") from error
+        raise ConfigError(f"--port {port}: in use, or not allowed on {host}. Give another one.") from error
+    if settings["share"] and not app.share_url:
+        raise ConfigError("--share: gradio gave no public link; is there a way to the internet? Or leave it out.")
 
 
-def _open_to_others(host: str, share: bool) -> ConfigError:
-    flag, whom = ("--share", "the internet") if share else (f"--host {host}", "whoever can reach this machine")
-    return ConfigError(
-        f"{flag} opens the demo to {whom}. Give a user and a password with --auth, or say --no-auth if that is what "
-        "you want."
-    )
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _is_loopback(host: str) -> bool:
@@ -139,7 +136,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _is_own(host: str) -> bool:
-    """If this machine can listen there, on any port."""
+    """Whether this machine can listen there, on any port."""
     try:
         socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError:
@@ -148,8 +145,8 @@ def _is_own(host: str) -> bool:
 
 
 class OwnPages:
-    """Refuses what another web page sends: a browser says where a request comes from. The name that a proxy says it was
-    asked by takes the place of the host's, so that it is checked in the same way."""
+    """Refuses what another web page sends; its browser says where it comes from. The name under which a proxy was asked
+    takes the place of the host's, and is so checked in the same way."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -173,8 +170,8 @@ def _name_in(url: str) -> str | None:
         return None
 
 
-def safe_settings(hosts: Sequence[str], share: bool = False) -> dict:
-    """What `gr.Blocks.launch` is to be called with; all said, as environment variables could turn them on."""
+def safe_settings(hosts: Sequence[str], share: bool = False) -> dict[str, Any]:
+    """Arguments of `gr.Blocks.launch`: all of them, as environment variables could turn on what is left out."""
     names = Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     return {
         "share": share,

@@ -51,7 +51,7 @@ IF_OPEN = """adapter => {
 
 
 class Page(gr.Blocks):
-    """Gradio's blocks, whose `close` also undoes what ``at_close`` was told to: folders, the environment."""
+    """Gradio's blocks, whose `close` also leaves the contexts in ``at_close``: folders, the environment."""
 
     def __init__(self, **settings):
         self.at_close = ExitStack()
@@ -59,7 +59,7 @@ class Page(gr.Blocks):
         self.at_close.callback(set_variable, telemetry, os.environ.get(telemetry))
         super().__init__(**settings)
 
-    def close(self, verbose: bool = True) -> None:
+    def close(self, verbose: bool = False) -> None:
         super().close(verbose=verbose)
         self.at_close.close()
 
@@ -136,8 +136,8 @@ def build_app(
         def look(adapter: str):
             """How far the loading is: on opening the page, and once a second until it is done."""
             if not future.done():
-                told = f"Loading {loading}: {time.monotonic() - started:.0f} s. You can choose a picture already."
-                return [told, gr.skip()] + [gr.skip()] * (len(outputs) - 2)
+                text = f"Loading {loading}: {time.monotonic() - started:.0f} s. You can choose a picture already."
+                return [text, *[gr.skip()] * (len(outputs) - 1)]
             return [gr.Textbox(visible=False), gr.Timer(active=False), *one.show(adapter), *several.show(adapter)]
 
         gr.on([app.load, timer.tick, adapter.change], look, adapter, outputs, queue=False, **QUIETLY)

@@ -15,12 +15,12 @@ from vlm_lora.errors import ConfigError
 ImageSource = ImageRef | Image.Image | bytes | str | Path
 
 LEAST_TEMPERATURE = 1e-6
-"""Below it logits divided by it would leave the range of numbers."""
+"""Logits divided by less would overflow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """What was said about one image, or why nothing was: exactly one of ``text`` and ``error`` is given."""
+    """The caption of one image, or why it has none: exactly one of ``text`` and ``error`` is given."""
 
     image: str
     text: str | None = None
@@ -68,7 +68,7 @@ def source_of(image: ImageSource) -> ImageRef | Image.Image:
     if isinstance(image, ImageRef):
         return image
     if isinstance(image, str | Path):
-        # A file that is found is itself, whatever its name begins with: Office leaves ones such as ~$photo.png.
+        # A file of this very name comes first: Office leaves ones such as ~$photo.png.
         path = image if os.path.lexists(image) else os.path.expanduser(image)
         return ImageRef(path=Path(path).absolute(), name=str(image))
     return load_image(image)

@@ -21,25 +21,25 @@ from vlm_lora.inference.caption import Caption, Decoding, ImageSource, name_of, 
 ATTEMPTS = 6
 """How often a request is sent before its image gets an error."""
 PAUSE = 0.5
-"""Seconds before the second attempt; each further pause is twice as long, and up to half of it is chance."""
+"""Seconds before the second attempt. Each further pause is twice as long; up to half as much is added at random."""
 LONGEST_PAUSE = 30.0
 TIMEOUT = 120.0
 """Seconds in which the server must have answered."""
 HOPELESS = 16
-"""So many images in a row without any answer: the server has gone."""
+"""Images in a row that get no answer at all: the server has gone."""
 BROKEN = 256
-"""So many images in a row that the server failed at (5xx, 429): it is not the images. Fewer may well be."""
+"""Images in a row that the server fails at (5xx, 429): it is not the images. Fewer in a row may be bad images."""
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
-"""Statuses that another attempt may mend."""
+"""Statuses after which another attempt may succeed."""
 KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 class Endpoint:
-    """A model behind ``url``, such as ``http://127.0.0.1:8000/v1``; the key, if it wants one, is in OPENAI_API_KEY.
+    """A model served at ``url``, such as ``http://127.0.0.1:8000/v1``; a key is read from OPENAI_API_KEY.
 
     Args:
         model: the server's name for it; by default the only one that it serves.
-        concurrency: requests under way at a time.
+        concurrency: requests at a time.
 
     Raises:
         ModelError: no ``model`` is given, and there is no such server, or it serves several.
@@ -74,7 +74,7 @@ class Endpoint:
     ) -> Iterator[Caption]:
         """As `Captioner.caption`: in order, and an image that cannot be captioned gives its error.
 
-        Interrupted (Ctrl-C), it still gives the captions that are there, and waits for no answer.
+        Interrupted by Ctrl-C, it gives the captions that have arrived, and waits for no others.
 
         Raises:
             ModelError: the server refuses every request, or has gone.
@@ -98,7 +98,7 @@ class Endpoint:
             return future
 
         asked = map(ask, images)
-        # Twice as many as can be under way: one slow answer does not make the others wait.
+        # Twice as many as are sent at a time: one slow answer does not make the others wait.
         waiting = deque(islice(asked, 2 * self.concurrency))
         failed = unanswered = 0  # in a row
         try:
@@ -108,7 +108,9 @@ class Endpoint:
                 failed = failed + 1 if too_many else 0
                 unanswered = unanswered + 1 if too_many == HOPELESS else 0
                 if failed >= BROKEN or unanswered >= HOPELESS:
-                    raise ModelError(f"--endpoint {self.url}: {caption.error}. Say the same again once it is back.")
+                    raise ModelError(
+                        f"--endpoint {self.url}: {caption.error}. Run the same command again once it is back."
+                    )
                 yield caption
                 waiting.extend(islice(asked, 1))
         except KeyboardInterrupt:
@@ -126,7 +128,7 @@ class Endpoint:
             served = [str(model["id"]) for model in reply.json()["data"]]
         except httpx.HTTPError as error:
             raise ModelError(
-                f"--endpoint {self.url}: {_told(error)}. Is the server up, is the URL's /v1 right?"
+                f"--endpoint {self.url}: {_reason(error)}. Is the server up, is the URL's /v1 right?"
             ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(
@@ -137,7 +139,7 @@ class Endpoint:
         return served[0]
 
     def _one(self, image: ImageSource, prompt: str, decoding: Decoding) -> tuple[Caption, int]:
-        """The caption; and where the server failed, how many such in a row are too many, else 0."""
+        """The caption; and where the server failed, how many failures of this kind in a row end the run, else 0."""
         name = name_of(image)
         try:
             content = [
@@ -163,24 +165,24 @@ class Endpoint:
         except httpx.HTTPStatusError as error:
             if error.response.status_code in (401, 403, 404):
                 raise ModelError(
-                    f"--endpoint {self.url}: {_told(error)} (--model {self.model}; the key is read from {KEY_VARIABLE})"
+                    f"--endpoint {self.url}: {_reason(error)} (--model {self.model}; the key comes from {KEY_VARIABLE})"
                 ) from error
-            return Caption(name, error=_told(error)), BROKEN if error.response.status_code in AGAIN else 0
+            return Caption(name, error=_reason(error)), BROKEN if error.response.status_code in AGAIN else 0
         except httpx.HTTPError as error:
-            return Caption(name, error=_told(error)), HOPELESS
+            return Caption(name, error=_reason(error)), HOPELESS
         except (ValueError, KeyError, IndexError, TypeError):
             return Caption(name, error="the server's answer holds no text"), 0
 
     def _send(self, method: str, path: str, body: dict | None, attempts: int = ATTEMPTS) -> httpx.Response:
-        """The server's answer, from one of several attempts. Raises httpx.HTTPError for the last one's failure."""
+        """The server's answer. Raises httpx.HTTPError if the last attempt fails too."""
         for attempt in range(1, attempts + 1):
             wait = min(LONGEST_PAUSE, self.pause * 2 ** (attempt - 1)) * random.uniform(1, 1.5)
             try:
                 reply = self.client.request(method, self.url + path, json=body)
                 if reply.status_code not in AGAIN or attempt == attempts:
                     return reply.raise_for_status()
-                told = reply.headers.get("Retry-After", "")
-                wait = max(wait, min(LONGEST_PAUSE, float(told))) if told.isdecimal() else wait
+                asked = reply.headers.get("Retry-After", "")
+                wait = max(wait, min(LONGEST_PAUSE, float(asked))) if asked.isdecimal() else wait
             except httpx.TransportError:  # no connection, cut off, too slow
                 if attempt == attempts:
                     raise
@@ -188,16 +190,16 @@ class Endpoint:
         raise AssertionError("the last attempt returns or raises")
 
 
-def _told(error: httpx.HTTPError) -> str:
+def _reason(error: httpx.HTTPError) -> str:
     if isinstance(error, httpx.HTTPStatusError):
         return f"the server answered {error.response.status_code}: {' '.join(error.response.text.split())[:200]}"
     return f"the server gave no answer ({type(error).__name__}: {error})"
 
 
 def _data_url(source) -> str:
-    """The image in the request: its own bytes where every loader sees the same pixels in them, else a PNG of ours.
+    """The image in the request: the file's own bytes if every loader reads the same pixels from them, else a new PNG.
 
-    Other loaders leave photos lying on their side, or drop transparency: the model would see what it was not tuned on.
+    Other loaders do not turn photos upright, or drop transparency: the model would see what it was not tuned on.
     """
     picture = load_image(source)
     if not isinstance(source, Image.Image):

@@ -1,7 +1,7 @@
-"""Where captions go: a line an image in a file or on stdout, or a caption file beside each image.
+"""Where captions go: a line for each image in a file or on stdout, or a caption file beside each image.
 
-Files are written anew and put in place at once: what was there is whole or untouched. What was written by an earlier,
-interrupted run is found again, so that no image is captioned twice.
+A file is replaced in one step, so a crash leaves the old one or the new one. What an interrupted run wrote is read
+again, so no image is captioned twice.
 """
 
 import json
@@ -23,9 +23,9 @@ NAME_KEY = {"jsonl": "image", "metadata": "file_name"}
 
 
 class Stdout:
-    """A line an image, on stdout: ``text`` or ``jsonl`` as in `Rows`.
+    """A line for each image, on stdout: ``text`` or ``jsonl`` as in `Rows`.
 
-    ``alone``: there is one image only, and text leaves out its name.
+    ``alone``: there is only one image, and ``text`` leaves out its name.
     """
 
     def __init__(self, format: str, *, adapters: Sequence[str] = (), alone: bool = False):
@@ -57,7 +57,7 @@ class Stdout:
 
 
 class Rows:
-    """A line an image, in a file that an interrupted run resumes.
+    """A line for each image, in a file that an interrupted run resumes.
 
     A line that is in the file stays until a better one takes its place: a new caption of its image.
 
@@ -88,7 +88,7 @@ class Rows:
         self.format, self.file, self.made_with, self.adapters = format, file, made_with, adapters
         self.holds_errors = format == "jsonl"
         self.stream: IO[str] | None = None
-        self.lines: dict[str, list[str]] = {}  # by the image's name; of one image a person may have written several
+        self.lines: dict[str, list[str]] = {}  # by image name; a person may have written several for one image
         self.done: set[str] = set()  # names of the images that need no caption any more
         self._replaced = False  # whether `lines` holds what the file does not
         self._next_rewrite = 0.0
@@ -215,8 +215,8 @@ class Rows:
                 )
 
     def _rewrite(self) -> None:
-        """Put all lines into the file. It is written whole, so in a long one only every now and then: a kill loses a
-        few seconds of captions, and no line that was there before."""
+        """Write all lines anew. In a long file this takes long, so it is done only now and then: a kill loses a few
+        seconds of captions, and no line that was there before."""
         started, first = time.monotonic(), self.stream is None
         if self.stream:
             self.stream.close()
@@ -283,7 +283,7 @@ def _caption_files(paths: Sequence[Path]) -> dict[Path, Path]:
 
     there: dict[Path, Path] = {}  # by the path without its suffix; .caption before .txt
     for folder in {path.parent for path in paths}:
-        with suppress(OSError):  # one that cannot be listed; if it can be written to, is found out later
+        with suppress(OSError):  # it cannot be listed; whether it can be written to, `write` finds out
             files = [folder / name for name in os.listdir(folder)]
             files = [file for file in files if file.suffix.lower() in CAPTION_SUFFIXES]
             files.sort(key=lambda file: (file.suffix.lower() == ".caption", file))
@@ -306,11 +306,11 @@ def _require_output(file: Path, inputs: Sequence[Path]) -> None:
 
 
 class NotWritten(DataError):
-    """One image's caption cannot be written; the others' may well be."""
+    """One image's caption cannot be written; the others' may be."""
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all, through a link to what it links to.
+    """Write all of a file or nothing; a link stays, and the file it leads to is replaced.
 
     Raises:
         OSError: it cannot be written, or is no regular file. Nothing is left beside it.
@@ -336,16 +336,14 @@ def one_line(name: Path | str) -> str:
 
 def printable(text: str, encoding: str = "") -> str:
     """The text as stdout can show it: � or ? for what its encoding (by default) has not."""
-    encoding = encoding or sys.stdout.encoding
-    return (
-        text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode(encoding, "replace").decode(encoding)
-    )
+    text, encoding = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), encoding or sys.stdout.encoding
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def _line(
     format: str, name: str, texts: Sequence[str] | None, error: str | None, adapters: Sequence[str], encoding: str
 ) -> str:
-    """What is said of the image of that name, in a format of `Rows`; ``encoding`` is where it goes."""
+    """The captions, or the error, of the image of that name, in a format of `Rows`."""
     if format == "text":
         return "\t".join([name, *map(_spaced, texts or ())])
     row: dict[str, object] = {NAME_KEY[format]: name}
@@ -372,8 +370,7 @@ def _spaced(caption: str) -> str:
 
 
 def _cannot_be_written(where: Path | str, stream: IO[str] | None, failure: OSError) -> DataError:
-    """The error to raise. What is left in the stream would be tried again when it is closed, and fail there a second
-    time: it is dropped."""
+    """The error to raise. What is left in the stream is dropped: closing it would try again, and fail again."""
     if stream and not stream.closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return DataError(f"{where}: cannot be written ({failure.strerror}).")
