@@ -277,3 +277,10 @@ def test_a_save_can_be_stopped_before_any_call_into_the_operating_system(tmp_pat
     assert len(found) > 20
     assert found == sorted(found)
     assert set(found) == {3, 4}
+
+
+def test_a_checkpoint_from_before_pictures_were_noted_can_be_resumed_from(tmp_path):
+    now = {"lr": 1.0, "pictures_fingerprint": "a" * 64}
+    assert checkpoint._check_identity(tmp_path, {"lr": 1.0}, now, (), True) == set()
+    with pytest.raises(CheckpointError, match="pictures: 'bbbbbbbb', now 'aaaaaaaa'"):
+        checkpoint._check_identity(tmp_path, {"lr": 1.0, "pictures_fingerprint": "b" * 64}, now, (), True)

@@ -328,6 +328,16 @@ def test_a_changed_caption_or_setting_is_not_gone_on_with(checkpoints, photo_fol
     train(config(checkpoints, photo_folder, tmp_path / "run"))
     with pytest.raises(CheckpointError, match=r"other settings or data \(lr: 0.01, now 0.1\)"):
         train(config(checkpoints, photo_folder, tmp_path / "run", lr=0.1), resume=True)
+    file = photo_folder / "03.png"
+    original = file.read_bytes()
+    for other in range(100, 200):  # of the same number of bytes: hub data sets and clouds keep no more than that
+        picture(other, (64, 64)).save(file)
+        if len(file.read_bytes()) <= len(original):
+            break
+    file.write_bytes(file.read_bytes().ljust(len(original), b"\0"))
+    with pytest.raises(CheckpointError, match=r"\(pictures: '\w{8}', now '\w{8}'\).*--allow-change pictures"):
+        train(config(checkpoints, photo_folder, tmp_path / "run"), resume=True)
+    file.write_bytes(original)
     (photo_folder / "03.txt").write_text("Something else.")
     with pytest.raises(CheckpointError, match=r"\(data: '\w{8}', now '\w{8}'\).*--allow-change data"):
         train(config(checkpoints, photo_folder, tmp_path / "run"), resume=True)

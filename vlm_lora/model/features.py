@@ -208,6 +208,10 @@ class FeatureCache:
         """Whether all of these images can do without the tower."""
         return all(self._is_there(self._identify(image)[0]) for image in images)
 
+    def fingerprint(self, images: Iterable[ImageRef]) -> str:
+        """Of the images' bytes, in whatever order, as they were when first looked at."""
+        return hashlib.sha256("".join(sorted({self._identify(image)[0] for image in images})).encode()).hexdigest()
+
     def park_tower(self, images: Iterable[ImageRef]) -> None:
         """Have the tower's weights out of the device's memory if all of these images can do without it.
 

@@ -177,6 +177,7 @@ def load_weights(folder: Path, step: int, parameters: NamedParameters) -> None:
 def _check_identity(path: Path, before: dict, now: dict, allow_change: Collection[str], fits: bool) -> set[str]:
     """What has changed, by the names that ``allow_change`` knows; an error if that holds not all of them, or if the
     tensors no longer fit."""
+    before = {"pictures_fingerprint": now.get("pictures_fingerprint")} | before  # older checkpoints do not have it
     changed = {key.removesuffix("_fingerprint"): key for key in now if before.get(key) != now[key]}
     known = {key.removesuffix("_fingerprint") for key in now}
     if unknown := sorted(set(allow_change) - known):

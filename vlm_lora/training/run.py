@@ -111,8 +111,9 @@ def train_adapter(
         processes.on_main(lambda: write_quarantine(path, prepared.bad_rows))
         # The tower's memory is the training's, if it can be.
         seen = (*prepared.train, *prepared.held_out)
-        features.park_tower(image for each in seen for image in each.example.images)
-        identity = _identity(config, data, adapter)
+        images = [image for each in seen for image in each.example.images]
+        features.park_tower(images)
+        identity = _identity(config, data, adapter) | {"pictures_fingerprint": features.fingerprint(images)}
         processes.require_same(identity)
         folder = RunFolder(path, identity, processes, config.report_to)
         predicted, started = _predict(config, shapes, features, prepared, processes), time.perf_counter()
