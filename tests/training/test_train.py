@@ -14,7 +14,7 @@ from tests.conftest import picture
 from tests.told import Listener
 from vlm_lora.cli import main
 from vlm_lora.config import TrainConfig
-from vlm_lora.errors import AdapterError, CheckpointError, DataError
+from vlm_lora.errors import AdapterError, CheckpointError, ConfigError, DataError
 from vlm_lora.model.adapters.methods import load_adapter
 from vlm_lora.model.backbone import Backbone, load_backbone
 from vlm_lora.model.families import FAMILIES
@@ -426,3 +426,8 @@ def test_an_image_stays_in_one_step_where_it_fits(numbers, batch_size, epochs, s
     # Multiples, as an image may be the last of an epoch and the first of the next; half an epoch may end within one.
     for e, dialogues in (piece for step in steps[:-1] for piece in step):
         assert numbers[e] > batch_size or len(dialogues) % numbers[e] == 0
+
+
+def test_epochs_of_no_answer_are_one_line(checkpoints, photo_folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"--epochs 0.001 of 10 answers is none; expected enough for one answer"):
+        train(config(checkpoints, photo_folder, tmp_path / "run", epochs=0.001))
