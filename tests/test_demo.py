@@ -165,6 +165,10 @@ def test_page_opens_and_names_nothing_elsewhere(app):
     config = httpx.get(f"{app.local_url}config").json()
     assert not config["analytics_enabled"]
     labels = {part["props"].get("label") for part in config["components"]}
+    # What the browser draws them as; a name that it does not know, it leaves out.
+    drawn = {part["props"].get("label"): part["type"] for part in config["components"]}
+    assert (drawn["Picture"], drawn["Pictures, up to 50"], drawn["Seed"]) == ("image", "file", "number")
+    assert drawn["Most tokens"] == "slider"
     assert {"Picture", "Base", "Tuned", "What the data says", "Held-out pictures of the run", "Loss"} <= labels
     assert app.share_url is None
     assert not list(Path(demo.__file__).parent.glob("*.pyi"))  # Gradio likes to write one

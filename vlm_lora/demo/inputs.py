@@ -36,8 +36,6 @@ class _WithoutStub(type(gr.Image)):
 
 
 class _FromTheirMachine(Block):
-    is_template = True  # drawn in the browser as the component that it is one of
-
     async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
         """Refuses web addresses, which the API would have the server fetch."""
         if str(url_or_file_path).startswith(("http:", "https:")):
@@ -64,9 +62,10 @@ class _SentImage(ImageData):
             raise plain("The picture is no file. From Python send it as handle_file('cat.jpg')") from None
 
 
-class SafeImage(_FromTheirMachine, gr.Image, metaclass=_WithoutStub):
+class SafeImage(gr.Image, _FromTheirMachine, metaclass=_WithoutStub):
     """An image input whose pictures go through our loader: a bad one gives a plain sentence."""
 
+    is_template = True  # drawn in the browser as its first base is
     data_model = _SentImage
 
     def preprocess(self, payload: Any) -> Any:
@@ -80,8 +79,10 @@ class SafeImage(_FromTheirMachine, gr.Image, metaclass=_WithoutStub):
         return picture
 
 
-class SafeFiles(_FromTheirMachine, gr.File, metaclass=_WithoutStub):
+class SafeFiles(gr.File, _FromTheirMachine, metaclass=_WithoutStub):
     """Several pictures at once; whether each can be read is found out when it is its turn."""
+
+    is_template = True
 
     def preprocess(self, payload: Any) -> Any:
         files = list(payload or [])
@@ -93,7 +94,6 @@ class SafeFiles(_FromTheirMachine, gr.File, metaclass=_WithoutStub):
 class _AsSent(Block):
     """Gives what was sent as it is, for `decoding` to check: gradio's own errors do not say which number they mean."""
 
-    is_template = True
     precision: int | None = None
 
     def api_info(self) -> dict[str, Any]:
