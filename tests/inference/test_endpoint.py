@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -19,7 +20,7 @@ from PIL import Image
 from tests.conftest import ROOT, picture
 from vlm_lora import Captioner, Decoding, TrainConfig, train
 from vlm_lora.cli import main
-from vlm_lora.errors import ModelError
+from vlm_lora.errors import ConfigError, ModelError
 from vlm_lora.inference.endpoint import ATTEMPTS, HOPELESS, Endpoint
 
 PROMPT = "What is it?"
@@ -103,6 +104,20 @@ def test_what_the_server_says_whatever_fails_on_the_way(local, url, files, tmp_p
     assert told[3].error == wanted[3].error  # the bad image: never sent
     assert seen(url)["requests"] == len(files) + 4  # each failure but the refusal was sent again
     assert 2 <= seen(url)["at_once"] <= 3
+
+
+def test_what_a_server_is_asked_for_again(local, url, files):
+    """Here the server's sampling is ours, so what is drawn anew there is what is drawn anew here."""
+    texts = [caption.text for caption in local.caption(files[:3], decoding=SHORT)]
+    how = replace(SHORT, require=(texts[0].split()[-1],), attempts=3)
+    fail(url)
+    told = list(Endpoint(f"{url}/v1", timeout=300).caption(files[:3], PROMPT, decoding=how))
+    assert told == list(local.caption(files[:3], PROMPT, decoding=how))
+    assert {caption.error is None for caption in told} == {True, False}
+    assert seen(url)["requests"] > 3
+    for local_only in ({"avoid": ("x",)}, {"num_beams": 2}, {"top_k": 2, "temperature": 1.0}):
+        with pytest.raises(ConfigError, match="cannot do --"):
+            next(Endpoint(f"{url}/v1").caption(files[:1], PROMPT, decoding=replace(SHORT, **local_only)))
 
 
 def test_the_command_goes_on_where_the_server_failed(local, url, files, tmp_path, capsys, monkeypatch):

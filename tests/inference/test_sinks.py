@@ -260,9 +260,13 @@ def test_a_caption_file_is_the_one_that_is_read(here, name):
     write(Sidecars([Path("a.png")], append=True), "a.png")
     assert (here / name).read_text() == "mine\nsaid\n"
     write(Sidecars([Path("a.png")], overwrite=True), "a.png", text="anew")
-    assert sorted(os.listdir()) == [name, "a.png"] if name < "a.png" else ["a.png", name]
+    assert set(os.listdir()) == {"a.png", name, f"{name}.old"}
+    assert (here / f"{name}.old").read_text() == "mine\nsaid\n"
+    write(Sidecars([Path("a.png")], overwrite=True), "a.png", text="once more")
+    assert (here / f"{name}.old").read_text() == "mine\nsaid\n"
+    assert (here / f"{name}.old2").read_text() == "anew\n"
     read = read_dataset(here, prompt="What?")
-    assert (read.bad, read.examples[0].dialogues[0].turns[0].assistant) == ((), "anew")
+    assert (read.bad, read.examples[0].dialogues[0].turns[0].assistant) == ((), "once more")
 
 
 @pytest.mark.parametrize("end", ["", "\r\n"])

@@ -13,21 +13,29 @@ have a caption in --output, or a sidecar file, are not captioned twice.
 import argparse
 import glob
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlm_lora.cli.console import Progress, say
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT, flag_of
 from vlm_lora.errors import ConfigError
 from vlm_lora.inference.sinks import NotWritten, Rows, Sidecars, Stdout, one_line, printable
 
+if TYPE_CHECKING:
+    from vlm_lora.inference.caption import Decoding
+
 BASE = "base"
 """What to give as --adapter for the base alone."""
 DECODING = ("max_new_tokens", "num_beams", "temperature", "top_p", "seed")
-"""The fields of `Decoding`, which have a flag each."""
+"""The fields of `Decoding` that a file of captions has been made with in every version, which have a flag each."""
+STEERING = ("top_k", "min_p", "repetition_penalty", "no_repeat_ngram", "begin_with", "avoid", "require", "attempts")
+STEERING += ("words", "whole_sentences", "cut_loops")
+"""Those that came later: named beside the captions where they are not at their default."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,15 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="caption anew what has a caption; the old one goes once the new one is there",
+        help="caption anew what has a caption; the old one goes once the new one is there, and that of a sidecar or "
+        "metadata file is kept beside it (.old)",
     )
     parser.add_argument("--append", action="store_true", help="sidecar: add the caption as a line to the file's own")
     parser.add_argument("--dry-run", action="store_true", help="only list what would be captioned")
-    parser.add_argument("--max-new-tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, metavar="N")
-    parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="beams of a beam search (default: 1)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: 0)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="nucleus sampling (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
     parser.add_argument(
         "--batch-size", default="auto", metavar="N", help="images at a time (default: auto, what fits into memory)"
     )
@@ -77,16 +81,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--concurrency", type=int, default=16, metavar="N", help="requests at a time to --endpoint (default: 16)"
     )
+    _add_decoding(parser)
+
+
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how captions are decoded")
+    group.add_argument("--max-new-tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, metavar="N")
+    group.add_argument("--num-beams", type=int, default=1, metavar="N", help="beams of a beam search (default: 1)")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: 0)")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="X", help="nucleus sampling (default: 1)")
+    group.add_argument("--top-k", type=int, default=0, metavar="N", help="draw from the N likeliest (default: 0, all)")
+    group.add_argument(
+        "--min-p", type=float, default=0.0, metavar="X", help="draw from those at least X times as likely as the first"
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="what was said is less likely (default: 1)"
+    )
+    group.add_argument("--no-repeat-ngram", type=int, default=0, metavar="N", help="say no N tokens twice")
+    group = parser.add_argument_group("what captions say")
+    group.add_argument("--begin-with", default="", metavar="TEXT", help="the caption goes on from this text")
+    group.add_argument(
+        "--avoid", action="append", metavar="WORDS", help="words or phrases, with commas, that no caption says"
+    )
+    group.add_argument("--avoid-file", type=Path, metavar="FILE", help="the same from a file, one a line")
+    group.add_argument(
+        "--require",
+        action="append",
+        metavar="WORDS",
+        help="words or phrases, with commas, that each caption says; else it is drawn again, and then reported",
+    )
+    group.add_argument("--attempts", type=int, default=5, metavar="N", help="how often it is drawn again (default: 5)")
+    group.add_argument("--words", metavar="N..M", help="the least and most words of a caption, as 10..30")
+    group.add_argument(
+        "--whole-sentences", action="store_true", help="end after the last whole sentence where a limit cuts one off"
+    )
+    group.add_argument("--cut-loops", action="store_true", help="end where the same is said again and again")
 
 
 def run(options: argparse.Namespace) -> int:
     adapters = list(dict.fromkeys(options.adapter or []))
     batch_size = _checked(options, adapters)
+    decoding = _decoding(options)
     paths = list(dict.fromkeys(_images(options)))
     if not paths:
         raise ConfigError(f"No image in {', '.join(options.paths) or options.list}.")
     alone = [Path(given) for given in options.paths] == paths and len(paths) == 1
-    sink = _sink(options, adapters, paths, alone)
+    sink = _sink(options, adapters, paths, alone, decoding)
     left = [path for path in paths if not sink.has(path)]
     if len(left) < len(paths):
         say(f"{len(paths) - len(left):,} images have a caption already; --overwrite captions them anew.")
@@ -97,7 +138,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if not left:
         return 0
-    columns = _captions(options, adapters, batch_size, left)
+    columns = _captions(options, adapters, batch_size, left, decoding)
     if len(columns) > 1 and options.format == "text":
         say("Columns: image, " + ", ".join(adapters))
     progress, started, failed = Progress(), time.monotonic(), 0
@@ -134,10 +175,10 @@ def _checked(options: argparse.Namespace, adapters: list[str]) -> int | None:
         raise ConfigError("--overwrite is for --output FILE, --format sidecar and --format metadata.")
     if len(adapters) > 1 and options.format not in ("text", "jsonl"):
         raise ConfigError("Captions of several adapters go side by side into --format text or jsonl.")
-    if options.endpoint and (adapters or options.num_beams > 1):
+    if options.endpoint and adapters:
         raise ConfigError(
             "--endpoint: the server holds the model. Name it with --model (an adapter served by vLLM has its own "
-            "name), give the --prompt it was trained with, and leave out --adapter and --num-beams."
+            "name), give the --prompt it was trained with, and leave out --adapter."
         )
     for name in ("prompt", "prefix", "suffix"):
         if printable(text := getattr(options, name) or "", "utf-8") != text:
@@ -151,8 +192,36 @@ def _checked(options: argparse.Namespace, adapters: list[str]) -> int | None:
     return int(options.batch_size)
 
 
+def _decoding(options: argparse.Namespace) -> "Decoding":
+    from vlm_lora.inference.caption import Decoding  # here, as it brings PIL
+
+    fields = {name: getattr(options, name) for name in (*DECODING, *STEERING)}
+    fields |= {name: _parted(getattr(options, name)) for name in ("avoid", "require")}
+    if options.avoid_file:
+        try:
+            lines = options.avoid_file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "it is not UTF-8"
+            raise ConfigError(f"--avoid-file {options.avoid_file}: cannot be read ({why}).") from error
+        fields["avoid"] += tuple(line.strip() for line in lines if line.strip())
+    if options.words is not None:
+        ends = re.fullmatch(r"(\d+)\.\.(\d+)", options.words.strip())
+        if not ends:
+            raise ConfigError(f"--words is {options.words!r}; expected the least and the most, as 10..30.")
+        fields["words"] = (int(ends[1]), int(ends[2]))
+    decoding = Decoding(**fields)
+    if options.endpoint:
+        decoding.require_served()
+    return decoding
+
+
+def _parted(given: list[str] | None) -> tuple[str, ...]:
+    """Words and phrases of a flag that may be given several times, each with commas."""
+    return tuple(part.strip() for text in given or () for part in text.split(",") if part.strip())
+
+
 def _sink(
-    options: argparse.Namespace, adapters: list[str], paths: Sequence[Path], alone: bool
+    options: argparse.Namespace, adapters: list[str], paths: Sequence[Path], alone: bool, decoding: "Decoding"
 ) -> Stdout | Rows | Sidecars:
     inputs = [options.list] if options.list else []
     if options.format == "sidecar":
@@ -167,18 +236,26 @@ def _sink(
         return Stdout(options.format, adapters=adapters, alone=alone)
     made_with = {"--model": options.model, "--prompt": options.prompt, "--endpoint": options.endpoint}
     made_with |= {"--adapter": [os.path.realpath(a) if os.path.isdir(a) else a for a in adapters]}
-    made_with |= {flag_of(name): getattr(options, name) for name in ("prefix", "suffix", *DECODING)}
+    made_with |= {flag_of(name): getattr(options, name) for name in ("prefix", "suffix")}
+    made_with |= {flag_of(name): getattr(decoding, name) for name in DECODING}
+    steered, default = {name: getattr(decoding, name) for name in STEERING}, type(decoding)()
+    made_with |= {
+        flag_of(name): list(value) if isinstance(value, tuple) else value  # as JSON gives it back
+        for name, value in steered.items()
+        if value != getattr(default, name)
+    }
     rows = {"made_with": made_with, "adapters": adapters, "inputs": inputs}
     return Rows(paths, options.format, file, overwrite=options.overwrite, **rows)
 
 
 def _captions(
-    options: argparse.Namespace, adapters: list[str], batch_size: int | None, paths: Sequence[Path]
+    options: argparse.Namespace,
+    adapters: list[str],
+    batch_size: int | None,
+    paths: Sequence[Path],
+    decoding: "Decoding",
 ) -> list[Iterator]:
     """For each adapter an iterator of the captions, in the order of the images."""
-    from vlm_lora.inference.caption import Decoding
-
-    decoding = Decoding(**{name: getattr(options, name) for name in DECODING})
     if options.endpoint:
         from vlm_lora.inference.endpoint import Endpoint
 

@@ -2,20 +2,23 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
-from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS
+from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, flag_of
 from vlm_lora.data.example import ImageRef
 from vlm_lora.data.images import load_image
 from vlm_lora.errors import ConfigError
+from vlm_lora.inference.wording import first_words, num_words, says, whole_sentences, without_loop
 
 ImageSource = ImageRef | Image.Image | bytes | str | Path
 
 LEAST_TEMPERATURE = 1e-6
 """Logits divided by less would overflow."""
+AGAIN_TEMPERATURE = 0.7
+"""At which an answer that misses what is required is drawn anew, where it was not drawn before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +35,15 @@ class Decoding:
     """How answers are decoded.
 
     ``temperature`` 0 is greedy: the likeliest token each time; with ``num_beams`` above 1, beam search. Above 0 tokens
-    are drawn from the likeliest that make up ``top_p``; what is drawn depends on ``seed``, image and question, not on
-    what stands beside them in a batch.
+    are drawn from the ``top_k`` likeliest (0: from all), from the likeliest that make up ``top_p``, and from those at
+    least ``min_p`` times as likely as the likeliest; what is drawn depends on ``seed``, image and question, not on what
+    stands beside them in a batch.
+
+    ``repetition_penalty`` makes less likely what the answer has said, and ``no_repeat_ngram`` N has it say no N tokens
+    twice (0: it may); neither looks at the question. The answer begins with ``begin_with``, which counts in what
+    follows. It never says one of ``avoid`` as a whole word. It is drawn anew, up to ``attempts`` times, until it says
+    all of ``require``. ``words`` are its least and most words. Where its limit cuts it off within a sentence,
+    ``whole_sentences`` ends it after the last whole one. ``cut_loops`` ends it where it says the same again and again.
     """
 
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
@@ -41,6 +51,17 @@ class Decoding:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    begin_with: str = ""
+    avoid: tuple[str, ...] = ()
+    require: tuple[str, ...] = ()
+    attempts: int = 5
+    words: tuple[int, int] | None = None
+    whole_sentences: bool = False
+    cut_loops: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -55,6 +76,70 @@ class Decoding:
             )
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"--top-p is {self.top_p}; expected above 0 and up to 1.")
+        wrong = [
+            (self.top_k < 0, "top_k", "0 (all) or a number of tokens"),
+            (not 0 <= self.min_p <= 1, "min_p", "a share from 0 to 1"),
+            (not 0 < self.repetition_penalty < math.inf, "repetition_penalty", "a number above 0; 1 changes nothing"),
+            (self.no_repeat_ngram < 0, "no_repeat_ngram", "0 (they may come again) or a number of tokens"),
+            (self.attempts < 0, "attempts", "0 or more"),
+            (not all(map(str.strip, self.avoid)), "avoid", "words"),
+            (not all(map(str.strip, self.require)), "require", "words"),
+        ]
+        for is_wrong, name, expected in wrong:
+            if is_wrong:
+                raise ConfigError(f"{flag_of(name)} is {getattr(self, name)!r}; expected {expected}.")
+        if self.temperature == 0 and (self.top_k or self.min_p):
+            raise ConfigError(
+                f"{'--top-k' if self.top_k else '--min-p'} is about what is drawn; give a --temperature above 0 too."
+            )
+        if self.words and not 0 <= self.words[0] <= self.words[1] > 0:
+            raise ConfigError(f"--words is {self.words[0]}..{self.words[1]}; expected a range such as 10..30.")
+        for name in ("require", "begin_with"):
+            if wrong_words := says(" ".join(getattr(self, name)) if name == "require" else self.begin_with, self.avoid):
+                raise ConfigError(f"{flag_of(name)} asks for {wrong_words[0]!r}, which is to be avoided.")
+
+    def require_served(self) -> None:
+        """Raises ConfigError for what only a model that is loaded here can do: servers are sent what all of them know,
+        as they pass over what they do not know without a word."""
+        local = ("num_beams", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram", "begin_with", "avoid", "words")
+        if given := [flag_of(name) for name in local if getattr(self, name) != getattr(Decoding(), name)]:
+            raise ConfigError(
+                f"--endpoint cannot do {', '.join(given)}, for which the model has to be loaded here: leave that out, "
+                "or give --adapter instead."
+            )
+
+    def finished(self, text: str, *, cut: bool) -> str:
+        """The answer without its loop, words beyond the most, and a last sentence that is not whole; ``cut``: the
+        tokens came to their limit."""
+        if self.cut_loops and (shorter := without_loop(text)) != text:
+            text, cut = shorter, True
+        if self.words and num_words(text) > self.words[1]:
+            text, cut = first_words(text, self.words[1]), True
+        if self.whole_sentences and cut:
+            text = whole_sentences(text)
+        return text
+
+    def missed(self, text: str) -> str:
+        """What the answer was to do and does not, as the end of a sentence; "" where all is well."""
+        said = says(text, self.require)
+        if missing := [word for word in self.require if word not in said]:
+            return f"does not say {', '.join(map(repr, missing))}"
+        if found := says(text, self.avoid):
+            return f"says {', '.join(map(repr, found))}"
+        if self.words and (count := num_words(text)) < self.words[0]:
+            limit = f"--max-new-tokens is {self.max_new_tokens}"
+            return f"has {count} words; --words asks for {self.words[0]} to {self.words[1]}, {limit}"
+        return ""
+
+    def missed_by(self, text: str, missed: str) -> str:
+        """The error of an image whose last caption tried is ``text``."""
+        tried = f", the last of {1 + self.attempts} tried" if self.attempts else ""
+        return f"the caption {text!r}{tried}, {missed}"
+
+    def again(self, attempt: int) -> "Decoding":
+        """That of a further attempt: drawn, each time from another seed."""
+        temperature = self.temperature or AGAIN_TEMPERATURE
+        return replace(self, temperature=temperature, num_beams=1, seed=self.seed + attempt)
 
 
 def name_of(image: ImageSource) -> str:

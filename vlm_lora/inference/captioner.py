@@ -181,10 +181,13 @@ class Captioner:
     ) -> Iterator[str]:
         """The answer so far, again after each token."""
         entries = self.features.get([source_of(image)])
+        decoding = decoding or Decoding()
+        begun = list(self.encoder.tokenize(decoding.begin_with))
         tokens: list[int] = []
-        for _, token in self._tokens([(entries, [_ask(request or self.prompt)])], tuned, decoding or Decoding()):
+        for _, token in self._tokens([(entries, [_ask(request or self.prompt)])], tuned, decoding):
             tokens.append(token)
-            yield self.encoder.decode(tokens)
+            yield self.encoder.decode(begun + tokens)
+        yield self._text(tokens, decoding)
 
     def generate(
         self,
@@ -193,11 +196,15 @@ class Captioner:
         tuned: bool = True,
         decoding: Decoding | None = None,
     ) -> list[list[str]]:
-        """Answers to several requests about each of several (lists of) images, decoded as one batch."""
+        """Answers to several requests about each of several (lists of) images, decoded as one batch.
+
+        Where one misses what ``decoding`` requires, it is given as it is: `caption` tries again, and says so.
+        """
+        decoding = decoding or Decoding()
         rows: list[list[int]] = [[] for _, requests in asked for _ in requests]
-        for row, token in self._tokens(asked, tuned, decoding or Decoding()):
+        for row, token in self._tokens(asked, tuned, decoding):
             rows[row].append(token)
-        texts = iter([self.encoder.decode(tokens) for tokens in rows])
+        texts = iter([self._text(tokens, decoding) for tokens in rows])
         return [[next(texts) for _ in requests] for _, requests in asked]
 
     # -- inside --------------------------------------------------------------------------------------------------
@@ -230,13 +237,27 @@ class Captioner:
         images = {i: entry for i, (_, entry) in enumerate(window) if not isinstance(entry, str)}
         order = sorted(images, key=lambda i: -len(images[i].values))
         texts: dict[int, str] = {}
-        while order:
-            rows = batch_size or rows_that_fit(self.backbone, len(images[order[0]].values), decoding)
-            batch, order = order[:rows], order[rows:]
-            answers = self._within_memory([([images[i]], requests) for i in batch], tuned, decoding)
-            texts |= {i: text for i, (text,) in zip(batch, answers, strict=True)}
+        for attempt in range(1 + decoding.attempts):
+            how = decoding.again(attempt) if attempt else decoding
+            left = order
+            while left:
+                rows = batch_size or rows_that_fit(self.backbone, len(images[left[0]].values), how)
+                batch, left = left[:rows], left[rows:]
+                answers = self._within_memory([([images[i]], requests) for i in batch], tuned, how)
+                texts |= {i: text for i, (text,) in zip(batch, answers, strict=True)}
+            order = [i for i in order if decoding.missed(texts[i])]
         for i, (name, entry) in enumerate(window):
-            yield Caption(name, error=entry) if isinstance(entry, str) else Caption(name, text=texts[i])
+            if isinstance(entry, str):
+                yield Caption(name, error=entry)
+            elif missed := decoding.missed(texts[i]):
+                yield Caption(name, error=decoding.missed_by(texts[i], missed))
+            else:
+                yield Caption(name, text=texts[i])
+
+    def _text(self, tokens: Sequence[int], decoding: Decoding) -> str:
+        """The answer from the tokens that were decoded."""
+        text = self.encoder.decode([*self.encoder.tokenize(decoding.begin_with), *tokens])
+        return decoding.finished(text, cut=len(tokens) == decoding.max_new_tokens)
 
     def _within_memory(self, asked, tuned: bool, decoding: Decoding) -> list[list[str]]:
         """`generate`, in halves where the device's memory is not enough for all at once."""
@@ -254,7 +275,8 @@ class Captioner:
     def _tokens(
         self, asked: Sequence[tuple[Sequence[ImageEntry], Sequence[Request]]], tuned: bool, decoding: Decoding
     ) -> Iterator[tuple[int, int]]:
-        """(row, token) as they are decoded, a row for each request in order, without the tokens that end an answer."""
+        """(row, token) as they are decoded, a row for each request in order, without the tokens that end an answer,
+        and those that `Decoding.begin_with` has it begin with."""
 
         def switch() -> AbstractContextManager:
             return self.adapter.switched_off() if self.adapter and not tuned else nullcontext()
@@ -264,8 +286,9 @@ class Captioner:
             for entries, requests in asked:
                 grids = [entry.grid_thw for entry in entries]
                 grid = torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
-                encoded.append(self.encoder.encode_requests(requests, grid))
-        steps = decode(self.backbone, encoded, [entries for entries, _ in asked], decoding)
+                encoded.append(self.encoder.encode_requests(requests, grid, decoding.begin_with))
+            begun = self.encoder.tokenize(decoding.begin_with)
+        steps = decode(self.backbone, encoded, [entries for entries, _ in asked], decoding, begun)
         while True:
             # Entered for each step anew: whoever takes the tokens finds gradients and adapter as they were.
             with torch.inference_mode(), switch():

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from vlm_lora.inference.caption import Decoding
+from vlm_lora.inference.control import Processor, apply, processors
 from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.features import ImageEntry, crc32, together
 from vlm_lora.model.packing import Encoded
@@ -28,30 +29,39 @@ Step = list[tuple[int, int]]
 
 
 def decode(
-    backbone: Backbone, encoded: Sequence[Encoded], images: Sequence[Sequence[ImageEntry]], decoding: Decoding
+    backbone: Backbone,
+    encoded: Sequence[Encoded],
+    images: Sequence[Sequence[ImageEntry]],
+    decoding: Decoding,
+    begun: Sequence[int] = (),
 ) -> Iterator[Step]:
     """The answers' tokens as they are decoded: a row for each branch, in order. Tokens that end an answer are left out.
 
-    ``images`` are those of each of ``encoded``. A beam search gives all its tokens in one step, at its end.
+    ``images`` are those of each of ``encoded``; ``begun`` is what each branch ends with of its answer. A beam search
+    gives all its tokens in one step, at its end.
     """
     rows = _prefill(backbone, encoded, images)
+    steering = processors(backbone.tokenizer, sorted(backbone.eos_token_ids), decoding)
     if decoding.num_beams > 1:
-        yield _search(rows, torch.stack([b.input_ids[-1] for e in encoded for b in e.branches]), decoding)
+        last = torch.stack([b.input_ids[-1] for e in encoded for b in e.branches])
+        yield _search(rows, last, decoding, steering, begun)
         return
+    said = torch.tensor([list(begun)] * len(rows.mask), dtype=torch.long, device=backbone.device)
     numbers = _random_numbers(encoded, images, decoding.seed) if decoding.temperature > 0 else []
     left = torch.arange(len(rows.mask), device=backbone.device)
     ends = torch.tensor(sorted(backbone.eos_token_ids), device=backbone.device)
     for step in range(decoding.max_new_tokens):
         drawn = torch.tensor([numbers[row].random() for row in left.tolist()], device=left.device) if numbers else None
-        token = _pick(backbone.logits(rows.hidden).float(), decoding, drawn)
+        token = _pick(apply(steering, said, backbone.logits(rows.hidden).float()), drawn)
         going = ~torch.isin(token, ends)
         yield list(zip(left[going].tolist(), token[going].tolist(), strict=True))
         if not going.any() or step + 1 == decoding.max_new_tokens:
             return
         if not going.all():  # rows that have ended leave the batch
             kept = going.nonzero()[:, 0]
-            left, token = left[kept], token[kept]
+            left, token, said = left[kept], token[kept], said[kept]
             rows.select(kept)
+        said = torch.cat([said, token[:, None]], dim=1)
         rows.read(token[:, None], torch.ones_like(token[:, None]), (rows.position + 1).expand(3, -1, -1))
 
 
@@ -136,7 +146,9 @@ def _read_prefixes(backbone: Backbone, encoded: Sequence[Encoded], images: Seque
     return rows
 
 
-def _search(rows: _Rows, last: torch.Tensor, decoding: Decoding) -> Step:
+def _search(
+    rows: _Rows, last: torch.Tensor, decoding: Decoding, steering: Sequence[Processor], begun: Sequence[int]
+) -> Step:
     """The likeliest answers, by transformers' own beam search, which goes on from the keys and values of ``rows``.
 
     ``last`` ``(B,)`` is each row's last token: the search begins by reading it once more, as it asks for the logits
@@ -157,8 +169,14 @@ def _search(rows: _Rows, last: torch.Tensor, decoding: Decoding) -> Step:
     mask = torch.cat([rows.mask.new_ones(len(rows.mask), before), rows.mask], dim=1)
     cache.crop(-1)
     cache.batch_repeat_interleave(decoding.num_beams)
+    answer = torch.tensor([list(begun)], dtype=torch.long, device=backbone.device)
+
+    def steer(read: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return apply(steering, torch.cat([answer.expand(len(read), -1), read[:, 1:]], dim=1), scores)
+
     tokens = model.generate(
         last[:, None].to(backbone.device),
+        logits_processor=[steer],
         attention_mask=mask,
         position_ids=(rows.position + before).expand(3, -1, -1),
         **{backbone.cache_argument: cache},
@@ -220,13 +238,12 @@ def _random_numbers(
     return numbers
 
 
-def _pick(logits: torch.Tensor, decoding: Decoding, drawn: torch.Tensor | None) -> torch.Tensor:
+def _pick(scores: torch.Tensor, drawn: torch.Tensor | None) -> torch.Tensor:
     """The next token of each row, ``(B,)`` from ``(B, vocabulary)`` and, if sampled, a number of 0 to 1 for each."""
     if drawn is None:
-        return logits.argmax(-1)
-    shares, tokens = (logits / decoding.temperature).softmax(-1).sort(-1, descending=True)
-    before = shares.cumsum(-1) - shares
-    shares = shares.masked_fill(before >= decoding.top_p, 0.0)  # nucleus sampling, arXiv:1904.09751
+        return scores.argmax(-1)
+    shares, tokens = scores.softmax(-1).sort(-1, descending=True)
     upto = shares.cumsum(-1)
     place = (upto <= drawn[:, None] * upto[:, -1:]).sum(-1, keepdim=True)
-    return tokens.gather(-1, place.clamp(max=shares.shape[-1] - 1))[:, 0]
+    last = (shares > 0).sum(-1, keepdim=True) - 1  # a number of nearly 1 may be rounded up
+    return tokens.gather(-1, torch.minimum(place, last))[:, 0]

@@ -80,6 +80,7 @@ class Endpoint:
             ModelError: the server refuses every request, or has gone.
         """
         decoding = decoding or Decoding()
+        decoding.require_served()
         free = threading.Semaphore(self.concurrency)
 
         def ask(image: ImageSource) -> Future[tuple[Caption, int]]:
@@ -146,20 +147,11 @@ class Endpoint:
                 {"type": "image_url", "image_url": {"url": _data_url(source_of(image))}},
                 {"type": "text", "text": prompt},
             ]
-            body = {
-                "model": self.model,
-                "messages": [{"role": "user", "content": content}],
-                "max_tokens": decoding.max_new_tokens,
-                "temperature": decoding.temperature,
-                "seed": decoding.seed,
-            }
-            if decoding.top_p < 1:  # TGI refuses 1, which is everyone's default
-                body["top_p"] = decoding.top_p
-            reply = self._send("POST", "/chat/completions", body).json()
-            text = reply["choices"][0]["message"]["content"]
-            if not isinstance(text, str):
-                raise TypeError("no text")
-            return Caption(name, text=text.strip()), 0
+            for attempt in range(1 + decoding.attempts):
+                text = self._asked(content, decoding.again(attempt) if attempt else decoding)
+                if not (missed := decoding.missed(text)):
+                    return Caption(name, text=text), 0
+            return Caption(name, error=decoding.missed_by(text, missed)), 0
         except DataError as error:
             return Caption(name, error=str(error)), 0
         except httpx.HTTPStatusError as error:
@@ -172,6 +164,22 @@ class Endpoint:
             return Caption(name, error=_reason(error)), HOPELESS
         except (ValueError, KeyError, IndexError, TypeError):
             return Caption(name, error="the server's answer holds no text"), 0
+
+    def _asked(self, content: list[dict], decoding: Decoding) -> str:
+        """The server's answer. Raises httpx.HTTPError, and others for an answer that holds no text."""
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": decoding.max_new_tokens,
+            "temperature": decoding.temperature,
+            "seed": decoding.seed,
+        }
+        if decoding.top_p < 1:  # TGI refuses 1, which is everyone's default
+            body["top_p"] = decoding.top_p
+        choice = self._send("POST", "/chat/completions", body).json()["choices"][0]
+        if not isinstance(text := choice["message"]["content"], str):
+            raise TypeError("no text")
+        return decoding.finished(text.strip(), cut=choice.get("finish_reason") == "length")
 
     def _send(self, method: str, path: str, body: dict | None, attempts: int = ATTEMPTS) -> httpx.Response:
         """The server's answer. Raises httpx.HTTPError if the last attempt fails too."""

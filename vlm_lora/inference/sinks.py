@@ -88,6 +88,7 @@ class Rows:
         self.format, self.file, self.made_with, self.adapters = format, file, made_with, adapters
         self.holds_errors = format == "jsonl"
         self.stream: IO[str] | None = None
+        self.overwrite = overwrite
         self.lines: dict[str, list[str]] = {}  # by image name; a person may have written several for one image
         self.done: set[str] = set()  # names of the images that need no caption any more
         self._replaced = False  # whether `lines` holds what the file does not
@@ -207,11 +208,12 @@ class Rows:
             before = json.loads(self.beside.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # an older file, or one that has moved
             return
-        for key, value in self.made_with.items():
-            if before.get(key) != value:
+        for key in dict.fromkeys((*self.made_with, *before)):
+            earlier, now = before.get(key), self.made_with.get(key)
+            if earlier != now:
                 raise ConfigError(
-                    f"{self.file}: its captions were made with {key} {before.get(key)!r}, now it is {value!r}. Give "
-                    "another --output, or --overwrite to caption anew."
+                    f"{self.file}: its captions were made with {key} {earlier!r}, now it is {now!r}. Give another "
+                    "--output, or --overwrite to caption anew."
                 )
 
     def _rewrite(self) -> None:
@@ -220,6 +222,8 @@ class Rows:
         started, first = time.monotonic(), self.stream is None
         if self.stream:
             self.stream.close()
+        elif self.overwrite and self.format == "metadata":  # a person may have corrected it
+            keep_old(self.file)
         replace_text(self.file, "".join(line + "\n" for lines in self.lines.values() for line in lines))
         if first:
             replace_text(self.beside, json.dumps(self.made_with) + "\n")
@@ -231,6 +235,8 @@ class Rows:
 
 class Sidecars:
     """A caption file beside each image: the one that is there already, as the readers find it, or a new .txt.
+
+    Where ``overwrite`` replaces one, the old one is kept beside it (`keep_old`).
 
     Raises:
         ConfigError: two images would share one caption file, or it is itself one of the images or other ``inputs``.
@@ -266,6 +272,8 @@ class Sidecars:
             text = text.replace("\n", end)
             before += end if before and not before.endswith("\n") else ""
             if f"\n{text}" not in f"\n{before}":  # else written the last time, before the run was stopped
+                if self.overwrite:
+                    keep_old(file)
                 replace_text(file, before + text)
         except UnicodeDecodeError as failure:
             byte = f"byte 0x{failure.object[failure.start]:02x} at position {failure.start}"
@@ -307,6 +315,17 @@ def _require_output(file: Path, inputs: Sequence[Path]) -> None:
 
 class NotWritten(DataError):
     """One image's caption cannot be written; the others' may be."""
+
+
+def keep_old(file: Path) -> None:
+    """Keep what a file holds beside it, under the first name of ``cat.txt.old``, ``cat.txt.old2`` and so on that is
+    free."""
+    if not file.is_file():
+        return
+    number = 1
+    while os.path.lexists(kept := file.with_name(f"{file.name}.old{number if number > 1 else ''}")):
+        number += 1
+    shutil.copy2(file, kept)
 
 
 def replace_text(file: Path, text: str) -> None:

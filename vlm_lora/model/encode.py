@@ -96,13 +96,22 @@ class Encoder:
         ordered = sorted(texts)
         self._ahead = dict(zip(ordered, map(tuple, self._tokenize(ordered)), strict=True)) if ordered else {}
 
-    def encode_requests(self, requests: Sequence[Sequence[Turn]], image_grid_thw: torch.Tensor) -> Encoded:
-        """Prefix and one branch a request, each ending where the model is to answer its last turn; no labels."""
+    def encode_requests(
+        self, requests: Sequence[Sequence[Turn]], image_grid_thw: torch.Tensor, begun: str = ""
+    ) -> Encoded:
+        """Prefix and one branch a request, each ending where the model is to answer its last turn, or to go on with
+        the answer ``begun``; no labels."""
+        answer = list(self.tokenize(begun))
         asked = []
         for turns in requests:
             ids, _ = self._tokens(turns, len(image_grid_thw), without_last_answer=True)
+            ids = ids + answer
             asked.append((ids, [IGNORE_INDEX] * len(ids)))
         return self._encode(asked, image_grid_thw)
+
+    def tokenize(self, text: str) -> tuple[int, ...]:
+        """A text's tokens, as those of an answer that is learnt; none for none."""
+        return self._text_ids(text) if text.strip() else ()
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
