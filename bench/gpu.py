@@ -208,7 +208,7 @@ class Work:
             seen = [self.features[rows[i][0]] if cached else self._see(rows[i][0]) for i in group]
             placed = [t.to(device) for t in (packed.position_ids, packed.attention_mask)]
             features = torch.cat([each.to(device) for each in seen])
-            batch = MicroBatch(packed.input_ids, packed.labels, *placed, features, 0)
+            batch = MicroBatch(packed.input_ids, packed.labels, *placed, features, 0, packed.forks)
             value = loss_sum(self.backbone, batch, label_logits=sparse) / self.num_labels
             value.backward()
             total += value.detach()

@@ -25,14 +25,43 @@ VISION = {
         "depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "patch_size": 8, "out_hidden_size": 48,
         "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1],
     },
+    "qwen3_5": {
+        "depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "patch_size": 8, "out_hidden_size": 48,
+        "num_position_embeddings": 36,
+    },
 }  # fmt: skip
 TEXT = {  # what differs from the others'
     "qwen3_vl": {
         "num_hidden_layers": 3,  # behind the last one nothing would look at what the tower shows
         "head_dim": 16,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
-    }
-}
+    },
+    "qwen3_5": {
+        "num_hidden_layers": 4,  # three of linear attention, and one that sees all
+        "head_dim": 16,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5,
+        },
+    },
+}  # fmt: skip
+THINKING = """
+{%- set ns = namespace(last=0) -%}
+{%- for m in messages -%}{%- if m.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}
+{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\n' -}}
+{%- if m.role == 'assistant' and loop.index0 > ns.last -%}{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}
+{%- for part in m.content -%}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' if part.type == 'image' else part.text -}}
+{%- endfor -%}
+{{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\n' -}}
+{{- '<think>\n\n</think>\n\n' if enable_thinking is defined and enable_thinking is false else '<think>\n' -}}
+{%- endif -%}
+"""
+"""What the templates of Qwen3.5 do; this one's of the sizes that think unless they are told not to."""
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +83,8 @@ def write_checkpoint(folder: Path, family: str, tokenizer_folder: Path = TINY) -
         Qwen2VLImageProcessor,
         Qwen2VLProcessor,
         Qwen2VLVideoProcessor,
+        Qwen3_5Config,
+        Qwen3_5ForConditionalGeneration,
         Qwen3VLConfig,
         Qwen3VLForConditionalGeneration,
         Qwen3VLProcessor,
@@ -64,9 +95,10 @@ def write_checkpoint(folder: Path, family: str, tokenizer_folder: Path = TINY) -
         "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor),
         "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor),
         "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor),
+        "qwen3_5": (Qwen3_5Config, Qwen3_5ForConditionalGeneration, Qwen3VLProcessor),
     }
     config_class, model_class, processor_class = classes[family]
-    video_processor_class = Qwen3VLVideoProcessor if family == "qwen3_vl" else Qwen2VLVideoProcessor
+    video_processor_class = Qwen3VLVideoProcessor if family.startswith("qwen3") else Qwen2VLVideoProcessor
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     ids = tokenizer.convert_tokens_to_ids
     config = config_class(
@@ -83,13 +115,16 @@ def write_checkpoint(folder: Path, family: str, tokenizer_folder: Path = TINY) -
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = model_class(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):  # remembers for hundreds of tokens, as published weights do
+                parameter.data.uniform_(-6, 0)
     model.generation_config.eos_token_id = ids("<|im_end|>")
     size = {"shortest_edge": 32 * 32, "longest_edge": 96 * 96}
     processor = processor_class(
         image_processor=Qwen2VLImageProcessor(patch_size=8, size=size),
         video_processor=video_processor_class(patch_size=8, size=size),
         tokenizer=tokenizer,
-        chat_template=tokenizer.chat_template,
+        chat_template=THINKING if family == "qwen3_5" else tokenizer.chat_template,
     )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

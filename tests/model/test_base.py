@@ -30,7 +30,7 @@ def test_however_it_is_loaded_a_base_is_the_same(base):
     assert told == {fingerprint(base)}
 
 
-@pytest.mark.parametrize("change", ["newer names", "shards", "wider", "a head of its own", "buffers"])
+@pytest.mark.parametrize("change", ["newer names", "shards", "wider", "a head of its own", "a draft", "buffers"])
 def test_however_it_is_stored_a_base_is_the_same(base, change):
     whole = base / "model.safetensors"
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(whole).items()}
@@ -42,6 +42,8 @@ def test_however_it_is_stored_a_base_is_the_same(base, change):
         tensors = {re.sub("^visual", "model.visual", name): tensor for name, tensor in tensors.items()}
     elif change == "wider":
         tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    elif change == "a draft":
+        tensors["mtp.fc.weight"] = torch.ones(4, 4)
     elif change == "buffers":
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     elif change == "a head of its own" and tensors.pop("lm_head.weight", None) is None:

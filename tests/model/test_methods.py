@@ -23,6 +23,7 @@ from tests.model.test_exactness import (
     assert_equal,
     fast,
     gradients,
+    load_in,
     naive,
     picture_of,
 )
@@ -58,8 +59,7 @@ SOFT = ["prompt", "prefix"]
 
 def attach(checkpoints, method: str, family: str = "qwen2_vl", dtype=torch.float64, shaken: bool = True):
     """Base and adapter with every tensor moved away from where it starts."""
-    backbone = load_backbone(str(checkpoints[family]), dtype="float32")
-    backbone.model.to(dtype)
+    backbone = load_in(checkpoints, family, dtype)
     adapter = attach_adapter(backbone, TrainConfig(data="none", **METHODS[method]))
     for i, (_, parameter) in enumerate(adapter.named_parameters()):
         torch.manual_seed(i)
@@ -164,20 +164,25 @@ def one_turn_only(examples, method):
     return [e for e in examples if method not in SOFT or all(len(d.turns) == 1 for d in e.dialogues)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "family"), [(m, f) for f in FAMILIES for m in METHODS if (m, f) != ("prefix", "qwen3_5")]
+)
 def test_packed_and_cached_equal_unpacked(checkpoints, examples, tmp_path, method, family):
     backbone, adapter = attach(checkpoints, method, family)
     examples = one_turn_only(examples, method)
     wanted = reference(backbone, adapter, examples, method)
     expected = gradients(adapter, wanted)
+    longer = 10 if method == "vision too" else 1  # the way of the gradients; measured in double: 4e-12
     for max_tokens, cache in ((4096, tmp_path / "cache"), (90, tmp_path / "cache")):
         loss = fast(backbone, examples, max_tokens, cache)
-        torch.testing.assert_close(loss, wanted, rtol=FP64, atol=0)
-        assert_equal(gradients(adapter, loss), expected, FP64)
+        torch.testing.assert_close(loss, wanted, rtol=FP64[family], atol=0)
+        assert_equal(gradients(adapter, loss), expected, longer * FP64[family])
 
 
-@pytest.mark.parametrize(("method", "family"), [*[(m, "qwen2_vl") for m in METHODS], ("lora", "qwen3_vl")])
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [*[(m, "qwen2_vl") for m in METHODS], ("lora", "qwen3_vl"), *[(m, "qwen3_5") for m in ("lora", "prompt")]],
+)
 def test_gradient_checkpointing_changes_nothing(checkpoints, examples, method, family):
     """Also not the prefix's pairs, which transformers' own checkpointing takes away."""
     _, adapter = attach(checkpoints, method, family)
@@ -204,7 +209,7 @@ def test_started_from_words_it_is_the_base_with_these_words_before_it(checkpoint
     loss = fast(backbone, examples, 4096)
     with adapter.switched_off():
         wanted = by_hand(backbone, examples, partial(prompt_logits, backbone, vectors))
-    torch.testing.assert_close(loss, wanted, rtol=FP64, atol=0)
+    torch.testing.assert_close(loss, wanted, rtol=FP64["qwen2_vl"], atol=0)
 
 
 @pytest.mark.parametrize("fault", ["prompt's positions", "prefix's positions", "prefix's mask"])
@@ -265,6 +270,20 @@ def test_saved_and_loaded_it_is_the_same(checkpoints, examples, tmp_path, method
     assert loaded.named_parameters() == []
     with torch.no_grad():
         assert torch.equal(fast(fresh, examples, 4096), fast(backbone, examples, 4096))
+
+
+def test_a_prefix_is_refused_where_layers_have_no_keys(checkpoints, tmp_path):
+    _, adapter = attach(checkpoints, "prefix", dtype=torch.float32)
+    adapter.save(tmp_path)
+    (tmp_path / "contract.json").unlink()
+    backbone = load_backbone(str(checkpoints["qwen3_5"]))
+    for attempt in (
+        lambda: attach_adapter(backbone, TrainConfig(data="none", **METHODS["prefix"])),
+        lambda: load_adapter(backbone, tmp_path),
+    ):
+        with pytest.raises(AdapterError, match=r"--method prefix: .*linear attention.* Take lora") as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
 
 
 PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")

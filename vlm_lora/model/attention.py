@@ -11,18 +11,20 @@ import torch
 from torch import nn
 
 from vlm_lora.model.families import QwenVL
+from vlm_lora.model.recurrent import fork_states
 
 NAME = "vlm_lora_packed"
 
 
 def use_packed_attention(model: QwenVL) -> None:
-    """Have the language layers of a Qwen-VL model attend by `packed_attention`."""
+    """Have the language layers of a Qwen-VL model attend by `packed_attention`, and those of linear attention fork."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.model.language_model.set_attn_implementation(NAME)
+    fork_states(model.model.language_model)
 
 
 def packed_attention(

@@ -28,6 +28,7 @@ from vlm_lora.model.device import best_device, resolve_dtype
 from vlm_lora.model.families import ADAPTED, QwenVL
 from vlm_lora.model.folder import cannot_be_loaded, check_model_folder, find_model, fingerprint
 from vlm_lora.model.preprocess import FITTING, Pixels, Preprocessor, read_preprocessor
+from vlm_lora.model.recurrent import Forks
 
 
 @dataclass(kw_only=True)
@@ -202,6 +203,7 @@ class Backbone(Preprocessor):
         position_ids: torch.Tensor,
         images: torch.Tensor | Pixels | None,
         past_key_values: Any = None,
+        forks: Forks | None = None,
     ) -> torch.Tensor:
         """Last hidden states ``(B, T, hidden)``, through the live merger and the language model's public forward.
 
@@ -212,12 +214,14 @@ class Backbone(Preprocessor):
             position_ids: ``(3, B, T)``; always given, as the model would work out others for packed rows.
             images: what `tower` gave for all images of the batch in reading order, ``(patches, width)``; or their
                 pixels, which go through the tower now, with gradients; None if the input holds no image.
+            forks: `Packed`'s, where the mask is 4-D; only families with linear attention look at it.
 
         Raises:
             IndexError: not as many image placeholders as features.
+            ValueError: ``forks`` are missing where they are needed.
         """
         vectors = self.language_model.embed_tokens(input_ids.to(self.device, non_blocking=True))
-        shown = {}
+        shown: dict[str, Any] = {}
         if images is not None:
             features = self._through_tower(*images) if isinstance(images, Pixels) else images
             vectors, shown = self._place_images(vectors, input_ids, features)
@@ -229,6 +233,10 @@ class Backbone(Preprocessor):
             # What SDPA makes of a boolean mask, anew in each layer, and keeps for each layer's backward pass.
             added = torch.zeros_like(attention_mask, dtype=self.dtype)
             attention_mask = added.masked_fill_(~attention_mask, float("-inf"))
+            if self.family.recurrent:
+                if forks is None:
+                    raise ValueError("linear attention sees no mask: without forks it would mix what is packed")
+                shown["forks"] = forks.map(lambda table: table.to(self.device, non_blocking=True))
         return self.language_model(
             inputs_embeds=vectors,
             attention_mask=attention_mask,

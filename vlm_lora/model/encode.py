@@ -8,7 +8,7 @@ where, as with captions, it is the same for all.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 
 import torch
 
@@ -57,14 +57,14 @@ class Encoder:
         self._text_ids = lru_cache(maxsize=2**16)(self._tokenize_text)  # questions and answers come again and again
 
     def encode(self, dialogues: Sequence[Dialogue], image_grid_thw: torch.Tensor) -> Encoded:
-        """Prefix and one branch a dialogue; labels are the answers' tokens and the end-of-turn token after each.
+        """Prefix and one branch a dialogue, or, where `_answers_apart`, one for each of its answers; labels are the
+        answers' tokens and the end-of-turn token after each.
 
         Args:
             image_grid_thw: ``(num_images, 3)``; no rows for an example of text only.
         """
-        return self._encode(
-            [self._tokens(dialogue.turns, len(image_grid_thw)) for dialogue in dialogues], image_grid_thw
-        )
+        conversations = [turns for dialogue in dialogues for turns in self._conversations(dialogue)]
+        return self._encode([self._tokens(turns, len(image_grid_thw)) for turns in conversations], image_grid_thw)
 
     def encode_fitting(
         self, example: Example, image_grid_thw: torch.Tensor, max_tokens: int
@@ -77,8 +77,9 @@ class Encoder:
         if encoded.longest_sequence <= max_tokens:
             return EncodedExample(example, encoded), []
         prefix, fit, bad = len(encoded.prefix_ids), [], []
-        for dialogue, branch in zip(example.dialogues, encoded.branches, strict=True):
-            if (needed := prefix + len(branch.input_ids)) <= max_tokens:
+        lengths = iter([len(branch.input_ids) for branch in encoded.branches])
+        for dialogue in example.dialogues:
+            if (needed := prefix + max(next(lengths) for _ in self._conversations(dialogue))) <= max_tokens:
                 fit.append(dialogue)
                 continue
             reason = (
@@ -117,6 +118,20 @@ class Encoder:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _answers_apart(self) -> bool:
+        """Whether an earlier answer is opened otherwise than one that is asked for. Of models that think, the empty
+        thought stands before the last answer alone. So an answer is learnt in a conversation that ends with it."""
+        skeleton = self._skeleton(2, 0)
+        earlier, last = (skeleton[i + 1] for i, part in enumerate(skeleton) if part == USER_TEXT)
+        return earlier != last
+
+    def _conversations(self, dialogue: Dialogue) -> list[Sequence[Turn]]:
+        """What is learnt of a dialogue: all of it, or each of its answers after what stands before it."""
+        turns = dialogue.turns
+        apart = len(turns) > 1 and self._answers_apart
+        return [turns[:end] for end in range(1, len(turns) + 1)] if apart else [turns]
 
     def _render_skeleton(self, num_turns: int, num_images: int) -> tuple[str | tuple[int, ...], ...]:
         """The template's own tokens around ``num_turns`` turns; USER_TEXT and ANSWER_TEXT stand where texts go.
@@ -175,17 +190,19 @@ class Encoder:
         ids: list[int] = []
         labels: list[int] = []
         texts = iter([text for turn in turns for text in (turn.user, turn.assistant)])
-        after_answer = False
+        after_answer, answers = False, 0
         skeleton = self._skeleton(len(turns), num_images)
+        first = len(turns) if len(turns) > 1 and self._answers_apart else 1  # of the answers that are learnt
         # The last answer stands before the last part: the end-of-turn token.
         for part in skeleton[:-2] if without_last_answer else skeleton:
             new = self._text_ids(next(texts)) if isinstance(part, str) else part
             ids += new
-            if part == ANSWER_TEXT:
+            answers += part == ANSWER_TEXT
+            if part == ANSWER_TEXT and answers >= first:
                 labels += new
             else:
                 # The end-of-turn token after an answer is learnt with it: it is how the model stops.
-                learnt = 1 if after_answer else 0
+                learnt = 1 if after_answer and answers >= first else 0
                 labels += [*new[:learnt], *[IGNORE_INDEX] * (len(new) - learnt)]
             after_answer = part == ANSWER_TEXT
         return ids, labels

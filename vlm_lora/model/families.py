@@ -49,6 +49,8 @@ class Family:
     """From the vision config to the patches that see each other, for each layer; None: all of an image's."""
     shorten: Callable[[Any, int], None] = _cut_layer_types
     """Cuts what a config says of each layer down to fewer layers."""
+    recurrent: bool = False
+    """Whether most of its language layers are of linear attention, which carries a state from token to token."""
     template_options: dict[str, Any] = field(default_factory=dict)
     """What the chat template needs to be told to open an answer alike where it is asked for and where it is learnt."""
 
@@ -69,9 +71,10 @@ class Family:
         return [merger for part in parts for merger in (part if isinstance(part, nn.ModuleList) else [part])]
 
 
-def _linears(*, projector: str, vision_mlp: str) -> dict[str, str]:
+def _linears(*, projector: str, vision_mlp: str, recurrent: str = "") -> dict[str, str]:
+    kinds = r"self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj" + recurrent
     return {
-        "language": r"model\.language_model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)",
+        "language": rf"model\.language_model\.layers\.\d+\.(?:{kinds})",
         "projector": rf"model\.visual\.{projector}",
         "vision": rf"model\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.{vision_mlp})",
     }
@@ -124,6 +127,19 @@ FAMILIES = {
         mergers=("merger", "deepstack_merger_list"),
         features=_inner_layers_too,
         shorten=_show_no_inner_layers,
+    ),
+    # Three of four language layers are of linear attention (arXiv:2412.06464); the tower is Qwen3-VL's, and shows no
+    # inner layers. 3.6 and 3.8 are of this type too. Most think before they answer, unless they are told not to.
+    "qwen3_5": Family(
+        class_name="Qwen3_5ForConditionalGeneration",
+        linears=_linears(
+            projector=r"merger\.linear_fc[12]",
+            vision_mlp="linear_fc[12]",
+            recurrent=r"|linear_attn\.(?:in_proj_(?:qkv|z|b|a)|out_proj)",
+        ),
+        tower=("patch_embed", "pos_embed", "rotary_pos_emb", "blocks"),
+        recurrent=True,
+        template_options={"enable_thinking": False},
     ),
 }
 """By ``model_type`` in ``config.json``."""

@@ -168,8 +168,8 @@ def fingerprint(folder: Path) -> str:
         files = [opened.enter_context(safe_open(path, framework="pt")) for path in _weight_files(folder)]
         weights = {LAYOUTS.sub("", name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118
         for plain, (file, name) in sorted(weights.items()):
-            if plain == "lm_head.weight" or not plain.endswith((".weight", ".bias")):
-                continue  # the head, where it is the embeddings again, is in some copies and not in others
+            if plain == "lm_head.weight" or plain.startswith("mtp.") or not plain.endswith((".weight", ".bias")):
+                continue  # some copies have the head, where it is the embeddings again, and Qwen3.5's draft of tokens
             weight = file.get_slice(name)
             shape = weight.get_shape()
             shapes.update(f"{plain} {shape}".encode())

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vlm_lora.model.recurrent import Forks, find_forks
+
 IGNORE_INDEX = -100
 """The label of a token that carries no loss; the field's number, and torch's default."""
 
@@ -67,13 +69,14 @@ class Packed:
     ``input_ids`` and ``labels`` ``(B, T)``, ``position_ids`` ``(3, B, T)``, ``attention_mask`` a boolean
     ``(B, 1, W, T)``, true where the token may see the column's: that of the row's last ``W`` tokens. Those before, if
     there are any, see what stands before them. It goes with `packed_attention` only: eager attention would add it as
-    zeros and ones, in silence.
+    zeros and ones, in silence. ``forks`` says the same to layers that see no mask.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor
+    forks: Forks
 
 
 def mrope_positions(
@@ -142,6 +145,8 @@ def _pack(rows: Sequence[Sequence[Encoded]], pad_token_id: int, start: int) -> P
     # Which example and which of its branches a token belongs to; branch 0 is the prefix, example -1 is padding.
     example_of = torch.full((len(rows), width), -1)
     branch_of = torch.zeros(len(rows), width, dtype=torch.long)
+    prefixes: list[range] = []
+    branches: list[tuple[int, range]] = []
 
     for r, row in enumerate(rows):
         at = 0
@@ -150,6 +155,7 @@ def _pack(rows: Sequence[Sequence[Encoded]], pad_token_id: int, start: int) -> P
             input_ids[r, at:end] = encoded.prefix_ids
             position_ids[:, r, at:end] = encoded.prefix_positions
             example_of[r, at:end] = e
+            prefixes.append(range(r * width + at, r * width + end))
             restart = int(encoded.prefix_positions.max()) + 1 if len(encoded.prefix_ids) else 0
             at = max(start, end)
             for b, branch in enumerate(encoded.branches, start=1):
@@ -159,10 +165,12 @@ def _pack(rows: Sequence[Sequence[Encoded]], pad_token_id: int, start: int) -> P
                 position_ids[:, r, at:end] = restart + torch.arange(end - at)
                 example_of[r, at:end] = e
                 branch_of[r, at:end] = b
+                branches.append((len(prefixes) - 1, range(r * width + at, r * width + end)))
                 at = end
 
     same_example = example_of[:, start:, None] == example_of[:, None, :]
     visible = (branch_of[:, None, :] == 0) | (branch_of[:, start:, None] == branch_of[:, None, :])
     causal = torch.ones(width - start, width, dtype=torch.bool).tril(start)
     attention_mask = (same_example & visible & causal)[:, None]
-    return Packed(input_ids, labels, position_ids, attention_mask)
+    forks = find_forks(prefixes, branches, (len(rows), width))
+    return Packed(input_ids, labels, position_ids, attention_mask, forks)

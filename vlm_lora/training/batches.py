@@ -5,7 +5,7 @@ What a process computes in a step is a pure function of the step's answers, so e
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -15,6 +15,7 @@ from vlm_lora.model.encode import EncodedExample
 from vlm_lora.model.features import FeatureCache, ImageEntry, together
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded, Packed, pack_apart, padded_tokens
 from vlm_lora.model.preprocess import Pixels
+from vlm_lora.model.recurrent import Forks
 from vlm_lora.training.processes import Processes
 from vlm_lora.training.techniques import ALL, Techniques
 
@@ -38,7 +39,7 @@ class MicroBatch:
     """Rows of tokens and, in the same order, what `Backbone.forward` takes of their images; ``num_labels`` tokens carry
     loss.
 
-    ``input_ids`` and ``labels`` ``(B, T)`` stay on the CPU, where the code asks about them; ``position_ids``
+    ``input_ids``, ``labels`` ``(B, T)`` and ``forks`` stay on the CPU, where the code asks about them; ``position_ids``
     ``(3, B, T)``, ``attention_mask`` and ``images`` are on the device.
     """
 
@@ -48,6 +49,7 @@ class MicroBatch:
     attention_mask: torch.Tensor
     images: torch.Tensor | Pixels | None
     num_labels: int
+    forks: Forks
 
 
 # ---- who computes what: pure functions of the step's answers ------------------------------------------------------
@@ -185,6 +187,7 @@ class Loader:
             packed.attention_mask.to(device, non_blocking=True),
             together(images, device),
             fetched.num_labels,
+            packed.forks,
         )
 
 
@@ -193,5 +196,7 @@ def _pinned(tensors: T, device: torch.device) -> T:
     if device.type != "cuda":
         return tensors
     members = ((each.name, getattr(tensors, each.name)) for each in fields(tensors))
-    pinned = {name: value.pin_memory() for name, value in members if torch.is_tensor(value)}
+    pinned: dict[str, Any] = {name: value.pin_memory() for name, value in members if torch.is_tensor(value)}
+    if isinstance(tensors, Packed):
+        pinned["forks"] = tensors.forks.map(torch.Tensor.pin_memory)
     return cast(T, replace(tensors, **pinned))

@@ -57,7 +57,8 @@ class StepResult:
 
 def loss_sum(backbone: Backbone, batch: MicroBatch, label_logits: bool = True) -> torch.Tensor:
     """Summed cross-entropy of the labelled tokens; logits are computed where there are labels, or else everywhere."""
-    hidden = backbone.forward(batch.input_ids, batch.attention_mask, batch.position_ids, batch.images)
+    rows = (batch.input_ids, batch.attention_mask, batch.position_ids)
+    hidden = backbone.forward(*rows, batch.images, forks=batch.forks)
     if not label_logits:
         return _cross_entropy(backbone, hidden[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten().to(hidden.device))
     # Found on the CPU, where labels are kept: a GPU's answer to how many there are would have to be waited for.

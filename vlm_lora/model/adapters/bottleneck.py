@@ -1,10 +1,10 @@
 """Adapter tuning (arXiv:1902.00751): a small two-layer network after attention and after the MLP of each language
 layer.
 
-It follows ``o_proj`` and ``down_proj``, before the residual is added: ``y + up(gelu(down(y)))``. ``up`` starts at
-zero, so at the start the model is the base model. Saved are, for each of those linears, ``bottleneck.down``
-and ``bottleneck.up``, weight ``(size, hidden)`` and ``(hidden, size)`` and bias; the settings are
-``{"method": "adapter", "bottleneck": size}``.
+It follows ``o_proj`` (``out_proj`` in linear attention) and ``down_proj``, before the residual is added:
+``y + up(gelu(down(y)))``. ``up`` starts at zero, so at the start the model is the base model. Saved are, for each of
+those linears, ``bottleneck.down`` and ``bottleneck.up``, weight ``(size, hidden)`` and ``(hidden, size)`` and bias; the
+settings are ``{"method": "adapter", "bottleneck": size}``.
 """
 
 import torch
@@ -53,7 +53,9 @@ def add_bottlenecks(backbone: Backbone, size: int, seed: int) -> list[nn.Module]
     draw = torch.Generator().manual_seed(seed)
     added: list[nn.Module] = []
     for layer in backbone.language_model.layers:
-        for owner, name in ((layer.self_attn, "o_proj"), (layer.mlp, "down_proj")):
+        linear = getattr(layer, "linear_attn", None)
+        attention = (linear, "out_proj") if linear else (layer.self_attn, "o_proj")
+        for owner, name in (attention, (layer.mlp, "down_proj")):
             base = getattr(owner, name)
             bottleneck = Bottleneck(base.out_features, size, layer.input_layernorm.weight)
             bottleneck.start(draw)

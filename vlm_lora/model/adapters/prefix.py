@@ -10,6 +10,7 @@ num_virtual_tokens, head_dim)``; the settings are ``{"method": "prefix", "num_vi
 import torch
 from torch import nn
 
+from vlm_lora.errors import AdapterError
 from vlm_lora.model.adapters.prompt import some_words
 from vlm_lora.model.backbone import Backbone
 
@@ -40,6 +41,15 @@ def pairs_of(backbone: Backbone, words: torch.Tensor) -> tuple[torch.Tensor, tor
 
 def add_prefix(backbone: Backbone, count: int, seed: int) -> list[nn.Module]:
     """Give each language layer ``count`` trained pairs; their first values come from ``seed``. The module that is
-    new."""
+    new.
+
+    Raises:
+        AdapterError: the base has layers without keys and values.
+    """
+    if backbone.family.recurrent:
+        raise AdapterError(
+            f"--method prefix: most layers of {backbone.name} are of linear attention, which has no keys and values to "
+            "put before the others. Take lora, qlora, adapter or prompt."
+        )
     backbone.language_model.prefix = Prefix(*pairs_of(backbone, some_words(backbone, count, seed)))
     return [backbone.language_model.prefix]
