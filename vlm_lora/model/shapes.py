@@ -46,7 +46,8 @@ def load_shapes(name: str) -> Shapes:
 def shapes_of(model: QwenVL) -> Shapes:
     """The sizes of a model that no adapter sits in yet."""
     text, vision, visual = model.config.text_config, model.config.vision_config, model.model.visual
-    attention = model.model.language_model.layers[0].self_attn
+    layers = model.model.language_model.layers
+    attention = next(layer.self_attn for layer in layers if hasattr(layer, "self_attn"))
     family = FAMILIES[model.config.model_type]
     mergers = family.mergers_of(model)
     patch = visual.patch_embed.proj.weight
