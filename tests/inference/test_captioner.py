@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
@@ -15,6 +16,7 @@ from tests.conftest import picture
 from vlm_lora.config import DEFAULT_PROMPT, TrainConfig
 from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
 from vlm_lora.errors import AdapterError, ConfigError, ModelError
+from vlm_lora.inference import decode as decoding
 from vlm_lora.inference.captioner import Captioner, Decoding
 from vlm_lora.inference.decode import MEMORY_SHARE, decode, rows_that_fit
 from vlm_lora.inference.evaluate import evaluate
@@ -28,7 +30,7 @@ SHORT = Decoding(max_new_tokens=12)
 ONE_FAMILY = pytest.mark.parametrize("captioner", ["qwen2_vl"], indirect=True)
 
 
-@pytest.fixture(params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def captioner(checkpoints, request) -> Captioner:
     """With a random adapter strong enough to change what is said."""
     backbone = load_backbone(str(checkpoints[request.param]))
@@ -53,7 +55,8 @@ def stock(captioner, file: str, question: str, tokens: int = 12, **how) -> str:
     """The loop people write: the processor, then `generate`."""
     processor = captioner.backbone.processor
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    options = captioner.backbone.family.template_options
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, **options)
     inputs = processor(text=[text], images=[Image.open(file).convert("RGB")], return_tensors="pt")
     said = captioner.backbone.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, **how)
     tokens = said[0, inputs["input_ids"].shape[1] :].tolist()
@@ -69,6 +72,38 @@ def test_batched_and_shared_equal_one_by_one_equal_generate(captioner, files):
     batched = captioner.generate(asked, decoding=SHORT)
     assert wanted == one_by_one == shared == batched
     assert len({text for row in wanted for text in row}) > 6  # a model that always says the same would pass too
+
+
+@pytest.mark.parametrize("captioner", ["qwen3_5"], indirect=True)
+@pytest.mark.parametrize("fault", ["padding", "left", "states"])
+def test_a_state_that_meets_padding_would_be_noticed(captioner, files, monkeypatch, fault):
+    """Negative control of what is done for Qwen3.5's linear attention; above, all words are equal."""
+    asked = [(captioner.features.get([_ref(file)]), [(Turn(q, ""),) for q in QUESTIONS]) for file in files]
+    with torch.inference_mode():
+        flat = [captioner.encoder.encode_requests(requests, entries[0].grid_thw[None]) for entries, requests in asked]
+        images = [entries for entries, _ in asked]
+        wanted = _one_token_on(captioner.backbone, flat, images)
+        if fault == "states":  # of rows that have ended
+            monkeypatch.setattr(decoding, "_states", lambda cache: [])
+        elif fault == "left":  # branches, as where all is attention
+            captioner.backbone.family = replace(captioner.backbone.family, recurrent=False)
+        else:
+            monkeypatch.setattr(decoding, "_read_in_stretches", _in_one_stretch)
+        found = _one_token_on(captioner.backbone, flat, images)
+    assert (found - wanted).abs().max() > 0.1
+
+
+def _one_token_on(backbone, encoded, images) -> torch.Tensor:
+    rows = decoding._prefill(backbone, encoded, images)
+    token = torch.full_like(rows.position, 7)
+    rows.read(token, torch.ones_like(token), (rows.position + 1).expand(3, -1, -1))
+    return rows.hidden
+
+
+def _in_one_stretch(rows, branches, start) -> None:
+    ids = torch.nn.utils.rnn.pad_sequence(branches, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(branch) for branch in branches], batch_first=True)
+    rows.read(ids, mask, (start[:, None] + torch.arange(ids.shape[1])).expand(3, -1, -1))
 
 
 def _ref(file: str) -> ImageRef:
@@ -138,9 +173,16 @@ def test_rows_are_counted_by_what_is_kept_of_them(captioner, monkeypatch):
     with torch.no_grad():
         ids, positions = torch.arange(5, 15)[None], torch.arange(10).expand(3, 1, -1)
         backbone.forward(ids, torch.ones(1, 10), positions, None, past_key_values=cache)
-    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / 10
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if hasattr(layer, "keys")) / 10
+    states = [
+        state
+        for layer in cache.layers
+        if not hasattr(layer, "keys")
+        for state in (layer.conv_states[0], layer.recurrent_states[0])
+    ]
     tokens = len(entry.values) // 4 + 8 + 64
-    row = tokens * (kept + 4 * (3 * text.intermediate_size + 8 * text.hidden_size)) + entry.values.nbytes
+    passing = 3 * text.intermediate_size + 8 * text.hidden_size + 24 * 4 * 12 * bool(states)
+    row = tokens * (kept + 4 * passing) + entry.values.nbytes + sum(state.nbytes for state in states)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10.5 * row / MEMORY_SHARE))
     assert rows_that_fit(backbone, len(entry.values), Decoding(max_new_tokens=8)) == 10
 

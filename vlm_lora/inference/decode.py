@@ -18,6 +18,7 @@ from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.features import ImageEntry, crc32, together
 from vlm_lora.model.packing import Encoded
 from vlm_lora.model.preprocess import Pixels
+from vlm_lora.model.recurrent import linear_attentions, state_bytes
 
 MOST_ROWS = 32
 """Captions decoded together at most; beyond it little is gained."""
@@ -40,12 +41,11 @@ def decode(
     ``images`` are those of each of ``encoded``; ``begun`` is what each branch ends with of its answer. A beam search
     gives all its tokens in one step, at its end.
     """
-    rows = _prefill(backbone, encoded, images)
     steering = processors(backbone.tokenizer, sorted(backbone.eos_token_ids), decoding)
     if decoding.num_beams > 1:
-        last = torch.stack([b.input_ids[-1] for e in encoded for b in e.branches])
-        yield _search(rows, last, decoding, steering, begun)
+        yield _search(_prefill(backbone, encoded, images, short=1), encoded, decoding, steering, begun)
         return
+    rows = _prefill(backbone, encoded, images)
     said = torch.tensor([list(begun)] * len(rows.mask), dtype=torch.long, device=backbone.device)
     numbers = _random_numbers(encoded, images, decoding.seed) if decoding.temperature > 0 else []
     left = torch.arange(len(rows.mask), device=backbone.device)
@@ -67,14 +67,16 @@ def decode(
 
 def rows_that_fit(backbone: Backbone, patches: int, decoding: Decoding) -> int:
     """How many images of ``patches`` patches can be decoded together in the memory that is free now."""
-    model: Any = backbone.model  # the families' classes have no type in common
-    text, head_dim = model.config.text_config, model.model.language_model.layers[0].self_attn.head_dim
-    kept = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
+    text, language_model = backbone.model.config.text_config, backbone.language_model
+    attention = [layer.self_attn for layer in language_model.layers if hasattr(layer, "self_attn")]
+    kept = 2 * len(attention) * text.num_key_value_heads * attention[0].head_dim
     passing = 3 * text.intermediate_size + 8 * text.hidden_size  # one layer's activations
+    passing += max((24 * layer.value_dim for layer in linear_attentions(language_model)), default=0)  # it is in float32
     tokens = patches // backbone.merge_size**2 + decoding.max_new_tokens + 64  # 64: template and prompt
     on_gpu = backbone.device.type == "cuda"
     free = torch.cuda.mem_get_info(backbone.device)[0] if on_gpu else psutil.virtual_memory().available
     row = tokens * (kept * decoding.num_beams + passing) * backbone.dtype.itemsize
+    row += state_bytes(language_model) * decoding.num_beams
     row += backbone.feature_bytes((1, 1, patches))
     return max(1, min(MOST_ROWS, int(MEMORY_SHARE * free / row)))
 
@@ -102,28 +104,60 @@ class _Rows:
         self.hidden = self.backbone.forward(ids, self.mask, positions, seen, self.cache)[:, -1]
         self.position = positions[0, :, -1:]
 
+    def read_on(self, going: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor) -> None:
+        """`read` for the rows ``(B,)`` that are ``going``; the others stay as they are, also in their states."""
+        ended = ~going
+        before = [self.hidden, self.position, *_states(self.cache)]
+        kept = [tensor[ended] for tensor in before]
+        self.read(ids, going[:, None].expand_as(ids).long(), positions)
+        for tensor, values in zip([self.hidden, self.position, *_states(self.cache)], kept, strict=True):
+            tensor[ended] = values
+
     def select(self, rows: torch.Tensor) -> None:
         """Have these rows alone, by number; one that comes several times is there several times."""
         self.mask = self.mask[rows]
         if self.mask.shape[1]:
-            self.cache.batch_select_indices(rows)
+            self.cache.reorder_cache(rows)  # linear attention has this and not `batch_select_indices`
             self.hidden, self.position = self.hidden[rows], self.position[rows]
 
 
-def _prefill(backbone: Backbone, encoded: Sequence[Encoded], images: Sequence[Sequence[ImageEntry]]) -> _Rows:
-    """A row for each branch: its image's prefix, computed once for all branches after it, and the branch."""
+def _prefill(
+    backbone: Backbone, encoded: Sequence[Encoded], images: Sequence[Sequence[ImageEntry]], short: int = 0
+) -> _Rows:
+    """A row for each branch: its image's prefix, computed once for all branches after it, and the branch, ``short`` of
+    so many tokens."""
     if all(len(e.branches) == 1 for e in encoded):  # nothing to share: the branch goes with its prefix
-        return _read_prefixes(backbone, [_in_one(e) for e in encoded], images)
+        return _read_prefixes(backbone, [_in_one(e, short) for e in encoded], images)
     rows = _read_prefixes(backbone, encoded, images)
     device = backbone.device
     owner = torch.tensor([i for i, e in enumerate(encoded) for _ in e.branches], device=device)
     rows.select(owner)
-    ids, mask = _left_pad([b.input_ids for e in encoded for b in e.branches], backbone.pad_token_id)
+    branches = [b.input_ids[: len(b.input_ids) - short] for e in encoded for b in e.branches]
     start = torch.tensor([_end(e) for e in encoded], device=device)[owner]
+    if backbone.family.recurrent and rows.mask.shape[1]:
+        _read_in_stretches(rows, branches, start)
+        return rows
+    ids, mask = _left_pad(branches, backbone.pad_token_id)
     mask = mask.to(device)
     positions = start[:, None] + (mask.cumsum(1) - 1).clamp(min=0)
-    rows.read(ids, mask, positions.expand(3, -1, -1))
+    if ids.shape[1]:
+        rows.read(ids, mask, positions.expand(3, -1, -1))
     return rows
+
+
+def _read_in_stretches(rows: _Rows, branches: Sequence[torch.Tensor], start: torch.Tensor) -> None:
+    """Branches after the states that their prefixes left, which padding on the left would change: up to the end of the
+    shortest, then on to the next one's, and so on. ``start`` ``(B,)`` are their first positions."""
+    device = start.device
+    lengths = torch.tensor([len(branch) for branch in branches])
+    ids = torch.nn.utils.rnn.pad_sequence(list(branches), batch_first=True, padding_value=rows.backbone.pad_token_id)
+    done = 0
+    for end in lengths.unique().tolist():
+        if end == 0:
+            continue
+        positions = start[:, None] + torch.arange(done, end, device=device)
+        rows.read_on((lengths > done).to(device), ids[:, done:end], positions.expand(3, -1, -1))
+        done = end
 
 
 def _read_prefixes(backbone: Backbone, encoded: Sequence[Encoded], images: Sequence[Sequence[ImageEntry]]) -> _Rows:
@@ -131,7 +165,8 @@ def _read_prefixes(backbone: Backbone, encoded: Sequence[Encoded], images: Seque
     device = backbone.device
     if not any(len(e.prefix_ids) for e in encoded):  # text only, and nothing in common: branches start from nothing
         return _Rows(backbone, len(encoded))
-    head = _common_head([e.prefix_ids for e in encoded], backbone.image_token_id)
+    # Linear attention must not meet padding after it has begun.
+    head = 0 if backbone.family.recurrent else _common_head([e.prefix_ids for e in encoded], backbone.image_token_id)
     rows = _Rows(backbone, 1 if head else len(encoded))
     if head:
         ids, positions = encoded[0].prefix_ids[None, :head], encoded[0].prefix_positions[:, None, :head]
@@ -147,12 +182,12 @@ def _read_prefixes(backbone: Backbone, encoded: Sequence[Encoded], images: Seque
 
 
 def _search(
-    rows: _Rows, last: torch.Tensor, decoding: Decoding, steering: Sequence[Processor], begun: Sequence[int]
+    rows: _Rows, encoded: Sequence[Encoded], decoding: Decoding, steering: Sequence[Processor], begun: Sequence[int]
 ) -> Step:
     """The likeliest answers, by transformers' own beam search, which goes on from the keys and values of ``rows``.
 
-    ``last`` ``(B,)`` is each row's last token: the search begins by reading it once more, as it asks for the logits
-    itself. It reads all rows until the last one has ended.
+    The search begins by reading each row's last token, as it asks for the logits itself. It reads all rows until the
+    last one has ended.
     """
     from transformers import GenerationConfig
 
@@ -165,20 +200,22 @@ def _search(
         eos_token_id=sorted(backbone.eos_token_ids),
         pad_token_id=backbone.pad_token_id,
     )
+    branches = [(e, branch.input_ids) for e in encoded for branch in e.branches]
+    last = torch.tensor([[ids[-1]] for _, ids in branches], device=backbone.device)
+    position = torch.tensor([[_end(e) + len(ids) - 1] for e, ids in branches], device=backbone.device)
     before = cache.get_seq_length() - rows.mask.shape[1]  # keys and values of a trained prefix, which all tokens see
-    mask = torch.cat([rows.mask.new_ones(len(rows.mask), before), rows.mask], dim=1)
-    cache.crop(-1)
-    cache.batch_repeat_interleave(decoding.num_beams)
+    ones = rows.mask.new_ones(len(branches), before + 1)
+    cache.reorder_cache(torch.arange(len(branches), device=backbone.device).repeat_interleave(decoding.num_beams))
     answer = torch.tensor([list(begun)], dtype=torch.long, device=backbone.device)
 
     def steer(read: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return apply(steering, torch.cat([answer.expand(len(read), -1), read[:, 1:]], dim=1), scores)
 
     tokens = model.generate(
-        last[:, None].to(backbone.device),
+        last,
         logits_processor=[steer],
-        attention_mask=mask,
-        position_ids=(rows.position + before).expand(3, -1, -1),
+        attention_mask=torch.cat([ones[:, 1:], rows.mask, ones[:, :1]], dim=1),
+        position_ids=(position + before).expand(3, -1, -1),
         **{backbone.cache_argument: cache},
     )
     step: Step = []
@@ -196,15 +233,22 @@ def _end(encoded: Encoded) -> int:
     return int(encoded.prefix_positions.max()) + 1 if len(encoded.prefix_ids) else 0
 
 
-def _in_one(encoded: Encoded) -> Encoded:
-    """With the only branch as the end of the prefix too."""
+def _in_one(encoded: Encoded, short: int) -> Encoded:
+    """With the only branch as the end of the prefix too, ``short`` of so many tokens."""
     (branch,) = encoded.branches
-    positions = (torch.arange(len(branch.input_ids)) + _end(encoded)).expand(3, -1)
+    ids = branch.input_ids[: len(branch.input_ids) - short]
+    positions = (torch.arange(len(ids)) + _end(encoded)).expand(3, -1)
     return Encoded(
-        torch.cat([encoded.prefix_ids, branch.input_ids]),
+        torch.cat([encoded.prefix_ids, ids]),
         torch.cat([encoded.prefix_positions, positions], dim=1),
         encoded.branches,
     )
+
+
+def _states(cache: Any) -> list[torch.Tensor]:
+    """What layers of linear attention know of the past, a tensor for each kind and layer, all of them of all rows."""
+    layers = [layer for layer, linear in zip(cache.layers, cache.is_linear, strict=True) if linear]
+    return [state for layer in layers for state in (layer.conv_states[0], layer.recurrent_states[0])]
 
 
 def _common_head(prefixes: Sequence[torch.Tensor], image_token_id: int) -> int:
