@@ -53,7 +53,7 @@ def plain_captions(folder) -> list[str]:
     ("method", "family"),
     [
         *[(variant, "qwen2_vl") for variant in ("lora", "rslora", "dora", "pissa")],
-        *[("vision too", family) for family in ("qwen2_5_vl", "qwen3_vl")],
+        *[("vision too", family) for family in ("qwen2_5_vl", "qwen3_vl", "qwen3_5")],
     ],
 )
 def test_merged_says_what_the_adapter_says(checkpoints, tmp_path, method, family):
@@ -72,8 +72,8 @@ def test_merged_says_what_the_adapter_says(checkpoints, tmp_path, method, family
     assert [c.text for c in tuned.caption(PICTURES, tuned=False, decoding=SHORT)] != said
     base, ours = (set(load_file(folder / "model.safetensors")) for folder in (checkpoints[family], tmp_path / "out"))
     assert base == ours, "other names than the base's, so another tool may not find them"
-    # transformers' own names inside; the hub's checkpoints have others, but for Qwen3-VL's
-    assert any(name.startswith("model.language_model.") for name in ours) == (family == "qwen3_vl")
+    # transformers' own names inside; the hub's checkpoints have others, but for Qwen3-VL's and Qwen3.5's
+    assert any(name.startswith("model.language_model.") for name in ours) == family.startswith("qwen3")
 
 
 @pytest.mark.parametrize("settings", [{"rank": 4}, pytest.param({"method": "qlora"}, marks=needs_bitsandbytes)])

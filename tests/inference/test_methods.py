@@ -26,7 +26,8 @@ def logits_by_hand(captioner, method: str, image, question: str):
     whole sequence again, with positions and mask written out."""
     backbone, processor = captioner.backbone, captioner.backbone.processor
     content = [*([{"type": "image"}] if image else []), {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    options = backbone.family.template_options
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, **options)
     inputs = processor(text=[text], images=[image] if image else None, return_tensors="pt")
     pixels, grid = inputs.get("pixel_values"), inputs.get("image_grid_thw")
     tensors = [p for _, p in captioner.adapter.named_parameters()]
@@ -79,6 +80,7 @@ def searched_by_hand(captioner, method: str, image, question: str, width: int, l
         *[(method, "qwen2_vl") for method in METHODS],
         *[(method, "qwen2_5_vl") for method in ("vision too", "adapter", "prompt", "prefix")],
         *[(method, "qwen3_vl") for method in METHODS],
+        *[(method, "qwen3_5") for method in METHODS if method != "prefix"],
     ],
 )
 def test_batched_shared_and_single_equal_decoding_by_hand(checkpoints, monkeypatch, method, family):

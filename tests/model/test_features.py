@@ -61,7 +61,7 @@ def equal(one, other) -> bool:
     )
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_the_size_is_told_before_the_tower_runs(checkpoints, images, tmp_path, monkeypatch, family):
     backbone = load_backbone(str(checkpoints[family]))
     with monkeypatch.context() as patch:

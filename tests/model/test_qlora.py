@@ -88,6 +88,8 @@ def test_the_language_linears_are_in_four_bits_and_nothing_else(checkpoints):
         ("dora", "qwen2_vl"),
         ("plain", "qwen2_5_vl"),
         ("plain", "qwen3_vl"),
+        ("plain", "qwen3_5"),
+        ("dora", "qwen3_5"),
     ],
 )
 def test_loss_and_gradients_are_the_dequantised_dense_models(checkpoints, examples, variant, family):

@@ -159,13 +159,19 @@ def test_a_step_without_an_image_gives_the_projector_no_gradient(forks, command,
     assert 0 < norms.count(0) < len(norms) == 8
 
 
-def test_what_the_towers_inner_layers_show_reaches_layers_in_pieces(forks, command, checkpoints, tmp_path):
-    """Qwen3-VL's DeepStack is added between layers that FSDP2 puts together and takes apart."""
-    flags = [*command, "--model", checkpoints["qwen3_vl"], "--max-steps", 6]
-    for name, count, env in (("one", 1, {}), ("pieces", 2, FSDP2)):
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [("qwen3_vl", []), ("qwen3_5", []), ("qwen3_5", ["--gradient-checkpointing", "--variant", "dora"])],
+)
+def test_what_a_family_has_of_its_own_reaches_layers_in_pieces(forks, command, checkpoints, tmp_path, family, more):
+    """Qwen3-VL's DeepStack is added between layers that FSDP2 puts together and takes apart; Qwen3.5's forward runs
+    twice in a layer that was put together once."""
+    flags = [*command, "--model", checkpoints[family], "--max-steps", 6, *more]
+    runs = [("one", 1, {}), ("pieces", 2, FSDP2), *([("two", 2, {})] if family == "qwen3_5" else [])]
+    for name, count, env in runs:
         ended = forks.run(count, *flags, "--output", tmp_path / name, env=env, sabotage=TEXT_ONLY)
         assert [e.code for e in ended] == [0] * count, ended
-    assert_same_run(tmp_path / "pieces", tmp_path / "one")
+        assert_same_run(tmp_path / name, tmp_path / "one")
 
 
 def test_gradients_that_are_not_added_up_give_another_adapter(forks, command, alone, tmp_path):

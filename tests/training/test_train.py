@@ -42,9 +42,10 @@ def assert_same(one: dict, other: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "layers", "mergers"), [("qwen2_vl", 2, 1), ("qwen2_5_vl", 2, 1), ("qwen3_vl", 3, 3)]
+    ("family", "linears", "mergers"),
+    [("qwen2_vl", 2 * 7, 1), ("qwen2_5_vl", 2 * 7, 1), ("qwen3_vl", 3 * 7, 3), ("qwen3_5", 3 * 8 + 7, 1)],
 )
-def test_a_run_trains_lora_and_nothing_else(checkpoints, photo_folder, tmp_path, family, layers, mergers):
+def test_a_run_trains_lora_and_nothing_else(checkpoints, photo_folder, tmp_path, family, linears, mergers):
     told = {}
     settings = config(checkpoints, photo_folder, tmp_path / "run", model=str(checkpoints[family]))
     result = train(settings, events=Listener(lambda kind, **v: told.setdefault(kind, v)))
@@ -56,14 +57,14 @@ def test_a_run_trains_lora_and_nothing_else(checkpoints, photo_folder, tmp_path,
     for name, tensor in fresh.items():
         assert torch.equal(trained[name], tensor), f"{name} of the base has changed"
     lora = {name: tensor for name, tensor in trained.items() if "lora_" in name}
-    assert len(lora) == 2 * (layers * 7 + mergers * 2)
+    assert len(lora) == 2 * (linears + mergers * 2)
     for name, tensor in lora.items():
         if "lora_B" in name:
             assert tensor.any(), f"{name} has not moved"
 
     parts = {part.name: part for part in told["parts"]["adapter"].parts()}
     assert parts["vision tower"].trained == 0
-    assert parts["language layers"].modules == layers * 7
+    assert parts["language layers"].modules == linears
     assert parts["merger (projector)"].modules == mergers * 2
     assert "warning" not in told
 
@@ -95,7 +96,7 @@ def test_the_projector_learns_at_its_own_rate(checkpoints, photo_folder, tmp_pat
             assert tensor.abs().max().item() == pytest.approx(expected, rel=1e-3), name
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "qwen3_5"])
 def test_plain_peft_loads_the_adapter(checkpoints, photo_folder, tmp_path, family):
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
@@ -181,8 +182,17 @@ def test_an_adapter_that_does_not_fit_is_refused(checkpoints, adapter_folder, da
         load_adapter(load_backbone(str(checkpoints["qwen2_vl"])), adapter_folder)
 
 
-@pytest.mark.parametrize("changes", [{}, {"micro_batch_tokens": 60, "cache": False}], ids=["plain", "accumulated"])
-def test_resuming_is_bitwise_exact(checkpoints, photo_folder, tmp_path, monkeypatch, changes):
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen2_vl", {}),
+        ("qwen2_vl", {"micro_batch_tokens": 60, "cache": False}),
+        ("qwen3_5", {"micro_batch_tokens": 60, "gradient_checkpointing": True}),
+    ],
+    ids=["plain", "accumulated", "recurrent"],
+)
+def test_resuming_is_bitwise_exact(checkpoints, photo_folder, tmp_path, monkeypatch, family, changes):
+    changes = changes | {"model": str(checkpoints[family])}
     """Stopped behind every step in turn, and each time gone on with: the adapter is that of the run never stopped."""
     passes, real = [], one_step.loss_sum
     with monkeypatch.context() as patch:
