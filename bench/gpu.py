@@ -1,6 +1,7 @@
 """Real sizes on the machine's accelerator: answers per second, utilisation, peak memory, each technique on and off.
 
     python -m bench.gpu --size 2b 7b            Qwen2-VL shapes, random weights, bfloat16 and NF4
+    python -m bench.gpu --size qwen3.5-9b       with the `gpu` extra, without which it measures what nobody should do
     python -m bench.gpu --size small            a minute on a CPU, to try the command
 
 Speed and memory do not depend on what the weights are, so they are random: nothing is downloaded. A step is forward,
@@ -30,6 +31,7 @@ stay on the CPU, as there is a process for each GPU at most):
 
 import argparse
 import gc
+import importlib.util
 import json
 import platform
 import statistics
@@ -39,6 +41,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +86,22 @@ SIZES = {  # the published shapes
         "vision": TOWER,
         "mrope": [16, 24, 24],
     },
+    "qwen3.5-small": {
+        "text": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+                 "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 8192, "tie_word_embeddings": True,
+                 "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
+                 "linear_value_head_dim": 32},
+        "vision": {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "patch_size": 16},
+        "mrope": [2, 1, 1],
+    },
+    "qwen3.5-9b": {
+        "text": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32, "num_attention_heads": 16,
+                 "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 248320, "tie_word_embeddings": False,
+                 "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+                 "linear_value_head_dim": 128},
+        "vision": {"depth": 27, "hidden_size": 1152, "num_heads": 16, "intermediate_size": 4304, "patch_size": 16},
+        "mrope": [11, 11, 10],
+    },
 }  # fmt: skip
 VARIANTS = {  # (shared prefix, cached tower output, logits where there are labels)
     "plain": (False, False, False),
@@ -99,6 +118,7 @@ TOLERANCES = {  # of the loss, and of the gradients' difference over their norm
 }
 PREDICTED_WITHIN = 0.15
 RANK = 16
+KERNELS = {"flash-linear-attention": "fla", "triton": "triton"}  # and what they are imported by
 PEAKS = {  # dense operations per second in bfloat16, as NVIDIA's data sheets have them; by a part of the device's name
     "H100 80GB HBM3": 989e12,
     "H100 PCIe": 756e12,
@@ -110,16 +130,26 @@ PEAKS = {  # dense operations per second in bfloat16, as NVIDIA's data sheets ha
 
 def write_model(size: str, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
     """A checkpoint of random weights, made on the device."""
-    shape = SIZES[size]
+    shape, newer = SIZES[size], size.startswith("qwen3.5")
+    text, patch = shape["text"], shape["vision"]["patch_size"]
+    model, processing = ("Qwen3_5", "Qwen3VL") if newer else ("Qwen2VL", "Qwen2VL")
+    names = (
+        f"{model}Config",
+        f"{model}ForConditionalGeneration",
+        f"{processing}Processor",
+        f"{processing}VideoProcessor",
+    )
+    config_class, model_class, processor_class, video_class = (getattr(transformers, name) for name in names)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_path())
     ids = tokenizer.convert_tokens_to_ids
-    config = transformers.Qwen2VLConfig(
-        text_config=shape["text"] | {
+    config = config_class(
+        text_config=text | {
             "bos_token_id": None, "eos_token_id": ids("<|im_end|>"), "pad_token_id": ids("<|endoftext|>"),
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": shape["mrope"]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": shape["mrope"]}
+            | ({"partial_rotary_factor": 0.25} if newer else {}),
         },
-        vision_config=shape["vision"] | {"hidden_size": shape["text"]["hidden_size"]},
-        tie_word_embeddings=shape["text"]["tie_word_embeddings"],
+        vision_config=shape["vision"] | {"out_hidden_size" if newer else "hidden_size": text["hidden_size"]},
+        tie_word_embeddings=text["tie_word_embeddings"],
         image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
         vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
     )  # fmt: skip
@@ -127,13 +157,13 @@ def write_model(size: str, folder: Path, device: torch.device, dtype: torch.dtyp
     torch.set_default_dtype(dtype)
     try:
         with device:
-            model = transformers.Qwen2VLForConditionalGeneration(config)
+            model = model_class(config)
     finally:
         torch.set_default_dtype(torch.float32)
-    limits = {"shortest_edge": 56 * 56, "longest_edge": 14 * 14 * 4 * 1280}
-    processor = transformers.Qwen2VLProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(patch_size=14, size=limits),
-        video_processor=transformers.Qwen2VLVideoProcessor(patch_size=14, size=limits),
+    limits = {"shortest_edge": 16 * patch**2, "longest_edge": 4 * 1280 * patch**2}
+    processor = processor_class(
+        image_processor=transformers.Qwen2VLImageProcessor(patch_size=patch, size=limits),
+        video_processor=video_class(patch_size=patch, size=limits),
         tokenizer=tokenizer, chat_template=tokenizer.chat_template,
     )  # fmt: skip
     model.save_pretrained(folder)
@@ -452,16 +482,17 @@ def main() -> int:
             "date": time.strftime("%Y-%m-%d"),
             "device": name,
             "versions": {"vlm-lora": __version__, "torch": torch.__version__, "cuda": torch.version.cuda,
-                         "transformers": transformers.__version__, "python": platform.python_version()},
+                         "transformers": transformers.__version__, "python": platform.python_version()}
+            | {package: version(package) for package in KERNELS if importlib.util.find_spec(KERNELS[package])},
             "size": size,
             "settings": vars(args),
             "results": results,
             "faults": faults(results),
         }  # fmt: skip
-        if size != "small":
+        if "small" not in size:
             out = ROOT / "bench/results" / f"gpu-{size}.json"
             out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        print(f"Qwen2-VL {size} on {name}\n\n{table(results)}\n")
+        print(f"{size} on {name}\n\n{table(results)}\n")
         print(json.dumps(record))
     for fault in wrong:
         say(f"Wrong: {fault}")

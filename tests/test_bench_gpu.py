@@ -41,6 +41,14 @@ def test_every_variant_has_the_same_loss_and_gradients(capsys, monkeypatch):
     assert record["results"]["nf4"]["predicted_bytes"] < record["results"]["bfloat16"]["predicted_bytes"]
 
 
+def test_linear_attention_is_measured_too(capsys, monkeypatch):
+    (record,) = measured(capsys, monkeypatch, "--size qwen3.5-small --base float32")
+    assert record["faults"] == []
+    rows = record["results"]["float32"]["training"]
+    assert all(row["loss"] == pytest.approx(rows["plain"]["loss"], rel=1e-5) for row in rows.values())
+    assert max(row["gradient_difference"] for row in rows.values()) < 1e-4
+
+
 def test_a_wrong_technique_and_a_wrong_prediction_are_faults(capsys, monkeypatch):
     """Negative control."""
     right = gpu.loss_sum

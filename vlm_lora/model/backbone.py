@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vlm_lora.errors import ModelError
+from vlm_lora.model import kernels
 from vlm_lora.model.attention import use_packed_attention
 from vlm_lora.model.device import best_device, resolve_dtype
 from vlm_lora.model.families import ADAPTED, QwenVL
@@ -333,6 +334,8 @@ def load_backbone(
 
     transformers.utils.logging.disable_progress_bar()
     preprocessor = read_preprocessor(folder, config, name, min_pixels, max_pixels)
+    if preprocessor.family.recurrent:
+        kernels.require_sound(name, device)
     try:
         model, report = preprocessor.family.model_class.from_pretrained(
             folder,
