@@ -45,7 +45,7 @@ TEXT = {  # what differs from the others'
         },
     },
 }  # fmt: skip
-THINKING = """
+THINKING = r"""
 {%- set ns = namespace(last=0) -%}
 {%- for m in messages -%}{%- if m.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}
 {%- for m in messages -%}
@@ -57,8 +57,8 @@ THINKING = """
 {{- '<|im_end|>\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\n' -}}
-{{- '<think>\n\n</think>\n\n' if enable_thinking is defined and enable_thinking is false else '<think>\n' -}}
+{{- '<|im_start|>assistant\n<think>\n' -}}
+{%- if enable_thinking is defined and not enable_thinking -%}{{- '\n</think>\n\n' -}}{%- endif -%}
 {%- endif -%}
 """
 """What the templates of Qwen3.5 do; this one's of the sizes that think unless they are told not to."""

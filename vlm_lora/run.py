@@ -76,6 +76,7 @@ def train(
                 fingerprint=trained.fingerprint,
                 command=command,
                 scores=evaluation.scores if evaluation else None,
+                template_options=trained.adapter.backbone.family.template_options,
             )
     except BrokenPipeError:
         raise

@@ -17,7 +17,16 @@ GIVEN = {
     "counts": "30 images learnt with 150 answers, 3 held out, 1 rows left out",
     "fingerprint": "f" * 64,
     "command": "vlm-lora train photos --output runs/run-1",
+    "template_options": {},
 }
+
+
+def test_a_card_says_what_the_chat_template_must_be_told(adapter, monkeypatch):
+    monkeypatch.setattr(module, "_licence", lambda base: None)
+    told = "vLLM is by\n`--default-chat-template-kwargs '{\"enable_thinking\": false}'`"
+    for options, is_told in (({"enable_thinking": False}, True), ({}, False)):
+        card = ModelCard.load(write_card(adapter, CONFIG, **GIVEN | {"template_options": options}, scores=None))
+        assert (told in card.text) == is_told
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
 """Merged checkpoints: what the adapter says is what plain transformers says with them; and what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.conftest import TINY, picture
@@ -87,6 +88,35 @@ def test_plain_transformers_gives_the_same_captions(tmp_path, settings):
     wanted = [c.text for c in tuned.caption(PICTURES, decoding=SHORT)]
     assert plain_captions(tmp_path / "out") == wanted
     assert plain_captions(TINY) != wanted
+
+
+def test_a_merged_template_says_by_itself_what_it_was_told_in_training(checkpoints, tmp_path):
+    """Of a base that thinks before it answers unless it is told not to."""
+    wanted, folder = [], checkpoints["qwen3_5"]
+    for name in ("out", "again"):
+        adapter = make_adapter(folder, tmp_path / f"{name}-adapter", rank=4)
+        merge(adapter, tmp_path / name)
+        wanted = [c.text for c in Captioner.load(adapter=adapter).caption(PICTURES, decoding=SHORT)]
+        assert plain_captions(tmp_path / name) == wanted
+        template = (tmp_path / name / "chat_template.jinja").read_text()
+        assert template.startswith("{%- set enable_thinking = false %}\n")
+        assert template.count("set enable_thinking") == 1
+        folder = tmp_path / name
+    (folder / "chat_template.jinja").write_text(template.partition("\n")[2])
+    assert plain_captions(folder) != wanted  # negative control
+
+
+def test_a_draft_of_further_tokens_is_left_out_and_said(checkpoints, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(checkpoints["qwen3_5"], base)
+    tensors = load_file(base / "model.safetensors")
+    save_file(tensors | {"mtp.fc.weight": torch.ones(4, 4)}, base / "model.safetensors", metadata={"format": "pt"})
+    adapter, told = make_adapter(base, tmp_path / "adapter", rank=4), []
+    merge(adapter, tmp_path / "out", report=told.append)
+    assert any("(mtp.*) is left out" in line for line in told)
+    assert load_file(tmp_path / "out/model.safetensors").keys() == tensors.keys()
+    merge(adapter, tmp_path / "other", model=str(checkpoints["qwen3_5"]), report=told.append)  # the same base
+    assert sum("left out" in line for line in told) == 1
 
 
 def test_the_number_format_of_the_base_is_kept(tmp_path):

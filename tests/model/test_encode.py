@@ -1,13 +1,14 @@
 """What is learnt is exactly the answers; prompts are token for token what the processor makes; text stays text."""
 
+import itertools
 import json
 import sys
 
 import pytest
 import torch
 
-from tests.conftest import ROOT, picture, write_checkpoint
-from vlm_lora.data.example import Dialogue, Turn
+from tests.conftest import ROOT, THINKING, picture, write_checkpoint
+from vlm_lora.data.example import Dialogue, Example, Turn
 from vlm_lora.errors import ModelError
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.encode import Encoder
@@ -131,6 +132,63 @@ def test_a_template_that_opens_an_answer_with_a_thought_is_refused(checkpoints, 
     ).replace("LEARNT", learnt)
     with pytest.raises(ModelError, match=r"<think>.* before an answer that is asked for, .* 'Instruct'"):
         Encoder(backbone).encode([Dialogue((Turn("a", "b"),))], torch.zeros(0, 3, dtype=torch.long))
+
+
+ADVICE = (
+    r"{%- if enable_thinking is undefined or enable_thinking -%}{{- '<|im_start|>system\nThink.<|im_end|>\n' -}}"
+    "{%- endif -%}"
+)
+OPENS = {
+    "unless told not to": THINKING,
+    "only if told to": THINKING.replace("enable_thinking is defined and not", "enable_thinking is undefined or not"),
+    "with advice how": ADVICE + THINKING,
+}
+
+
+@pytest.mark.parametrize("opens", OPENS)
+def test_what_is_asked_for_is_what_was_learnt_where_models_think(checkpoints, opens):
+    """By what the template does, whatever the size: sizes differ, and releases of one size too."""
+    backbone = load_backbone(str(checkpoints["qwen3_5"]))
+    backbone.processor.chat_template = OPENS[opens]
+    assert len({OPENS[each] for each in OPENS}) == 3
+    encoder, empty = Encoder(backbone), "<think>\n\n</think>\n\n"
+    turns = (Turn("What is it?", "A cat."), Turn("And now?", "A dog."), Turn("Sure?", "Yes."))
+    encoded = encoder.encode([Dialogue(turns), Dialogue((Turn("Colour?", "red"),))], GRID)
+    told = [backbone.tokenizer.decode(encoded.prefix_ids) + spelled(backbone, branch) for branch in encoded.branches]
+    opening, images = "<|im_start|>assistant\n", "<|vision_start|>" + "<|image_pad|>" * 6 + "<|vision_end|>"
+    first = f"<|im_start|>user\n{images}What is it?<|im_end|>\n{opening}"
+    second = f"{first}A cat.<|im_end|>\n<|im_start|>user\nAnd now?<|im_end|>\n{opening}"
+    third = f"{second}A dog.<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n{opening}"
+    assert told == [
+        f"{first}{empty}[A cat.<|im_end|>]",
+        f"{second}{empty}[A dog.<|im_end|>]",
+        f"{third}{empty}[Yes.<|im_end|>]",
+        f"<|im_start|>user\n{images}Colour?<|im_end|>\n{opening}{empty}[red<|im_end|>]",
+    ]
+    for end, learnt in enumerate(told[:3], start=1):  # as a server asks, turn after turn
+        asked = encoder.encode_requests([turns[:end]], GRID)
+        assert learnt.startswith(backbone.tokenizer.decode(in_one_piece(asked)) + "[")
+        content = [{"type": "image"}, {"type": "text", "text": turns[0].user}]
+        messages = [{"role": "user", "content": content}]
+        for before, after in itertools.pairwise(turns[:end]):
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": before.assistant}]})
+            messages.append({"role": "user", "content": [{"type": "text", "text": after.user}]})
+        served = backbone.processor.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)
+        assert backbone.tokenizer.decode(in_one_piece(asked)) == served.replace("<|image_pad|>", "<|image_pad|>" * 6)
+
+
+def test_a_long_talk_is_left_out_as_a_whole_where_its_answers_are_learnt_apart(checkpoints):
+    encoder = Encoder(load_backbone(str(checkpoints["qwen3_5"])))
+    talk = Dialogue((Turn("What is it?", "A cat."), Turn("And now?", "A dog. " * 30)), line=7)
+    short = Dialogue((Turn("Colour?", "red"), Turn("Sure?", "yes")), line=8)
+    example = Example("x", (), (talk, short, talk), "x:7")
+    fitting, bad = encoder.encode_fitting(example, GRID, 90)
+    assert fitting is not None
+    assert [row.line for row in bad] == [7, 7]
+    assert fitting.example.dialogues == (short,)
+    assert len(fitting.encoded.branches) == 2
+    whole, bad = encoder.encode_fitting(example, GRID, 900)
+    assert (bad, len(whole.encoded.branches)) == ([], 6)
 
 
 def test_tokenizer_and_config_of_different_checkpoints_are_refused(checkpoints, tmp_path):

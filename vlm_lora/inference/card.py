@@ -1,10 +1,13 @@
 """The model card beside an adapter: README.md with the hub's metadata, what it was trained on, and how it scores."""
 
+import json
 import os
 import platform
 import re
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
@@ -21,7 +24,14 @@ CARD = "README.md"
 
 
 def write_card(
-    folder: Path, config: TrainConfig, *, counts: str, fingerprint: str, command: str, scores: Scores | None
+    folder: Path,
+    config: TrainConfig,
+    *,
+    counts: str,
+    fingerprint: str,
+    command: str,
+    scores: Scores | None,
+    template_options: Mapping[str, Any],
 ) -> Path:
     """Write README.md into the adapter folder of a run.
 
@@ -31,6 +41,7 @@ def write_card(
         fingerprint: of the data.
         command: what the run was started with.
         scores: on the held-out part of the data; None if there are none.
+        template_options: what the chat template was told, and must be by whoever asks.
     """
     contract = read_contract(folder)
     assert contract is not None, "train writes the contract"
@@ -60,6 +71,7 @@ def write_card(
         contract=contract,
         base=f"`{contract.base if on_hub else Path(contract.base).name}`",
         prompt=contract.prompt.replace('"', "'"),
+        template_options=json.dumps(dict(template_options)) if template_options else "",
         scores=_section(scores, f"{data}, held out") if scores else "",
         licence=licence,
         version=__version__,

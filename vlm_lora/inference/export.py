@@ -5,6 +5,7 @@ The proof is part of it, because merging goes wrong in silence: an adapter that 
 changes the number format rounds away, a file that is read back as something else.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from vlm_lora.model.adapters.base import base_of, find_adapter, read_contract, r
 from vlm_lora.model.adapters.lora import merged_weights
 from vlm_lora.model.backbone import Backbone, load_backbone
 from vlm_lora.model.features import FeatureCache, together
-from vlm_lora.model.folder import saved_dtype
+from vlm_lora.model.folder import find_model, has_draft, saved_dtype
 from vlm_lora.model.packing import IGNORE_INDEX, pack
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -103,6 +104,8 @@ def merge(
     del captioner  # two big models at a time may be one too many
 
     report(f"Merging {len(weights)} linear layers.")
+    if has_draft(find_model(model)):
+        report("The base's draft of further tokens (mtp.*) is left out: serve without speculative decoding by it.")
     how = {"dtype": precision, "min_pixels": limits[0], "max_pixels": limits[1]}
     merged = _merged(load_backbone(model, **how), weights, prompt)
     errors = {"in memory": _distance(tuned, _logits(merged, pictures, captions))}
@@ -158,6 +161,12 @@ def _write(backbone: Backbone, dtype: torch.dtype, folder: Path) -> None:
     assert isinstance(processor, ProcessorMixin)
     folder.mkdir(parents=True)
     model.save_pretrained(folder, max_shard_size="5GB")
+    # The template says by itself what it was told in training, for servers that are not told.
+    options = backbone.family.template_options
+    said = "".join(f"{{%- set {name} = {json.dumps(value)} %}}\n" for name, value in options.items())
+    template = str(processor.chat_template)
+    if not template.startswith(said):
+        processor.chat_template = said + template
     processor.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):  # written for their owner alone; an engine may be another user
         shutil.copymode(folder / "config.json", file)

@@ -179,6 +179,13 @@ def fingerprint(folder: Path) -> str:
     return shapes.hexdigest()[:32] + values.hexdigest()[:32]
 
 
+def has_draft(folder: Path) -> bool:
+    """Whether its files hold a draft of further tokens (``mtp.*``), which transformers does not load."""
+    with ExitStack() as opened:
+        files = [opened.enter_context(safe_open(path, framework="pt")) for path in _weight_files(folder)]
+        return any(name.startswith("mtp.") for file in files for name in file.keys())  # noqa: SIM118
+
+
 def cannot_be_loaded(name: str, folder: Path, error: Exception) -> ModelError:
     """The error to raise where transformers gives up on a folder: its own words, in one line."""
     return ModelError(f"--model {name}: {folder} cannot be loaded: {' '.join(str(error).split())[:300]}")
