@@ -57,16 +57,18 @@ def test_without_bitsandbytes_it_is_said_in_one_line(checkpoints, monkeypatch):
 
 
 @needs_bitsandbytes
-def test_the_language_linears_are_in_four_bits_and_nothing_else(checkpoints):
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_5"])
+def test_the_language_linears_are_in_four_bits_and_nothing_else(checkpoints, family):
     from bitsandbytes.nn import Linear4bit
 
-    backbone = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32", quantise=True)
-    dense = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32").model
+    backbone = load_backbone(str(checkpoints[family]), dtype="float32", quantise=True)
+    dense = load_backbone(str(checkpoints[family]), dtype="float32").model
     four = {name for name, module in backbone.model.named_modules() if isinstance(module, Linear4bit)}
     assert four == {
         name
         for name, module in dense.named_modules()
         if isinstance(module, torch.nn.Linear) and name.startswith("model.language_model.layers.")
+        if not name.endswith((".in_proj_a", ".in_proj_b"))  # the gates of linear attention
     }
     for name, parameter in backbone.model.named_parameters():
         module = name.rpartition(".")[0]
