@@ -103,9 +103,8 @@ def merge(
     weights = {name: weight.to("cpu", kept_in) for name, weight in merged_weights(captioner.adapter)}
     del captioner  # two big models at a time may be one too many
 
-    report(f"Merging {len(weights)} linear layers.")
-    if has_draft(find_model(model)):
-        report("The base's draft of further tokens (mtp.*) is left out: serve without speculative decoding by it.")
+    draft = "; the base's draft of further tokens (mtp.*) is left out" if has_draft(find_model(model)) else ""
+    report(f"Merging {len(weights)} linear layers{draft}.")
     how = {"dtype": precision, "min_pixels": limits[0], "max_pixels": limits[1]}
     merged = _merged(load_backbone(model, **how), weights, prompt)
     errors = {"in memory": _distance(tuned, _logits(merged, pictures, captions))}
