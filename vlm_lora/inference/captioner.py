@@ -1,13 +1,17 @@
 """Captions and answers from a base model, with or without an adapter. The public `Captioner`."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from vlm_lora.config import DEFAULT_MODEL, DEFAULT_PROMPT
-from vlm_lora.data.example import Turn
+from vlm_lora.data.example import ImageRef, Turn
+from vlm_lora.data.readers.beside import prompt_for
+from vlm_lora.data.readers.prompts import variables_of
 from vlm_lora.errors import AdapterError, ConfigError, DataError
 from vlm_lora.inference.caption import Caption, Decoding, ImageSource, name_of, source_of
 from vlm_lora.inference.decode import MOST_ROWS, decode, rows_that_fit
@@ -135,26 +139,28 @@ class Captioner:
         """Caption images one after the other, in order; a bad one gives its error and stops nothing.
 
         Args:
+            prompt: may have variables (`data.readers.prompts`); by default the captioner's.
             images: may be a generator: the features of one batch are held, of `WINDOW` where sizes differ.
             batch_size: images decoded together; by default as many as fit into memory, up to `MOST_ROWS`.
         """
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; expected 1 or more images, or None for what fits.")
         decoding = decoding or Decoding()
-        requests = [_ask(prompt or self.prompt)]
-        window: list[tuple[str, ImageEntry | str]] = []
+        prompt = prompt or self.prompt
+        window: list[tuple[str, ImageEntry | str, Request]] = []
         for image in images:
             try:
-                window.append((name_of(image), self.features.get([source_of(image)])[0]))
+                request = _ask(prompt, source := source_of(image))
+                window.append((name_of(image), self.features.get([source])[0], request))
             except DataError as error:
-                window.append((name_of(image), str(error)))
-            sizes = [len(entry.values) for _, entry in window if not isinstance(entry, str)]
+                window.append((name_of(image), str(error), ()))
+            sizes = [len(entry.values) for _, entry, _ in window if not isinstance(entry, str)]
             fit = batch_size or (rows_that_fit(self.backbone, max(sizes), decoding) if sizes else MOST_ROWS)
             even = len(sizes) * max(sizes, default=0) <= EVEN * sum(sizes)
             if len(window) >= (fit if even else WINDOW * fit):
-                yield from self._caption_window(window, requests, tuned, batch_size, decoding)
+                yield from self._caption_window(window, tuned, batch_size, decoding)
                 window = []
-        yield from self._caption_window(window, requests, tuned, batch_size, decoding)
+        yield from self._caption_window(window, tuned, batch_size, decoding)
 
     def answer(
         self,
@@ -173,18 +179,19 @@ class Captioner:
         if not questions:
             return []
         entries = self.features.get([source_of(image)])
-        (answers,) = self.generate([(entries, [_ask(q) for q in questions])], tuned=tuned, decoding=decoding)
+        (answers,) = self.generate([(entries, [(Turn(q, ""),) for q in questions])], tuned=tuned, decoding=decoding)
         return answers[0] if isinstance(question, str) else answers
 
     def stream(
         self, image: ImageSource, request: str | None = None, *, tuned: bool = True, decoding: Decoding | None = None
     ) -> Iterator[str]:
-        """The answer so far, again after each token."""
-        entries = self.features.get([source_of(image)])
-        decoding = decoding or Decoding()
+        """The answer so far, again after each token. A request may have variables, as a prompt has."""
+        source, decoding = source_of(image), decoding or Decoding()
+        asked = _ask(request or self.prompt, source)
+        entries = self.features.get([source])
         begun = list(self.encoder.tokenize(decoding.begin_with))
         tokens: list[int] = []
-        for _, token in self._tokens([(entries, [_ask(request or self.prompt)])], tuned, decoding):
+        for _, token in self._tokens([(entries, [asked])], tuned, decoding):
             tokens.append(token)
             yield self.encoder.decode(begun + tokens)
         yield self._text(tokens, decoding)
@@ -220,21 +227,25 @@ class Captioner:
         adapter = load_adapter(backbone, folder)
         same = limits == self.backbone.pixel_limits and not backbone.tower_adapted
         features = self.features if same else FeatureCache(backbone, cache_folder(), write=False)
-        prompt = prompt or (contract.prompt if contract else DEFAULT_PROMPT)
+        trained = contract.prompt if contract else DEFAULT_PROMPT
+        if prompt and contract and variables_of(prompt) != contract.variables:
+            warnings.warn(
+                f"{folder} was trained with the prompt {trained!r}; {prompt!r} has other variables.", stacklevel=2
+            )
+        prompt = prompt or trained
         captioner = Captioner(backbone, adapter, features, prompt)
         captioner._base = self
         return captioner
 
     def _caption_window(
         self,
-        window: Sequence[tuple[str, ImageEntry | str]],
-        requests: Sequence[Request],
+        window: Sequence[tuple[str, ImageEntry | str, Request]],
         tuned: bool,
         batch_size: int | None,
         decoding: Decoding,
     ) -> Iterator[Caption]:
         """Captions of the window's images, in order, from batches of images of like size."""
-        images = {i: entry for i, (_, entry) in enumerate(window) if not isinstance(entry, str)}
+        images = {i: entry for i, (_, entry, _) in enumerate(window) if not isinstance(entry, str)}
         order = sorted(images, key=lambda i: -len(images[i].values))
         texts: dict[int, str] = {}
         for attempt in range(1 + decoding.attempts):
@@ -243,10 +254,10 @@ class Captioner:
             while left:
                 rows = batch_size or rows_that_fit(self.backbone, len(images[left[0]].values), how)
                 batch, left = left[:rows], left[rows:]
-                answers = self._within_memory([([images[i]], requests) for i in batch], tuned, how)
+                answers = self._within_memory([([images[i]], [window[i][2]]) for i in batch], tuned, how)
                 texts |= {i: text for i, (text,) in zip(batch, answers, strict=True)}
             order = [i for i in order if decoding.missed(texts[i])]
-        for i, (name, entry) in enumerate(window):
+        for i, (name, entry, _) in enumerate(window):
             if isinstance(entry, str):
                 yield Caption(name, error=entry)
             elif missed := decoding.missed(texts[i]):
@@ -303,5 +314,6 @@ def _in_four_bits(contract: Contract | None) -> bool:
     return contract is not None and contract.method == "qlora"
 
 
-def _ask(question: str) -> tuple[Turn]:
-    return (Turn(question, ""),)
+def _ask(prompt: str, image: ImageRef | Image.Image) -> tuple[Turn]:
+    """Raises DataError where the prompt has a variable that the image has no value for."""
+    return (Turn(prompt_for(prompt, image), ""),)

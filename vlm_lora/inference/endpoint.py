@@ -15,6 +15,7 @@ import httpx
 from PIL import Image
 
 from vlm_lora.data.images import load_image
+from vlm_lora.data.readers.beside import prompt_for
 from vlm_lora.errors import ConfigError, DataError, ModelError
 from vlm_lora.inference.caption import Caption, Decoding, ImageSource, name_of, source_of
 
@@ -143,9 +144,11 @@ class Endpoint:
         """The caption; and where the server failed, how many failures of this kind in a row end the run, else 0."""
         name = name_of(image)
         try:
+            source = source_of(image)
+            asked = prompt_for(prompt, source)
             content = [
-                {"type": "image_url", "image_url": {"url": _data_url(source_of(image))}},
-                {"type": "text", "text": prompt},
+                {"type": "image_url", "image_url": {"url": _data_url(source)}},
+                {"type": "text", "text": asked},
             ]
             for attempt in range(1 + decoding.attempts):
                 text = self._asked(content, decoding.again(attempt) if attempt else decoding)

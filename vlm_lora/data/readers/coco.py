@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 from vlm_lora.data.example import Dialogue, ImageRef, Turn
 from vlm_lora.data.locate import Find
 from vlm_lora.data.readers.gather import BadRow, Entry
+from vlm_lora.data.readers.prompts import filled
 from vlm_lora.data.readers.rows import answered, text_of, texts_of
 from vlm_lora.errors import DataError
 
@@ -59,7 +60,9 @@ def read_coco(data: dict, source: str, prompt: str, find: Find) -> Iterator[Entr
             captioned.add(image_id)
             caption = text_of(annotation.get("caption"), "caption")
             ref = find(images[image_id]["file_name"])
-            yield (ref,), Dialogue((Turn(prompt, caption),), source=f"{source}:{where}")
+            row = images[image_id] | {key: value for key, value in annotation.items() if key != "caption"}
+            asked = filled(prompt, ref, row)
+            yield (ref,), Dialogue((Turn(asked, caption),), source=f"{source}:{where}")
         except DataError as error:
             yield BadRow(source, None, f"{where}: {error}")
     for image_id, image in images.items():

@@ -8,6 +8,7 @@ from vlm_lora.data.example import Dialogue, Turn
 from vlm_lora.data.images import IMAGE_SUFFIXES
 from vlm_lora.data.locate import Finder
 from vlm_lora.data.readers.gather import BadRow, Entry
+from vlm_lora.data.readers.prompts import filled, variables_of
 from vlm_lora.data.readers.rows import text_of
 from vlm_lora.data.readers.tables import MAX_TEXT_BYTES, decode_text
 from vlm_lora.errors import DataError
@@ -71,6 +72,8 @@ def read_sidecars(files: Sequence[Path], finder: Finder, prompt: str) -> Iterato
         for path in of_stem:
             name = path.relative_to(finder.root).as_posix()
             try:
+                if "tags" in variables_of(prompt) and {t.suffix.lower() for t in texts} == {".txt", ".caption"}:
+                    texts = [text for text in texts if text.suffix.lower() == ".caption"]  # the other holds the tags
                 if not texts:
                     raise DataError(f"has no caption; expected {Path(stem).name + '.txt'!r} beside it")
                 if len(texts) > 1:
@@ -79,7 +82,8 @@ def read_sidecars(files: Sequence[Path], finder: Finder, prompt: str) -> Iterato
                     raise DataError(f"{texts[0].name!r} would be for {_names(of_stem)}; rename one")
                 ref = finder.find(name)
                 caption = _caption(texts[0], finder)
-                yield (ref,), Dialogue((Turn(prompt, caption),), source=name, line=1)
+                asked = filled(prompt, ref, {}, caption_file=texts[0].suffix)
+                yield (ref,), Dialogue((Turn(asked, caption),), source=name, line=1)
             except DataError as error:
                 yield BadRow(name, None, str(error))
     for path in (path for texts in captions.values() for path in texts):

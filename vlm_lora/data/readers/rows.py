@@ -16,6 +16,7 @@ from typing import Any
 from vlm_lora.data.example import Dialogue, ImageRef, Turn
 from vlm_lora.data.locate import Find
 from vlm_lora.data.readers.gather import BadRow, Entry, Row, Rows
+from vlm_lora.data.readers.prompts import filled
 from vlm_lora.data.texts import is_blank
 from vlm_lora.errors import DataError
 
@@ -102,9 +103,9 @@ class RowReader:
             named = [fields[name] for name in self._names(fields, "image") if fields[name] is not None]
             images = tuple(self.find(v) for value in named for v in (value if isinstance(value, list) else [value]))
             if shape == "captions":
-                dialogues = list(self._of_captions(fields, len(images)))
+                dialogues = list(self._of_captions(fields, images))
             elif shape == "qa":
-                dialogues = list(self._of_question_and_caption(fields, len(images)))
+                dialogues = list(self._of_question_and_caption(fields, images))
             else:
                 turns, images = self._of_chat(fields, shape, images)
                 dialogues = [Dialogue(turns, self._kind(fields))]
@@ -172,27 +173,30 @@ class RowReader:
         value = self._value(row, "kind")
         return value if isinstance(value, str) and value.strip() else None
 
-    def _of_captions(self, row: dict, num_images: int) -> Iterator[Dialogue | DataError]:
+    def _of_captions(self, row: dict, images: tuple[ImageRef, ...]) -> Iterator[Dialogue | DataError]:
         value = self._value(row, "caption")
         captions = value if isinstance(value, list) else [value]
         if not captions:
             raise DataError("has an empty list of captions; write one, or remove the row")
-        if len(captions) > 1 and num_images > 1:  # whole columns in one object, or all about all images?
-            raise DataError(f"has {len(captions)} captions, {num_images} images; expected a row for each image")
+        if len(captions) > 1 and len(images) > 1:  # whole columns in one object, or all about all images?
+            raise DataError(f"has {len(captions)} captions, {len(images)} images; expected a row for each image")
+        learnt = self._name(row, "caption")  # which the prompt must not give away
+        given = {key: value for key, value in row.items() if key != learnt}
+        prompt = filled(self.prompt, images[0], given) if images else self.prompt
         for caption in captions:
             try:
-                yield Dialogue((Turn(self.prompt, text_of(caption, "caption")),), self._kind(row))
+                yield Dialogue((Turn(prompt, text_of(caption, "caption")),), self._kind(row))
             except DataError as error:
                 yield error
 
-    def _of_question_and_caption(self, row: dict, num_images: int) -> Iterator[Dialogue | DataError]:
+    def _of_question_and_caption(self, row: dict, images: tuple[ImageRef, ...]) -> Iterator[Dialogue | DataError]:
         try:
-            yield self._of_question(row, num_images)
+            yield self._of_question(row, len(images))
         except DataError as error:
             yield error
         name = self._caption_beside_question(row)
         if name and row[name] not in (None, "", []):
-            yield from self._of_captions(row, num_images)
+            yield from self._of_captions(row, images)
 
     def _of_question(self, row: dict, num_images: int) -> Dialogue:
         question = text_of(self._value(row, "question"), "question")

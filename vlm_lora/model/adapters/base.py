@@ -13,13 +13,14 @@ import shutil
 import warnings
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from vlm_lora.config import HUB_NAME
+from vlm_lora.data.readers.prompts import literal, variables_of
 from vlm_lora.errors import AdapterError
 from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.families import ADAPTED, PARTS, part_of
@@ -41,6 +42,8 @@ class Contract:
     min_pixels: int
     max_pixels: int
     dtype: str
+    variables: list = field(default_factory=list)
+    """Of the prompt, as `data.readers.prompts` has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,11 @@ class Adapter:
         self.write(folder)
         shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors writes for the owner alone; engines read too
         if self.contract is not None:
-            write_json(asdict(self.contract), folder / CONTRACT)
+            later = {f.name for f in fields(Contract) if f.default_factory is not MISSING or f.default is not MISSING}
+            content = {
+                k: v for k, v in asdict(self.contract).items() if v or k not in later
+            }  # earlier versions read it
+            write_json(content, folder / CONTRACT)
 
 
 def _trained(parameter: torch.nn.Parameter) -> int:
@@ -110,6 +117,7 @@ def new_contract(backbone: Backbone, method: str, prompt: str) -> Contract:
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         dtype=str(backbone.dtype).removeprefix("torch."),
+        variables=variables_of(prompt),
     )
 
 
@@ -154,11 +162,18 @@ def read_contract(folder: Path) -> Contract | None:
     if not file.is_file():
         return None
     content = _read(file)
+    known = "variables" in content  # else of a version whose prompts had none
+    content = {f.name: f.default_factory() for f in fields(Contract) if f.default_factory is not MISSING} | content
     types = {field.name: field.type for field in fields(Contract)}
     odd = [name for name in sorted(content.keys() | types.keys()) if type(content.get(name)) is not types.get(name)]
     if odd:
         raise AdapterError(f"{file}: is not a contract that vlm-lora wrote ({odd[0]} is {content.get(odd[0])!r}).")
-    return Contract(**content)
+    contract = Contract(**content)
+    if not known:
+        return replace(contract, prompt=literal(contract.prompt))
+    if contract.variables != variables_of(contract.prompt):
+        raise AdapterError(f"{file}: its prompt has other variables than {', '.join(contract.variables)}.")
+    return contract
 
 
 def base_of(folder: Path) -> str:
