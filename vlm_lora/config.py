@@ -23,6 +23,9 @@ DEFAULT_EVAL_IMAGES = 200
 METHODS = ("lora", "qlora", "adapter", "prompt", "prefix")
 LORA = ("lora", "qlora")
 PARTS = ("language", "projector", "vision")
+SHAPING = ("method", "variant", "targets", "rank", "alpha", "projector_rank", "projector_alpha", "bottleneck")
+SHAPING += ("num_virtual_tokens",)
+"""The knobs that decide which tensors an adapter has, and what they stand for."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 """What may be the name of a model or adapter on the hub: two words with a slash."""
 GROUPS = ("data", "model", "method", "training", "memory", "run")
@@ -83,7 +86,7 @@ class Knob:
 
 
 def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return "--" + name.rstrip("_").replace("_", "-")  # from_, as Python has a word of its own for the other
 
 
 def knob(default: Any, help: str, group: str, **more: Any) -> Any:
@@ -150,6 +153,10 @@ class TrainConfig:
         bounds=COUNT, decides_rows=True,
     )  # fmt: skip
 
+    from_: str | None = knob(
+        None, "run folder of the adapter to go on from, with a new schedule; it decides base, prompt, method and size",
+        "method",
+    )  # fmt: skip
     method: str = knob("lora", "fine-tuning method", "method", choices=METHODS)
     variant: str | None = knob(
         None, "LoRA variant; by default plain", "method", choices=("plain", "rslora", "dora", "pissa"), methods=LORA
@@ -390,6 +397,7 @@ def config_from(values: dict[str, Any], source: str) -> TrainConfig:
     """
     checked: dict[str, Any] = {}
     for name, value in values.items():
+        name = name if name in KNOBS or f"{name}_" not in KNOBS else f"{name}_"
         if name not in KNOBS:
             near = get_close_matches(str(name), KNOBS, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -427,6 +435,31 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected 'name: value' lines, found {type(values).__name__}.")
     return values
+
+
+def inherited(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """The values of a run that goes on from another, with what that one decides: the base and what it is shown, the
+    prompt, and the adapter's method and sizes.
+
+    Raises:
+        ConfigError: there is no such run, or a value is given that differs from its.
+    """
+    parent = values.get("from_") or values.get("from")
+    if not parent:
+        return values
+    file = Path(parent).expanduser() / "config.yaml"
+    if not file.is_file() or not (file.parent / "adapter").is_dir():
+        raise ConfigError(f"--from {parent}: expected a run folder, with config.yaml and adapter in it.")
+    of_parent = config_from(read_yaml(file), str(file))
+    kept = ("model", "min_pixels", "max_pixels", "prompt", *SHAPING)
+    taken = {name: getattr(of_parent, name) for name in kept}
+    for name in sorted(values.keys() & taken.keys()):
+        if values[name] not in (taken[name], of_parent.method_settings.get(name, taken[name])):
+            raise ConfigError(
+                f"{source}: {flag_of(name)} is {values[name]!r}, and {taken[name]!r} in {parent}, from which "
+                "the run is to go on. Leave it out, or leave out --from."
+            )
+    return taken | values
 
 
 def write_yaml(config: TrainConfig, path: Path) -> None:

@@ -10,9 +10,10 @@ from vlm_lora.data.readers import BadRow
 from vlm_lora.errors import CheckpointError
 from vlm_lora.inference.captioner import Captioner
 from vlm_lora.inference.card import write_card
-from vlm_lora.inference.evaluate import Evaluation, evaluate
+from vlm_lora.inference.evaluate import Evaluation, against, evaluate
 from vlm_lora.inference.report import write_report
-from vlm_lora.model.adapters.base import Adapter
+from vlm_lora.inference.scores import Scores, summary
+from vlm_lora.model.adapters.base import Adapter, find_adapter, write_json
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.training.events import Events
 from vlm_lora.training.run import TrainedAdapter, train_adapter
@@ -36,6 +37,8 @@ class RunResult:
     evaluation: Evaluation | None
     report: Path | None
     card: Path | None
+    against_parent: Scores | None = None
+    """Of the adapter in the place of tuned, and of the one that it goes on from (``--from``) in that of the base."""
 
 
 def train(
@@ -62,9 +65,11 @@ def train(
     trained = train_adapter(config, resume=resume, allow_change=allow_change, events=events, stop=stop)
     is_main, report, card = trained.processes.is_main, None, None
     try:
-        evaluation = _compare(trained, config, events, eval_images)
+        evaluation, against_parent = _compare(trained, config, events, eval_images)
         if evaluation and is_main:
             evaluation.write(trained.folder)
+            if against_parent:
+                write_json(against_parent.to_json(), trained.folder / "against_parent.json")
             report = write_report(trained.folder, evaluation, title=trained.folder.absolute().name, command=command)
         if is_main:
             learnt = sum(len(example.dialogues) for example in trained.train_examples)
@@ -76,6 +81,7 @@ def train(
                 fingerprint=trained.fingerprint,
                 command=command,
                 scores=evaluation.scores if evaluation else None,
+                against_parent=summary(against_parent)[0] if against_parent else "",
                 template_options=trained.adapter.backbone.family.template_options,
             )
     except BrokenPipeError:
@@ -97,19 +103,24 @@ def train(
         evaluation=evaluation if is_main else None,
         report=report,
         card=card,
+        against_parent=against_parent if is_main else None,
     )
 
 
 def _compare(
     trained: TrainedAdapter, config: TrainConfig, events: Events, eval_images: int | None
-) -> Evaluation | None:
-    """Base against tuned on held-out images; None in a process that is not needed for it. The processes part here."""
+) -> tuple[Evaluation | None, Scores | None]:
+    """Base against tuned on held-out images, and tuned against the adapter that it goes on from, if any; None in a
+    process that is not needed for it. The processes part here."""
     processes, held_out = trained.processes, trained.held_out[:eval_images]
-    evaluation = None
+    evaluation, against_parent = None, None
     if not processes.sharded:  # then the main process can answer alone
         processes.leave()
     if held_out and (processes.sharded or processes.is_main):
         captioner = Captioner(trained.adapter.backbone, trained.adapter, trained.features, config.prompt)
         evaluation = evaluate(captioner, held_out, progress=events.comparison)
+        if config.from_:
+            with trained.adapter.as_in(find_adapter(config.from_)):
+                against_parent = against(evaluation, captioner, held_out, progress=events.comparison)
     processes.leave()
-    return evaluation
+    return evaluation, against_parent

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from vlm_lora.config import GROUPS, KNOBS, Knob, TrainConfig, config_from, read_yaml
+from vlm_lora.config import GROUPS, KNOBS, Knob, TrainConfig, config_from, inherited, read_yaml
 
 READING = tuple(each.name for each in KNOBS.values() if each.reads)
 """How data is read, for commands that read some."""
@@ -37,7 +37,7 @@ def _add(group: argparse._ArgumentGroup, knob: Knob) -> None:
         extra = {"type": knob.kind, "metavar": {str: "TEXT", int: "N", float: "X"}[knob.kind]}
     if knob.choices:
         extra |= {"choices": knob.choices, "metavar": "|".join(knob.choices)}
-    group.add_argument(knob.flag, default=argparse.SUPPRESS, help=text, **extra)
+    group.add_argument(knob.flag, dest=knob.name, default=argparse.SUPPRESS, help=text, **extra)
 
 
 def given(options: argparse.Namespace) -> dict[str, Any]:
@@ -48,4 +48,5 @@ def given(options: argparse.Namespace) -> dict[str, Any]:
 def config_of(options: argparse.Namespace) -> TrainConfig:
     """What --config and the flags say, the flags first."""
     file = getattr(options, "config", None)
-    return config_from((read_yaml(file) if file else {}) | given(options), str(file or f"vlm-lora {options.verb}"))
+    source = str(file or f"vlm-lora {options.verb}")
+    return config_from(inherited((read_yaml(file) if file else {}) | given(options), source), source)

@@ -7,6 +7,7 @@ vision tower frozen, then compares base and tuned on the held-out images. All of
   vlm-lora train ./photos --model tiny --lr 3e-3          a small model without a network, to try things out
   vlm-lora train ./photos ./rare:3                        two sources; the answers of the second three times an epoch
   vlm-lora train --config run.yaml --lr 1e-4              settings from a file, flags go first
+  vlm-lora train ./corrected --from runs/photos           a new run that goes on from an adapter, on other data
   vlm-lora train ./photos --resume                        go on with the newest unfinished run of it
 """
 
@@ -86,6 +87,8 @@ def _tell(result: "RunResult") -> None:
         scores = result.evaluation.scores
         print(f"Base against tuned on {scores.examples:,} held-out images, {scores.answers:,} questions:\n")
         print("\n".join([tables_as_text(scores), "", *summary(scores), "", f"Report with pictures: {result.report}"]))
+    if result.against_parent:
+        print("Against the run that it goes on from: " + summary(result.against_parent)[0])
     print(f"Adapter: {result.folder / 'adapter'} (its model card: README.md in there)")
     folder = shlex.quote(str(result.folder))
     say("Next:")

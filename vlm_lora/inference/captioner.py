@@ -109,7 +109,7 @@ class Captioner:
         )
         # Read from the disk cache, but do not fill it: most folders are captioned once.
         features = FeatureCache(backbone, cache_folder(), write=False)
-        base = cls(backbone, None, features, prompt or (first.prompt if first else DEFAULT_PROMPT))
+        base = cls(backbone, None, features, prompt or (first.template if first else DEFAULT_PROMPT))
         return [base._tuned(folder, prompt, min_pixels, max_pixels) if folder else base for folder in folders]
 
     @property
@@ -227,7 +227,7 @@ class Captioner:
         adapter = load_adapter(backbone, folder)
         same = limits == self.backbone.pixel_limits and not backbone.tower_adapted
         features = self.features if same else FeatureCache(backbone, cache_folder(), write=False)
-        trained = contract.prompt if contract else DEFAULT_PROMPT
+        trained = contract.template if contract else DEFAULT_PROMPT
         if prompt and contract and variables_of(prompt) != contract.variables:
             warnings.warn(
                 f"{folder} was trained with the prompt {trained!r}; {prompt!r} has other variables.", stacklevel=2

@@ -23,7 +23,7 @@ TASK = "image-text-to-text"
 CARD = "README.md"
 
 
-def write_card(
+def write_card(  # arguments: what a card tells, each of another origin
     folder: Path,
     config: TrainConfig,
     *,
@@ -32,6 +32,7 @@ def write_card(
     command: str,
     scores: Scores | None,
     template_options: Mapping[str, Any],
+    against_parent: str = "",
 ) -> Path:
     """Write README.md into the adapter folder of a run.
 
@@ -41,6 +42,7 @@ def write_card(
         fingerprint: of the data.
         command: what the run was started with.
         scores: on the held-out part of the data; None if there are none.
+        against_parent: what the run gained over the one that it goes on from, in a sentence; "" if from none.
         template_options: what the chat template was told, and must be by whoever asks.
     """
     contract = read_contract(folder)
@@ -65,6 +67,7 @@ def write_card(
         name=name,
         data=data,
         counts=counts,
+        against_parent=against_parent,
         config=config,
         fingerprint=fingerprint,
         command=command,

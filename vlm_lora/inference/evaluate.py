@@ -195,6 +195,28 @@ def evaluate(
     return Evaluation(tuple(answered), scores, values)
 
 
+def against(
+    evaluation: Evaluation,
+    captioner: Captioner,
+    examples: Sequence[Example],
+    decoding: Decoding | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Scores:
+    """The scores of an evaluation with what the captioner's adapter answers now in the place of the base: so two
+    adapters are compared.
+
+    ``examples`` are those that the evaluation is of.
+    """
+    questions = [_questions(example) for example in examples]
+    answers, failed = _ask(captioner, examples, questions, ["tuned"], decoding, progress)
+    texts = [text for i in range(len(examples)) if i not in failed for text in answers["tuned"][i]]
+    answered = [replace(row, base=text) for row, text in zip(evaluation.answered, texts, strict=True)]
+    levels: dict[str, Level] = {name: level for level, name in TOKENIZER_ID.items()}
+    level = levels[evaluation.scores.tokens]
+    values = {"base": _per_answer(answered, "base", level), "tuned": evaluation.values["tuned"]}
+    return _score(answered, values, level)
+
+
 class Question(NamedTuple):
     """A conversation of which the last turn is to be answered, and the answers that the data has for it."""
 

@@ -13,7 +13,7 @@ from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Example
 from vlm_lora.data.readers import BadRow
 from vlm_lora.errors import TrainingError
-from vlm_lora.model.adapters.base import Adapter
+from vlm_lora.model.adapters.base import Adapter, find_adapter
 from vlm_lora.model.backbone import Backbone, load_backbone, require_bitsandbytes
 from vlm_lora.model.device import is_out_of_memory, resolve_dtype
 from vlm_lora.model.encode import Encoder
@@ -151,6 +151,8 @@ def _attached(
     )
     shapes = shapes_of(backbone.model)
     adapter = attach(backbone, config)
+    if config.from_:
+        adapter = adapter.going_on_from(Path(config.from_).resolve().name, find_adapter(config.from_))
     if config.gradient_checkpointing:
         backbone.checkpoint_layers()
     if processes.sharded:

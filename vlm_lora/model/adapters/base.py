@@ -8,11 +8,12 @@ as they are in the model they sit in, such as
 ``model.language_model.layers.0.self_attn.o_proj.bottleneck.up.weight``.
 """
 
+import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,15 @@ class Contract:
     dtype: str
     variables: list = field(default_factory=list)
     """Of the prompt, as `data.readers.prompts` has them."""
+    parent: str = ""
+    """Name of the run that this one goes on from."""
+    parent_fingerprint: str = ""
+    """Hash of the tensors that it began with."""
+
+    @property
+    def template(self) -> str:
+        """The prompt to fill in; earlier versions knew no variables, and took every prompt as it is."""
+        return self.prompt if self.variables else literal(self.prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +71,15 @@ class Adapter:
     """An adapter attached to a backbone.
 
     ``switched_off`` gives a context in which the model is the base model; ``write`` puts tensors and settings in a
-    folder. ``contract`` is None for one that another tool wrote.
+    folder; ``read`` takes the tensors from one of the same method and sizes. ``contract`` is None
+    for one that another tool wrote.
     """
 
     backbone: Backbone
     contract: Contract | None
     switched_off: Callable[[], AbstractContextManager]
     write: Callable[[Path], None]
+    read: Callable[[Path], None]
 
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Names, as in the base model, and tensors of all that trains."""
@@ -88,13 +100,37 @@ class Adapter:
             for group, members in groups.items()
         ]
 
+    def going_on_from(self, run: str, folder: Path) -> "Adapter":
+        """This one with the tensors of the adapter in ``folder``, its parent, of the name ``run``.
+
+        Raises:
+            AdapterError: it was made for another base, or is of another method or other sizes.
+        """
+        check_contract(self.backbone, folder)
+        self.read(folder)
+        fingerprint = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:16]
+        assert self.contract is not None
+        return replace(self, contract=replace(self.contract, parent=run, parent_fingerprint=fingerprint))
+
+    @contextmanager
+    def as_in(self, folder: Path) -> Iterator[None]:
+        """Inside, it has the tensors of the adapter in ``folder``."""
+        own = [(parameter, parameter.detach().clone()) for _, parameter in self.named_parameters()]
+        self.read(folder)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, tensor in own:
+                    parameter.copy_(tensor)
+
     def save(self, folder: Path) -> None:
         """Write the adapter folder. ``contract`` must be known."""
         folder.mkdir(parents=True, exist_ok=True)
         self.write(folder)
         shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors writes for the owner alone; engines read too
         if self.contract is not None:
-            later = {f.name for f in fields(Contract) if f.default_factory is not MISSING or f.default is not MISSING}
+            later = _later_fields()
             content = {
                 k: v for k, v in asdict(self.contract).items() if v or k not in later
             }  # earlier versions read it
@@ -162,18 +198,21 @@ def read_contract(folder: Path) -> Contract | None:
     if not file.is_file():
         return None
     content = _read(file)
-    known = "variables" in content  # else of a version whose prompts had none
-    content = {f.name: f.default_factory() for f in fields(Contract) if f.default_factory is not MISSING} | content
+    content = _later_fields() | content
     types = {field.name: field.type for field in fields(Contract)}
     odd = [name for name in sorted(content.keys() | types.keys()) if type(content.get(name)) is not types.get(name)]
     if odd:
         raise AdapterError(f"{file}: is not a contract that vlm-lora wrote ({odd[0]} is {content.get(odd[0])!r}).")
     contract = Contract(**content)
-    if not known:
-        return replace(contract, prompt=literal(contract.prompt))
-    if contract.variables != variables_of(contract.prompt):
+    if contract.variables != variables_of(contract.template):
         raise AdapterError(f"{file}: its prompt has other variables than {', '.join(contract.variables)}.")
     return contract
+
+
+def _later_fields() -> dict:
+    """What a contract of an earlier version leaves out, with the values that hold there."""
+    later = {f.name: f.default_factory() for f in fields(Contract) if f.default_factory is not MISSING}
+    return later | {f.name: f.default for f in fields(Contract) if f.default is not MISSING}
 
 
 def base_of(folder: Path) -> str:

@@ -17,11 +17,12 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch.autograd.function import once_differentiable
 
 from vlm_lora.config import TrainConfig
@@ -103,7 +104,20 @@ def _adapter(backbone: Backbone, peft_model: PeftModel, contract: Contract | Non
         linear = isinstance(layer.get_base_layer(), torch.nn.Linear)
         if linear and not layer.lora_variant and not layer.lora_bias["default"]:
             layer.forward = partial(_plain_lora, layer)  # no DoRA, no other tool's extras
-    return Adapter(backbone, contract, peft_model.disable_adapter, write)
+    return Adapter(backbone, contract, peft_model.disable_adapter, write, partial(_fill, backbone, peft_model))
+
+
+@torch.no_grad()
+def _fill(backbone: Backbone, peft_model: PeftModel, folder: Path) -> None:
+    """Fill the tensors of an attached adapter from its folder; none may be left over."""
+    try:
+        saved = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise cannot_be_loaded(folder, error) from error
+    own = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    alike = {name for name in saved.keys() & own.keys() if saved[name].shape == own[name].shape}
+    require_none((saved.keys() | own.keys()) - alike, folder, backbone)
+    set_peft_model_state_dict(peft_model, saved)
 
 
 def _lora_layers(peft_model: PeftModel) -> list[Any]:

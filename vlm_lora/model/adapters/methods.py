@@ -75,7 +75,9 @@ def load_adapter(backbone: Backbone, folder: Path) -> Adapter:
             f"{FORMAT} and a number from 1 on."
         )
     adapter = _attach_own(backbone, method, size, 0, check_contract(backbone, folder))
-    _fill(adapter, folder)
+    adapter.read(folder)
+    for _, parameter in adapter.named_parameters():
+        parameter.requires_grad_(False)
     return adapter
 
 
@@ -99,18 +101,17 @@ def _attach_own(backbone: Backbone, method: str, size: int, seed: int, contract:
         save_file({name: p.detach().contiguous().cpu() for name, p in saved.items()}, folder / WEIGHTS)
         write_json({"format": FORMAT, "method": method, size_name: size}, folder / CONFIG)
 
-    return Adapter(backbone, contract, switched_off, write)
+    return Adapter(backbone, contract, switched_off, write, lambda folder: _fill(backbone, saved, folder))
 
 
 @torch.no_grad()
-def _fill(adapter: Adapter, folder: Path) -> None:
-    """Fill the parameters of a newly attached adapter from its folder; none may be left over."""
+def _fill(backbone: Backbone, parameters: dict[str, torch.nn.Parameter], folder: Path) -> None:
+    """Fill the parameters of an attached adapter from its folder; none may be left over."""
     try:
         saved = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise cannot_be_loaded(folder, error) from error
-    parameters = dict(adapter.named_parameters())
     alike = {name for name in saved.keys() & parameters.keys() if saved[name].shape == parameters[name].shape}
-    require_none((saved.keys() | parameters.keys()) - alike, folder, adapter.backbone)
+    require_none((saved.keys() | parameters.keys()) - alike, folder, backbone)
     for name, parameter in parameters.items():
-        parameter.copy_(saved[name]).requires_grad_(False)
+        parameter.copy_(saved[name])
