@@ -160,9 +160,10 @@ def _write(backbone: Backbone, dtype: torch.dtype, folder: Path) -> None:
     assert isinstance(processor, ProcessorMixin)
     folder.mkdir(parents=True)
     model.save_pretrained(folder, max_shard_size="5GB")
-    # The template says by itself what it was told in training, for servers that are not told.
+    # The template says by itself what it was told in training, for servers that are not told. All of it is "false", and
+    # the name stands after it too, as transformers takes what a template names for its options, and warns of others.
     options = backbone.family.template_options
-    said = "".join(f"{{%- set {name} = {json.dumps(value)} %}}\n" for name, value in options.items())
+    said = "".join(f"{{%- set {name} = {json.dumps(value)} and {name} %}}\n" for name, value in options.items())
     template = str(processor.chat_template)
     if not template.startswith(said):
         processor.chat_template = said + template
