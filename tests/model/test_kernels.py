@@ -1,12 +1,16 @@
 """Linear attention on a GPU: kernels that are missing are named, and those that compute wrong gradients refused."""
 
+import inspect
+from functools import wraps
+from types import SimpleNamespace
+
 import pytest
 import torch
 from packaging.version import Version
 
 from vlm_lora.errors import ModelError
 from vlm_lora.model import backbone as loading
-from vlm_lora.model import kernels
+from vlm_lora.model import kernels, recurrent
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -71,6 +75,30 @@ def test_it_is_asked_before_the_weights_are_read_and_of_linear_attention_alone(c
     assert asked == []
     loading.load_backbone(str(checkpoints["qwen3_5"]), device=CPU)
     assert asked == [CPU]
+
+
+def test_kernels_that_are_installed_get_a_gpus_tensors_alone(checkpoints, monkeypatch):
+    """Upstream would give them a CPU's too, and on the meta device those that `vlm-lora plan` computes with."""
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as modelling
+
+    recurrent.kernels_on_gpus_alone(modelling)
+    plain, seen = inspect.unwrap(modelling.torch_chunk_gated_delta_rule.args[0]), []
+    names = ("causal_conv1d_fn", "causal_conv1d_update", "torch_chunk_gated_delta_rule")
+    names = (*names, "torch_recurrent_gated_delta_rule")
+    for name in names:
+        upstream = inspect.unwrap(getattr(modelling, name).args[0])
+        monkeypatch.setattr(modelling, name, wraps(upstream)(lambda values, *_, **__: seen.append(values)))
+    backbone = loading.load_backbone(str(checkpoints["qwen3_5"]))
+    assert plain is inspect.unwrap(modelling.torch_chunk_gated_delta_rule.args[1])
+    ids, ones = torch.arange(5, 15)[None], torch.ones(1, 11)
+    cache, positions = backbone.new_cache(), torch.arange(11).expand(3, 1, -1)
+    backbone.forward(ids, ones[:, :10], positions[..., :10], None, cache)
+    backbone.forward(ids[:, :1], ones, positions[..., 10:], None, cache)
+    assert seen == []
+    there = SimpleNamespace(is_cuda=True)
+    for name in names:
+        getattr(modelling, name)(there)
+    assert seen == [there] * 4
 
 
 def test_on_a_cpu_transformers_does_not_ask_for_kernels(checkpoints, caplog):

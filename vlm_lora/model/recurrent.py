@@ -7,6 +7,8 @@ the results are put back where their tokens stand. Gradients flow back through t
 branches'.
 """
 
+import inspect
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -84,7 +86,22 @@ def _of_like_length(branches: Sequence[tuple[int, range]]) -> list[list[tuple[in
 def fork_states(language_model: Any) -> None:
     """Have its layers of linear attention take ``forks`` (`Forks`), an argument of the language model's forward."""
     for layer in linear_attentions(language_model):
+        kernels_on_gpus_alone(sys.modules[type(layer).__module__])
         layer.forward = partial(_forked, layer, layer.forward)
+
+
+def kernels_on_gpus_alone(modelling: Any) -> None:
+    """Have transformers' module of the layers compute by plain torch what is not on a GPU. Once kernels for these
+    functions are installed, it gives them whatever comes: a CPU's tensors too, and those that are shapes alone."""
+    for name in ("causal_conv1d_fn", "causal_conv1d_update", "torch_chunk_gated_delta_rule",
+                 "torch_recurrent_gated_delta_rule"):  # fmt: skip
+        kernel = getattr(modelling, name)
+        if not isinstance(kernel, partial):  # by an earlier call of this
+            setattr(modelling, name, partial(_by_device, kernel, inspect.unwrap(kernel)))
+
+
+def _by_device(kernel: Callable, plain: Callable, values: torch.Tensor, *more: Any, **options: Any) -> Any:
+    return (kernel if values.is_cuda else plain)(values, *more, **options)
 
 
 def linear_attentions(language_model: Any) -> list[Any]:
