@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from PIL import Image
 
 from tests.conftest import picture
@@ -197,6 +199,8 @@ def test_what_is_drawn_does_not_depend_on_the_batch(captioner, files):
 
 def test_beam_search_equals_generate(captioner, files, monkeypatch):
     """At beams that end early too: a token that random answers hold is made an end of theirs."""
+    if captioner.backbone.family.recurrent and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("in 5.19 upstream's own beams differ with and without a cache; ours are those of 5.24 there too")
     wanted, files, how = [], files[:2], Decoding(max_new_tokens=8, num_beams=3)
     for early in (False, True):
         if early:
