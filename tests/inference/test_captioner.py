@@ -215,6 +215,15 @@ def test_beam_search_equals_generate(captioner, files, monkeypatch):
         assert wanted != captioner.generate(asked, decoding=Decoding(max_new_tokens=8))  # greedy would pass otherwise
 
 
+@pytest.mark.parametrize("captioner", ["qwen2_vl", "qwen3_5"], indirect=True)
+def test_the_same_question_twice_shares_all_but_its_last_token(captioner, files):
+    """Before a search, which reads that token itself, nothing of it is left to be read; or of one question, of two."""
+    for how in (Decoding(max_new_tokens=6, num_beams=3), Decoding(max_new_tokens=6)):
+        wanted = [captioner.answer(files[0], question, decoding=how) for question in QUESTIONS]
+        assert captioner.answer(files[0], [QUESTIONS[0]] * 2, decoding=how) == [wanted[0]] * 2
+        assert captioner.answer(files[0], [*QUESTIONS, QUESTIONS[0]], decoding=how) == [*wanted, wanted[0]]
+
+
 @ONE_FAMILY
 def test_the_settings_that_come_with_a_model_do_not_change_the_search(captioner, files, monkeypatch, caplog):
     """As Qwen2.5-VL's do: they punish repetition, and draw."""

@@ -98,6 +98,11 @@ def test_a_base_of_other_sizes_is_called_so(checkpoints, base, tmp_path):
         ("tokenizer_config.json", "[]", r"tokenizer_config\.json: holds '\[\]'; expected"),
         ("model.safetensors.index.json", "[]", r"index\.json: holds '\[\]'; expected"),
         ("model.safetensors.index.json", '{"weight_map": []}', r"index\.json: weight_map is '\[\]'; expected"),
+        (
+            "config.json",
+            '{"model_type": "qwen3_5_moe"}',
+            r"its model_type is 'qwen3_5_moe'; supported are qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5\.$",
+        ),
         ("adapter_config.json", "{}", r"holds an adapter too \(adapter_config\.json\).*--adapter"),
     ],
 )
