@@ -185,40 +185,10 @@ def test_a_folder_in_use_is_refused(checkpoints, tmp_path, monkeypatch):
         merge(adapter, ".")
 
 
-def test_on_the_command_line_and_pushed_only_when_asked(checkpoints, tmp_path, capsys, monkeypatch):
-    import huggingface_hub
-
-    calls = []
-
-    class Api:
-        def create_repo(self, repository, **settings):
-            calls.append((repository, settings))
-            return f"https://huggingface.co/{repository}"
-
-        def upload_folder(self, *, repo_id, folder_path, commit_message):
-            calls.append((repo_id, {path.name for path in folder_path.iterdir()}))
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+def test_on_the_command_line(checkpoints, tmp_path, capsys):
     adapter = make_adapter(checkpoints["qwen2_vl"], tmp_path / "adapter", rank=4)
     PICTURES[0].save(tmp_path / "one.png")
-    command = ["merge", str(adapter), str(tmp_path / "out"), "--images", str(tmp_path / "one.png")]
-    assert main(command) == 0
+    assert main(["merge", str(adapter), str(tmp_path / "out"), "--images", str(tmp_path / "one.png")]) == 0
     told = capsys.readouterr()
     assert told.out == f"{tmp_path / 'out'}\n"
     assert "1 of 1 captions are the same" in told.err
-    assert calls == []
-    command[2] = str(tmp_path / "pushed")
-    assert main([*command, "--push", "me/mine"]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'pushed'}\nhttps://huggingface.co/me/mine\n"
-    assert calls[0] == ("me/mine", {"private": True, "exist_ok": True})
-    files = {"config.json", "generation_config.json", "model.safetensors", "chat_template.jinja", "tokenizer.json"}
-    assert files <= calls[1][1]
-
-
-def test_a_hub_that_refuses_is_one_line(checkpoints, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (tmp_path / "folder").mkdir()
-    for name in ("no such name", "me/mine"):
-        with pytest.raises(ConfigError, match=f"--push {name}") as caught:
-            export.push(tmp_path / "folder", name)
-        assert "\n" not in str(caught.value)

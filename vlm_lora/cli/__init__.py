@@ -10,11 +10,11 @@ import time
 from collections.abc import Sequence
 
 from vlm_lora import __version__
-from vlm_lora.cli import cache, caption, check, demo, evaluate, merge, plan, train
+from vlm_lora.cli import cache, caption, check, demo, evaluate, merge, plan, push, train
 from vlm_lora.cli.console import launched, one_line, process_index, to_stderr
 from vlm_lora.errors import ConfigError, Stopped, VlmLoraError
 
-VERBS = (train, caption, evaluate, check, plan, merge, demo, cache)
+VERBS = (train, caption, evaluate, check, plan, merge, push, demo, cache)
 
 DESCRIPTION = """\
 Teach a Qwen-VL vision-language model your own pictures.

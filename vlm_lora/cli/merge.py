@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from vlm_lora.cli.console import say
+from vlm_lora.cli.push import upload
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", nargs="+", default=[], metavar="PATH", help="images to compare on (default: coloured noise)"
     )
-    parser.add_argument("--push", metavar="REPO", help="then upload it to the model hub as owner/name")
+    parser.add_argument("--push", metavar="REPO", help="then upload it to the model hub as owner/name, private")
 
 
 def run(options: argparse.Namespace) -> int:
-    from vlm_lora.inference.export import merge, push
+    from vlm_lora.inference.export import merge
 
     merged = merge(
         options.adapter, options.output, model=options.model, dtype=options.dtype, images=options.images, report=say
@@ -42,5 +43,5 @@ def run(options: argparse.Namespace) -> int:
         say("The base is the one in four bits, written out: the adapter was trained on it.")
     print(merged.folder)
     if options.push:
-        print(push(merged.folder, options.push))
+        upload(str(merged.folder), options.push)
     return 0

@@ -21,6 +21,7 @@ from vlm_lora.model.backbone import Backbone, load_backbone
 from vlm_lora.model.device import is_out_of_memory
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, ImageEntry, cache_folder
+from vlm_lora.model.folder import find_model
 
 WINDOW = 4
 """Images whose sizes differ are gathered for this many batches, and batched by length."""
@@ -63,8 +64,8 @@ class Captioner:
         Args:
             model: hub name, folder or ``tiny``; by default the base that the adapter names.
             adapter: run folder, adapter folder or hub name; None for the base alone.
-            prompt: the instruction for captions; by default the one the adapter was trained with. So with the pixel
-                limits.
+            prompt: the instruction for captions; by default the one the adapter, or a merged model, was trained with.
+                So with the pixel limits.
         """
         (captioner,) = cls.load_several(
             model, [adapter], prompt=prompt, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels
@@ -99,9 +100,10 @@ class Captioner:
                 f"{in_four_bits[0]} was trained by --method qlora, on a base in four bits, and {others[0]} was not: "
                 "they cannot share one base. Give them in commands of their own."
             )
-        first = next(filter(None, contracts.values()), None)
+        name = model or (base_of(given[0]) if given else DEFAULT_MODEL)
+        first = next(filter(None, contracts.values()), None) or (None if given else read_contract(find_model(name)))
         backbone = load_backbone(
-            model or (base_of(given[0]) if given else DEFAULT_MODEL),
+            name,
             dtype=dtype,
             min_pixels=min_pixels or (first.min_pixels if first else None),
             max_pixels=max_pixels or (first.max_pixels if first else None),
@@ -213,6 +215,35 @@ class Captioner:
             rows[row].append(token)
         texts = iter([self._text(tokens, decoding) for tokens in rows])
         return [[next(texts) for _ in requests] for _, requests in asked]
+
+    @property
+    def tuned(self) -> bool:
+        """Whether there is an adapter, to be compared with its base."""
+        return self.adapter is not None
+
+    @property
+    def quantised(self) -> bool:
+        return self.backbone.quantised
+
+    def respond(
+        self,
+        asked: Sequence[tuple[Sequence[ImageSource], Sequence[Request]]],
+        *,
+        tuned: bool = True,
+        decoding: Decoding | None = None,
+    ) -> list[list[str] | DataError]:
+        """As `generate`, from images; in place of the answers about one that cannot be used, what is wrong with it."""
+        entries: list[list[ImageEntry] | DataError] = []
+        for images, _ in asked:
+            try:
+                entries.append(self.features.get([source_of(image) for image in images]))
+            except DataError as error:
+                entries.append(error)
+        usable = [
+            (e, requests) for e, (_, requests) in zip(entries, asked, strict=True) if not isinstance(e, DataError)
+        ]
+        answers = iter(self.generate(usable, tuned=tuned, decoding=decoding) if usable else ())
+        return [entry if isinstance(entry, DataError) else next(answers) for entry in entries]
 
     # -- inside --------------------------------------------------------------------------------------------------
 

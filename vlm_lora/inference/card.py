@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shlex
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from vlm_lora.config import HUB_NAME, TrainConfig
 from vlm_lora.inference.pages import render
 from vlm_lora.inference.scores import LEGEND, METRICS, Scores, score_table, summary
-from vlm_lora.model.adapters.base import read_contract
+from vlm_lora.model.adapters.base import Contract, read_contract
 from vlm_lora.model.folder import tiny_path
 from vlm_lora.version import __version__
 
@@ -47,7 +48,7 @@ def write_card(  # arguments: what a card tells, each of another origin
     """
     contract = read_contract(folder)
     assert contract is not None, "train writes the contract"
-    on_hub = HUB_NAME.fullmatch(contract.base) is not None and not Path(contract.base).exists()
+    on_hub = is_hub_name(contract.base)
     # A path would tell readers about the machine.
     data = ", ".join(source if source.startswith("hf") else Path(source).name for source in config.sources)
     name, licence = folder.absolute().parent.name, _licence(contract.base)
@@ -70,7 +71,7 @@ def write_card(  # arguments: what a card tells, each of another origin
         against_parent=against_parent,
         config=config,
         fingerprint=fingerprint,
-        command=command,
+        command=shlex.join(map(_without_path, shlex.split(command))),
         contract=contract,
         base=f"`{contract.base if on_hub else Path(contract.base).name}`",
         prompt=contract.prompt.replace('"', "'"),
@@ -83,6 +84,30 @@ def write_card(  # arguments: what a card tells, each of another origin
     path = folder / CARD
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def write_merged_card(folder: Path, contract: Contract, name: str) -> None:
+    """Write README.md into the folder of a merged checkpoint."""
+    on_hub, licence = is_hub_name(contract.base), _licence(contract.base)
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=TASK,
+        base_model=contract.base if on_hub else None,
+        license=licence,
+        tags=["vlm-lora", contract.method],
+        model_name=name,
+    )
+    text = render(
+        "merged.md",
+        metadata=metadata.to_yaml(),
+        name=name,
+        base=f"`{contract.base if on_hub else Path(contract.base).name}`",
+        contract=contract,
+        prompt=contract.prompt.replace('"', "'"),
+        licence=licence,
+        version=__version__,
+    )
+    (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def update_card(folder: Path, scores: Scores, data: str) -> Path | None:
@@ -104,6 +129,29 @@ def update_card(folder: Path, scores: Scores, data: str) -> Path | None:
     card.text = text.replace("## What it was trained on\n", section + "## What it was trained on\n", 1)
     path.write_text(str(card), encoding="utf-8")
     return path
+
+
+def is_hub_name(base: str) -> bool:
+    """Whether a base is a model of the hub, and no folder here."""
+    return HUB_NAME.fullmatch(base) is not None and not Path(base).exists()
+
+
+def without_paths(text: str) -> str:
+    """The text with the last part alone of each path that tells about the machine: from the root, home or upwards."""
+    return _PATH.sub(lambda found: Path(found.group()).name, text)
+
+
+_PATH = re.compile(
+    r"(?<![\w/.:~<-])(?:~[\w.-]*|\.\.)?(?:/[\w.@+~-]+){2,}/?|(?<![\w/.:~<-])(?:~[\w.-]*|\.\.)/[\w.@+~-]+/?"
+)
+"""Not what follows a scheme, a host or a word, as in ``https://host/page`` and ``runs/photos``."""
+
+
+def _without_path(argument: str) -> str:
+    """One argument of a command, without the path of a folder that is not below the one the command ran in."""
+    flag, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+    local = value.startswith(("/", "~", "../")) and "\n" not in value
+    return flag + equals + (Path(value).name if local else value)
 
 
 def _results(scores: Scores, data: str) -> list[EvalResult]:

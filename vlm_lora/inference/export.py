@@ -21,7 +21,8 @@ from vlm_lora.data.images import load_image
 from vlm_lora.errors import AdapterError, CheckpointError, ConfigError, ModelError
 from vlm_lora.inference.caption import Decoding
 from vlm_lora.inference.captioner import Captioner
-from vlm_lora.model.adapters.base import base_of, find_adapter, read_contract, read_settings
+from vlm_lora.inference.card import write_merged_card
+from vlm_lora.model.adapters.base import CONTRACT, base_of, find_adapter, read_contract, read_settings
 from vlm_lora.model.adapters.lora import merged_weights
 from vlm_lora.model.backbone import Backbone, load_backbone
 from vlm_lora.model.features import FeatureCache, together
@@ -61,7 +62,7 @@ def merge(
     report: Callable[[str], None] = lambda text: None,
 ) -> Merged:
     """Write base and LoRA adapter as one plain checkpoint: weights, configs, processor with the adapter's pixel limits,
-    chat template.
+    chat template, and a card and the adapter's contract, for the prompt it was trained with.
 
     An adapter of ``--method qlora`` is merged into the values that the base's four bits stand for, as it was trained on
     them, and the result is in four bits no more.
@@ -113,6 +114,9 @@ def merge(
     try:
         report(f"Writing {target}, and reading it back.")
         _write(merged.backbone, kept_in, temporary)
+        if contract:  # the prompt, which is nowhere else in a checkpoint
+            shutil.copy(folder / CONTRACT, temporary)
+            write_merged_card(temporary, contract, target.name)
         del merged
         reloaded = Captioner.load(str(temporary), prompt=prompt, **how)
         errors["read back"] = _distance(tuned, _logits(reloaded, pictures, captions))
@@ -181,24 +185,6 @@ def _require_same(errors: dict[str, float], effect: float, dtype: torch.dtype) -
                 f"The merged model, {where}, does not do what the adapter does: its logits are {100 * error:.3g} % "
                 f"away, and the adapter moves them by {100 * effect:.3g} %.{hint} Nothing was written."
             )
-
-
-def push(folder: Path, repository: str) -> str:
-    """Upload a merged checkpoint to the model hub, to a private repository if it is new; its address.
-
-    Raises:
-        ConfigError: the hub refused, or there is no token for it.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
-
-    api = HfApi()
-    try:
-        address = api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Merged by vlm-lora")
-    except (OSError, HFValidationError) as error:  # the hub's own errors, and a missing token, are OSErrors
-        raise ConfigError(f"--push {repository}: {' '.join(str(error).split())[:300]}") from error
-    return str(address)
 
 
 def _pictures(limits: tuple[int, int]) -> list[Image.Image]:

@@ -166,10 +166,10 @@ def find_adapter(path: str | Path) -> Path:
     Raises:
         AdapterError: there is none, or its weights are not safetensors.
     """
-    given = Path(path).expanduser()
-    if not given.exists() and HUB_NAME.fullmatch(str(path)):
+    given, name = Path(path).expanduser(), str(path).removeprefix("hf:")
+    if not given.exists() and HUB_NAME.fullmatch(name):
         try:
-            given = from_hub(str(path), [CONFIG, WEIGHTS, CONTRACT])
+            given = from_hub(name, [CONFIG, WEIGHTS, CONTRACT])
         except LookupError as error:
             raise AdapterError(
                 f"--adapter {path}: there is no such folder, and the model hub gave no adapter of that name "
