@@ -70,8 +70,19 @@ def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("VLM_LORA_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-def write_checkpoint(folder: Path, family: str, tokenizer_folder: Path = TINY) -> Path:
-    """A random checkpoint of ``family``, a few ten thousand parameters beside its embeddings."""
+def write_checkpoint(
+    folder: Path,
+    family: str,
+    tokenizer_folder: Path = TINY,
+    *,
+    vision: dict | None = None,
+    text: dict | None = None,
+    pixels: tuple[int, int] = (32 * 32, 96 * 96),
+) -> Path:
+    """A random checkpoint of ``family``, a few ten thousand parameters beside its embeddings.
+
+    ``vision`` and ``text`` are sizes in the place of these; ``pixels`` the limits of its processor.
+    """
     import torch
     from transformers import (
         AutoTokenizer,
@@ -101,14 +112,15 @@ def write_checkpoint(folder: Path, family: str, tokenizer_folder: Path = TINY) -
     video_processor_class = Qwen3VLVideoProcessor if family.startswith("qwen3") else Qwen2VLVideoProcessor
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     ids = tokenizer.convert_tokens_to_ids
+    vision = VISION[family] | {"initializer_range": 0.2} | (vision or {})
     config = config_class(
-        vision_config=VISION[family] | {"initializer_range": 0.2},
+        vision_config=vision,
         text_config={
             "vocab_size": len(tokenizer), "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2,
             "bos_token_id": None, "eos_token_id": ids("<|im_end|>"), "pad_token_id": ids("<|endoftext|>"),
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
-        } | TEXT.get(family, {}),
+        } | TEXT.get(family, {}) | (text or {}),
         image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
         vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
     )  # fmt: skip
@@ -119,10 +131,11 @@ def write_checkpoint(folder: Path, family: str, tokenizer_folder: Path = TINY) -
             if name.endswith("A_log"):  # remembers for hundreds of tokens, as published weights do
                 parameter.data.uniform_(-6, 0)
     model.generation_config.eos_token_id = ids("<|im_end|>")
-    size = {"shortest_edge": 32 * 32, "longest_edge": 96 * 96}
+    size = {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
+    patch = vision["patch_size"]
     processor = processor_class(
-        image_processor=Qwen2VLImageProcessor(patch_size=8, size=size),
-        video_processor=video_processor_class(patch_size=8, size=size),
+        image_processor=Qwen2VLImageProcessor(patch_size=patch, size=size),
+        video_processor=video_processor_class(patch_size=patch, size=size),
         tokenizer=tokenizer,
         chat_template=THINKING if family == "qwen3_5" else tokenizer.chat_template,
     )

@@ -1,20 +1,25 @@
 """A small OpenAI-compatible server of a real model, for tests.
 
-    python -m tests.openai_server MODEL ADAPTER
+    python -m tests.openai_server MODEL ADAPTER [--max-pixels N] [--with-base]
 
 Prints its port once it listens on loopback. ``POST /faults`` takes a list; the next chat requests get one of them each:
 a status, ``hang`` (no answer) or ``cut`` (the connection ends within the answer). ``GET /seen`` tells how many chat
 requests have come since then, and how many at once.
 """
 
+import argparse
 import base64
 import json
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import zip_longest
+
+import torch
 
 from vlm_lora import Captioner, Decoding
+from vlm_lora.data.example import Turn
+from vlm_lora.data.images import load_image
 
 NAME = "photos"
 
@@ -24,7 +29,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path == "/v1/models":
-            self.reply(200, {"object": "list", "data": [{"id": NAME, "object": "model"}]})
+            data = [{"id": NAME, "object": "model"}]
+            if self.server.with_base:
+                data = [{"id": "base", "object": "model", "parent": None}, data[0] | {"parent": "base"}]
+            self.reply(200, {"object": "list", "data": data})
         elif self.path == "/seen":
             self.reply(200, self.server.seen)
         else:
@@ -56,26 +64,36 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(b'{"choices": [')
             self.close_connection = True
-        elif body["model"] != NAME:
+        elif body["model"] not in (NAME, "base" if self.server.with_base else NAME):
             self.reply(404, {"error": {"message": f"there is no model {body['model']}"}})
         elif not 0 < body.get("top_p", 0.5) < 1:  # as TGI has it
             self.reply(422, {"error": {"message": "`top_p` must be > 0.0 and < 1.0"}})
         elif fault:
             self.reply(int(fault), {"error": {"message": f"made to fail with {fault}"}}, {"Retry-After": "0"})
         else:
-            (message,) = body["messages"]
-            image, text = message["content"]
-            data = base64.b64decode(image["image_url"]["url"].partition(";base64,")[2], validate=True)
+            images, turns = [], []
+            for asked, said in zip_longest(body["messages"][::2], body["messages"][1::2]):
+                *shown, text = asked["content"]
+                images += [
+                    load_image(base64.b64decode(each["image_url"]["url"].partition(";base64,")[2], validate=True))
+                    for each in shown
+                ]
+                turns.append(Turn(text["text"], said["content"] if said else ""))
             decoding = Decoding(
                 max_new_tokens=body["max_tokens"],
                 temperature=body["temperature"],
                 top_p=body.get("top_p", 1.0),
                 seed=body["seed"],
             )
+            captioner, tuned = self.server.captioner, body["model"] == NAME
             with self.server.thinking:
-                said = self.server.captioner.answer(data, text["text"], decoding=decoding)
+                entries = captioner.features.get(images)
+                ((said,),) = captioner.generate([(entries, [turns])], tuned=tuned, decoding=decoding)
+                grids = torch.stack([entry.grid_thw for entry in entries])
+                length = captioner.encoder.encode_requests([turns], grids).num_tokens
             choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
-            self.reply(200, {"object": "chat.completion", "model": NAME, "choices": [choice]})
+            answer = {"object": "chat.completion", "model": NAME, "choices": [choice]}
+            self.reply(200, answer | {"usage": {"prompt_tokens": length}})
 
     def reply(self, status: int, body: dict, headers: dict | None = None) -> None:
         data = json.dumps(body).encode()
@@ -90,10 +108,16 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    model, adapter = sys.argv[1:]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("adapter")
+    parser.add_argument("--max-pixels", type=int)
+    parser.add_argument("--with-base", action="store_true")
+    given = parser.parse_args()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    server.captioner = Captioner.load(model, adapter)
+    server.captioner = Captioner.load(given.model, given.adapter, max_pixels=given.max_pixels)
+    server.with_base = given.with_base
     server.faults, server.under_way, server.seen = [], 0, {"requests": 0, "at_once": 0}
     server.counting, server.thinking = threading.Lock(), threading.Lock()
     print(server.server_port, flush=True)

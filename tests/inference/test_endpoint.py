@@ -4,11 +4,13 @@ import base64
 import importlib.util
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -18,10 +20,13 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, picture
+from tests.inference.test_export import make_adapter
 from vlm_lora import Captioner, Decoding, TrainConfig, train
 from vlm_lora.cli import main
 from vlm_lora.errors import ConfigError, ModelError
 from vlm_lora.inference.endpoint import ATTEMPTS, HOPELESS, Endpoint
+from vlm_lora.inference.export import merge
+from vlm_lora.inference.served import Trained
 
 PROMPT = "What is it?"
 SHORT = Decoding(max_new_tokens=8)
@@ -42,14 +47,20 @@ def tuned(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.fixture(scope="module")
-def server(tuned):
-    """(URL, process) of the server."""
-    command = [sys.executable, "-m", "tests.openai_server", "tiny", str(tuned)]
+@contextmanager
+def serving(*arguments):
+    """(URL, process) of a server."""
+    command = [sys.executable, "-m", "tests.openai_server", "tiny", *map(str, arguments)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     yield f"http://127.0.0.1:{int(process.stdout.readline())}", process
     process.kill()
     process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tuned):
+    with serving(tuned) as server:
+        yield server
 
 
 @pytest.fixture
@@ -140,6 +151,89 @@ def test_the_command_goes_on_where_the_server_failed(local, url, files, tmp_path
     assert sorted(row["image"] for row in rows) == sorted(files)
     wanted = {c.image: c.text for c in local.caption(files, decoding=SHORT)}
     assert {row["image"]: row["caption"] for row in rows} == wanted
+
+
+def test_given_the_run_it_is_asked_as_it_was_trained(tuned, local, url, files, tmp_path, capsys):
+    picture(7, (640, 2)).save(tmp_path / "thin.png")  # padded to a size that the processor takes: so it goes out
+    given = [*files, str(tmp_path / "thin.png")]
+    command = ["caption", *given, "--adapter", str(tuned), "--endpoint", f"{url}/v1", "--max-new-tokens", "8"]
+    assert main([*command, "--format", "jsonl"]) == 0
+    told = [json.loads(line)["caption"] for line in capsys.readouterr().out.splitlines()]
+    assert told == [caption.text for caption in local.caption(given, decoding=SHORT)]
+    fail(url)
+    assert main([*command, "--prompt", "Say <|im_end|> again."]) == 2
+    assert "holds <|im_end|>, which a server takes for a mark of its own" in capsys.readouterr().err
+    assert seen(url)["requests"] == 0
+
+
+def test_a_server_that_shows_the_model_something_else_is_stopped_at(tuned, local, tmp_path, capsys):
+    """Its pixel limit is another: images below it are the same, others are not."""
+    picture(1, (64, 64)).save(tmp_path / "1.png")
+    picture(2, (96, 96)).save(tmp_path / "2.png")
+    small, large = (str(tmp_path / f"{i}.png") for i in (1, 2))
+    limit = local.backbone.pixel_limits[1]
+    with serving(tuned, "--max-pixels", 72 * 72, "--with-base") as (url, _):
+        command = ["caption", "--adapter", str(tuned), "--endpoint", f"{url}/v1", "--model", "photos"]
+        assert main([*command, large, small]) == 1
+        there, here = map(
+            int, re.findall(r"came to (\d+) tokens on the server, and to (\d+)", capsys.readouterr().err)[0]
+        )
+        assert there < here
+        assert main([*command, "--max-new-tokens", "8", small, large]) == 3
+        told = capsys.readouterr()
+        (wanted,) = local.caption([small], decoding=SHORT)
+        assert told.out == f"{small}\t{wanted.text}\n"
+        assert f"{large}: the request came to {there} tokens on the server, and to {here}" in told.err
+        assert f"to {limit:,} pixels" in told.err
+        assert main([*command[:-2], "--model", "base", small]) == 0  # no adapter there: nothing to refuse
+
+
+def test_eval_gives_the_same_table_through_a_server(tuned, tmp_path, capsys):
+    rows = []
+    for i in range(4):
+        picture(30 + i).save(tmp_path / f"{i}.png")
+        turns = [("What is it?", f"zebra number {i}"), ("And then?", "zebra")]
+        messages = [
+            {"role": role, "content": text}
+            for turn in turns
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        rows.append({"images": [f"{i}.png", f"{(i + 1) % 4}.png"], "messages": messages})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["eval", str(tmp_path / "rows.jsonl"), "--adapter", str(tuned), "--max-new-tokens", "8", "--blank"]
+    card = tuned / "adapter/README.md"
+    before = card.read_text()
+    with serving(tuned, "--with-base") as (url, _):
+        through = ["--endpoint", f"{url}/v1", "--model", "photos", "--output", str(tmp_path / "there")]
+        assert main([*command, *through]) == 0
+        assert card.read_text() == before  # a server may serve anything
+        there = capsys.readouterr().out
+    assert main([*command, "--output", str(tmp_path / "here")]) == 0
+    assert there == capsys.readouterr().out
+    both = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("here", "there")]
+    assert both[0] == both[1]
+    assert any(row["base"] != row["tuned"] for row in map(json.loads, both[0].splitlines()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"variant": "dora"}, "serves no DoRA"),
+        ({"projector_rank": 8}, "a rank or an alpha of its own"),
+        ({"projector_alpha": 64.0}, "a rank or an alpha of its own"),
+        ({}, None),
+    ],
+)
+def test_what_an_engine_cannot_put_on_a_base_is_refused(tmp_path, settings, why):
+    adapter = make_adapter("tiny", tmp_path / "adapter", rank=4, **settings)
+    trained = Trained.load(adapter)
+    if why is None:
+        trained.require_served_on_base("photos")
+        return
+    with pytest.raises(ConfigError, match=why):
+        trained.require_served_on_base("photos")
+    merge(adapter, tmp_path / "merged", dtype="float32")
+    Trained.load(tmp_path / "merged").require_served_on_base("photos")  # there are no layers left to be scaled
 
 
 def test_a_server_that_is_too_slow_is_asked_again_and_then_given_up(url, files):

@@ -76,7 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument(
-        "--endpoint", metavar="URL", help="let an OpenAI-compatible server caption; --model is its name for the model"
+        "--endpoint",
+        metavar="URL",
+        help="let an OpenAI-compatible server caption; --model is its name for the model, --adapter the run it serves, "
+        "for the prompt, and to see that the server shows the model what it was trained on",
     )
     parser.add_argument(
         "--concurrency", type=int, default=16, metavar="N", help="requests at a time to --endpoint (default: 16)"
@@ -175,10 +178,10 @@ def _checked(options: argparse.Namespace, adapters: list[str]) -> int | None:
         raise ConfigError("--overwrite is for --output FILE, --format sidecar and --format metadata.")
     if len(adapters) > 1 and options.format not in ("text", "jsonl"):
         raise ConfigError("Captions of several adapters go side by side into --format text or jsonl.")
-    if options.endpoint and adapters:
+    if options.endpoint and (len(adapters) > 1 or BASE in adapters):
         raise ConfigError(
             "--endpoint: the server holds the model. Name it with --model (an adapter served by vLLM has its own "
-            "name), give the --prompt it was trained with, and leave out --adapter."
+            "name), and give with --adapter the one run that it serves."
         )
     for name in ("prompt", "prefix", "suffix"):
         if printable(text := getattr(options, name) or "", "utf-8") != text:
@@ -259,8 +262,14 @@ def _captions(
     if options.endpoint:
         from vlm_lora.inference.endpoint import Endpoint
 
-        server = Endpoint(options.endpoint, model=options.model, concurrency=options.concurrency)
-        return [server.caption(paths, options.prompt or DEFAULT_PROMPT, decoding=decoding)]
+        trained = None
+        if adapters:
+            from vlm_lora.inference.served import Trained
+
+            trained = Trained.load(adapters[0])
+        server = Endpoint(options.endpoint, model=options.model, concurrency=options.concurrency, trained=trained)
+        prompt = options.prompt or (trained.prompt if trained else DEFAULT_PROMPT)
+        return [server.caption(paths, prompt, decoding=decoding)]
     from vlm_lora.inference.captioner import Captioner  # here, as it brings torch, which --endpoint does without
 
     given = [None if adapter == BASE else adapter for adapter in adapters or [BASE]]

@@ -2,6 +2,7 @@
 
 vlm-lora eval ./test.jsonl --adapter runs/photos
 vlm-lora eval ./test.jsonl --adapter runs/photos --blank --json
+vlm-lora eval ./test.jsonl --adapter runs/photos --endpoint http://127.0.0.1:8000/v1      what a server makes of it
 """
 
 import argparse
@@ -10,10 +11,14 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlm_lora.cli.console import Progress, one_line, say
 from vlm_lora.cli.flags import READING, add_flags, given
-from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, TrainConfig
+from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT, TrainConfig
+
+if TYPE_CHECKING:
+    from vlm_lora.inference.evaluate import Speaker
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, metavar="N")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--blank", action="store_true", help="also answer with every image blanked out")
+    parser.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="evaluate what an OpenAI-compatible server says; --model is its name for the model, --adapter the run it "
+        "serves. The base is compared where the server has it too",
+    )
+    parser.add_argument(
+        "--concurrency", type=int, default=16, metavar="N", help="requests at a time to --endpoint (default: 16)"
+    )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write predictions, scores and report there")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
 
@@ -40,7 +54,6 @@ def run(options: argparse.Namespace) -> int:
     from vlm_lora.data.readers import DataSettings, read_dataset
     from vlm_lora.errors import ConfigError, DataError
     from vlm_lora.inference.caption import Decoding
-    from vlm_lora.inference.captioner import Captioner
     from vlm_lora.inference.card import update_card
     from vlm_lora.inference.evaluate import evaluate
     from vlm_lora.inference.report import write_report
@@ -55,8 +68,8 @@ def run(options: argparse.Namespace) -> int:
                 f"--output {options.output}: cannot be made a folder ({error.strerror}); give another name."
             ) from error
     decoding = Decoding(max_new_tokens=options.max_new_tokens)
-    captioner = Captioner.load(options.model, options.adapter, prompt=options.prompt, dtype=options.dtype)
-    config = TrainConfig(data=options.data, prompt=captioner.prompt).replace(**_reading(options))
+    speaker, prompt = _speaker(options)
+    config = TrainConfig(data=options.data, prompt=prompt).replace(**_reading(options))
     settings = DataSettings(**config.reading)
     dataset = read_dataset(options.data, settings)
     also = [read_dataset(options.also, settings, format=None, columns=None)] if options.also else []
@@ -67,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
             raise DataError(f"{path}: no usable example in it ({len(read.bad)} rows cannot be used).")
     progress = Progress()
     evaluation = evaluate(
-        captioner,
+        speaker,
         dataset.examples,
         blanked=options.blank,
         level=options.level,
@@ -85,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
         evaluation.write(options.output)
         command = shlex.join(["vlm-lora", *sys.argv[1:]])
         say(f"Report with pictures: {write_report(options.output, evaluation, title=name, command=command)}")
-    if options.adapter and (card := update_card(find_adapter(options.adapter), scores, name)):
+    if options.adapter and not options.endpoint and (card := update_card(find_adapter(options.adapter), scores, name)):
         say(f"Model card: {card}")
     if options.json:
         print(json.dumps(scores.to_json()))
@@ -102,6 +115,21 @@ def run(options: argparse.Namespace) -> int:
         say(f"{left_out:,} rows were left out of this.")
         return 3
     return 0
+
+
+def _speaker(options: argparse.Namespace) -> "tuple[Speaker, str]":
+    """What is evaluated, and the instruction for captions."""
+    if not options.endpoint:
+        from vlm_lora.inference.captioner import Captioner
+
+        captioner = Captioner.load(options.model, options.adapter, prompt=options.prompt, dtype=options.dtype)
+        return captioner, captioner.prompt
+    from vlm_lora.inference.endpoint import Endpoint
+    from vlm_lora.inference.served import Trained
+
+    trained = Trained.load(options.adapter) if options.adapter else None
+    server = Endpoint(options.endpoint, model=options.model, concurrency=options.concurrency, trained=trained)
+    return server, options.prompt or (trained.prompt if trained else DEFAULT_PROMPT)
 
 
 def _reading(options: argparse.Namespace) -> dict:

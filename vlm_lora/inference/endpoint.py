@@ -6,18 +6,24 @@ import os
 import random
 import threading
 import time
+import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import httpx
 from PIL import Image
 
+from vlm_lora.data.example import ImageRef, Turn
 from vlm_lora.data.images import load_image
 from vlm_lora.data.readers.beside import prompt_for
 from vlm_lora.errors import ConfigError, DataError, ModelError
 from vlm_lora.inference.caption import Caption, Decoding, ImageSource, name_of, source_of
+
+if TYPE_CHECKING:
+    from vlm_lora.inference.served import Trained  # it brings torch, which a server alone does without
 
 ATTEMPTS = 6
 """How often a request is sent before its image gets an error."""
@@ -30,6 +36,8 @@ HOPELESS = 16
 """Images in a row that get no answer at all: the server has gone."""
 BROKEN = 256
 """Images in a row that the server fails at (5xx, 429): it is not the images. Fewer in a row may be bad images."""
+OTHER_TOKENS = -1
+"""In the place of such a number: the server showed the model something else than it was trained on."""
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
 """Statuses after which another attempt may succeed."""
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -41,10 +49,16 @@ class Endpoint:
     Args:
         model: the server's name for it; by default the only one that it serves.
         concurrency: requests at a time.
+        trained: what the served model was trained with. Each request is then compared with it: where the first one
+            comes to another number of tokens on the server, nothing is captioned.
 
     Raises:
         ModelError: no ``model`` is given, and there is no such server, or it serves several.
+        ConfigError: the server puts the adapter on its base, and cannot do so with this one.
     """
+
+    quantised = False
+    """Whether the base is in four bits: what a server does with it, it does not say."""
 
     def __init__(
         self,
@@ -54,6 +68,7 @@ class Endpoint:
         concurrency: int = 16,
         timeout: float = TIMEOUT,
         pause: float = PAUSE,
+        trained: "Trained | None" = None,
     ):
         try:
             valid = httpx.URL(url).scheme in ("http", "https") and httpx.URL(url).host
@@ -68,7 +83,15 @@ class Endpoint:
             timeout=timeout,
             limits=httpx.Limits(max_connections=concurrency),
         )
-        self.model = model or self._only_model()
+        self.trained = trained
+        served = {} if model and not trained else self._served()
+        if not model and len(served) != 1:
+            raise ModelError(f"--endpoint {self.url} serves {', '.join(served) or 'no model'}; name one with --model.")
+        self.model = model or next(iter(served))
+        self.base = served.get(self.model)
+        """The server's name for the model that this one is an adapter on; None where it is a model of its own."""
+        if trained and self.base:
+            trained.require_served_on_base(self.model)
 
     def caption(
         self, images: Iterable[ImageSource], prompt: str, *, decoding: Decoding | None = None
@@ -78,10 +101,14 @@ class Endpoint:
         Interrupted by Ctrl-C, it gives the captions that have arrived, and waits for no others.
 
         Raises:
-            ModelError: the server refuses every request, or has gone.
+            ModelError: the server refuses every request, has gone, or shows the model something else than it was
+                trained on.
+            ConfigError: the server would take a part of ``prompt`` for something else.
         """
         decoding = decoding or Decoding()
         decoding.require_served()
+        if self.trained:
+            self.trained.require_plain(prompt)
         free = threading.Semaphore(self.concurrency)
 
         def ask(image: ImageSource) -> Future[tuple[Caption, int]]:
@@ -103,11 +130,15 @@ class Endpoint:
         # Twice as many as are sent at a time: one slow answer does not make the others wait.
         waiting = deque(islice(asked, 2 * self.concurrency))
         failed = unanswered = 0  # in a row
+        compared = False
         try:
             while waiting:
                 caption, too_many = waiting[0].result()
                 waiting.popleft()
-                failed = failed + 1 if too_many else 0
+                if too_many == OTHER_TOKENS and not compared:
+                    raise ModelError(f"--endpoint {self.url}: {caption.image}: {caption.error}. Nothing was captioned.")
+                compared = compared or caption.text is not None
+                failed = failed + 1 if too_many > 0 else 0
                 unanswered = unanswered + 1 if too_many == HOPELESS else 0
                 if failed >= BROKEN or unanswered >= HOPELESS:
                     raise ModelError(
@@ -122,40 +153,81 @@ class Endpoint:
             for future in waiting:
                 future.cancel()
 
+    @property
+    def tuned(self) -> bool:
+        """Whether the server has the base too, so that the two can be compared."""
+        return self.base is not None
+
+    def respond(
+        self,
+        asked: Sequence[tuple[Sequence[ImageSource], Sequence[Sequence[Turn]]]],
+        *,
+        tuned: bool = True,
+        decoding: Decoding | None = None,
+    ) -> list[list[str] | DataError]:
+        """As `Captioner.respond`: an example's answers, or why there are none.
+
+        Raises:
+            ModelError: a request failed for good, or no image is shown to the model as it was trained.
+        """
+        model = self.model if tuned or not self.base else self.base
+        decoding = decoding or Decoding()
+
+        def answer(images: Sequence[ImageSource], requests: Sequence[Sequence[Turn]]) -> list[str] | DataError:
+            try:
+                if self.trained:
+                    for turn in (turn for turns in requests for turn in turns):
+                        self.trained.require_plain(turn.user)
+                return [self._answer(images, turns, model, decoding) for turns in requests]
+            except _OtherTokens as error:
+                return error
+            except (DataError, ConfigError) as error:
+                return DataError(str(error))
+            except httpx.HTTPError as error:
+                raise ModelError(f"--endpoint {self.url}: {_reason(error)} (--model {model})") from error
+            except (ValueError, KeyError, IndexError, TypeError) as error:
+                raise ModelError(f"--endpoint {self.url}: the server's answer holds no text.") from error
+
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            answers = list(pool.map(lambda each: answer(*each), asked))
+        if not any(isinstance(each, list) for each in answers):
+            for each in answers:
+                if isinstance(each, _OtherTokens):
+                    raise ModelError(f"--endpoint {self.url}: {each}.")
+        return answers
+
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _only_model(self) -> str:
+    def _served(self) -> dict[str, str | None]:
+        """The names of what is served, and of those that are adapters the name of their base."""
         try:
             reply = self._send("GET", "/models", None, attempts=3)
-            served = [str(model["id"]) for model in reply.json()["data"]]
+            return {str(model["id"]): model.get("parent") for model in reply.json()["data"]}
         except httpx.HTTPError as error:
             raise ModelError(
                 f"--endpoint {self.url}: {_reason(error)}. Is the server up, is the URL's /v1 right?"
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(
                 f"--endpoint {self.url}: /models is not answered as OpenAI's protocol wants it."
             ) from error
-        if len(served) != 1:
-            raise ModelError(f"--endpoint {self.url} serves {', '.join(served) or 'no model'}; name one with --model.")
-        return served[0]
 
     def _one(self, image: ImageSource, prompt: str, decoding: Decoding) -> tuple[Caption, int]:
         """The caption; and where the server failed, how many failures of this kind in a row end the run, else 0."""
         name = name_of(image)
         try:
-            source = source_of(image)
-            asked = prompt_for(prompt, source)
-            content = [
-                {"type": "image_url", "image_url": {"url": _data_url(source)}},
-                {"type": "text", "text": asked},
-            ]
+            asked = prompt_for(prompt, source_of(image))
+            if self.trained:
+                self.trained.require_plain(asked)
             for attempt in range(1 + decoding.attempts):
-                text = self._asked(content, decoding.again(attempt) if attempt else decoding)
+                how = decoding.again(attempt) if attempt else decoding
+                text = self._answer([image], (Turn(asked, ""),), self.model, how)
                 if not (missed := decoding.missed(text)):
                     return Caption(name, text=text), 0
             return Caption(name, error=decoding.missed_by(text, missed)), 0
-        except DataError as error:
+        except _OtherTokens as error:
+            return Caption(name, error=str(error)), OTHER_TOKENS
+        except (DataError, ConfigError) as error:
             return Caption(name, error=str(error)), 0
         except httpx.HTTPStatusError as error:
             if error.response.status_code in (401, 403, 404):
@@ -168,20 +240,50 @@ class Endpoint:
         except (ValueError, KeyError, IndexError, TypeError):
             return Caption(name, error="the server's answer holds no text"), 0
 
-    def _asked(self, content: list[dict], decoding: Decoding) -> str:
-        """The server's answer. Raises httpx.HTTPError, and others for an answer that holds no text."""
+    def _answer(self, images: Sequence[ImageSource], turns: Sequence[Turn], model: str, decoding: Decoding) -> str:
+        """What the server answers to the last turn of a conversation about images.
+
+        Raises:
+            DataError: an image cannot be used, or the server showed the model something else than it was trained on.
+            httpx.HTTPError: the last attempt failed too.
+            ValueError, KeyError, IndexError, TypeError: the answer holds no text.
+        """
+        pictures = [_picture(source_of(image), self.trained) for image in images]
+        messages = []
+        for turn in turns:
+            shown = [{"type": "image_url", "image_url": {"url": url}} for _, url in pictures if not messages]
+            messages.append({"role": "user", "content": [*shown, {"type": "text", "text": turn.user}]})
+            messages.append({"role": "assistant", "content": turn.assistant})
         body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
+            "model": model,
+            "messages": messages[:-1],
             "max_tokens": decoding.max_new_tokens,
             "temperature": decoding.temperature,
             "seed": decoding.seed,
         }
         if decoding.top_p < 1:  # TGI refuses 1, which is everyone's default
             body["top_p"] = decoding.top_p
-        choice = self._send("POST", "/chat/completions", body).json()["choices"][0]
+        if self.trained and (options := self.trained.preprocessor.family.template_options):
+            body["chat_template_kwargs"] = options
+        reply = self._send("POST", "/chat/completions", body).json()
+        choice = reply["choices"][0]
         if not isinstance(text := choice["message"]["content"], str):
             raise TypeError("no text")
+        if self.trained:
+            there = (reply.get("usage") or {}).get("prompt_tokens")
+            here = self.trained.tokens([picture for picture, _ in pictures], turns)
+            if there is None:
+                warnings.warn(
+                    f"--endpoint {self.url} tells no usage.prompt_tokens: whether it shows the model what it was "
+                    "trained on was not compared.",
+                    stacklevel=2,
+                )
+            elif there != here:
+                raise _OtherTokens(
+                    f"the request came to {there} tokens on the server, and to {here} as the adapter was trained: it "
+                    "has another chat template, another system prompt, or other pixel limits than "
+                    f"{self.trained.limits}"
+                )
         return decoding.finished(text.strip(), cut=choice.get("finish_reason") == "length")
 
     def _send(self, method: str, path: str, body: dict | None, attempts: int = ATTEMPTS) -> httpx.Response:
@@ -207,18 +309,24 @@ def _reason(error: httpx.HTTPError) -> str:
     return f"the server gave no answer ({type(error).__name__}: {error})"
 
 
-def _data_url(source) -> str:
-    """The image in the request: the file's own bytes if every loader reads the same pixels from them, else a new PNG.
+class _OtherTokens(DataError):
+    """The server showed the model something else than it was trained on."""
+
+
+def _picture(source: ImageRef | Image.Image, trained: "Trained | None") -> tuple[Image.Image, str]:
+    """The picture as this project sees it, and as it goes into the request: the file's own bytes if every loader reads
+    the same pixels from them, else a new PNG.
 
     Other loaders do not turn photos upright, or drop transparency: the model would see what it was not tuned on.
     """
     picture = load_image(source)
-    if not isinstance(source, Image.Image):
+    shown = trained.fitted(picture) if trained else picture
+    if not isinstance(source, Image.Image) and shown is picture:
         data = source.read_bytes()
         with Image.open(io.BytesIO(data)) as plain:
             kind = plain.format
             if kind in ("JPEG", "PNG", "WEBP") and plain.convert("RGB").tobytes() == picture.tobytes():
-                return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
+                return picture, f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    shown.save(buffer, "PNG")
+    return shown, f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

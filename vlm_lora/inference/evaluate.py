@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from PIL import Image
 
@@ -16,7 +16,7 @@ from vlm_lora.data.example import Example, ImageRef, Turn
 from vlm_lora.data.images import load_image
 from vlm_lora.errors import ConfigError, DataError
 from vlm_lora.inference.caption import Decoding
-from vlm_lora.inference.captioner import Captioner
+from vlm_lora.inference.captioner import Request
 from vlm_lora.inference.metrics import captions
 from vlm_lora.inference.metrics.intervals import Bootstrap, Gain, Interval
 from vlm_lora.inference.metrics.tokens import TOKENIZER_ID, Level, level_for
@@ -26,6 +26,31 @@ ROWS_AT_ONCE = 96
 """Questions decoded together."""
 
 BLEU = [f"bleu_{order}" for order in range(1, captions.MAX_ORDER + 1)]
+
+
+class Speaker(Protocol):
+    """What is evaluated: a `Captioner`, or a server's model (`Endpoint`)."""
+
+    @property
+    def tuned(self) -> bool:
+        """Whether there is an adapter, to be compared with its base; else what there is counts as the base."""
+        ...
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the base is in four bits."""
+        ...
+
+    def respond(
+        self,
+        asked: Sequence[tuple[Sequence[ImageRef | Image.Image], Sequence[Request]]],
+        *,
+        tuned: bool,
+        decoding: Decoding | None,
+    ) -> list[list[str] | DataError]:
+        """The answers to several requests about each of several (lists of) images, or why there are none."""
+        ...
+
 
 Progress = Callable[[int, int], None]
 """Called with how much is done and how much there is to do."""
@@ -139,7 +164,7 @@ class Evaluation:
 
 
 def evaluate(
-    captioner: Captioner,
+    speaker: Speaker,
     examples: Sequence[Example],
     *,
     blanked: bool = False,
@@ -149,6 +174,8 @@ def evaluate(
     progress: Progress = lambda done, total: None,
 ) -> Evaluation:
     """Answer every question of every example with base and tuned model, and score both.
+
+    Of a server that has no base beside its model, the scores are that model's alone, in the base's place.
 
     Dialogues of one example that ask the same are one question with several references (a COCO image's five captions).
     An example with an image that cannot be used is left out, and named in the scores.
@@ -165,9 +192,9 @@ def evaluate(
             "There are no held-out examples to evaluate on. Give some with --val or a higher --val-split."
         )
     with_adapter = ["tuned", "blanked"] if blanked else ["tuned"]
-    passes = ["base", *(with_adapter if captioner.adapter else [])]
+    passes = ["base", *(with_adapter if speaker.tuned else [])]
     questions = [_questions(example) for example in examples]
-    answers, failed = _ask(captioner, examples, questions, passes, decoding, progress)
+    answers, failed = _ask(speaker, examples, questions, passes, decoding, progress)
     if len(failed) == len(examples):
         raise DataError(f"None of the {len(examples):,} held-out images can be used; the first: {failed[0]}.")
     answered = [
@@ -188,9 +215,9 @@ def evaluate(
     values = {who: _per_answer(answered, who, level) for who in passes}
     scores = replace(
         _score(answered, values, level),
-        base_in_four_bits=captioner.backbone.quantised,
+        base_in_four_bits=speaker.quantised,
         failed=tuple(FailedExample(examples[i].place, failed[i]) for i in sorted(failed)),
-        also=evaluate(captioner, also, level=level, decoding=decoding, progress=progress).scores if also else None,
+        also=evaluate(speaker, also, level=level, decoding=decoding, progress=progress).scores if also else None,
     )
     return Evaluation(tuple(answered), scores, values)
 
@@ -237,7 +264,7 @@ def _questions(example: Example) -> list[Question]:
 
 
 def _ask(
-    captioner: Captioner,
+    speaker: Speaker,
     examples: Sequence[Example],
     questions: Sequence[Sequence[Question]],
     passes: Sequence[str],
@@ -254,13 +281,16 @@ def _ask(
             for i in group:
                 try:
                     images = [_blank(image) if who == "blanked" else image for image in examples[i].images]
-                    asked[i] = (captioner.features.get(images), [question.turns for question in questions[i]])
+                    asked[i] = (images, [question.turns for question in questions[i]])
                 except DataError as error:
                     failed[i] = str(error)
                 done += len(questions[i])
-            if asked:
-                texts = captioner.generate(list(asked.values()), tuned=who != "base", decoding=decoding)
-                answers[who] |= zip(asked, texts, strict=True)
+            texts = speaker.respond(list(asked.values()), tuned=who != "base", decoding=decoding)
+            for i, text in zip(asked, texts, strict=True):
+                if isinstance(text, DataError):
+                    failed[i] = str(text)
+                else:
+                    answers[who][i] = text
             progress(done, total)
     return answers, failed
 

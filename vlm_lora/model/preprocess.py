@@ -66,16 +66,16 @@ class Preprocessor:
         """The images in patches.
 
         The one place where a picture is given the model's size, in training, evaluation, captioning and the
-        demo. It takes any size from 1x1. Pictures so long and thin that the processor would refuse them (one
-        side more than 200 times the other) or overshoot ``max_pixels`` stand centred on white, just wide
-        enough that it does not.
+        demo. It takes any size from 1x1.
         """
-        fitted = []
-        for image in images:
-            wide, high, padded = self._fit(*image.size)
-            fitted.append(_on_white(image, padded, (wide, high)) if padded else image)
-        batch = self.processor.image_processor(images=fitted, return_tensors="pt")
+        batch = self.processor.image_processor(images=[self.fitted(image) for image in images], return_tensors="pt")
         return Pixels(batch["pixel_values"], batch["image_grid_thw"])
+
+    def fitted(self, image: Image.Image) -> Image.Image:
+        """The image itself; but one so long and thin that the processor would refuse it (one side more than 200 times
+        the other) or overshoot ``max_pixels`` stands centred on white, just wide enough that it does not."""
+        wide, high, padded = self._fit(*image.size)
+        return _on_white(image, padded, (wide, high)) if padded else image
 
     def grid(self, width: int, height: int) -> tuple[int, int, int]:
         """The ``grid_thw`` that `preprocess` gives for a picture of this size; no picture is needed."""
