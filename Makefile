@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help install quickstart test bench lint easy-vqa
+.PHONY: help install quickstart test bench engines lint easy-vqa
 help:
 	@echo "make quickstart   install, train the embedded model on sample pictures, compare, caption (4 minutes and the install)"
 	@echo "make install      make .venv with vlm-lora in it"
 	@echo "make test         install, check style and types, run the tests"
 	@echo "make easy-vqa     install, train and score on the whole of easy-VQA (12 minutes)"
 	@echo "make bench        install, training speed and memory beside a plain loop and ms-swift (45 minutes, 6 GB)"
+	@echo "make engines      install, what vLLM and llama.cpp say of what was trained (2 hours, 12 GB)"
 	@echo "make lint         install, check style, types and the limits on size"
 
 install: $(VENV)/.installed
@@ -46,6 +47,9 @@ easy-vqa: install
 
 bench: install
 	$(BIN)/python -m bench.speed
+
+engines: install
+	$(BIN)/python -m bench.engines
 
 lint: install
 	$(BIN)/ruff check .

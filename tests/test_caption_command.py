@@ -282,7 +282,7 @@ def test_adapters_side_by_side(caption, adapters, folder, checkpoints, capsys):
         (["a.png", "--overwrite"], "--overwrite is for --output FILE"),
         (["a.png", "--num-beams", "2", "--temperature", "1"], "give one of the two"),
         (["a.png", "--endpoint", "localhost:8000", "--num-beams", "2"], "--endpoint cannot do --num-beams, for"),
-        (["a.png", "--endpoint", "localhost:8000", "--adapter", "x"], "the server holds the model"),
+        (["a.png", "--endpoint", "localhost:8000", "--adapter", "x", "--adapter", "y"], "the server holds the model"),
         (
             ["a.png", "--endpoint", "localhost:8000", "--avoid", "x", "--words", "1..2", "--begin-with", "y"],
             "--endpoint cannot do --begin-with, --avoid, --words, for which the model has to be loaded here",

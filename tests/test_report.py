@@ -6,7 +6,6 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -66,12 +65,14 @@ class Parrot:
     """Says what it was told to: base and tuned answers by example and question."""
 
     def __init__(self, rows: list[tuple[str, str]], adapter: bool = True):
-        self.rows, self.adapter = rows, adapter
-        self.features = SimpleNamespace(get=lambda images: images)
-        self.backbone = SimpleNamespace(quantised=False)
+        self.rows, self.tuned, self.quantised = rows, adapter, False
+        self.broken: dict[str, DataError] = {}
 
-    def generate(self, asked, *, tuned=True, decoding=None):
-        return [[self.rows[int(images[0].name[:-4])][tuned] for _ in turns] for images, turns in asked]
+    def respond(self, asked, *, tuned=True, decoding=None):
+        return [
+            self.broken.get(images[0].name) or [self.rows[int(images[0].name[:-4])][tuned] for _ in turns]
+            for images, turns in asked
+        ]
 
 
 def evaluated(folder: Path, rows: list[tuple[str, str, list[str]]], adapter=True, also: int = 0, **extra) -> Evaluation:
@@ -218,23 +219,15 @@ def test_the_folder_one_is_in_has_a_name(tmp_path, capsys, monkeypatch):
     parrot = Parrot([("dog", "cat")], adapter=False)
     parrot.prompt = "What is it?"
     monkeypatch.setattr(Captioner, "load", lambda *_, **__: parrot)
-    monkeypatch.setattr(parrot.features, "get", lambda images: [SimpleNamespace(name="0.png")])
     monkeypatch.chdir(tmp_path / "photos")
     assert main(["eval", ".", "--model", "tiny", "--output", "../out"]) == 0
     assert "<title>photos</title>" in (tmp_path / "out/report.html").read_text()
 
 
-def test_an_image_that_cannot_be_used_is_named_and_left_out(tmp_path, monkeypatch):
+def test_an_image_that_cannot_be_used_is_named_and_left_out(tmp_path):
     rows = [("dog", "cat", ["cat"])] * 4
     parrot = Parrot([row[:2] for row in rows])
-    broken = {"2.png"}
-
-    def get(images):
-        if broken & {image.name for image in images}:
-            raise DataError("'2.png' is damaged or cut off")
-        return images
-
-    monkeypatch.setattr(parrot.features, "get", get)
+    parrot.broken = {"2.png": DataError("'2.png' is damaged or cut off")}
     whole = evaluated(tmp_path, rows)
     examples = [
         Example(row.example, row.images, (Dialogue((Turn(row.question, "cat"),)),), f"data:{row.example}")
@@ -245,8 +238,8 @@ def test_an_image_that_cannot_be_used_is_named_and_left_out(tmp_path, monkeypatc
     assert [(row.source, row.reason) for row in scores.failed] == [("data:2", "'2.png' is damaged or cut off")]
     assert [row.example for row in evaluation.answered] == ["0", "1", "3"]
     assert (scores.examples, scores.answers) == (3, 3)
-    broken |= {"0.png", "1.png", "3.png"}
-    with pytest.raises(DataError, match=r"None of the 4 held-out images can be used; the first: .2\.png"):
+    parrot.broken |= {name: DataError(f"'{name}' is empty") for name in ("0.png", "1.png", "3.png")}
+    with pytest.raises(DataError, match=r"None of the 4 held-out images can be used; the first: .0\.png"):
         evaluate(parrot, examples)
 
 

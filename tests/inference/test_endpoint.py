@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +24,7 @@ from tests.conftest import ROOT, picture
 from tests.inference.test_export import make_adapter
 from vlm_lora import Captioner, Decoding, TrainConfig, train
 from vlm_lora.cli import main
+from vlm_lora.data.example import Turn
 from vlm_lora.errors import ConfigError, ModelError
 from vlm_lora.inference.endpoint import ATTEMPTS, HOPELESS, Endpoint
 from vlm_lora.inference.export import merge
@@ -213,6 +215,19 @@ def test_eval_gives_the_same_table_through_a_server(tuned, tmp_path, capsys):
     both = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("here", "there")]
     assert both[0] == both[1]
     assert any(row["base"] != row["tuned"] for row in map(json.loads, both[0].splitlines()))
+
+
+def test_tokens_are_counted_right_from_many_threads(tuned):
+    interval, image = sys.getswitchinterval(), picture(1)
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(20):
+            trained = Trained.load(tuned)
+            ask = lambda i, t=trained: t.tokens([image], (Turn(f"Number {i} <|im_end|>?", ""),))  # noqa: E731
+            with ThreadPoolExecutor(8) as pool:
+                assert len(set(pool.map(ask, range(8)))) == 1
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.parametrize(

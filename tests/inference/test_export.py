@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,3 +193,37 @@ def test_on_the_command_line(checkpoints, tmp_path, capsys):
     told = capsys.readouterr()
     assert told.out == f"{tmp_path / 'out'}\n"
     assert "1 of 1 captions are the same" in told.err
+
+
+CONVERTER = """#!/usr/bin/env python3
+# Stands where llama.cpp's converter does; what is checked here is how it is called. bench.engines runs the real one.
+import json, pathlib, sys
+merged, *flags = sys.argv[1:]
+if "broken" in merged:
+    sys.exit("Model NoSuchModel is not supported")
+pathlib.Path(flags[flags.index("--outfile") + 1]).write_text(json.dumps(flags))
+"""
+
+
+def test_gguf_by_the_converter_on_the_path(checkpoints, tmp_path, capsys, monkeypatch):
+    adapter = make_adapter(checkpoints["qwen2_vl"], tmp_path / "adapter", rank=4)
+    command = ["merge", str(adapter), str(tmp_path / "out"), "--gguf"]
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert main(command) == 2
+    assert "there is no convert_hf_to_gguf.py on the PATH" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin/convert_hf_to_gguf.py"
+    program.write_text(CONVERTER)
+    program.chmod(0o755)
+    assert main(command) == 0
+    told = capsys.readouterr()
+    folder, model, tower = (Path(line) for line in told.out.splitlines())
+    assert (folder, model.name, tower.name) == (tmp_path / "out", "out-F16.gguf", "mmproj-out-F16.gguf")
+    assert json.loads(model.read_text())[2:] == ["--outtype", "f16"]
+    assert json.loads(tower.read_text())[2:] == ["--outtype", "f16", "--mmproj"]
+    assert "--image-min-tokens 4 --image-max-tokens 36" in told.err  # of 32 x 32 to 96 x 96 pixels, 16 x 16 a token
+    command[2] = str(tmp_path / "broken")
+    assert main(command) == 1
+    assert "convert_hf_to_gguf.py: Model NoSuchModel is not supported. " in capsys.readouterr().err
+    assert (tmp_path / "broken/model.safetensors").is_file()

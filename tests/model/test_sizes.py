@@ -6,10 +6,12 @@ Run: pytest tests/model/test_sizes.py
 import math
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.conftest import picture
 from vlm_lora.errors import ModelError
 from vlm_lora.model.preprocess import load_preprocessor
 
@@ -78,3 +80,21 @@ def test_limits_that_no_token_fits_are_refused():
         load_preprocessor("tiny", max_pixels=255)
     with pytest.raises(ModelError, match="at least 5000 and at most 4000"):
         load_preprocessor("tiny", min_pixels=5000, max_pixels=4000)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 9))
+@example(300, 1, 0)
+@example(64, 64, 0)
+def test_resized_is_what_the_processor_resizes_to(processors, width, height, seed):
+    """So that a server that is sent it finds nothing to resize, and shows the model the same pixels."""
+    image = picture(seed, (width, height))
+    for processor in processors:
+        resized, wanted = processor.resized(image), processor.preprocess([image])
+        assert torch.equal(processor.preprocess([resized]).pixel_values, wanted.pixel_values)
+        assert processor.resized(resized) is resized
+        size = tuple(8 * side for side in wanted.grid_thw[0].tolist()[:0:-1])
+        if processor.grid(*size) == tuple(wanted.grid_thw[0].tolist()):  # no size stays as it is in limits too close
+            assert resized.size == size
+        else:
+            assert processor is not processors[0]

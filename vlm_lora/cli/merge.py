@@ -5,6 +5,7 @@ and captions are compared with the adapter's.
 
   vlm-lora merge runs/photos merged
   vlm-lora merge runs/photos merged --images photos/cat.jpg photos/dog.jpg
+  vlm-lora merge runs/photos merged --gguf                            and as the two files of llama.cpp and Ollama
   vlm-lora merge runs/photos merged --push me/photos-model            and upload it, to a private repository
 """
 
@@ -25,12 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", nargs="+", default=[], metavar="PATH", help="images to compare on (default: coloured noise)"
     )
+    parser.add_argument(
+        "--gguf", action="store_true", help="also write it in F16 for llama.cpp, whose converter has to be on the PATH"
+    )
     parser.add_argument("--push", metavar="REPO", help="then upload it to the model hub as owner/name, private")
 
 
 def run(options: argparse.Namespace) -> int:
     from vlm_lora.inference.export import merge
+    from vlm_lora.inference.gguf import find_converter, to_gguf
 
+    converter = find_converter() if options.gguf else None  # before the work, not after it
     merged = merge(
         options.adapter, options.output, model=options.model, dtype=options.dtype, images=options.images, report=say
     )
@@ -42,6 +48,11 @@ def run(options: argparse.Namespace) -> int:
     if merged.dequantised:
         say("The base is the one in four bits, written out: the adapter was trained on it.")
     print(merged.folder)
+    if converter:
+        say(f"Writing it for llama.cpp, by {converter}.")
+        gguf = to_gguf(merged.folder, converter)
+        print(gguf.model, gguf.tower, sep="\n")
+        say(f"Serve it, in the pixel limits it was trained with, by: {gguf.command}")
     if options.push:
         upload(str(merged.folder), options.push)
     return 0

@@ -317,10 +317,11 @@ def _picture(source: ImageRef | Image.Image, trained: "Trained | None") -> tuple
     """The picture as this project sees it, and as it goes into the request: the file's own bytes if every loader reads
     the same pixels from them, else a new PNG.
 
-    Other loaders do not turn photos upright, or drop transparency: the model would see what it was not tuned on.
+    With ``trained`` it goes out in the size that the model sees. Other loaders do not turn photos upright, or drop
+    transparency: the model would see what it was not tuned on.
     """
     picture = load_image(source)
-    shown = trained.fitted(picture) if trained else picture
+    shown = trained.shown(picture) if trained else picture
     if not isinstance(source, Image.Image) and shown is picture:
         data = source.read_bytes()
         with Image.open(io.BytesIO(data)) as plain:

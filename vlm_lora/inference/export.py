@@ -114,9 +114,7 @@ def merge(
     try:
         report(f"Writing {target}, and reading it back.")
         _write(merged.backbone, kept_in, temporary)
-        if contract:  # the prompt, which is nowhere else in a checkpoint
-            shutil.copy(folder / CONTRACT, temporary)
-            write_merged_card(temporary, contract, target.name)
+        _describe(folder, temporary, target.name)
         del merged
         reloaded = Captioner.load(str(temporary), prompt=prompt, **how)
         errors["read back"] = _distance(tuned, _logits(reloaded, pictures, captions))
@@ -174,6 +172,13 @@ def _write(backbone: Backbone, dtype: torch.dtype, folder: Path) -> None:
     processor.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):  # written for their owner alone; an engine may be another user
         shutil.copymode(folder / "config.json", file)
+
+
+def _describe(adapter: Path, folder: Path, name: str) -> None:
+    """What it was trained with, and a card: the prompt is nowhere else in a checkpoint."""
+    if contract := read_contract(adapter):
+        shutil.copy(adapter / CONTRACT, folder)
+        write_merged_card(folder, contract, name)
 
 
 def _require_same(errors: dict[str, float], effect: float, dtype: torch.dtype) -> None:

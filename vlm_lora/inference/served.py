@@ -1,5 +1,6 @@
 """What a served model was trained with: to ask it as it was trained, and to see that the server shows it the same."""
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class Trained:
         self.preprocessor = preprocessor
         self.encoder = Encoder(preprocessor)
         self._settings = settings
+        self._one_at_a_time = threading.Lock()  # a tokenizer is switched between special tokens as such and as text
 
     @classmethod
     def load(cls, adapter: str | Path) -> "Trained":
@@ -77,12 +79,13 @@ class Trained:
         if mark:
             raise ConfigError(f"{text[:80]!r} holds {mark}, which a server takes for a mark of its own. Leave it out.")
 
-    def fitted(self, image: Image.Image) -> Image.Image:
-        """The image as training gave it to the processor: see `Preprocessor.fitted`."""
-        return self.preprocessor.fitted(image)
+    def shown(self, image: Image.Image) -> Image.Image:
+        """The image in the size the model was trained to see it in: llama.cpp for one resizes in a way of its own."""
+        return self.preprocessor.resized(image)
 
     def tokens(self, images: Sequence[Image.Image], turns: Sequence[Turn]) -> int:
-        """How many tokens a request is: a conversation about `fitted` images, whose last turn is to be answered."""
+        """How many tokens a request is: a conversation about images as `shown`, whose last turn is to be answered."""
         grids = [self.preprocessor.grid(*image.size) for image in images]
         grid = torch.tensor(grids).reshape(-1, 3)
-        return self.encoder.encode_requests([turns], grid).num_tokens
+        with self._one_at_a_time:
+            return self.encoder.encode_requests([turns], grid).num_tokens

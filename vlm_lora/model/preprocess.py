@@ -77,6 +77,24 @@ class Preprocessor:
         wide, high, padded = self._fit(*image.size)
         return _on_white(image, padded, (wide, high)) if padded else image
 
+    def resized(self, image: Image.Image) -> Image.Image:
+        """The image in the size that the model sees it in, resized as `preprocess` does; itself where it has that size.
+
+        Another program that resizes in its own way finds nothing to resize in it.
+        """
+        fitted = self.fitted(image)
+        _, high, wide = self.grid(*fitted.size)
+        patch, merge = self.processor.image_processor.patch_size, self.merge_size
+        size = wide * patch, high * patch
+        if fitted.size == size or self.grid(*size) != (1, high, wide):  # limits so close that no size stays as it is
+            return fitted
+        # The processor gives patches alone, so they are laid out again; all frames of a picture are the same.
+        plain = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+        patches = self.processor.image_processor(images=[fitted], **plain)["pixel_values"]
+        cells = patches.reshape(high // merge, wide // merge, merge, merge, 3, -1, patch, patch)[:, :, :, :, :, 0]
+        pixels = cells.permute(0, 2, 5, 1, 3, 6, 4).reshape(size[1], size[0], 3)
+        return Image.fromarray(pixels.to(torch.uint8).numpy())
+
     def grid(self, width: int, height: int) -> tuple[int, int, int]:
         """The ``grid_thw`` that `preprocess` gives for a picture of this size; no picture is needed."""
         wide, high, _ = self._fit(width, height)
