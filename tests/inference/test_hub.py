@@ -56,7 +56,7 @@ def make_run(folder, model="tiny", **settings):
     command = ["vlm-lora", "train", str(folder / "my pets"), f"--output={folder}", "--prompt", "a/b or c"]
     write_card(
         folder / "adapter", TrainConfig(data=str(folder / "pets")), counts="3 images", fingerprint="f" * 64,
-        command=shlex.join(command), scores=None,
+        command=shlex.join(command), scores=None, template_options={},
     )  # fmt: skip
     return folder
 
