@@ -16,9 +16,9 @@ own loop. A cell is what came of it:
 - refused by us before anything was sent, with the reason.
 
 Two faults are planted and must be seen: the projector's part of an adapter left out, and another `max_pixels`.
-Quantised forms are scored on held-out pictures (`tiny` on data/emoji_scenes) with their intervals. Numbers are of what
-is said, not of time, but for --speed. The record goes to bench/results/engines.json, from which docs/serving.md has its
-table (tests/test_bench.py compares them); the last line of output is the same JSON.
+Numbers are of what is said, not of time, but for --speed, which says how busy the machine was. The record goes to
+bench/results/engines.json, a family at a time, and a part that is run anew replaces its own cells alone. From there
+docs/serving.md has its table (tests/test_bench.py compares them). The last line of output is the same JSON.
 """
 
 import argparse
@@ -31,6 +31,7 @@ import shlex
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -49,11 +50,12 @@ from PIL import Image
 from bench import engine_setup
 from bench.origin import origin
 from tests.conftest import TEXT, VISION, write_checkpoint
-from vlm_lora import Captioner
+from vlm_lora import Captioner, Decoding
 from vlm_lora.cli import main
 from vlm_lora.data.example import Dialogue, Turn
-from vlm_lora.inference.endpoint import _picture
+from vlm_lora.inference.endpoint import Endpoint, _picture
 from vlm_lora.inference.gguf import Gguf, to_gguf
+from vlm_lora.inference.served import Trained
 from vlm_lora.model.features import together
 from vlm_lora.model.packing import pack
 
@@ -513,6 +515,9 @@ def run() -> int:
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--home", type=Path, default=ROOT / "build/engines", help="where the engines are set up")
     parser.add_argument("--small", action="store_true", help="merged, Qwen2-VL, vLLM; nothing is set up for it")
+    parser.add_argument("--speed", action="store_true", help="images a second through vLLM beside our own loop")
+    parser.add_argument("--images", type=int, default=64, help="of --speed")
+    parser.add_argument("--repeat", type=int, default=3, help="turns of --speed")
     parser.add_argument("--record", type=Path, default=RECORD, metavar="FILE")
     options = parser.parse_args()
     options.home = options.home.resolve()
@@ -526,24 +531,69 @@ def run() -> int:
             engine_setup.set_up(engine, options.home)
     with tempfile.TemporaryDirectory() as work:
         os.environ["VLM_LORA_CACHE"] = f"{work}/cache"
+        if options.speed:
+            print(json.dumps(speed(options, Path(work))))
+            return 0
         matrix = Matrix(options, Path(work))
         for family in options.families:
             matrix.family(family)
+            record = recorded(matrix, options)  # a family at a time: it takes hours
     failed = [cell for cell in matrix.cells if cell.fails and cell.format in MARGIN]
     unseen = [fault for fault in matrix.faults if not fault["seen"]]
+    tell(table(record))
+    told = (
+        f"{len(matrix.cells)} cells, {len(failed)} not as trained; {len(matrix.faults)} faults, {len(unseen)} unseen."
+    )
+    tell(told)
+    print(json.dumps(record))
+    return 1 if failed or unseen else 0
+
+
+def recorded(matrix: Matrix, options: argparse.Namespace) -> dict:
+    """What the matrix came to so far, in the record's file too unless it is the small form."""
     record = origin("engines", f"{os.cpu_count()} CPU cores, shared with others") | {
         "engines": engine_setup.versions(options.home, options.engines), "margin": MARGIN, "faults": matrix.faults,
         "cells": [asdict(cell) for cell in matrix.cells],
     }  # fmt: skip
-    if not options.small:
-        record = with_others(record, options.record)
-        options.record.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    tell(table(record))
-    tell(
-        f"{len(matrix.cells)} cells, {len(failed)} with other words; {len(matrix.faults)} faults, {len(unseen)} unseen."
-    )
-    print(json.dumps(record))
-    return 1 if failed or unseen else 0
+    if options.small:
+        return record
+    record = with_others(record, options.record)
+    options.record.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    return record
+
+
+def speed(options: argparse.Namespace, work: Path) -> dict:
+    """Images a second: a folder captioned through vLLM and by our own loop, by turns: a busy machine slows both.
+
+    Both are up and warm, and have the base's weights in float32. What it takes to start is not counted.
+    """
+    write_data(work / "learnt")
+    base = write_checkpoint(work / "base", "qwen2_vl", engine_setup.tokenizer(options.home), **sizes("qwen2_vl"))
+    train(work / "learnt", str(base), work / "run", METHODS["lora"])
+    quiet(["merge", str(work / "run"), str(work / "merged"), "--dtype", "float32"])
+    captioner = Captioner.load(str(work / "merged"), dtype="float32")
+    files = sorted((SCENES / "images").glob("*.png"))[: options.images]
+    decoding = Decoding(max_new_tokens=TOKENS)
+    rates: dict[str, list[float]] = {"vllm": [], "ours": []}
+    with serving(*vllm(options.home, str(work / "merged"), "--served-model-name", "m"), work / "vllm.log") as url:
+        trained = Trained.load(work / "merged")
+        endpoint = Endpoint(url, model="m", trained=trained, timeout=600)
+        ways = {
+            "vllm": lambda: list(endpoint.caption(files, PROMPT, decoding=decoding)),
+            "ours": lambda: list(captioner.caption(files, PROMPT, decoding=decoding)),
+        }
+        for turn in range(1 + options.repeat):
+            said = {}
+            for who, work_of in ways.items():
+                started = time.monotonic()
+                said[who] = [caption.text for caption in work_of()]
+                if turn:  # the first warms up
+                    rates[who].append(len(files) / (time.monotonic() - started))
+    same = sum(one == other for one, other in zip(*said.values(), strict=True))
+    return origin("engines", f"{os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}") | {
+        "images": len(files), "same_words": same, "images_per_second": rates,
+        "vllm_over_ours": statistics.median(rates["vllm"]) / statistics.median(rates["ours"]),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

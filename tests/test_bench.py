@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import distributed, methods, quality, speed
+from bench import distributed, engines, methods, quality, speed
 from bench.quality import reached
 from bench.speed import COLD, EPOCHS, OURS
 from bench.speed_report import plots, summary, table
@@ -183,3 +183,13 @@ def test_the_bench_of_two_processes_reads_its_runs(photo_folder, tmp_path, monke
     (run,) = tmp_path.glob("1-*")
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-2]
     assert (last["step"], last["loss"]) == (steps, result["loss"])
+
+
+def test_the_engines_table_in_the_docs_is_that_of_the_record():
+    record = json.loads(engines.RECORD.read_text())
+    text = (engines.ROOT / "docs/serving.md").read_text()
+    assert f"<!-- engines -->\n{engines.table(record)}\n<!-- end of engines -->" in text
+    assert all(fault["seen"] for fault in record["faults"])
+    failed = [cell for cell in record["cells"] if cell["other"] and cell["format"] in record["margin"]]
+    told = text.partition("<!-- end of engines -->")[2]
+    assert all(cell["family"] in told for cell in failed), "a cell that fails is told of below the table"

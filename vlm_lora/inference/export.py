@@ -113,8 +113,7 @@ def merge(
     temporary = target.parent / f".{target.name}-{os.getpid()}"
     try:
         report(f"Writing {target}, and reading it back.")
-        _write(merged.backbone, kept_in, temporary)
-        _describe(folder, temporary, target.name)
+        _write(merged.backbone, kept_in, temporary, adapter=folder, name=target.name)
         del merged
         reloaded = Captioner.load(str(temporary), prompt=prompt, **how)
         errors["read back"] = _distance(tuned, _logits(reloaded, pictures, captions))
@@ -156,7 +155,7 @@ def _merged(backbone: Backbone, weights: dict[str, torch.Tensor], prompt: str) -
     return Captioner(backbone, None, FeatureCache(backbone, None), prompt)
 
 
-def _write(backbone: Backbone, dtype: torch.dtype, folder: Path) -> None:
+def _write(backbone: Backbone, dtype: torch.dtype, folder: Path, *, adapter: Path, name: str) -> None:
     model, processor = backbone.model.to(dtype), backbone.processor
     assert isinstance(model, PreTrainedModel)
     assert isinstance(processor, ProcessorMixin)
@@ -172,11 +171,7 @@ def _write(backbone: Backbone, dtype: torch.dtype, folder: Path) -> None:
     processor.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):  # written for their owner alone; an engine may be another user
         shutil.copymode(folder / "config.json", file)
-
-
-def _describe(adapter: Path, folder: Path, name: str) -> None:
-    """What it was trained with, and a card: the prompt is nowhere else in a checkpoint."""
-    if contract := read_contract(adapter):
+    if contract := read_contract(adapter):  # the prompt is nowhere else in a checkpoint
         shutil.copy(adapter / CONTRACT, folder)
         write_merged_card(folder, contract, name)
 
