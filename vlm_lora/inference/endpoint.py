@@ -250,10 +250,10 @@ class Endpoint:
         """
         pictures = [_picture(source_of(image), self.trained) for image in images]
         messages = []
-        for turn in turns:
+        for turn in turns:  # stripped, as in training
             shown = [{"type": "image_url", "image_url": {"url": url}} for _, url in pictures if not messages]
-            messages.append({"role": "user", "content": [*shown, {"type": "text", "text": turn.user}]})
-            messages.append({"role": "assistant", "content": turn.assistant})
+            messages.append({"role": "user", "content": [*shown, {"type": "text", "text": turn.user.strip()}]})
+            messages.append({"role": "assistant", "content": turn.assistant.strip()})
         body = {
             "model": model,
             "messages": messages[:-1],
