@@ -226,6 +226,7 @@ class Ours:
 
     def __init__(self, run: Path, questions: Path, files: list[str], folder: Path):
         self.captioner = Captioner.load(adapter=run, dtype="float32")
+        self.trained = Trained.load(run)
         self.questions, self.files = questions, files
         self.said = ask(questions, files, ["--adapter", str(run), "--dtype", "float32"], folder)
         assert not self.said.refused, self.said.refused
@@ -281,7 +282,7 @@ class Ours:
         """The largest difference between the server's log-probabilities of three captions' tokens and ours."""
         worst = None
         for file in self.files[:3]:
-            _, address = _picture(_picture_of(file), None)
+            _, address = _picture(_picture_of(file), self.trained)
             content = [{"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": PROMPT}]
             body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": TOKENS,
                     "temperature": 0.0, "logprobs": True, "top_logprobs": 1}  # fmt: skip
@@ -417,12 +418,14 @@ class Matrix:
             self.asked(Cell("vllm", family, method, "merged", "float32"), url, "merged", run, ours)
         if method == "lora":
             least, most = ours.captioner.backbone.pixel_limits
-            other = json.dumps({"min_pixels": least, "max_pixels": most // 4})
+            other = json.dumps({"min_pixels": least, "max_pixels": most // 8})
             flags = ("--served-model-name", "merged", "--mm-processor-kwargs", other)
             with serving(*vllm(self.home, str(merged), *flags), self.work / "vllm.log") as url:
                 how = ["--endpoint", url, "--model", "merged", "--adapter", str(run)]
                 said = ask(self.questions, self.files, how, self.work / "theirs")
-                self.planted(family, "another max_pixels", said.refused is not None, said.refused or "")
+                told = [said.refused or "", *said.left_out]
+                how = next((text for text in told if " tokens on the server" in text), "").rpartition("/questions/")[2]
+                self.planted(family, "another max_pixels", bool(how), how)
 
     def planted(self, family: str, fault: str, seen: bool, how: str) -> None:
         self.faults.append({"engine": "vllm", "family": family, "fault": fault, "seen": seen, "how": how})

@@ -224,18 +224,18 @@ def evaluate(
 
 def against(
     evaluation: Evaluation,
-    captioner: Captioner,
+    speaker: Speaker,
     examples: Sequence[Example],
     decoding: Decoding | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Scores:
-    """The scores of an evaluation with what the captioner's adapter answers now in the place of the base: so two
+    """The scores of an evaluation with what the speaker's adapter answers now in the place of the base: so two
     adapters are compared.
 
     ``examples`` are those that the evaluation is of.
     """
     questions = [_questions(example) for example in examples]
-    answers, failed = _ask(captioner, examples, questions, ["tuned"], decoding, progress)
+    answers, failed = _ask(speaker, examples, questions, ["tuned"], decoding, progress)
     texts = [text for i in range(len(examples)) if i not in failed for text in answers["tuned"][i]]
     answered = [replace(row, base=text) for row, text in zip(evaluation.answered, texts, strict=True)]
     levels: dict[str, Level] = {name: level for level, name in TOKENIZER_ID.items()}
