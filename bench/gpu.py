@@ -60,7 +60,6 @@ from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.model.folder import tiny_path
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded, pack_apart
-from vlm_lora.model.shapes import load_shapes
 from vlm_lora.training.batches import MicroBatch, micro_batches
 from vlm_lora.training.cost import TRAINED, CostModel, micro_shape
 from vlm_lora.training.step import loss_sum
@@ -220,7 +219,7 @@ class Work:
     def predicted_bytes(self, base: str, model: str) -> int:
         """Of the step with every technique, as `vlm-lora plan` counts them."""
         config = TrainConfig(data="", model=model, method="qlora" if base == "nf4" else "lora", rank=RANK)
-        cost = CostModel(load_shapes(model), config, self.backbone.dtype)
+        cost = CostModel(config, self.backbone.dtype, self.backbone.device.type)
         rows, groups = self.groups(shared=True)
         shapes = [
             micro_shape([rows[i][1] for i in group], tuple(len(self.features[rows[i][0]]) for i in group))

@@ -247,16 +247,15 @@ def predicted(job: dict) -> dict[str, float]:
     from vlm_lora import TrainConfig, read_dataset
     from vlm_lora.model.encode import Encoder
     from vlm_lora.model.preprocess import load_preprocessor
-    from vlm_lora.model.shapes import load_shapes
     from vlm_lora.training.batches import EncodedExample
     from vlm_lora.training.cost import CostModel, micro_shapes
     from vlm_lora.training.schedule import Schedule
 
-    base, shapes = load_preprocessor(job["model"]), load_shapes(job["model"])
+    base = load_preprocessor(job["model"])
     side = 2 * round(job["image_tokens"] ** 0.5)
     encoder, grid = Encoder(base), torch.tensor([[1, side, side]])
     config = TrainConfig(data=job["data"], model=job["model"], **SETTINGS).on("cpu")
-    cost = CostModel(shapes, config, torch.float32)
+    cost = CostModel(config, torch.float32, "cpu")
     tower = cost.tower_operations(side * side)
     examples = read_dataset(job["data"], prompt=config.prompt).examples
     alone = [replace(e, dialogues=(dialogue,)) for e in examples for dialogue in e.dialogues]
@@ -274,10 +273,10 @@ def predicted(job: dict) -> dict[str, float]:
         return shapes
 
     # Plain: the tower in each step, and logits of every token.
-    head = 4 * shapes.hidden * shapes.vocabulary
-    plain = sum(
-        cost.step_operations(replace(s, labels=0)) + s.rows * (tower + s.width * head) for s in steps(alone, 10**9)
-    )
+    apart = steps(alone, 10**9)
+    first = apart[0]._replace(labels=0)
+    head = cost.step_operations(first._replace(labels=1)) - cost.step_operations(first)
+    plain = sum(cost.step_operations(s._replace(labels=0)) + s.rows * (tower + s.width * head) for s in apart)
     ours = sum(map(cost.step_operations, steps(examples, config.micro_batch_tokens)))
     whole = EPOCHS * ours + len(examples) * tower
     return {"epoch": round(plain / ours, 3), "whole": round(EPOCHS * plain / whole, 3)}

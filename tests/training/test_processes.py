@@ -23,7 +23,6 @@ from tests.forks import Forks
 from vlm_lora.config import TrainConfig
 from vlm_lora.errors import ConfigError, TrainingError
 from vlm_lora.model.packing import IGNORE_INDEX, Branch, Encoded
-from vlm_lora.model.shapes import load_shapes
 from vlm_lora.training.batches import deal
 from vlm_lora.training.cost import CostModel
 from vlm_lora.training.processes import Processes, require_possible
@@ -201,7 +200,7 @@ TrainingLoop.run = counting
     for end in ended:
         held, whole, base = map(int, end.out.partition("HELD")[2].split()[:3])
         assert held == whole // 2 > 0
-        planned = CostModel(load_shapes(command[3]), TrainConfig(data="x"), torch.float32).weight_bytes(2)
+        planned = CostModel(TrainConfig(data="x", model=command[3]), torch.float32, "cpu").weight_bytes(2)
         assert abs((planned - 4 * whole) / base - 1) < 0.02  # this model has no more than two layers
     assert "Base against tuned on 2 held-out images" in ended[0].out
     assert ended[1].out.count("\n") == 1

@@ -1,38 +1,54 @@
 """Say what a training run will cost: operations, memory, disk, time. It takes the same flags as `train`.
 
   vlm-lora plan ./photos
-  vlm-lora plan ./photos --gpus 4 --tflops 200 --device-memory 24      for another machine than this
+  vlm-lora plan ./photos --device h100 --gpus 4      for another machine than this
 
-No weights are read. The time is at the rate that one random layer reaches here, or at --tflops.
+No weights are read. The time is at the rate that one random layer reaches here, or what a step's kernels take on the
+device that is named.
 """
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from vlm_lora.cli.console import Progress, duration, size
 from vlm_lora.cli.flags import add_config, config_of
+from vlm_lora.config import TrainConfig
 from vlm_lora.errors import ConfigError
+from vlm_lora.training.devices import DEVICES, RESERVED, Device
+
+if TYPE_CHECKING:
+    from vlm_lora.training.estimate import Estimate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs that share each step (default: this machine)")
     parser.add_argument("--fsdp", action="store_true", help="the base's layers in pieces over the devices (FSDP2)")
+    parser.add_argument("--device", choices=DEVICES, help="price the run for this device, by its data sheet")
     parser.add_argument(
         "--tflops", type=float, metavar="X", help="10^12 operations a second of a device (default: measured here)"
+    )
+    parser.add_argument(
+        "--bandwidth", type=float, metavar="X", help="10^9 bytes a second of its memory; with --tflops, prices the run"
     )
     parser.add_argument("--device-memory", type=float, metavar="GB", help="memory of a device (default: of this one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(options: argparse.Namespace) -> int:
-    for name in ("gpus", "tflops", "device_memory"):
+    for name in ("gpus", "tflops", "bandwidth", "device_memory"):
         if getattr(options, name) is not None and getattr(options, name) <= 0:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} {getattr(options, name)}: expected a number above 0")
     if options.fsdp and options.gpus in (None, 1):
         raise ConfigError("--fsdp shares the base out over several GPUs; say how many with --gpus.")
+    if options.device and (options.tflops or options.bandwidth):
+        raise ConfigError("--device stands for its own --tflops and --bandwidth; give it or them.")
+    if options.bandwidth and not (options.tflops and options.device_memory):
+        raise ConfigError("--bandwidth describes a device, together with --tflops and --device-memory.")
     config = config_of(options)
 
     from vlm_lora.training.estimate import estimate_run
@@ -42,46 +58,86 @@ def run(options: argparse.Namespace) -> int:
         config,
         gpus=options.gpus,
         sharded=options.fsdp,
+        accelerator=_accelerator(options),
         tflops=options.tflops,
         device_memory=options.device_memory and options.device_memory * 1e9,
         progress=lambda done, total: progress.count("Examples in tokens:", done, total),
     )
-    facts = asdict(plan)
     if options.json:
-        print(json.dumps(facts | {"memory": plan.cost.memory}))
+        print(json.dumps(asdict(plan) | {"memory": plan.cost.memory}))
         return 0
-    cost, gb = plan.cost, 1e9
-    print(f"{cost.steps:,} steps over {plan.images:,} images, {cost.answers:,} answers in all", end="")
+    print(f"{plan.cost.steps:,} steps over {plan.images:,} images, {plan.cost.answers:,} answers in all", end="")
     print(f"; {plan.unusable:,} rows cannot be used (vlm-lora check says why)" if plan.unusable else "")
+    for line in (*_time(plan, options), *_memory(plan), *_disk(plan, config), *plan.advice):
+        print(line)
+    return 0
+
+
+def _accelerator(options: argparse.Namespace) -> Device | None:
+    if options.device:
+        return DEVICES[options.device]
+    if options.bandwidth:
+        tflops = options.tflops * 1e12
+        return Device(tflops, tflops / 15, options.bandwidth * 1e9, options.device_memory * 1e9)
+    return None
+
+
+def _time(plan: "Estimate", options: argparse.Namespace) -> Iterator[str]:
+    cost = plan.cost
     steps, tower = cost.operations / 1e12, cost.tower_operations / 1e12
-    print(f"operations: {steps:,.3g} TFLOP in the steps, {tower:,.3g} in the vision tower")
-    whose = "given" if options.tflops else "measured with one layer here"
+    yield f"operations: {steps:,.3g} TFLOP in the steps, {tower:,.3g} in the vision tower"
+    tower = duration(plan.tower_seconds)
+    yield f"time:       {duration(plan.step_seconds + plan.tower_seconds)}, {tower} of it in the tower"
     waits = f"; the busiest has {cost.imbalance:.2f} times the mean to do, and the others wait"
     shared = f", shared by {options.gpus}{waits}" if options.gpus and options.gpus > 1 else ""
-    tower = duration(plan.tower_seconds)
-    print(f"time:       {duration(plan.step_seconds + plan.tower_seconds)}, {tower} of it in the tower")
-    print(f"            at {plan.rate / 1e12:,.3g} TFLOP/s, {whose} ({plan.device}, {plan.dtype}){shared}")
-    print(
-        f"memory:     {cost.memory / gb:,.2f} GB of {plan.device_memory / gb:,.1f} GB, besides what torch itself takes:"
-    )
-    print(f"            weights {cost.weights / gb:,.2f}, adapter and optimizer {cost.trained / gb:,.2f}, ", end="")
-    print(
-        f"activations {cost.activations / gb:,.2f} (at most {cost.largest.rows} rows of {cost.largest.width:,} tokens)"
-    )
+    whose = "priced" if plan.price else "given" if options.tflops else "measured with one layer here"
+    yield f"            at {plan.rate / 1e12:,.3g} TFLOP/s, {whose} ({plan.device}, {plan.dtype}){shared}"
+    if price := plan.price:
+        yield (
+            f"            A micro-batch of {cost.largest.rows} x {cost.largest.width:,} tokens takes "
+            f"{1e3 * price.seconds:,.0f} ms, and waits for {price.bound}: {1e3 * price.products:,.0f} ms of matrix "
+            f"products, {1e3 * price.traffic:,.0f} ms of memory traffic, while the host starts {plan.kernels:,} "
+            f"kernels in {1e3 * price.launches:,.0f} ms or more."
+        )
+        yield f"            The base's own products get {plan.peak_share:.0%} of the device's published rate."
+
+
+def _memory(plan: "Estimate") -> Iterator[str]:
+    cost, gb = plan.cost, 1e9
+    device = f"{plan.device_memory / gb:,.1f} GB"
+    yield f"memory:     {cost.memory / gb:,.2f} GB of {device}, besides what torch itself takes:"
+    rows = {
+        "base weights": cost.weights,
+        "adapter, its gradients, optimizer": cost.trained,
+        "kept for the backward pass": cost.activations - cost.passing,
+        "beside it at the peak (logits, or a layer)": cost.passing,
+    }
+    for name, size_ in rows.items():
+        yield f"            {name:<44}{size_ / gb:>9,.2f} GB"
+    shape = cost.largest
+    yield f"            in a micro-batch of {shape.rows} rows of {shape.width:,} tokens, the largest"
+    if plan.device == "cuda":
+        yield f"            (torch reserves some {RESERVED - 1:.0%} more of a GPU than it uses)"
+
+
+def _disk(plan: "Estimate", config: TrainConfig) -> Iterator[str]:
+    cost = plan.cost
     in_memory = f"main memory still holds {cost.found:.0%} when they come again"
     if not config.cache or "vision" in config.lora_targets:
         again = "" if "vision" in config.lora_targets or plan.seen_once else f"; {in_memory}"
-        print(f"disk:       no features are kept ({'LoRA is in the tower' if config.cache else '--no-cache'}){again}")
-    else:
-        others = "each other image is seen once" if plan.seen_once else f"{plan.images:,} to learn from"
-        print(f"disk:       {size(cost.features)} of features, computed once and kept: ", end="")
-        print(f"{plan.held_out:,} held-out images; {others}")
-        if plan.room < cost.features:
-            room = f"room for {size(plan.room)} of it"
-            print(f"            {room} (--cache-gb {config.cache_gb:g}, free disk); of the rest, {in_memory}")
-        if plan.cached:
-            print(f"            {plan.cached:,} images are in the cache: those of this run spare it the tower ", end="")
-            print("(which they are, only the base's weights tell)")
-    for line in plan.advice:
-        print(line)
-    return 0
+        why = "LoRA is in the tower" if config.cache else "--no-cache"
+        yield f"disk:       no features are kept ({why}){again}"
+        return
+    others = "each other image is seen once" if plan.seen_once else f"{plan.images:,} to learn from"
+    yield (
+        f"disk:       {size(cost.features)} of features, computed once and kept: {plan.held_out:,} held-out images; "
+        f"{others}"
+    )
+    if plan.room < cost.features:
+        room = f"room for {size(plan.room)} of it"
+        yield f"            {room} (--cache-gb {config.cache_gb:g}, free disk); of the rest, {in_memory}"
+    if plan.cached:
+        yield (
+            f"            {plan.cached:,} images are in the cache: those of this run spare it the tower "
+            "(only the base's weights tell which they are)"
+        )

@@ -54,10 +54,19 @@ class Backbone(Preprocessor):
     def dtype(self) -> torch.dtype:
         return self.language_model.norm.weight.dtype
 
+    @property
+    def patch_numbers(self) -> int:
+        """Numbers of a patch of pixels."""
+        return self.model.model.visual.patch_embed.proj.weight[0].numel()
+
+    @property
+    def feature_width(self) -> int:
+        """Numbers that `tower` gives for a patch."""
+        return self._tower_width * len(self.family.mergers_of(self.model))
+
     def feature_bytes(self, grid_thw: Sequence[int]) -> int:
         """Size of what `tower` gives for an image of this grid."""
-        width = self._tower_width * len(self.family.mergers_of(self.model))
-        return math.prod(grid_thw) * width * self.dtype.itemsize
+        return math.prod(grid_thw) * self.feature_width * self.dtype.itemsize
 
     @property
     def pad_token_id(self) -> int:
@@ -143,7 +152,10 @@ class Backbone(Preprocessor):
 
     @cached_property
     def tower_fingerprint(self) -> str:
-        """Hash of everything that decides what `tower` gives for a picture: weights, number format, preprocessing."""
+        """Hash of everything that decides what `tower` gives for a picture: weights, number format, preprocessing.
+        Where there are shapes alone, ""."""
+        if self.device.type == "meta":
+            return ""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             if name.startswith(self.family.tower_prefixes):
@@ -367,6 +379,11 @@ def load_backbone(
     )
 
 
+WHOLE_LINEARS = ("in_proj_a", "in_proj_b")
+"""What QLoRA does not quantise in the language layers: the gates of linear attention, which are a thousandth of the
+weights, and where the squared error of four bits is ten times that of the layer's other linears, a weight."""
+
+
 def require_bitsandbytes() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("QLoRA needs bitsandbytes, which is not installed: pip install 'vlm-lora[qlora]'.")
@@ -380,9 +397,7 @@ def _four_bits(dtype: torch.dtype, device: torch.device) -> dict:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        # By default tower and merger would be quantised too. The gates of linear attention are a thousandth of the
-        # weights, and the squared error of four bits is ten times that of the layer's other linears there, a weight.
-        llm_int8_skip_modules=["model.visual", "lm_head", "in_proj_a", "in_proj_b"],
+        llm_int8_skip_modules=["model.visual", "lm_head", *WHOLE_LINEARS],  # by default tower and merger would be, too
     )
     return {"quantization_config": config, "device_map": {"": device}}
 

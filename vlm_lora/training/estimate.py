@@ -1,5 +1,6 @@
 """`vlm-lora plan`: what a run will cost on this machine or another, and what would make it fit."""
 
+import importlib.util
 import math
 import os
 import statistics
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from vlm_lora.config import TrainConfig, flag_of
 from vlm_lora.data.example import ImageRef
@@ -18,10 +20,13 @@ from vlm_lora.model.device import best_device, resolve_dtype
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import cache_folder, store_in
 from vlm_lora.model.preprocess import Preprocessor, load_preprocessor
-from vlm_lora.model.shapes import Shapes, load_sample, load_shapes
-from vlm_lora.training.cost import CostModel, MicroShape, Prediction, predict
+from vlm_lora.model.shapes import load_sample
+from vlm_lora.training.cost import CostModel, Prediction, predict
+from vlm_lora.training.devices import Device, Price, price
 from vlm_lora.training.prepare import Prepared, encode, read_and_split, sees_each_image_once
 from vlm_lora.training.processes import require_shardable
+from vlm_lora.training.step import loss_sum
+from vlm_lora.training.trace import ATTENTION_OPERATIONS, MicroShape, micro_batch
 
 FILLED = 0.9
 """The share of a device's memory that may be planned for; allocators waste some."""
@@ -50,6 +55,12 @@ class Estimate:
     rate: float
     step_seconds: float
     tower_seconds: float
+    price: Price | None
+    """What one of the largest micro-batches takes, where the time is priced and not measured."""
+    kernels: int
+    """Of such a micro-batch."""
+    peak_share: float | None
+    """Of the device's published rate: the share that the base's own products get."""
     advice: tuple[str, ...]
 
 
@@ -81,6 +92,7 @@ def estimate_run(
     *,
     gpus: int | None = None,
     sharded: bool = False,
+    accelerator: Device | None = None,
     tflops: float | None = None,
     device_memory: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -90,6 +102,7 @@ def estimate_run(
     Args:
         gpus: that share each step; by default this machine's device, which may be a CPU.
         sharded: whether FSDP2 is to keep the base's layers in pieces over them.
+        accelerator: the device, one of `DEVICES` or another, whose figures price the traced passes.
         tflops: 10^12 operations a second of a device; by default measured here.
         device_memory: of a device, in bytes; by default this one's.
         progress: called with the number of examples that are in tokens, and of all.
@@ -100,18 +113,19 @@ def estimate_run(
     if sharded:
         require_shardable(config.method)
     device = best_device()
-    target = "cuda" if gpus else device.type
+    target = "cuda" if gpus or accelerator else device.type
     if target != device.type:
-        if not (tflops and device_memory):
+        if not accelerator and not (tflops and device_memory):
             raise ConfigError(
-                f"--gpus {gpus}: there is no GPU here to be measured. Say what one has: --tflops (attained, which is "
-                "well below its data sheet's) and --device-memory (GB)."
+                f"--gpus {gpus}: there is no GPU here to be measured. Name one, as --device h100, or say what it has: "
+                "--tflops (attained, which is well below its data sheet's) and --device-memory (GB)."
             )
-        config = config.replace(dtype="bfloat16") if config.dtype == "auto" else config
+        format = "bfloat16" if not accelerator or accelerator.bfloat16 else "float32"
+        config = config.replace(dtype=format) if config.dtype == "auto" else config
     gpus = gpus or 1
     config = config.on(target)
     dtype = resolve_dtype(config.dtype, device)
-    shapes = load_shapes(config.model)
+    model = CostModel(config, dtype, target)
     prepared, headers = _prepare(config, progress)
     examples = prepared.weighted
     patches, held_patches = headers.of(prepared.train), headers.once(headers.of(prepared.held_out))
@@ -120,20 +134,32 @@ def estimate_run(
     seen_once = sees_each_image_once(config, [each.example for each in prepared.train])
     learnt = headers.once(patches) if can_be_kept and not seen_once else {}
     held = held_patches if can_be_kept else {}
-    learnt_bytes, held_bytes = (sum(n.values()) * shapes.feature_width * dtype.itemsize for n in (learnt, held))
+    learnt_bytes, held_bytes = (sum(n.values()) * model.traced.feature_bytes for n in (learnt, held))
     store = store_in(cache_folder(), config.cache_gb)
     room = store.room_for(learnt_bytes + held_bytes)
     kept = min(1.0, room / learnt_bytes) if learnt else 0.0  # these come first
 
-    def cost_of(config: TrainConfig, sharded: bool = sharded) -> Prediction:
-        return predict(config, shapes, examples, patches, device=device, gpus=gpus, sharded=sharded, kept=kept)
+    def cost_of(config: TrainConfig, model: CostModel | None = None, sharded: bool = sharded) -> Prediction:
+        model = model or CostModel(config, resolve_dtype(config.dtype, device), target)
+        return predict(config, model, examples, patches, gpus=gpus, sharded=sharded, kept=kept)
 
-    cost = cost_of(config)
-    through_tower = CostModel(shapes, config, dtype).tower_operations
-    filling = kept * sum(map(through_tower, learnt.values())) + sum(map(through_tower, held_patches.values()))
+    cost = cost_of(config, model)
+    filling = kept * sum(map(model.tower_operations, learnt.values())) + sum(
+        map(model.tower_operations, held_patches.values())
+    )
     cost = replace(cost, features=learnt_bytes + held_bytes, tower_operations=cost.tower_operations + filling)
-    rates = (tflops * 1e12,) * 2 if tflops else measure_rates(config, shapes, cost.largest, device)
-    memory = device_memory or device_memory_of(device)
+    step, priced, share = model.trace(cost.largest), None, None
+    if accelerator:
+        priced = price(step, accelerator)
+        seen = max(cost.largest.patches, default=256)
+        rates = (
+            step.operations / priced.seconds,
+            model.tower_operations(seen) / price(model.traced.tower([seen]), accelerator).seconds,
+        )
+        share = model.useful_operations(cost.largest) / priced.seconds / accelerator.tensor
+    else:
+        rates = (tflops * 1e12,) * 2 if tflops else measure_rates(config, cost.largest, device)
+    memory = device_memory or (accelerator.memory if accelerator else device_memory_of(device))
     return Estimate(
         cost=cost,
         images=len(patches),
@@ -149,7 +175,10 @@ def estimate_run(
         rate=rates[0],
         step_seconds=cost.operations * cost.imbalance / rates[0] / gpus,
         tower_seconds=cost.tower_operations / rates[1] / gpus,
-        advice=tuple(_advice(config, cost, memory, cost_of, can_shard=gpus > 1 and not sharded)),
+        price=priced,
+        kernels=round(step.num_kernels),
+        peak_share=share,
+        advice=tuple(_advice(config, model, cost, memory, cost_of, can_shard=gpus > 1 and not sharded)),
     )
 
 
@@ -164,30 +193,34 @@ def _prepare(config: TrainConfig, progress: Callable[[int, int], None]) -> tuple
     return prepared, headers
 
 
-def _advice(config: TrainConfig, cost: Prediction, memory: float, cost_of, can_shard: bool) -> Iterator[str]:
+def _advice(  # arguments: what was asked for, what it costs, and what may be tried instead
+    config: TrainConfig, model: CostModel, cost: Prediction, memory: float, cost_of, can_shard: bool
+) -> Iterator[str]:
     """Whether it fits, and if it does not, which knobs would make it fit."""
     if cost.memory < FILLED * memory:
         yield "It fits."
         return
     yield f"It does not fit: {cost.memory / 1e9:,.1f} GB against {memory / 1e9:,.1f} GB. What would:"
-    tokens = config.tokens_at_once
+    tokens, has_4bit = config.tokens_at_once, importlib.util.find_spec("bitsandbytes") is not None
     smaller = [{"micro_batch_tokens": tokens // part} for part in (2, 4, 8, 16) if tokens >= part]
     tried = [
         *smaller,
         {"gradient_checkpointing": True},
         {"dtype": "bfloat16"},
         *({"dtype": "bfloat16"} | change for change in smaller),
-        *({"method": "qlora", "variant": None} | change for change in smaller if config.method == "lora"),
+        *({"method": "qlora", "variant": None} | change for change in smaller if config.method == "lora" and has_4bit),
     ]
     offered = 0
     if can_shard and config.method != "qlora":
-        needed = cost_of(config, sharded=True).memory
+        needed = cost_of(config, model, sharded=True).memory
         if needed < FILLED * memory:
             offered += 1
             yield f"  --fsdp (the base's layers in pieces over the GPUs; docs/distributed.md): {needed / 1e9:,.1f} GB"
     for change in tried:
-        needed = cost_of(config.replace(**change)).memory
-        if needed < FILLED * memory and offered < 3:
+        if offered == 3:
+            break
+        needed = cost_of(config.replace(**change), model if change in smaller else None).memory
+        if needed < FILLED * memory:
             offered += 1
             flags = [flag_of(k) if v is True else f"{flag_of(k)} {v}" for k, v in change.items() if v is not None]
             yield f"  {' '.join(flags)}: {needed / 1e9:,.1f} GB"
@@ -195,44 +228,35 @@ def _advice(config: TrainConfig, cost: Prediction, memory: float, cost_of, can_s
         yield "  nothing that is known here; take a smaller base model, or lower --max-pixels and --max-tokens"
 
 
-def measure_rates(
-    config: TrainConfig, shapes: Shapes, typical: MicroShape, device: torch.device
-) -> tuple[float, float]:
+def measure_rates(config: TrainConfig, typical: MicroShape, device: torch.device) -> tuple[float, float]:
     """Operations a second of the steps and of the tower on this device: one layer of each, random, timed.
 
     At most 1,024 tokens or patches at a time, so that it takes seconds also where the whole would take hours.
     """
     backbone = load_sample(config.model, dtype=config.dtype, device=device)
-    one = replace(
-        shapes,
-        layers=1,
-        language_linears=shapes.language_linears[: len(shapes.language_linears) // shapes.layers],
-        tower_windows=shapes.tower_windows[:1],
-        tower_linears=shapes.tower_linears[: (len(shapes.tower_linears) - 1) // len(shapes.tower_windows)]
-        + shapes.tower_linears[-1:],  # the last is that of the patches
-    )
-    config = config.replace(method="lora" if config.method == "qlora" else config.method)
-    cost = CostModel(one, config, backbone.dtype)
     patches = max(4, min(1024, int(statistics.median(typical.patches or (1024,)))) // 4 * 4)
     side = 2 * max(1, round(math.sqrt(patches / 4)))
     grid = torch.tensor([[1, side, side]])
-    inputs = torch.randn(side * side, shapes.tower_linears[-1][0])
-    tower = cost.tower_operations(side * side) / _seconds(lambda: backbone.tower(inputs, grid), device)
+    inputs = torch.randn(side * side, backbone.patch_numbers)
+    tower = _rate(lambda: backbone.tower(inputs, grid), device)
 
     with torch.random.fork_rng(devices=[]):
-        attach_adapter(backbone, config)
+        attach_adapter(backbone, config.replace(method="lora" if config.method == "qlora" else config.method))
     width = min(typical.width, 1024)
     rows = max(1, min(typical.rows, 1024 // width))
-    ids = torch.ones(rows, width, dtype=torch.long, device=device)
-    positions = torch.arange(width, device=device).expand(3, rows, -1)
-    mask = torch.ones(rows, 1, width, width, dtype=torch.bool, device=device).tril()
-    shape = MicroShape(rows, width, 0, 0, ())
-    seconds = _seconds(lambda: backbone.forward(ids, mask, positions, None).float().sum().backward(), device)
-    return cost.step_operations(shape) / seconds, tower
+    batch = micro_batch(backbone, MicroShape(rows, max(2, width), 0, rows, 1, ()))
+    return _rate(lambda: loss_sum(backbone, batch).backward(), device), tower
+
+
+def _rate(work: Callable[[], object], device: torch.device) -> float:
+    """Operations a second; the fastest of a few, after one that warms up and is counted."""
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_OPERATIONS) as counter:
+        work()
+    return counter.get_total_flops() / _seconds(work, device)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The fastest of a few, behind one that warms up."""
+    """The fastest of a few, after one that warms up."""
     taken: list[float] = []
     while len(taken) < 2 or (len(taken) < 6 and sum(taken) < 4):
         started = time.perf_counter()

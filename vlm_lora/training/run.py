@@ -18,9 +18,8 @@ from vlm_lora.model.backbone import Backbone, load_backbone, require_bitsandbyte
 from vlm_lora.model.device import is_out_of_memory, resolve_dtype
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, cache_folder
-from vlm_lora.model.shapes import Shapes, shapes_of
 from vlm_lora.training.batches import Loader
-from vlm_lora.training.cost import Measured, Prediction, predict
+from vlm_lora.training.cost import CostModel, Measured, Prediction, predict
 from vlm_lora.training.events import Events
 from vlm_lora.training.folder import (
     RunFolder,
@@ -103,7 +102,7 @@ def train_adapter(
         path = processes.on_main(lambda: _open_folder(path, resume, held))
         events.folder(path)
         processes.on_main(lambda: held.enter_context(tracked(config, processes.accelerator, path, resume)))
-        adapter, shapes = _attached(config, processes, techniques.attach)
+        adapter = _attached(config, processes, techniques.attach)
         events.parts(adapter, config.model)
         features = _feature_cache(config, adapter, techniques, events)
         prepared = _prepare(config, data, features, processes, events)
@@ -116,7 +115,7 @@ def train_adapter(
         identity = _identity(config, data, adapter) | {"pictures_fingerprint": features.fingerprint(images)}
         processes.require_same(identity)
         folder = RunFolder(path, identity, processes, config.report_to)
-        predicted, started = _predict(config, shapes, features, prepared, processes), time.perf_counter()
+        predicted, started = _predict(config, features, prepared, processes), time.perf_counter()
         loader = Loader(adapter.backbone, features, processes, techniques)
         loop = TrainingLoop(config, adapter, loader, prepared, folder, events, stop)
         steps = loop.run(allow_change)
@@ -137,10 +136,8 @@ def _open_folder(path: Path, resume: bool, held: ExitStack) -> Path:
     return path
 
 
-def _attached(
-    config: TrainConfig, processes: Processes, attach: Callable[[Backbone, TrainConfig], Adapter]
-) -> tuple[Adapter, Shapes]:
-    """The adapter on its base model, ready to train, and the base's sizes."""
+def _attached(config: TrainConfig, processes: Processes, attach: Callable[[Backbone, TrainConfig], Adapter]) -> Adapter:
+    """The adapter on its base model, ready to train."""
     backbone = load_backbone(
         config.model,
         dtype=str(resolve_dtype(config.dtype, processes.device)).removeprefix("torch."),
@@ -149,7 +146,6 @@ def _attached(
         max_pixels=config.max_pixels,
         quantise=config.method == "qlora",
     )
-    shapes = shapes_of(backbone.model)
     adapter = attach(backbone, config)
     if config.from_:
         adapter = adapter.going_on_from(Path(config.from_).resolve().name, find_adapter(config.from_))
@@ -157,7 +153,7 @@ def _attached(
         backbone.checkpoint_layers()
     if processes.sharded:
         backbone.shard(processes.group, processes.device)
-    return adapter, shapes
+    return adapter
 
 
 def _feature_cache(config: TrainConfig, adapter: Adapter, techniques: Techniques, events: Events) -> FeatureCache:
@@ -196,18 +192,15 @@ def _identity(config: TrainConfig, data: SplitData, adapter: Adapter) -> dict:
     return config.identity | {f"{name}_fingerprint": value for name, value in fingerprints.items()}
 
 
-def _predict(
-    config: TrainConfig, shapes: Shapes, features: FeatureCache, prepared: Prepared, processes: Processes
-) -> Prediction:
+def _predict(config: TrainConfig, features: FeatureCache, prepared: Prepared, processes: Processes) -> Prediction:
     """The cost of the steps alone: what the cache holds by now costs nothing more."""
     patches = {image: features.patches(image) for each in prepared.train for image in each.example.images}
     survey = features.survey(patches)
     return predict(
         config,
-        shapes,
+        CostModel(config, features.backbone.dtype, features.backbone.device.type),
         prepared.weighted,
         patches,
-        device=features.backbone.device,
         gpus=processes.count,
         sharded=processes.sharded,
         kept=1 - survey.missing_bytes / max(1, survey.num_bytes),

@@ -125,13 +125,20 @@ def _lora_layers(peft_model: PeftModel) -> list[Any]:
     return [module for module in peft_model.modules() if isinstance(module, LoraLayer)]
 
 
-def _plain_lora(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def compute_products_in(backbone: Backbone, dtype: torch.dtype) -> None:
+    """Have LoRA's products computed in ``dtype``, and not in what suits the device."""
+    for layer in backbone.model.modules():
+        if isinstance(layer, LoraLayer) and "forward" in vars(layer):
+            layer.forward = partial(_plain_lora, layer, products=dtype)
+
+
+def _plain_lora(layer: Any, x: torch.Tensor, products: torch.dtype | None = None) -> torch.Tensor:
     """What PEFT's forward computes for one LoRA, by `_AddLowRank`."""
     out = layer.base_layer(x)
     if layer.disable_adapters:
         return out
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    dropout, kind = layer.lora_dropout["default"], _product_dtype(out, up)
+    dropout, kind = layer.lora_dropout["default"], products or _product_dtype(out, up)
     # Without dropout the input itself is kept for the backward pass, which several linears share, not a copy of it.
     seen = x if isinstance(dropout, torch.nn.Identity) else dropout(x.to(kind))
     scaling = layer.scaling["default"]
@@ -142,7 +149,7 @@ def _product_dtype(out: torch.Tensor, up: torch.Tensor) -> torch.dtype:
     """What LoRA's products are computed in. A GPU takes the base's format, and adds up in float32 either way: in the
     language layers of 2B LoRA costs an H200 152 ms for 8,192 tokens in float32, 30 in bfloat16, with the same error
     (bench/results/gpu-profile.json). A CPU gains nothing by it, and computes in the LoRA's own float32."""
-    return out.dtype if out.is_cuda else up.dtype
+    return up.dtype if out.is_cpu else out.dtype
 
 
 class _AddLowRank(torch.autograd.Function):
