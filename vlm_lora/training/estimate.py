@@ -113,19 +113,10 @@ def estimate_run(
     if sharded:
         require_shardable(config.method)
     device = best_device()
-    target = "cuda" if gpus or accelerator else device.type
-    if target != device.type:
-        if not accelerator and not (tflops and device_memory):
-            raise ConfigError(
-                f"--gpus {gpus}: there is no GPU here to be measured. Name one, as --device h100, or say what it has: "
-                "--tflops (attained, which is well below its data sheet's) and --device-memory (GB)."
-            )
-        format = "bfloat16" if not accelerator or accelerator.bfloat16 else "float32"
-        config = config.replace(dtype=format) if config.dtype == "auto" else config
-    gpus = gpus or 1
-    config = config.on(target)
-    dtype = resolve_dtype(config.dtype, device)
-    model = CostModel(config, dtype, target)
+    if (target := "cuda" if gpus or accelerator else device.type) != device.type:
+        config = _elsewhere(config, gpus, accelerator, bool(tflops and device_memory))
+    gpus, config = gpus or 1, config.on(target)
+    model = CostModel(config, dtype := resolve_dtype(config.dtype, device), target)
     prepared, headers = _prepare(config, progress)
     examples = prepared.weighted
     patches, held_patches = headers.of(prepared.train), headers.once(headers.of(prepared.held_out))
@@ -144,18 +135,14 @@ def estimate_run(
         return predict(config, model, examples, patches, gpus=gpus, sharded=sharded, kept=kept)
 
     cost = cost_of(config, model)
-    filling = kept * sum(map(model.tower_operations, learnt.values())) + sum(
-        map(model.tower_operations, held_patches.values())
-    )
-    cost = replace(cost, features=learnt_bytes + held_bytes, tower_operations=cost.tower_operations + filling)
-    step, priced, share = model.trace(cost.largest), None, None
+    tower = cost.tower_operations + kept * sum(map(model.tower_operations, learnt.values()))
+    tower += sum(map(model.tower_operations, held_patches.values()))
+    cost = replace(cost, features=learnt_bytes + held_bytes, tower_operations=tower)
+    step = model.trace(cost.largest)
+    priced = share = None
     if accelerator:
-        priced = price(step, accelerator)
-        seen = max(cost.largest.patches, default=256)
-        rates = (
-            step.operations / priced.seconds,
-            model.tower_operations(seen) / price(model.traced.tower([seen]), accelerator).seconds,
-        )
+        priced, through_tower = _price(model, cost.largest, accelerator)
+        rates = step.operations / priced.seconds, through_tower
         share = model.useful_operations(cost.largest) / priced.seconds / accelerator.tensor
     else:
         rates = (tflops * 1e12,) * 2 if tflops else measure_rates(config, cost.largest, device)
@@ -180,6 +167,24 @@ def estimate_run(
         peak_share=share,
         advice=tuple(_advice(config, model, cost, memory, cost_of, can_shard=gpus > 1 and not sharded)),
     )
+
+
+def _price(model: CostModel, largest: MicroShape, accelerator: Device) -> tuple[Price, float]:
+    """What the largest micro-batch takes there, and the tower's operations a second."""
+    seen = max(largest.patches, default=256)
+    through_tower = price(model.traced.tower([seen]), accelerator).seconds
+    return price(model.trace(largest), accelerator), model.tower_operations(seen) / through_tower
+
+
+def _elsewhere(config: TrainConfig, gpus: int | None, accelerator: Device | None, described: bool) -> TrainConfig:
+    """The run on a GPU that is not here, in the format that it would take there."""
+    if not accelerator and not described:
+        raise ConfigError(
+            f"--gpus {gpus}: there is no GPU here to be measured. Name one, as --device h100, or say what it has: "
+            "--tflops (attained, which is well below its data sheet's) and --device-memory (GB)."
+        )
+    dtype = "bfloat16" if not accelerator or accelerator.bfloat16 else "float32"
+    return config.replace(dtype=dtype) if config.dtype == "auto" else config
 
 
 def _prepare(config: TrainConfig, progress: Callable[[int, int], None]) -> tuple[Prepared, _Headers]:

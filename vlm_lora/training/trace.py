@@ -179,7 +179,9 @@ def _fused(forward: Callable, *args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
 
-def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def _attend(  # arguments: those of torch's own function
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
     fused = aten._scaled_dot_product_flash_attention_for_cpu
     return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
