@@ -280,7 +280,7 @@ def _ask(
             asked = {}
             for i in group:
                 try:
-                    images = [_blank(image) if who == "blanked" else image for image in examples[i].images]
+                    images = [blank(image) if who == "blanked" else image for image in examples[i].images]
                     asked[i] = (images, [question.turns for question in questions[i]])
                 except DataError as error:
                     failed[i] = str(error)
@@ -308,7 +308,7 @@ def _groups(questions: Sequence[Sequence], rows: int) -> list[list[int]]:
     return groups
 
 
-def _blank(image: ImageRef) -> Image.Image:
+def blank(image: ImageRef) -> Image.Image:
     return Image.new("RGB", load_image(image).size, (128, 128, 128))
 
 
