@@ -9,8 +9,14 @@ from PIL import Image
 from tests.conftest import picture
 from vlm_lora import TrainConfig, read_dataset, train
 from vlm_lora.cli import main
+from vlm_lora.inference.caption import Decoding
 from vlm_lora.inference.captioner import Captioner
+from vlm_lora.inference.evaluate import evaluate
 from vlm_lora.inference.review import review
+from vlm_lora.inference.scores import Scores, summary
+from vlm_lora.model.adapters.methods import attach_adapter
+from vlm_lora.model.backbone import load_backbone
+from vlm_lora.model.features import FeatureCache
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
@@ -61,3 +67,32 @@ def test_wrong_captions_come_first(checkpoints, tmp_path, capsys):
     assert main([*command, "--output", str(tmp_path / "out")]) == 3
     assert (tmp_path / "out" / "review.jsonl").read_text() == out
     assert main([*command, "--blank"]) == 2
+
+
+def test_answers_that_stay_the_same_are_guessed(checkpoints, tmp_path):
+    """Against answering by hand with the pictures exchanged; a damaged neighbour takes no part."""
+    backbone = load_backbone(str(checkpoints["qwen2_vl"]))
+    adapter = attach_adapter(backbone, TrainConfig(data="none", rank=4, seed=1))
+    for i, (_, parameter) in enumerate(adapter.named_parameters()):
+        torch.manual_seed(i)
+        parameter.data = torch.randn_like(parameter.data) * 0.3
+    captioner = Captioner(backbone, adapter, FeatureCache(backbone, None), "Say it.")
+    for i in range(5):
+        picture(i // 2).save(tmp_path / f"{i}.png")  # 0 and 1 are alike, 2 and 3
+        (tmp_path / f"{i}.txt").write_text("It.")
+    examples = read_dataset(tmp_path, prompt="Say it.").examples
+    (tmp_path / "1.png").write_bytes(b"nothing")
+    how = Decoding(max_new_tokens=3)
+    evaluation = evaluate(captioner, examples, swapped=True, decoding=how)
+    seen = [tmp_path / f"{i}.png" for i in (0, 2, 3, 4)]
+    own = [captioner.answer(path, "Say it.", decoding=how) for path in seen]
+    other = [captioner.answer(path, "Say it.", decoding=how) for path in (*seen[1:], seen[0])]
+    grey = [captioner.answer(Image.new("RGB", (64, 64), (128,) * 3), "Say it.", decoding=how)] * 4
+    told = evaluation.scores.unmoved
+    assert told["other"].share == sum(a == b for a, b in zip(own, other, strict=True)) / 4
+    assert told["blanked"].share == sum(a == b for a, b in zip(own, grey, strict=True)) / 4
+    assert 0 < told["other"].share < 1
+    assert told["other"].low <= told["other"].share <= told["other"].high
+    assert Scores.from_json(json.loads(json.dumps(evaluation.scores.to_json()))) == evaluation.scores
+    assert "with another picture in its place" in summary(evaluation.scores)[-1]
+    assert evaluate(captioner, examples, blanked=True, decoding=how).scores.unmoved is None

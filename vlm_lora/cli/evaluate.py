@@ -49,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--concurrency", type=int, default=16, metavar="N", help="requests at a time to --endpoint (default: 16)"
     )
     parser.add_argument(
+        "--swap",
+        action="store_true",
+        help="as --blank, and with another image in its place: the share of answers that stay the same is guessed",
+    )
+    parser.add_argument(
         "--review",
         action="store_true",
         help="instead score each answer of the data by what the picture says for it, the lowest first: JSON lines to "
@@ -93,6 +98,7 @@ def run(options: argparse.Namespace) -> int:
         speaker,
         dataset.examples,
         blanked=options.blank,
+        swapped=options.swap,
         level=options.level,
         also=also[0].examples if also else (),
         decoding=decoding,
@@ -147,7 +153,7 @@ def _review(options: argparse.Namespace, captioner: "Speaker", dataset: "Dataset
     from vlm_lora.inference.captioner import Captioner
     from vlm_lora.inference.review import review
 
-    if options.blank or options.also or options.json:
+    if options.blank or options.swap or options.also or options.json:
         raise ConfigError("--review answers nothing, and goes without --blank, --also and --json.")
     if not isinstance(captioner, Captioner):
         raise ConfigError("--review needs the model's probabilities, which --endpoint does not give: leave it out.")
