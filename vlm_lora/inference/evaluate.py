@@ -164,7 +164,7 @@ class Evaluation:
         )
 
 
-def evaluate(
+def evaluate(  # arguments: what is asked, of whom, and who hears of it
     speaker: Speaker,
     examples: Sequence[Example],
     *,
