@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -93,7 +93,10 @@ def attach_full(backbone: Backbone, config: TrainConfig) -> Adapter:
         tensors = {n: p.detach().cpu() for n, p in backbone.model.named_parameters() if p.requires_grad}
         save_file(tensors, folder / "adapter_model.safetensors")
 
-    return Adapter(backbone, new_contract(backbone, "full", config.prompt), disable, write)
+    def read(folder: Path) -> None:
+        backbone.model.load_state_dict(load_file(folder / "adapter_model.safetensors"), strict=False)
+
+    return Adapter(backbone, new_contract(backbone, "full", config.prompt), disable, write, read)
 
 
 class Alive(TorchDispatchMode):

@@ -3,6 +3,7 @@
 vlm-lora eval ./test.jsonl --adapter runs/photos
 vlm-lora eval ./test.jsonl --adapter runs/photos --blank --json
 vlm-lora eval ./test.jsonl --adapter runs/photos --endpoint http://127.0.0.1:8000/v1      what a server makes of it
+vlm-lora eval ./photos --adapter runs/photos --review > review.jsonl      its captions, the most doubtful first
 """
 
 import argparse
@@ -18,6 +19,7 @@ from vlm_lora.cli.flags import READING, add_flags, given
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT, TrainConfig
 
 if TYPE_CHECKING:
+    from vlm_lora.data.readers import Dataset
     from vlm_lora.inference.evaluate import Speaker
 
 
@@ -45,6 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--concurrency", type=int, default=16, metavar="N", help="requests at a time to --endpoint (default: 16)"
+    )
+    parser.add_argument(
+        "--swap",
+        action="store_true",
+        help="as --blank, and with another image in its place: the share of answers that stay the same is guessed",
+    )
+    parser.add_argument(
+        "--review",
+        action="store_true",
+        help="instead score each answer of the data by what the picture says for it, the lowest first: JSON lines to "
+        "find wrong ones by, on stdout or in --output",
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write predictions, scores and report there")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
@@ -79,10 +92,13 @@ def run(options: argparse.Namespace) -> int:
         if not read.examples:
             raise DataError(f"{path}: no usable example in it ({len(read.bad)} rows cannot be used).")
     progress = Progress()
+    if options.review:
+        return _review(options, speaker, dataset, progress)
     evaluation = evaluate(
         speaker,
         dataset.examples,
         blanked=options.blank,
+        swapped=options.swap,
         level=options.level,
         also=also[0].examples if also else (),
         decoding=decoding,
@@ -130,6 +146,28 @@ def _speaker(options: argparse.Namespace) -> "tuple[Speaker, str]":
     trained = Trained.load(options.adapter) if options.adapter else None
     server = Endpoint(options.endpoint, model=options.model, concurrency=options.concurrency, trained=trained)
     return server, options.prompt or (trained.prompt if trained else DEFAULT_PROMPT)
+
+
+def _review(options: argparse.Namespace, captioner: "Speaker", dataset: "Dataset", progress: Progress) -> int:
+    from vlm_lora.errors import ConfigError
+    from vlm_lora.inference.captioner import Captioner
+    from vlm_lora.inference.review import review
+
+    if options.blank or options.swap or options.also or options.json:
+        raise ConfigError("--review answers nothing, and goes without --blank, --also and --json.")
+    if not isinstance(captioner, Captioner):
+        raise ConfigError("--review needs the model's probabilities, which --endpoint does not give: leave it out.")
+    rows = review(captioner, dataset.examples, lambda done, total: progress.count("Reviewed:", done, total))
+    lines = "".join(row.to_json() + "\n" for row in rows)
+    if options.output:
+        (options.output / "review.jsonl").write_text(lines, encoding="utf-8")
+        say(f"{len(rows):,} answers, the most doubtful first: {options.output / 'review.jsonl'}")
+    else:
+        sys.stdout.write(lines)
+    left_out = len(dataset.bad) + sum(row.error is not None for row in rows)
+    if left_out:
+        say(f"{left_out:,} rows could not be looked at.")
+    return 3 if left_out else 0
 
 
 def _reading(options: argparse.Namespace) -> dict:

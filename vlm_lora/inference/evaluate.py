@@ -18,9 +18,10 @@ from vlm_lora.errors import ConfigError, DataError
 from vlm_lora.inference.caption import Decoding
 from vlm_lora.inference.captioner import Request
 from vlm_lora.inference.metrics import captions
+from vlm_lora.inference.metrics.answers import exact_match
 from vlm_lora.inference.metrics.intervals import Bootstrap, Gain, Interval
 from vlm_lora.inference.metrics.tokens import TOKENIZER_ID, Level, level_for
-from vlm_lora.inference.scores import METRICS, WHO, FailedExample, KindScores, ModelScores, Scores
+from vlm_lora.inference.scores import METRICS, WHO, FailedExample, KindScores, ModelScores, Scores, Unmoved
 
 ROWS_AT_ONCE = 96
 """Questions decoded together."""
@@ -163,11 +164,12 @@ class Evaluation:
         )
 
 
-def evaluate(
+def evaluate(  # arguments: what is asked, of whom, and who hears of it
     speaker: Speaker,
     examples: Sequence[Example],
     *,
     blanked: bool = False,
+    swapped: bool = False,
     level: Literal["auto"] | Level = "auto",
     also: Sequence[Example] = (),
     decoding: Decoding | None = None,
@@ -183,6 +185,7 @@ def evaluate(
     Args:
         blanked: also answer with the tuned model and a plain grey image in each image's place: what the answer owes to
             the picture is the difference.
+        swapped: the same, and with another example's image there: how many answers stay the same.
         level: what the metrics compare, words or characters; ``auto`` is characters for Chinese and Japanese.
         also: examples of something else, a check of what tuning made the model forget: their scores are apart.
         progress: called with the number of passes over a question done and their total.
@@ -191,7 +194,7 @@ def evaluate(
         raise ConfigError(
             "There are no held-out examples to evaluate on. Give some with --val or a higher --val-split."
         )
-    with_adapter = ["tuned", "blanked"] if blanked else ["tuned"]
+    with_adapter = ["tuned", "blanked"] if blanked or swapped else ["tuned"]
     passes = ["base", *(with_adapter if speaker.tuned else [])]
     questions = [_questions(example) for example in examples]
     answers, failed = _ask(speaker, examples, questions, passes, decoding, progress)
@@ -217,6 +220,7 @@ def evaluate(
         _score(answered, values, level),
         base_in_four_bits=speaker.quantised,
         failed=tuple(FailedExample(examples[i].place, failed[i]) for i in sorted(failed)),
+        unmoved=_unmoved(speaker, examples, questions, answers, decoding) if swapped and speaker.tuned else None,
         also=evaluate(speaker, also, level=level, decoding=decoding, progress=progress).scores if also else None,
     )
     return Evaluation(tuple(answered), scores, values)
@@ -280,7 +284,7 @@ def _ask(
             asked = {}
             for i in group:
                 try:
-                    images = [_blank(image) if who == "blanked" else image for image in examples[i].images]
+                    images = [blank(image) if who == "blanked" else image for image in examples[i].images]
                     asked[i] = (images, [question.turns for question in questions[i]])
                 except DataError as error:
                     failed[i] = str(error)
@@ -293,6 +297,34 @@ def _ask(
                     answers[who][i] = text
             progress(done, total)
     return answers, failed
+
+
+def _unmoved(
+    speaker: Speaker,
+    examples: Sequence[Example],
+    questions: Sequence[Sequence[Question]],
+    answers: dict[str, dict[int, list[str]]],
+    decoding: Decoding | None,
+) -> dict[str, Unmoved]:
+    """How many of the tuned model's answers stay the same without their picture: ``blanked``, and ``other``, with that
+    of the next example that has as many."""
+    tuned = answers["tuned"]
+    seen = [i for i in tuned if i in answers["blanked"] and examples[i].images]
+    partner = {}
+    for place, i in enumerate(seen):
+        later = (*seen[place + 1 :], *seen[:place])
+        partner[i] = next((j for j in later if len(examples[j].images) == len(examples[i].images)), None)
+    moved = [i for i in seen if partner[i] is not None]
+    shown = [replace(examples[i], images=examples[partner[i]].images) for i in moved]
+    others, failed = _ask(speaker, shown, [questions[i] for i in moved], ["tuned"], decoding, lambda done, total: None)
+    other = {i: others["tuned"][place] for place, i in enumerate(moved) if place not in failed}
+    told = {}
+    for who, texts in (("blanked", answers["blanked"]), ("other", other)):
+        pairs = [(i, a, b) for i in seen if i in texts for a, b in zip(tuned[i], texts[i], strict=True)]
+        if pairs:
+            same = [exact_match(b, [a]) for _, a, b in pairs]
+            told[who] = Unmoved(_mean(same), *Bootstrap(groups=[str(i) for i, _, _ in pairs]).interval(same))
+    return told
 
 
 def _groups(questions: Sequence[Sequence], rows: int) -> list[list[int]]:
@@ -308,7 +340,7 @@ def _groups(questions: Sequence[Sequence], rows: int) -> list[list[int]]:
     return groups
 
 
-def _blank(image: ImageRef) -> Image.Image:
+def blank(image: ImageRef) -> Image.Image:
     return Image.new("RGB", load_image(image).size, (128, 128, 128))
 
 

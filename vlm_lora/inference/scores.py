@@ -128,6 +128,15 @@ class KindScores:
 
 
 @dataclass(frozen=True, slots=True)
+class Unmoved:
+    """The share of the tuned model's answers that stay the same without their picture, and the interval around it."""
+
+    share: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
 class FailedExample:
     """An example that was left out, as one of its images cannot be used."""
 
@@ -146,6 +155,7 @@ class Scores:
         gain: of tuned over base, by metric.
         base_in_four_bits: base and tuned are those of a base in four bits.
         also: the scores on the other data.
+        unmoved: answers that stay the same with the picture ``blanked``, and with an ``other`` one in its place.
     """
 
     examples: int
@@ -161,6 +171,7 @@ class Scores:
     base_in_four_bits: bool = False
     failed: tuple[FailedExample, ...] = ()
     also: "Scores | None" = None
+    unmoved: dict[str, Unmoved] | None = None
 
     @property
     def models(self) -> dict[str, ModelScores]:
@@ -195,6 +206,8 @@ class Scores:
             made["gain"] = {key: Gain(**gain) for key, gain in document["gain"].items()}
         made["by_kind"] = {kind: KindScores(**row) for kind, row in document["by_kind"].items()}
         made["failed"] = tuple(FailedExample(**row) for row in document.get("failed", ()))
+        if "unmoved" in document:
+            made["unmoved"] = {who: Unmoved(**row) for who, row in document["unmoved"].items()}
         if "also" in document:
             made["also"] = cls.from_json(document["also"])
         return cls(**document | made)
@@ -244,6 +257,13 @@ def summary(scores: Scores) -> list[str]:
     if scores.blanked:
         without = metric.text(getattr(scores.blanked, key))
         sentences.append(f"With every picture greyed out, the tuned model's {metric.name} is {without}.")
+    if scores.unmoved:
+        how = {"blanked": "with the picture greyed out", "other": "with another picture in its place"}
+        shares = [
+            f"{100 * u.share:.0f}\u00a0% ({100 * u.low:.0f} to {100 * u.high:.0f}) {how[who]}"
+            for who, u in scores.unmoved.items()
+        ]
+        sentences.append(f"Of the tuned model's answers, these stay the same: {'; '.join(shares)}.")
     return sentences
 
 

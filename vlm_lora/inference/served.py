@@ -29,7 +29,7 @@ class Trained:
     """
 
     def __init__(self, contract: Contract, preprocessor: Preprocessor, settings: dict):
-        self.prompt = contract.prompt
+        self.prompt = contract.template
         self.method = contract.method
         self.preprocessor = preprocessor
         self.encoder = Encoder(preprocessor)

@@ -8,12 +8,15 @@ from vlm_lora.errors import ConfigError
 def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
     return torch.device("cpu")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device had no room left. The CPU's says so as a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    told = ("DefaultCPUAllocator", "MPS backend out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in told)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
