@@ -24,7 +24,7 @@ from tests.conftest import ROOT, picture
 from tests.inference.test_export import make_adapter
 from vlm_lora import Captioner, Decoding, TrainConfig, train
 from vlm_lora.cli import main
-from vlm_lora.data.example import Turn
+from vlm_lora.data.example import Dialogue, Turn
 from vlm_lora.errors import ConfigError, ModelError
 from vlm_lora.inference.endpoint import ATTEMPTS, HOPELESS, Endpoint
 from vlm_lora.inference.export import merge
@@ -223,7 +223,7 @@ def test_tokens_are_counted_right_from_many_threads(tuned):
     try:
         for _ in range(20):
             trained = Trained.load(tuned)
-            ask = lambda i, t=trained: t.tokens([image], (Turn(f"Number {i} <|im_end|>?", ""),))  # noqa: E731
+            ask = lambda i, t=trained: t.tokens([image], Dialogue((Turn(f"Number {i} <|im_end|>?", ""),)))  # noqa: E731
             with ThreadPoolExecutor(8) as pool:
                 assert len(set(pool.map(ask, range(8)))) == 1
     finally:
