@@ -227,7 +227,7 @@ def test_what_is_asked_for_is_what_was_learnt_where_models_think(checkpoints, op
         f"<|im_start|>user\n{images}Colour?<|im_end|>\n{opening}{empty}[red<|im_end|>]",
     ]
     for end, learnt in enumerate(told[:3], start=1):  # as a server asks, turn after turn
-        asked = encoder.encode_requests([turns[:end]], GRID)
+        (asked,) = encoder.encode_requests([Dialogue(turns[:end])], GRID)
         assert learnt.startswith(backbone.tokenizer.decode(in_one_piece(asked)) + "[")
         content = [{"type": "image"}, {"type": "text", "text": turns[0].user}]
         messages = [{"role": "user", "content": content}]
