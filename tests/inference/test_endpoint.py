@@ -101,6 +101,24 @@ def local(tuned):
     return Captioner.load(adapter=tuned)
 
 
+def test_a_conversation_is_asked_for_as_it_is_learnt(tuned, local, url, files):
+    """A system message, images between words and in a later turn: the server counts the tokens that we count."""
+    turns = (Turn(" Compare  with it.\n", "no", images=(9,)), Turn("", "yes", images=(0,)), Turn("Sure?", ""))
+    asked = [(files[:2], [Dialogue(turns, system="Be terse."), Dialogue((Turn("What?", ""),))])]
+    endpoint = Endpoint(f"{url}/v1", trained=Trained.load(tuned), timeout=300)
+    said = endpoint.respond(asked, decoding=SHORT)
+    assert said == local.respond(asked, decoding=SHORT)
+    with_system = Captioner(local.backbone, local.adapter, local.features, PROMPT, "Be terse.")
+    ours, theirs = (
+        [caption.text for caption in captions]
+        for captions in (
+            with_system.caption(files[:2], decoding=SHORT),
+            endpoint.caption(files[:2], PROMPT, system="Be terse.", decoding=SHORT),
+        )
+    )
+    assert ours == theirs  # without the message the server would have counted other tokens, and given an error
+
+
 def test_what_the_server_says_whatever_fails_on_the_way(local, url, files, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"nothing")
     given = [*files[:3], str(tmp_path / "bad.png"), *files[3:]]
