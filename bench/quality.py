@@ -73,10 +73,7 @@ def one(order: str, seed: int, steps: int, every: int, output: Path) -> dict:
         right = []
         for start in range(0, len(test), 25):
             part = test[start : start + 25]
-            asked = [
-                (captioner[0].features.get(example.images), [dialogue.turns for dialogue in example.dialogues])
-                for example in part
-            ]
+            asked = [(captioner[0].features.get(example.images), list(example.dialogues)) for example in part]
             said = captioner[0].generate(asked, decoding=Decoding(max_new_tokens=8))
             for example, answers in zip(part, said, strict=True):
                 wanted = [dialogue.turns[-1].assistant for dialogue in example.dialogues]

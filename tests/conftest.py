@@ -51,7 +51,7 @@ THINKING = r"""
 {%- for m in messages -%}
 {{- '<|im_start|>' + m.role + '\n' -}}
 {%- if m.role == 'assistant' and loop.index0 > ns.last -%}{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}
-{%- for part in m.content -%}
+{%- for part in ([{'type': 'text', 'text': m.content}] if m.content is string else m.content) -%}
 {{- '<|vision_start|><|image_pad|><|vision_end|>' if part.type == 'image' else part.text -}}
 {%- endfor -%}
 {{- '<|im_end|>\n' -}}

@@ -18,7 +18,7 @@ from itertools import zip_longest
 import torch
 
 from vlm_lora import Captioner, Decoding
-from vlm_lora.data.example import Turn
+from vlm_lora.data.example import Dialogue, Turn
 from vlm_lora.data.images import load_image
 
 NAME = "photos"
@@ -71,14 +71,20 @@ class Handler(BaseHTTPRequestHandler):
         elif fault:
             self.reply(int(fault), {"error": {"message": f"made to fail with {fault}"}}, {"Retry-After": "0"})
         else:
-            images, turns = [], []
-            for asked, said in zip_longest(body["messages"][::2], body["messages"][1::2]):
-                *shown, text = asked["content"]
-                images += [
-                    load_image(base64.b64decode(each["image_url"]["url"].partition(";base64,")[2], validate=True))
-                    for each in shown
-                ]
-                turns.append(Turn(text["text"], said["content"] if said else ""))
+            images, turns, messages, system = [], [], body["messages"], ""
+            if messages[0]["role"] == "system":
+                system, messages = messages[0]["content"], messages[1:]
+            for asked, said in zip_longest(messages[::2], messages[1::2]):
+                pieces = [""]
+                for part in asked["content"]:
+                    if part["type"] == "text":
+                        pieces[-1] += part["text"]
+                        continue
+                    data = part["image_url"]["url"].partition(";base64,")[2]
+                    images.append(load_image(base64.b64decode(data, validate=True)))
+                    pieces.append("")
+                turns.append(Turn("", said["content"] if said else "").asking(pieces))
+            request = Dialogue(tuple(turns), system=system)
             decoding = Decoding(
                 max_new_tokens=body["max_tokens"],
                 temperature=body["temperature"],
@@ -88,9 +94,9 @@ class Handler(BaseHTTPRequestHandler):
             captioner, tuned = self.server.captioner, body["model"] == NAME
             with self.server.thinking:
                 entries = captioner.features.get(images)
-                ((said,),) = captioner.generate([(entries, [turns])], tuned=tuned, decoding=decoding)
+                ((said,),) = captioner.generate([(entries, [request])], tuned=tuned, decoding=decoding)
                 grids = torch.stack([entry.grid_thw for entry in entries])
-                length = captioner.encoder.encode_requests([turns], grids).num_tokens
+                length = captioner.encoder.encode_requests([request], grids)[0].num_tokens
             choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
             answer = {"object": "chat.completion", "model": NAME, "choices": [choice]}
             self.reply(200, answer | {"usage": {"prompt_tokens": length}})

@@ -217,7 +217,7 @@ def test_the_folder_one_is_in_has_a_name(tmp_path, capsys, monkeypatch):
     Image.new("RGB", (40, 30)).save(tmp_path / "photos/0.png")
     (tmp_path / "photos/0.txt").write_text("cat")
     parrot = Parrot([("dog", "cat")], adapter=False)
-    parrot.prompt = "What is it?"
+    parrot.prompt, parrot.system = "What is it?", ""
     monkeypatch.setattr(Captioner, "load", lambda *_, **__: parrot)
     monkeypatch.chdir(tmp_path / "photos")
     assert main(["eval", ".", "--model", "tiny", "--output", "../out"]) == 0

@@ -114,7 +114,12 @@ class TrainConfig:
     )
     format: str | None = _data(None, "format of the data; by default it is found out by looking", identity=True)
     columns: str | None = _data(
-        None, "columns of unusual names, as image=NAME,caption=NAME (also question, answer, kind)"
+        None,
+        "columns of unusual names, as image=NAME,caption=NAME (also question, answer, kind, system, weight, split)",
+    )
+    ignore_columns: str = _data("", "columns, with commas, to pass over that would otherwise make a row bad")
+    text_as_is: bool = _data(
+        False, "take marks of other tools in texts (<video>, <|image_1|>) for the letters they are"
     )
     images: str | None = _data(None, "folder where images are looked for that are not beside the data")
     allow_outside: bool = _data(False, "trust the data: take images outside of its folder too, through .. or symlinks")
@@ -122,6 +127,10 @@ class TrainConfig:
         False, "download images that the data names by http:// or https://, from public addresses only"
     )
     prompt: str = _data(DEFAULT_PROMPT, "the instruction that a caption answers", identity=True)
+    system: str | None = _data(
+        None, "system prompt of rows that have none of their own; also what captions are asked for with"
+    )
+    train_on: str = _data("all", "which answers of a conversation are learnt", choices=("last", "all"))
     val: str | None = _data(None, "held-out data of its own, instead of a part split off", reads=False)
     val_split: float = _data(
         0.1, "fraction of the images held out when --val is not given; 0 holds out none", bounds=PROBABILITY,

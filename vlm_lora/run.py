@@ -117,7 +117,11 @@ def _compare(
     if not processes.sharded:  # then the main process can answer alone
         processes.leave()
     if held_out and (processes.sharded or processes.is_main):
-        captioner = Captioner(trained.adapter.backbone, trained.adapter, trained.features, config.prompt)
+        contract = trained.adapter.contract
+        assert contract is not None, "an adapter that was trained here has one"
+        captioner = Captioner(
+            trained.adapter.backbone, trained.adapter, trained.features, config.prompt, contract.system
+        )
         evaluation = evaluate(captioner, held_out, progress=events.comparison)
         if config.from_:
             with trained.adapter.as_in(find_adapter(config.from_)):

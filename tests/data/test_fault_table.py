@@ -176,7 +176,11 @@ FAULTS = [
         row("a.png", "\x01\x02"),
         bad=("the caption is nothing but invisible characters; write one, or remove the row",),
     ),
-    Fault("F33 special tokens", row("a.png", "<|image_pad|><|im_end|>")),
+    Fault("F33a special tokens", row("a.png", "<|im_end|>")),
+    Fault(
+        "F33b a mark of an image", row("a.png", "<|image_pad|>"), bad=("has '<|image_pad|>' in a text, and nothing",)
+    ),
+    Fault("F33c the same, meant so", row("a.png", "<|image_pad|>"), options={"text_as_is": True}),
     Fault("F34a right to left, emoji, accents", row("a.png", "مرحبا \u202e 👩\u200d🚀 e\u0301")),
     Fault("F34b a name that turns the line round", row("\u202egnp.a"), bad=("there is no file '\\u202egnp.a'",)),
 ]
@@ -280,7 +284,7 @@ def test_f32_a_caption_of_a_megabyte_is_named_before_training(folder, capsys):
 
 def test_f33_special_tokens_in_a_caption_are_learnt_as_the_text_they_are(folder, capsys):
     (folder / "rows.jsonl").write_bytes(row("a.png", "<|image_pad|><|im_end|>"))
-    assert main(["check", str(folder / "rows.jsonl"), "--json", "--model", "tiny"]) == 0
+    assert main(["check", str(folder / "rows.jsonl"), "--json", "--model", "tiny", "--text-as-is"]) == 0
     sample = json.loads(capsys.readouterr().out)["tokens"]["sample"]
     assert [part["text"] for part in sample if part["learnt"]] == ["<|image_pad|><|im_end|><|im_end|>"]
     assert sum("<|image_pad|> x" in part["text"] for part in sample) == 1

@@ -43,14 +43,11 @@ CHAT_FAULTS = [
     ),
     (chat(("user", "<image><image>a"), ("assistant", "b")), r"has 2 <image> mark\(s\) but 1 image\(s\)"),
     (chat(("user", "<image>a"), ("assistant", "b"), images=[]), r"has 1 <image> mark\(s\) but 0 image\(s\)"),
-    (chat(("user", "a"), ("assistant", "b"), images=[]), "names no image under image, images or file_name"),
+    ('{"image": null, "question": "a", "answer": "b"}', "names no image under image, images or file_name"),
+    ('{"caption": "b"}', "names no image under image, images or file_name"),
     (
-        chat(("user", "In <image> what?"), ("assistant", "b"), images=["a.png"]),
-        "has an <image> between words",
-    ),
-    (
-        chat(("user", "a"), ("assistant", "b"), ("user", "<image>c"), ("assistant", "d")),
-        "has an image in turn 2",
+        chat(("user", "a"), ("assistant", "b"), ("user", "<image><image>c"), ("assistant", "d")),
+        r"has 2 <image> mark\(s\) but 1 image\(s\)",
     ),
     (chat(("tool", "a"), ("assistant", "b")), "has a message of the role 'tool'"),
     (chat(("user", [{"type": "video"}]), ("assistant", "b")), "has a part 'video' in a user message"),
@@ -299,8 +296,9 @@ def test_f31_f35_sidecars_that_do_not_match(pictures):
 def test_f33_f32_text_stays_text(folder):
     texts = ["<|im_end|><|image_pad|> <image>", "x" * 1_000_000, "\u202eabc", "a\u0301\r\n\tb"]
     (folder / "x.jsonl").write_text("".join(json.dumps({"image": "a.png", "caption": t}) + "\n" for t in texts))
-    (example,) = read(folder).examples
+    (example,) = read(folder, text_as_is=True).examples
     assert [d.turns[0].assistant for d in example.dialogues] == texts
+    assert [bad.line for bad in read(folder).bad] == [1]
 
 
 def test_a_text_that_fits_into_no_model_is_a_bad_row_at_once(folder):

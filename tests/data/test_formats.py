@@ -293,7 +293,8 @@ def test_the_same_captions_through_every_format(layout, pictures):
     dataset = read_dataset(path, prompt=PROMPT)
     assert dataset.format == format
     assert dataset.bad == ()
-    expected = by_image([(name, Dialogue((Turn(PROMPT, text),))) for name, text in CAPTIONS])
+    system = "You are a helpful assistant." if layout is messages_inside else ""
+    expected = by_image([(name, Dialogue((Turn(PROMPT, text),), system=system)) for name, text in CAPTIONS])
     assert plain(dataset, folder) == expected
     assert len({example.id for example in dataset.examples}) == 3
     if format not in ("parquet", "tsv"):  # the override gives what looking gives
@@ -490,20 +491,6 @@ def test_the_input_of_an_instruction_is_a_part_of_the_question(pictures):
     (folder / "x.json").write_text(json.dumps(rows))
     (example,) = read_dataset(folder, prompt=PROMPT).examples
     assert [dialogue.turns[0].user for dialogue in example.dialogues] == ["Translate.\nb", "Translate."]
-
-
-def test_a_system_message_is_kept_in_front_of_the_question(pictures):
-    folder = pictures("a.png")
-    row = {
-        "system": "Be terse.",
-        "query": "What?",
-        "response": "A fox.",
-        "history": [["Hi", "Ho"]],
-        "images": ["a.png"],
-    }
-    (folder / "x.jsonl").write_text(lines([row]))
-    (example,) = read_dataset(folder, prompt=PROMPT).examples
-    assert example.dialogues[0].turns == (Turn("Be terse.\n\nHi", "Ho"), Turn("What?", "A fox."))
 
 
 def test_columns_of_another_name(pictures):

@@ -70,7 +70,7 @@ def test_batched_and_shared_equal_one_by_one_equal_generate(captioner, files):
     wanted = [[stock(captioner, file, question) for question in QUESTIONS] for file in files]
     one_by_one = [[captioner.answer(file, question, decoding=SHORT) for question in QUESTIONS] for file in files]
     shared = [captioner.answer(file, QUESTIONS, decoding=SHORT) for file in files]
-    asked = [(captioner.features.get([_ref(file)]), [(Turn(q, ""),) for q in QUESTIONS]) for file in files]
+    asked = [(captioner.features.get([_ref(file)]), [_asking(q) for q in QUESTIONS]) for file in files]
     batched = captioner.generate(asked, decoding=SHORT)
     assert wanted == one_by_one == shared == batched
     assert len({text for row in wanted for text in row}) > 6  # a model that always says the same would pass too
@@ -80,9 +80,13 @@ def test_batched_and_shared_equal_one_by_one_equal_generate(captioner, files):
 @pytest.mark.parametrize("fault", ["padding", "left", "states"])
 def test_a_state_that_meets_padding_would_be_noticed(captioner, files, monkeypatch, fault):
     """Negative control of what is done for Qwen3.5's linear attention; above, all words are equal."""
-    asked = [(captioner.features.get([_ref(file)]), [(Turn(q, ""),) for q in QUESTIONS]) for file in files]
+    asked = [(captioner.features.get([_ref(file)]), [_asking(q) for q in QUESTIONS]) for file in files]
     with torch.inference_mode():
-        flat = [captioner.encoder.encode_requests(requests, entries[0].grid_thw[None]) for entries, requests in asked]
+        flat = [
+            each
+            for entries, requests in asked
+            for each in captioner.encoder.encode_requests(requests, entries[0].grid_thw[None])
+        ]
         images = [entries for entries, _ in asked]
         wanted = _one_token_on(captioner.backbone, flat, images)
         if fault == "states":  # of rows that have ended
@@ -129,9 +133,15 @@ def test_streaming_ends_with_the_answer(captioner, files):
 
 def test_answers_end_where_the_model_ends_them(captioner, files, monkeypatch):
     """Rows end at different tokens: a token that some answers hold is declared the end."""
-    asked = [(captioner.features.get([_ref(file)]), [(Turn(q, ""),) for q in QUESTIONS]) for file in files]
+    asked = [(captioner.features.get([_ref(file)]), [_asking(q) for q in QUESTIONS]) for file in files]
     with torch.inference_mode():
-        flat = [captioner.encoder.encode_requests(requests, entries[0].grid_thw[None]) for entries, requests in asked]
+        flat = [
+            *(
+                each
+                for entries, asks in asked
+                for each in captioner.encoder.encode_requests(asks, entries[0].grid_thw[None])
+            )
+        ]
         entries = [images for images, _ in asked]
         whole = _rows(decode(captioner.backbone, flat, entries, SHORT), 12)
         end = whole[0][4]
@@ -139,6 +149,10 @@ def test_answers_end_where_the_model_ends_them(captioner, files, monkeypatch):
         cut = _rows(decode(captioner.backbone, flat, entries, SHORT), 12)
     assert len({len(row) for row in cut}) > 1
     assert cut == [row[: row.index(end)] if end in row else row for row in whole]
+
+
+def _asking(question: str) -> Dialogue:
+    return Dialogue((Turn(question, ""),))
 
 
 def _rows(steps, count: int) -> list[list[int]]:
@@ -209,7 +223,7 @@ def test_beam_search_equals_generate(captioner, files, monkeypatch):
             monkeypatch.setattr(captioner.backbone.model.generation_config, "eos_token_id", ends)
             assert captioner.backbone.eos_token_ids == set(ends)
         wanted = [[stock(captioner, file, q, 8, num_beams=3) for q in QUESTIONS[:2]] for file in files]
-        asked = [(captioner.features.get([_ref(file)]), [(Turn(q, ""),) for q in QUESTIONS[:2]]) for file in files]
+        asked = [(captioner.features.get([_ref(file)]), [_asking(q) for q in QUESTIONS[:2]]) for file in files]
         assert captioner.generate(asked, decoding=how) == wanted
         assert [[captioner.answer(file, q, decoding=how) for q in QUESTIONS[:2]] for file in files] == wanted
         assert wanted != captioner.generate(asked, decoding=Decoding(max_new_tokens=8))  # greedy would pass otherwise
@@ -262,7 +276,7 @@ def test_what_all_images_begin_with_is_computed_once(captioner, files, monkeypat
     assert [c.text for c in captioner.caption(files, batch_size=4, decoding=SHORT)] == wanted
     (one, head), (rows, rest) = shapes[:2]
     grid = captioner.features.get([_ref(file) for file in files])
-    whole = captioner.encoder.encode_requests([[Turn(DEFAULT_PROMPT, "")]], grid[0].grid_thw[None])
+    (whole,) = captioner.encoder.encode_requests([_asking(DEFAULT_PROMPT)], grid[0].grid_thw[None])
     assert (one, rows) == (1, 4)
     assert whole.prefix_ids[head] == captioner.backbone.image_token_id  # up to the picture
     longest = max(len(entry.values) for entry in grid) // 4

@@ -24,7 +24,7 @@ from tests.conftest import ROOT, picture
 from tests.inference.test_export import make_adapter
 from vlm_lora import Captioner, Decoding, TrainConfig, train
 from vlm_lora.cli import main
-from vlm_lora.data.example import Turn
+from vlm_lora.data.example import Dialogue, Turn
 from vlm_lora.errors import ConfigError, ModelError
 from vlm_lora.inference.endpoint import ATTEMPTS, HOPELESS, Endpoint
 from vlm_lora.inference.export import merge
@@ -99,6 +99,24 @@ def files(tmp_path):
 def local(tuned):
     """What the command says without a server."""
     return Captioner.load(adapter=tuned)
+
+
+def test_a_conversation_is_asked_for_as_it_is_learnt(tuned, local, url, files):
+    """A system message, images between words and in a later turn: the server counts the tokens that we count."""
+    turns = (Turn(" Compare  with it.\n", "no", images=(9,)), Turn("", "yes", images=(0,)), Turn("Sure?", ""))
+    asked = [(files[:2], [Dialogue(turns, system="Be terse."), Dialogue((Turn("What?", ""),))])]
+    endpoint = Endpoint(f"{url}/v1", trained=Trained.load(tuned), timeout=300)
+    said = endpoint.respond(asked, decoding=SHORT)
+    assert said == local.respond(asked, decoding=SHORT)
+    with_system = Captioner(local.backbone, local.adapter, local.features, PROMPT, "Be terse.")
+    ours, theirs = (
+        [caption.text for caption in captions]
+        for captions in (
+            with_system.caption(files[:2], decoding=SHORT),
+            endpoint.caption(files[:2], PROMPT, system="Be terse.", decoding=SHORT),
+        )
+    )
+    assert ours == theirs  # without the message the server would have counted other tokens, and given an error
 
 
 def test_what_the_server_says_whatever_fails_on_the_way(local, url, files, tmp_path):
@@ -223,7 +241,7 @@ def test_tokens_are_counted_right_from_many_threads(tuned):
     try:
         for _ in range(20):
             trained = Trained.load(tuned)
-            ask = lambda i, t=trained: t.tokens([image], (Turn(f"Number {i} <|im_end|>?", ""),))  # noqa: E731
+            ask = lambda i, t=trained: t.tokens([image], Dialogue((Turn(f"Number {i} <|im_end|>?", ""),)))  # noqa: E731
             with ThreadPoolExecutor(8) as pool:
                 assert len(set(pool.map(ask, range(8)))) == 1
     finally:

@@ -8,7 +8,7 @@ import torch
 from tests.conftest import picture
 from tests.model.test_methods import LOGITS, METHODS, attach
 from vlm_lora.config import DEFAULT_PROMPT, TrainConfig
-from vlm_lora.data.example import Turn
+from vlm_lora.data.example import Dialogue, Turn
 from vlm_lora.errors import AdapterError
 from vlm_lora.inference.captioner import Captioner, Decoding
 from vlm_lora.model.adapters.base import ADAPTED
@@ -125,7 +125,7 @@ def test_beams_of_every_method_equal_a_search_by_hand(checkpoints, monkeypatch, 
 
 
 def asking(*questions: str) -> list[tuple[Turn]]:
-    return [(Turn(question, ""),) for question in questions]
+    return [Dialogue((Turn(question, ""),)) for question in questions]
 
 
 def test_adapters_of_all_methods_share_one_base(checkpoints, tmp_path):

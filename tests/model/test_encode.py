@@ -6,6 +6,8 @@ import importlib.util
 import itertools
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -109,10 +111,64 @@ def test_tokens_are_the_processors(backbone, text, num_images):
     assert len(theirs["input_ids"][0]) - len(ours) == 1  # the line break behind the last turn, which nothing predicts
 
 
+TALKS = {
+    "system": Dialogue((Turn("What is it?", "A cat."),), system="Be terse. 🦊"),
+    "several turns": Dialogue((Turn("One?", "a"), Turn("Two?", "b"), Turn("Three?", "c")), system="Be terse."),
+    "images between words": Dialogue((Turn("Compare this and  that, please.", "Done.", images=(13, 18)),)),
+    "images in later turns": Dialogue(
+        (Turn("What?", "A cat.", images=(0,)), Turn("And this?\nTell.", "A dog.", images=(9,)), Turn("Sure?", "Yes.")),
+    ),
+    "an image and no word": Dialogue((Turn("Hi", "Hello"), Turn("", "Two dogs.", images=(0, 0)))),
+    "images at the end": Dialogue((Turn("Which of these?", "The first.", images=(15, 15)),), system="Be terse."),
+}
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+@pytest.mark.parametrize("talk", TALKS)
+def test_conversations_are_what_a_server_renders(checkpoints, family, talk):
+    """Token by token, whatever stands beside them in one example; and the request is what stands before the answer."""
+    from tests.model.test_exactness import messages_of
+
+    backbone, dialogue = load_backbone(str(checkpoints[family])), TALKS[talk]
+    messages = messages_of(dialogue, 2)
+    render = partial(backbone.processor.apply_chat_template, **backbone.family.template_options)
+    grids = torch.tensor([[1, 4, 6], [1, 2, 4]])
+    pictures = [picture(1, (96, 64)), picture(2, (64, 32))]
+    theirs = backbone.processor(text=[render(messages)], images=pictures)
+    grids = torch.as_tensor(theirs["image_grid_thw"])
+    others = [replace(dialogue, system="Another."), replace(dialogue, turns=(Turn("Else?", "x"),))]
+    encoder = Encoder(backbone)
+    for dialogues in ([dialogue], [*others, dialogue]):
+        encoded = encoder.encode(dialogues, grids)
+        ours = [*encoded.prefix_ids.tolist(), *encoded.branches[-1].input_ids.tolist()]
+        assert ours == list(theirs["input_ids"][0])[: len(ours)]
+        assert len(theirs["input_ids"][0]) - len(ours) == 1
+    for requests in ([dialogue], [*others, dialogue]):
+        *_, asked = encoder.encode_requests(requests, grids)
+        ids = [*asked.prefix_ids.tolist(), *asked.branches[-1].input_ids.tolist()]
+        wanted = render(messages[:-1], add_generation_prompt=True)
+        assert ids == list(backbone.processor(text=[wanted], images=pictures)["input_ids"][0])
+        assert asked.branches[-1].num_images == 0
+
+
+def test_what_is_not_to_be_learnt_has_no_label_and_what_is_has_its_weight(backbone):
+    turns = (Turn("One?", "wrong", weight=0.0), Turn("Two?", "half", weight=0.5), Turn("Three?", "right"))
+    (branch,) = Encoder(backbone).encode([Dialogue(turns, system="Be terse.")], GRID).branches
+    shown = spelled(backbone, branch)
+    assert shown.startswith("\n[half<|im_end|>]\n<|im_start|>user\nThree?")  # the rest is a part of the prefix
+    assert shown.endswith("Three?<|im_end|>\n<|im_start|>assistant\n[right<|im_end|>]")
+    learnt = branch.labels != IGNORE_INDEX
+    weighed = list(zip(branch.labels[learnt].tolist(), branch.weights[learnt].tolist(), strict=True))
+    cut = [label for label, _ in weighed].index(backbone.tokenizer.convert_tokens_to_ids("<|im_end|>")) + 1
+    assert [weight for _, weight in weighed] == [0.5] * cut + [1.0] * (len(weighed) - cut)
+    (plain,) = Encoder(backbone).encode([Dialogue((turns[0], turns[2]))], GRID).branches
+    assert plain.weights is None
+
+
 def test_a_request_is_the_conversation_without_its_last_answer(backbone):
     encoder = Encoder(backbone)
     turns = (Turn("One?", "first"), Turn("Two?", "second"))
-    whole, asked = encoder.encode([Dialogue(turns)], GRID), encoder.encode_requests([turns], GRID)
+    whole, (asked,) = encoder.encode([Dialogue(turns)], GRID), encoder.encode_requests([Dialogue(turns)], GRID)
     ids = in_one_piece(asked)
     assert in_one_piece(whole)[: len(ids)] == ids
     assert backbone.tokenizer.decode(ids).endswith("Two?<|im_end|>\n<|im_start|>assistant\n")
@@ -171,7 +227,7 @@ def test_what_is_asked_for_is_what_was_learnt_where_models_think(checkpoints, op
         f"<|im_start|>user\n{images}Colour?<|im_end|>\n{opening}{empty}[red<|im_end|>]",
     ]
     for end, learnt in enumerate(told[:3], start=1):  # as a server asks, turn after turn
-        asked = encoder.encode_requests([turns[:end]], GRID)
+        (asked,) = encoder.encode_requests([Dialogue(turns[:end])], GRID)
         assert learnt.startswith(backbone.tokenizer.decode(in_one_piece(asked)) + "[")
         content = [{"type": "image"}, {"type": "text", "text": turns[0].user}]
         messages = [{"role": "user", "content": content}]

@@ -50,6 +50,10 @@ def examples(tmp_path) -> list[Example]:
     caption = [one_turn("Describe this image.", f"Caption number {k}, with {'many ' * k}words.") for k in range(5)]
     questions = [one_turn(f"Is there a thing of kind {k}?", ["yes", "no", "a little of it"][k % 3]) for k in range(10)]
     talk = Dialogue((Turn("What is this?", "a blob"), Turn("And its colour?", "mostly blue"), Turn("Sure?", "yes")))
+    told = Turn("Is it a blob?", "surely it is", weight=0.0)
+    later = Turn("And, compared, which?", "the second of them", images=(4, 21), weight=2.5)
+    between = Dialogue((Turn("Compare with it.", "no", images=(8, 16)), Turn("Sure?", "yes indeed", weight=0.25)))
+    asked = [replace(one_turn(f"Which of {k}?", "the " * k + "last"), system="Be terse.") for k in range(1, 4)]
     return [
         make_example(tmp_path, "captions", [(64, 64)], caption),
         make_example(tmp_path, "questions", [(96, 48)], questions),
@@ -57,6 +61,11 @@ def examples(tmp_path) -> list[Example]:
         make_example(tmp_path, "two images", [(64, 32), (32, 64)], [one_turn("What differs?", "the shape")] * 2),
         make_example(tmp_path, "alone", [(80, 80)], [one_turn("Hm?", "yes")]),
         make_example(tmp_path, "text", [], [one_turn("What is two and two?", "four"), one_turn("And three?", "six")]),
+        # What a system message says, or images after what differs, is no part of the prefix of all
+        make_example(tmp_path, "system", [(48, 64)], [*asked, replace(asked[0], system="")]),
+        make_example(tmp_path, "terse", [(64, 48)], asked),
+        make_example(tmp_path, "between", [(64, 32), (32, 64)], [between, replace(between, turns=(told, later))]),
+        make_example(tmp_path, "weighed", [(32, 64)], [Dialogue((told, replace(later, images=()))), *asked]),
     ]
 
 
@@ -120,38 +129,48 @@ def naive(backbone, examples) -> torch.Tensor:
     thinks = backbone.model.config.model_type == "qwen3_5"
     opening = tokenizer("<|im_start|>assistant\n" + "<think>\n\n</think>\n\n" * thinks)["input_ids"]
     for example in examples:
-        for turns in conversations(example, last_alone=thinks):
-            messages = []
-            for i, turn in enumerate(turns):
-                images = [{"type": "image"} for _ in example.images] if i == 0 else []
-                messages.append({"role": "user", "content": [*images, {"type": "text", "text": turn.user}]})
-                messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.assistant}]})
+        for dialogue, end in conversations(example, last_alone=thinks):
+            turns = dialogue.turns[:end]
+            messages = messages_of(dialogue, len(example.images))[: 2 * end + bool(dialogue.system)]
             text = processor.apply_chat_template(messages, tokenize=False)
-            pictures = [picture_of(image) for image in example.images] or None
+            shown = sum(part["type"] == "image" for m in messages for part in m["content"] if isinstance(part, dict))
+            pictures = [picture_of(image) for image in example.images[:shown]] or None
             inputs = processor(text=[text], images=pictures, return_tensors="pt").to(backbone.device)
             inputs.pop("token_type_ids", None)
             ids = inputs["input_ids"][0].tolist()
-            labels = torch.full_like(inputs["input_ids"], -100)
+            logits = backbone.model(**inputs, use_cache=False).logits[0]
             start = 0
             for turn in turns[-1:] if thinks else turns:
                 answer = tokenizer(turn.assistant + "<|im_end|>")["input_ids"]
                 pattern = opening + answer
                 at = next(i for i in range(start, len(ids)) if ids[i : i + len(pattern)] == pattern)
-                at += len(opening)
-                labels[0, at : at + len(answer)] = torch.tensor(answer)
-                start = at
-            logits = backbone.model(**inputs, use_cache=False).logits
-            total = total + F.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum")
-            count += int((labels != -100).sum())
+                start = at + len(opening)
+                predicted = logits[start - 1 : start - 1 + len(answer)]
+                loss = F.cross_entropy(predicted, torch.tensor(answer), reduction="sum")
+                total = total + turn.weight * loss
+                count += len(answer) if turn.weight else 0
     return total / count
 
 
-def conversations(example: Example, last_alone: bool) -> Iterator[tuple[Turn, ...]]:
-    """What is learnt from: dialogues, or the beginnings of each, where the answer that is learnt must be the last."""
+def conversations(example: Example, last_alone: bool) -> Iterator[tuple[Dialogue, int]]:
+    """What is learnt from: dialogues, and up to which turn; all beginnings where what is learnt must be the last."""
     for dialogue in example.dialogues:
         for end in range(1, len(dialogue.turns)) if last_alone else ():
-            yield dialogue.turns[:end]
-        yield dialogue.turns
+            yield dialogue, end
+        yield dialogue, len(dialogue.turns)
+
+
+def messages_of(dialogue: Dialogue, num_images: int) -> list[dict]:
+    """What a program would send to a server, text and images in parts."""
+    in_front = [{"type": "image"}] * (0 if any(turn.images for turn in dialogue.turns) else num_images)
+    messages = [{"role": "system", "content": dialogue.system}] if dialogue.system else []
+    for turn in dialogue.turns:
+        content, in_front = in_front, []
+        for number, piece in enumerate(turn.pieces):
+            content += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": piece}] * bool(piece)
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.assistant}]})
+    return messages
 
 
 def picture_of(image: ImageRef):
@@ -245,7 +264,7 @@ def test_faults_would_be_noticed(checkpoints, examples, family):
     """Negative controls: each silent trap of packing moves the gradients far beyond the tolerance."""
     backbone, adapter = load(checkpoints, family)
     expected = gradients(adapter, naive(backbone, examples))
-    for fault in ("mask", "positions", "label"):
+    for fault in ("mask", "positions", "label", "weights"):
         assert off_by(gradients(adapter, _one_row(backbone, examples, fault)), expected) > 1e-3, fault
     for fault in ("padding", "siblings", "positions"):
         assert off_by(gradients(adapter, _rows_apart(backbone, examples, fault)), expected) > 1e-3, fault
@@ -446,6 +465,8 @@ def _one_row(backbone, examples, fault: str | None = None) -> torch.Tensor:
         packed = replace(packed, attention_mask=torch.ones(1, 1, length, length, dtype=torch.bool).tril())
     if fault == "positions":
         packed = replace(packed, position_ids=torch.arange(length).expand(3, 1, -1))
+    if fault == "weights":
+        packed = replace(packed, weights=None)
     if fault == "label":
         packed = replace(packed, labels=torch.where(packed.labels >= 0, packed.labels, packed.input_ids))
     batch = _as_batch(packed, features, lessons)
@@ -453,10 +474,10 @@ def _one_row(backbone, examples, fault: str | None = None) -> torch.Tensor:
 
 
 def _as_batch(packed, features, lessons) -> MicroBatch:
-    stacked = torch.cat([e.values for lesson in lessons for e in features.get(lesson.example.images)])
+    stacked = torch.cat([e.values for lesson in lessons for e in features.get(lesson.images)])
     num_labels = int((packed.labels[:, 1:] >= 0).sum())
     rows = (packed.input_ids, packed.labels, packed.position_ids, packed.attention_mask)
-    return MicroBatch(*rows, stacked, num_labels, packed.forks)
+    return MicroBatch(*rows, stacked, num_labels, packed.forks, packed.weights)
 
 
 def _rows_apart(backbone, examples, fault: str | None = None) -> torch.Tensor:

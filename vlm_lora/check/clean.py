@@ -8,11 +8,13 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import count, groupby
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from PIL import Image
 
 from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
 from vlm_lora.data.images import FORMATS, IMAGE_SUFFIXES
+from vlm_lora.data.readers.rows import MARK
 from vlm_lora.data.texts import clean_text
 from vlm_lora.errors import DataError
 
@@ -65,36 +67,61 @@ def write_clean(
 def clean_example(example: Example) -> Example:
     """The example with every text cleaned."""
 
+    def clean_turn(turn: Turn) -> Turn:
+        mark = next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in turn.user)  # of private use
+        pieces = clean_text(mark.join(turn.pieces))[0].split(mark)
+        return replace(turn.asking(pieces), assistant=clean_text(turn.assistant)[0])
+
     def clean(dialogue: Dialogue) -> Dialogue:
-        turns = tuple(Turn(clean_text(t.user)[0], clean_text(t.assistant)[0]) for t in dialogue.turns)
         accepted = tuple(clean_text(text)[0] for text in dialogue.accepted)
-        return replace(dialogue, turns=turns, accepted=accepted)
+        turns, system = tuple(map(clean_turn, dialogue.turns)), clean_text(dialogue.system)[0]
+        return replace(dialogue, turns=turns, accepted=accepted, system=system)
 
     return replace(example, dialogues=tuple(clean(dialogue) for dialogue in example.dialogues))
 
 
 def _rows(example: Example, names: list[str], prompt: str) -> Iterator[dict]:
     """Rows for `readers.rows`, in order; captions of one image that follow one another share one."""
-    image = {"file_name": names[0]} if len(names) == 1 else {"images": names}
+    image = {"file_name": names[0]} if len(names) == 1 else {"images": names} if names else {}
 
     def is_caption(dialogue: Dialogue) -> bool:
-        return len(dialogue.turns) == 1 and dialogue.turns[0].user == prompt and not dialogue.accepted
+        return len(dialogue.turns) == 1 and dialogue.turns[0].user == prompt and not dialogue.accepted and bool(names)
 
-    def row_of(numbered: tuple[int, Dialogue]) -> str | int | None:
+    def row_of(numbered: tuple[int, Dialogue]) -> Any:
         number, dialogue = numbered
-        return dialogue.kind if is_caption(dialogue) and len(names) == 1 else number
+        return _beside(dialogue) if is_caption(dialogue) and len(names) == 1 else number
 
     for _, numbered in groupby(enumerate(example.dialogues), row_of):
         dialogues = [dialogue for _, dialogue in numbered]
         dialogue, first = dialogues[0], dialogues[0].turns[0]
+        more = _beside(dialogue)
         if is_caption(dialogue):
             fields = {"captions": [each.turns[0].assistant for each in dialogues]}
         elif dialogue.accepted:
             fields = {"question": first.user, "answers": dialogue.accepted, "multiple_choice_answer": first.assistant}
         else:
-            texts = [pair for turn in dialogue.turns for pair in (("user", turn.user), ("assistant", turn.assistant))]
-            fields = {"messages": [{"role": role, "content": text} for role, text in texts]}
-        yield image | fields | ({} if dialogue.kind is None else {"question_type": dialogue.kind})
+            fields = {"messages": list(_messages(dialogue))}
+            more.pop("weight", None)
+        yield image | fields | more
+
+
+def _beside(dialogue: Dialogue) -> dict[str, Any]:
+    """The fields of a row that are beside what is asked and answered."""
+    weight = dialogue.turns[0].weight
+    fields: dict[str, Any] = {
+        "question_type": dialogue.kind,
+        "system": dialogue.system or None,
+        "split": dialogue.split or None,
+    }
+    fields["weight"] = weight if weight != 1 else None
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _messages(dialogue: Dialogue) -> Iterator[dict]:
+    for turn in dialogue.turns:
+        yield {"role": "user", "content": MARK.join(turn.pieces)}
+        answer = {"role": "assistant", "content": turn.assistant}
+        yield answer if turn.weight == 1 else answer | {"weight": turn.weight}
 
 
 def _copy(ref: ImageRef, folder: Path, taken: set[str]) -> str:

@@ -51,7 +51,10 @@ class Check:
         places = {"smallest": 0, "median": len(sizes) // 2, "largest": -1}
         dialogues = [dialogue for example in self.examples for dialogue in example.dialogues]
         repeated = Counter(turn.assistant for dialogue in dialogues for turn in dialogue.turns)
-        return {
+        text_only = sum(len(example.dialogues) for example in self.examples if not example.images)
+        # Named where there are some: what a reader of this did not know of stays as it was
+        apart = {"unused": self.dataset.unused, "text_only": text_only}
+        return {name: value for name, value in apart.items() if value} | {
             "format": self.dataset.format,
             "columns": self.dataset.note,
             "unread": self.dataset.unread,
@@ -135,6 +138,7 @@ def _texts(example: Example) -> Iterator[str]:
         for turn in dialogue.turns:
             yield from (turn.user, turn.assistant)
         yield from dialogue.accepted
+        yield dialogue.system
 
 
 def _split(

@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", metavar="TEXT", help="base model (default: the one the adapter names)")
     parser.add_argument("--prompt", metavar="TEXT", help="what to ask about each image (default: the adapter's)")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt to ask with (default: the adapter's)")
     parser.add_argument("--prefix", default="", metavar="TEXT", help="written before each caption, as it is")
     parser.add_argument("--suffix", default="", metavar="TEXT", help="written after each caption, as it is")
     parser.add_argument(
@@ -183,7 +184,7 @@ def _checked(options: argparse.Namespace, adapters: list[str]) -> int | None:
             "--endpoint: the server holds the model. Name it with --model (an adapter served by vLLM has its own "
             "name), and give with --adapter the one run that it serves."
         )
-    for name in ("prompt", "prefix", "suffix"):
+    for name in ("prompt", "system", "prefix", "suffix"):
         if printable(text := getattr(options, name) or "", "utf-8") != text:
             raise ConfigError(f"--{name} holds bytes that are not UTF-8; expected text.")
     if options.concurrency < 1:
@@ -238,6 +239,7 @@ def _sink(
     if not file:
         return Stdout(options.format, adapters=adapters, alone=alone)
     made_with = {"--model": options.model, "--prompt": options.prompt, "--endpoint": options.endpoint}
+    made_with |= {"--system": options.system} if options.system is not None else {}
     made_with |= {"--adapter": [os.path.realpath(a) if os.path.isdir(a) else a for a in adapters]}
     made_with |= {flag_of(name): getattr(options, name) for name in ("prefix", "suffix")}
     made_with |= {flag_of(name): getattr(decoding, name) for name in DECODING}
@@ -269,11 +271,13 @@ def _captions(
             trained = Trained.load(adapters[0])
         server = Endpoint(options.endpoint, model=options.model, concurrency=options.concurrency, trained=trained)
         prompt = options.prompt or (trained.prompt if trained else DEFAULT_PROMPT)
-        return [server.caption(paths, prompt, decoding=decoding)]
+        system = options.system if options.system is not None else trained.system if trained else ""
+        return [server.caption(paths, prompt, system=system, decoding=decoding)]
     from vlm_lora.inference.captioner import Captioner  # here, as it brings torch, which --endpoint does without
 
     given = [None if adapter == BASE else adapter for adapter in adapters or [BASE]]
-    captioners = Captioner.load_several(options.model, given, prompt=options.prompt, dtype=options.dtype)
+    asked = {"prompt": options.prompt, "system": options.system}
+    captioners = Captioner.load_several(options.model, given, **asked, dtype=options.dtype)
     # In step with each other: what one computes for an image, the next finds in memory.
     return [captioner.caption(paths, batch_size=batch_size, decoding=decoding) for captioner in captioners]
 

@@ -12,6 +12,7 @@ Exit code 0: every row can be used; 1: some cannot, each with file, line and rea
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -53,8 +54,11 @@ def run(options: argparse.Namespace) -> int:
     settings = DataSettings(**config.reading)
     dataset, held_out = read_dataset(config.sources, settings, progress=counted), None
     if config.val:
-        held_out = below(config.val, read_dataset(config.val, settings, progress=counted))
+        held_out = below(config.val, read_dataset(config.val, settings, progress=counted).part("val", "test"))
         dataset = without_held_out(dataset, held_out, config.val)
+    elif dataset.val or dataset.test:
+        held_out = replace(dataset.part("val", "test"), bad=())
+        dataset = without_held_out(dataset, held_out, "its own rows marked val or test")
     check = check_dataset(
         dataset,
         held_out,
@@ -77,10 +81,11 @@ def run(options: argparse.Namespace) -> int:
         write_sheet(options.html, check, facts, title=", ".join(Path(data).name for data in config.sources))
         say(f"Contact sheet: {options.html}")
     if options.write_clean:
-        write_clean(options.write_clean, check.examples, config.prompt, partial(progress.count, "Examples written:"))
+        kept = check.examples if config.val else check.examples + check.held_out  # those marked so in the data itself
+        write_clean(options.write_clean, kept, config.prompt, partial(progress.count, "Examples written:"))
         if any(example.weight > 1 for example in check.examples):
             say("The copy holds each answer once: write weights after it again where you use it, or clean each alone.")
-        say(f"Clean copy of {len(check.examples):,} examples: {options.write_clean}")
+        say(f"Clean copy of {len(kept):,} examples: {options.write_clean}")
     return 1 if facts["bad"] else 0
 
 
@@ -92,7 +97,12 @@ def _lines(facts: dict) -> Iterator[str]:
         yield one_line(f"taken for {facts['columns']}", 1000)
     if facts["unread"]:
         yield one_line(facts["unread"], 1000)
+    if unused := facts.get("unused"):
+        named = ", ".join(f"{name!r} in {times:,}" for name, times in unused.items())
+        yield one_line(f"columns that nothing takes up, and how many rows have them: {named}", 1000)
     yield from (one_line(source, 1000) for source in facts["sources"])
+    if text_only := facts.get("text_only"):
+        yield f"of text alone: {text_only:,} answers, learnt and never held out"
     if held_out := facts["held_out"]["examples"]:
         yield f"held out: {held_out:,} examples, {facts['held_out']['answers']:,} answers"
     if spread := facts["answers_per_example"]:

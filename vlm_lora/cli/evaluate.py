@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from vlm_lora.data.readers import Dataset
     from vlm_lora.inference.evaluate import Speaker
 
+ASKED = ("prompt", "system")
+"""Of the flags that say how data is read, those whose default is the adapter's."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="folder or file of held-out images and answers")
     parser.add_argument("--adapter", metavar="RUN", help="run folder or adapter folder; without it the base alone")
     parser.add_argument("--model", metavar="TEXT", help="base model (default: the one the adapter names)")
-    add_flags(parser, [name for name in READING if name != "prompt"])
+    add_flags(parser, [name for name in READING if name not in ASKED])
     parser.add_argument("--also", metavar="DATA", help="other data that tuning should not have made the model forget")
     parser.add_argument(
         "--level",
@@ -36,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the metrics compare; auto: characters for Chinese and Japanese, else words (default: auto)",
     )
     parser.add_argument("--prompt", metavar="TEXT", help="instruction for captions (default: the adapter's)")
+    parser.add_argument(
+        "--system", metavar="TEXT", help="system prompt of rows that have none of their own (default: the adapter's)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, metavar="N")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--blank", action="store_true", help="also answer with every image blanked out")
@@ -81,10 +87,10 @@ def run(options: argparse.Namespace) -> int:
                 f"--output {options.output}: cannot be made a folder ({error.strerror}); give another name."
             ) from error
     decoding = Decoding(max_new_tokens=options.max_new_tokens)
-    speaker, prompt = _speaker(options)
-    config = TrainConfig(data=options.data, prompt=prompt).replace(**_reading(options))
+    speaker, prompt, system = _speaker(options)
+    config = TrainConfig(data=options.data, prompt=prompt, system=system or None).replace(**_reading(options))
     settings = DataSettings(**config.reading)
-    dataset = read_dataset(options.data, settings)
+    dataset = read_dataset(options.data, settings).part("test", "val")
     also = [read_dataset(options.also, settings, format=None, columns=None)] if options.also else []
     for path, read in zip((options.data, options.also), (dataset, *also), strict=False):
         for row in read.bad[:5]:
@@ -133,19 +139,21 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _speaker(options: argparse.Namespace) -> "tuple[Speaker, str]":
-    """What is evaluated, and the instruction for captions."""
+def _speaker(options: argparse.Namespace) -> "tuple[Speaker, str, str]":
+    """What is evaluated, the instruction for captions, and the system prompt of rows without one."""
     if not options.endpoint:
         from vlm_lora.inference.captioner import Captioner
 
-        captioner = Captioner.load(options.model, options.adapter, prompt=options.prompt, dtype=options.dtype)
-        return captioner, captioner.prompt
+        asked = {"prompt": options.prompt, "system": options.system}
+        captioner = Captioner.load(options.model, options.adapter, **asked, dtype=options.dtype)
+        return captioner, captioner.prompt, captioner.system
     from vlm_lora.inference.endpoint import Endpoint
     from vlm_lora.inference.served import Trained
 
     trained = Trained.load(options.adapter) if options.adapter else None
     server = Endpoint(options.endpoint, model=options.model, concurrency=options.concurrency, trained=trained)
-    return server, options.prompt or (trained.prompt if trained else DEFAULT_PROMPT)
+    system = options.system if options.system is not None else trained.system if trained else ""
+    return server, options.prompt or (trained.prompt if trained else DEFAULT_PROMPT), system
 
 
 def _review(options: argparse.Namespace, captioner: "Speaker", dataset: "Dataset", progress: Progress) -> int:
@@ -171,4 +179,4 @@ def _review(options: argparse.Namespace, captioner: "Speaker", dataset: "Dataset
 
 
 def _reading(options: argparse.Namespace) -> dict:
-    return {name: value for name, value in given(options).items() if name in READING and name != "prompt"}
+    return {name: value for name, value in given(options).items() if name in READING and name not in ASKED}

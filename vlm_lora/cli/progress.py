@@ -13,7 +13,11 @@ class TrainReport(Events):
 
     def data(self, format, train, held_out, bad) -> None:
         answers = sum(example.weight * len(example.dialogues) for example in train)
-        say(f"Data: {format}. {len(train):,} images with {answers:,} answers to learn; {len(held_out):,} held out.")
+        text_only = sum(example.weight * len(example.dialogues) for example in train if not example.images)
+        pictured = sum(bool(example.images) for example in train)
+        beside = f" and {text_only:,} of text alone" if text_only else ""
+        counts = f"{pictured:,} images with {answers - text_only:,} answers{beside} to learn"
+        say(f"Data: {format}. {counts}; {len(held_out):,} held out.")
         if bad:
             say(f"{len(bad):,} rows cannot be used; they are listed in the run folder's quarantined.jsonl.")
 

@@ -2,7 +2,9 @@
 
 import os
 import stat
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -97,6 +99,22 @@ class Turn:
 
     user: str
     assistant: str
+    images: tuple[int, ...] = ()
+    """Where images stand in `user`: before its character of this number, an image each, in order. Where no turn of a
+    dialogue says so, all images of its Example stand at its beginning."""
+    weight: float = 1.0
+    """What the loss of the answer is multiplied by; 0: it is read, and not learnt."""
+
+    @property
+    def pieces(self) -> list[str]:
+        """`user` cut where its images stand: one more than there are images, perhaps empty."""
+        ends = (0, *self.images, len(self.user))
+        return [self.user[a:b] for a, b in pairwise(ends)]
+
+    def asking(self, pieces: Sequence[str]) -> "Turn":
+        """The turn with this text, an image between each piece and the next."""
+        places = accumulate(len(piece) for piece in pieces[:-1])
+        return replace(self, user="".join(pieces), images=tuple(places))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +126,10 @@ class Dialogue(Placed):
     """Type of the question, where the data has one ("yes/no", "colour")."""
     accepted: tuple[str, ...] = ()
     """All human answers to the last turn where the data has several, else empty."""
+    system: str = ""
+    """What the system message says; without one the model's template has its own, or none."""
+    split: str = ""
+    """The part of the data that its row says it belongs to: train, val or test."""
     source: str = field(default="", compare=False)
     """The file of its row; and which row of it ("x.json:row 3") where the format has no lines."""
     line: int | None = field(default=None, compare=False)

@@ -12,7 +12,7 @@ from vlm_lora.errors import ConfigError, DataError
 
 
 def split_examples(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(train, validation), each in the order of `examples`; validation has `fraction` (0..1) of them.
+    """(train, validation), each in the order of `examples`; validation has `fraction` (0..1) of those with images.
 
     Examples that share an image, or a copy of it under another name, stay together. Which go to validation
     follows from the hash of (seed, image bytes) alone: order and names do not matter, and further images only
@@ -21,6 +21,7 @@ def split_examples(examples: Sequence[Example], fraction: float, seed: int) -> t
     """
     if not 0 < fraction < 1:
         raise ConfigError(f"--val-split {fraction}: expected a fraction between 0 and 1")
+    pictured = [example for example in examples if example.images]  # the others are there against forgetting
     hashes: dict[ImageRef, str] = {}
     group_of: dict[str, str] = {}  # image hash -> another one of its group; a root points to itself
 
@@ -30,11 +31,11 @@ def split_examples(examples: Sequence[Example], fraction: float, seed: int) -> t
         return key
 
     keys = []
-    for example in examples:
+    for example in pictured:
         for ref in example.images:
             if ref not in hashes:
                 hashes[ref] = ref.sha256 or content_hash(ref.read_bytes())
-        keys.append([hashes[ref] for ref in example.images] or [content_hash(example.id.encode())])
+        keys.append([hashes[ref] for ref in example.images])
         for key in keys[-1]:
             low, high = sorted((root(key), root(keys[-1][0])))
             group_of[high] = low  # the smallest hash stands for the group, whatever the order
@@ -44,21 +45,19 @@ def split_examples(examples: Sequence[Example], fraction: float, seed: int) -> t
         groups.setdefault(root(first), []).append(index)
     if len(groups) < 2:
         raise DataError(
-            f"a validation split needs 2 different images, found {len(groups)} in {len(examples)} examples; "
+            f"a validation split needs 2 different images, found {len(groups)} in {len(pictured)} examples; "
             "add images, or pass validation data of its own with --val"
         )
     ordered = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
-    wanted = max(1, min(len(examples) - 1, round(len(examples) * fraction)))
+    wanted = max(1, min(len(pictured) - 1, round(len(pictured) * fraction)))
     chosen: set[int] = set()
     for group in ordered:
         if len(chosen) + len(groups[group]) <= wanted:
             chosen.update(groups[group])
     if not chosen:  # every group is larger than what is wanted: the smallest one then
         chosen.update(groups[min(ordered, key=lambda key: len(groups[key]))])
-    return (
-        [e for i, e in enumerate(examples) if i not in chosen],
-        [e for i, e in enumerate(examples) if i in chosen],
-    )
+    held = {id(pictured[i]) for i in chosen}
+    return [e for e in examples if id(e) not in held], [e for e in examples if id(e) in held]
 
 
 def without_held_out(dataset: Dataset, held_out: Dataset, held_out_name: str) -> Dataset:

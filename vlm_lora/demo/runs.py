@@ -120,7 +120,8 @@ def _read(run: Path) -> "Evaluation | None":
         sources = [_seen_from(start, source) for source in ([config.val] if config.val else config.sources)]
         reading: dict[str, Any] = config.reading
         reading["images"] = config.images and _seen_from(start, config.images)
-        examples = read_dataset(sources, DataSettings(**reading)).examples
+        dataset = read_dataset(sources, DataSettings(**reading))
+        examples = dataset.examples + dataset.val + dataset.test
         examples = [replace(example, id=example.id.removeprefix(f"{start.as_posix()}/")) for example in examples]
     except VlmLoraError as error:
         log.warning("No pictures: the data of %s cannot be read again (%s)", run, error)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from vlm_lora.config import DEFAULT_MODEL, DEFAULT_PROMPT
-from vlm_lora.data.example import ImageRef, Turn
+from vlm_lora.data.example import Dialogue, ImageRef, Turn
 from vlm_lora.data.readers.beside import prompt_for
 from vlm_lora.data.readers.prompts import variables_of
 from vlm_lora.errors import AdapterError, ConfigError, DataError
@@ -28,7 +28,7 @@ WINDOW = 4
 EVEN = 1.25
 """Sizes that cost less padding than this factor do not differ."""
 
-Request = Sequence[Turn]
+Request = Dialogue
 """A conversation, of which the last turn is to be answered."""
 
 
@@ -40,11 +40,14 @@ class Captioner:
     >>> for caption in captioner.caption(Path("photos").glob("*.jpg")): print(caption.image, caption.text)
     """
 
-    def __init__(self, backbone: Backbone, adapter: Adapter | None, features: FeatureCache, prompt: str):
+    def __init__(
+        self, backbone: Backbone, adapter: Adapter | None, features: FeatureCache, prompt: str, system: str = ""
+    ):
         self.backbone = backbone
         self.adapter = adapter
         self.features = features
         self.prompt = prompt
+        self.system = system
         self.encoder = Encoder(backbone)
         self._base: Captioner | None = None  # of one that shares another's base
 
@@ -55,6 +58,7 @@ class Captioner:
         adapter: str | Path | None = None,
         *,
         prompt: str | None = None,
+        system: str | None = None,
         dtype: str = "auto",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -65,12 +69,10 @@ class Captioner:
             model: hub name, folder or ``tiny``; by default the base that the adapter names.
             adapter: run folder, adapter folder or hub name; None for the base alone.
             prompt: the instruction for captions; by default the one the adapter, or a merged model, was trained with.
-                So with the pixel limits.
+                So with the system prompt and the pixel limits.
         """
-        (captioner,) = cls.load_several(
-            model, [adapter], prompt=prompt, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels
-        )
-        return captioner
+        how = {"dtype": dtype, "min_pixels": min_pixels, "max_pixels": max_pixels}
+        return cls.load_several(model, [adapter], prompt=prompt, system=system, **how)[0]
 
     @classmethod
     def load_several(
@@ -79,6 +81,7 @@ class Captioner:
         adapters: Sequence[str | Path | None],
         *,
         prompt: str | None = None,
+        system: str | None = None,
         dtype: str = "auto",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -111,15 +114,17 @@ class Captioner:
         )
         # Read from the disk cache, but do not fill it: most folders are captioned once.
         features = FeatureCache(backbone, cache_folder(), write=False)
-        base = cls(backbone, None, features, prompt or (first.template if first else DEFAULT_PROMPT))
-        return [base._tuned(folder, prompt, min_pixels, max_pixels) if folder else base for folder in folders]
+        asked = prompt or (first.template if first else DEFAULT_PROMPT)
+        base = cls(backbone, None, features, asked, _system(system, first))
+        limits = (min_pixels, max_pixels)
+        return [base._tuned(folder, prompt, system, *limits) if folder else base for folder in folders]
 
     @property
     def base(self) -> "Captioner | None":
         """The captioner of the base alone; None where only the tuned model was given."""
         return self if self.adapter is None else self._base
 
-    def with_adapter(self, adapter: str | Path, *, prompt: str | None = None) -> "Captioner":
+    def with_adapter(self, adapter: str | Path, *, prompt: str | None = None, system: str | None = None) -> "Captioner":
         """The same base with another adapter, its prompt and pixel limits: the base's weights are shared, not copied.
 
         Raises:
@@ -127,7 +132,7 @@ class Captioner:
         """
         if self.base is None:
             raise ConfigError("This captioner has no base of its own to share; use one that Captioner.load gave.")
-        return self.base._tuned(find_adapter(adapter), prompt)
+        return self.base._tuned(find_adapter(adapter), prompt, system)
 
     def caption(
         self,
@@ -152,10 +157,10 @@ class Captioner:
         window: list[tuple[str, ImageEntry | str, Request]] = []
         for image in images:
             try:
-                request = _ask(prompt, source := source_of(image))
+                request = self._ask(prompt, source := source_of(image))
                 window.append((name_of(image), self.features.get([source])[0], request))
             except DataError as error:
-                window.append((name_of(image), str(error), ()))
+                window.append((name_of(image), str(error), Dialogue(())))
             sizes = [len(entry.values) for _, entry, _ in window if not isinstance(entry, str)]
             fit = batch_size or (rows_that_fit(self.backbone, max(sizes), decoding) if sizes else MOST_ROWS)
             even = len(sizes) * max(sizes, default=0) <= EVEN * sum(sizes)
@@ -181,7 +186,7 @@ class Captioner:
         if not questions:
             return []
         entries = self.features.get([source_of(image)])
-        (answers,) = self.generate([(entries, [(Turn(q, ""),) for q in questions])], tuned=tuned, decoding=decoding)
+        (answers,) = self.generate([(entries, [self._ask(q) for q in questions])], tuned=tuned, decoding=decoding)
         return answers[0] if isinstance(question, str) else answers
 
     def stream(
@@ -189,7 +194,7 @@ class Captioner:
     ) -> Iterator[str]:
         """The answer so far, again after each token. A request may have variables, as a prompt has."""
         source, decoding = source_of(image), decoding or Decoding()
-        asked = _ask(request or self.prompt, source)
+        asked = self._ask(request or self.prompt, source)
         entries = self.features.get([source])
         begun = list(self.encoder.tokenize(decoding.begin_with))
         tokens: list[int] = []
@@ -247,8 +252,21 @@ class Captioner:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
+    def _ask(self, question: str, image: ImageRef | Image.Image | None = None) -> Request:
+        """What is asked; of a prompt, its variables are filled in for the image.
+
+        Raises DataError where it has no value for one.
+        """
+        asked = question if image is None else prompt_for(question, image)
+        return Dialogue((Turn(asked, ""),), system=self.system)
+
     def _tuned(
-        self, folder: Path, prompt: str | None = None, min_pixels: int | None = None, max_pixels: int | None = None
+        self,
+        folder: Path,
+        prompt: str | None = None,
+        system: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> "Captioner":
         """The adapter in ``folder`` on this base. What is not given is what the adapter was trained with."""
         contract = read_contract(folder)
@@ -264,7 +282,7 @@ class Captioner:
                 f"{folder} was trained with the prompt {trained!r}; {prompt!r} has other variables.", stacklevel=2
             )
         prompt = prompt or trained
-        captioner = Captioner(backbone, adapter, features, prompt)
+        captioner = Captioner(backbone, adapter, features, prompt, _system(system, contract))
         captioner._base = self
         return captioner
 
@@ -323,14 +341,15 @@ class Captioner:
         def switch() -> AbstractContextManager:
             return self.adapter.switched_off() if self.adapter and not tuned else nullcontext()
 
-        encoded = []
+        encoded, images = [], []
         with switch():  # a trained prompt is part of the tokens
             for entries, requests in asked:
                 grids = [entry.grid_thw for entry in entries]
                 grid = torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
-                encoded.append(self.encoder.encode_requests(requests, grid, decoding.begin_with))
+                encoded += (new := self.encoder.encode_requests(requests, grid, decoding.begin_with))
+                images += [entries] * len(new)
             begun = self.encoder.tokenize(decoding.begin_with)
-        steps = decode(self.backbone, encoded, [entries for entries, _ in asked], decoding, begun)
+        steps = decode(self.backbone, encoded, images, decoding, begun)
         while True:
             # Entered for each step anew: whoever takes the tokens finds gradients and adapter as they were.
             with torch.inference_mode(), switch():
@@ -345,6 +364,5 @@ def _in_four_bits(contract: Contract | None) -> bool:
     return contract is not None and contract.method == "qlora"
 
 
-def _ask(prompt: str, image: ImageRef | Image.Image) -> tuple[Turn]:
-    """Raises DataError where the prompt has a variable that the image has no value for."""
-    return (Turn(prompt_for(prompt, image), ""),)
+def _system(given: str | None, contract: Contract | None) -> str:
+    return given if given is not None else contract.system if contract else ""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import httpx
 from PIL import Image
 
-from vlm_lora.data.example import ImageRef, Turn
+from vlm_lora.data.example import Dialogue, ImageRef, Turn
 from vlm_lora.data.images import load_image
 from vlm_lora.data.readers.beside import prompt_for
 from vlm_lora.errors import ConfigError, DataError, ModelError
@@ -94,7 +94,7 @@ class Endpoint:
             trained.require_served_on_base(self.model)
 
     def caption(
-        self, images: Iterable[ImageSource], prompt: str, *, decoding: Decoding | None = None
+        self, images: Iterable[ImageSource], prompt: str, *, system: str = "", decoding: Decoding | None = None
     ) -> Iterator[Caption]:
         """As `Captioner.caption`: in order, and an image that cannot be captioned gives its error.
 
@@ -118,7 +118,7 @@ class Endpoint:
                 with free:
                     if future.set_running_or_notify_cancel():
                         try:
-                            future.set_result(self._one(image, prompt, decoding))
+                            future.set_result(self._one(image, prompt, system, decoding))
                         except BaseException as error:  # raised where the result is asked for
                             future.set_exception(error)
 
@@ -160,7 +160,7 @@ class Endpoint:
 
     def respond(
         self,
-        asked: Sequence[tuple[Sequence[ImageSource], Sequence[Sequence[Turn]]]],
+        asked: Sequence[tuple[Sequence[ImageSource], Sequence[Dialogue]]],
         *,
         tuned: bool = True,
         decoding: Decoding | None = None,
@@ -173,12 +173,12 @@ class Endpoint:
         model = self.model if tuned or not self.base else self.base
         decoding = decoding or Decoding()
 
-        def answer(images: Sequence[ImageSource], requests: Sequence[Sequence[Turn]]) -> list[str] | DataError:
+        def answer(images: Sequence[ImageSource], requests: Sequence[Dialogue]) -> list[str] | DataError:
             try:
                 if self.trained:
-                    for turn in (turn for turns in requests for turn in turns):
+                    for turn in (turn for request in requests for turn in request.turns):
                         self.trained.require_plain(turn.user)
-                return [self._answer(images, turns, model, decoding) for turns in requests]
+                return [self._answer(images, request, model, decoding) for request in requests]
             except _OtherTokens as error:
                 return error
             except (DataError, ConfigError) as error:
@@ -212,16 +212,16 @@ class Endpoint:
                 f"--endpoint {self.url}: /models is not answered as OpenAI's protocol wants it."
             ) from error
 
-    def _one(self, image: ImageSource, prompt: str, decoding: Decoding) -> tuple[Caption, int]:
+    def _one(self, image: ImageSource, prompt: str, system: str, decoding: Decoding) -> tuple[Caption, int]:
         """The caption; and where the server failed, how many failures of this kind in a row end the run, else 0."""
         name = name_of(image)
         try:
-            asked = prompt_for(prompt, source_of(image))
+            request = Dialogue((Turn(prompt_for(prompt, source_of(image)), ""),), system=system)
             if self.trained:
-                self.trained.require_plain(asked)
+                self.trained.require_plain(request.turns[0].user)
             for attempt in range(1 + decoding.attempts):
                 how = decoding.again(attempt) if attempt else decoding
-                text = self._answer([image], (Turn(asked, ""),), self.model, how)
+                text = self._answer([image], request, self.model, how)
                 if not (missed := decoding.missed(text)):
                     return Caption(name, text=text), 0
             return Caption(name, error=decoding.missed_by(text, missed)), 0
@@ -240,7 +240,7 @@ class Endpoint:
         except (ValueError, KeyError, IndexError, TypeError):
             return Caption(name, error="the server's answer holds no text"), 0
 
-    def _answer(self, images: Sequence[ImageSource], turns: Sequence[Turn], model: str, decoding: Decoding) -> str:
+    def _answer(self, images: Sequence[ImageSource], request: Dialogue, model: str, decoding: Decoding) -> str:
         """What the server answers to the last turn of a conversation about images.
 
         Raises:
@@ -249,14 +249,9 @@ class Endpoint:
             ValueError, KeyError, IndexError, TypeError: the answer holds no text.
         """
         pictures = [_picture(source_of(image), self.trained) for image in images]
-        messages = []
-        for turn in turns:  # stripped, as in training
-            shown = [{"type": "image_url", "image_url": {"url": url}} for _, url in pictures if not messages]
-            messages.append({"role": "user", "content": [*shown, {"type": "text", "text": turn.user.strip()}]})
-            messages.append({"role": "assistant", "content": turn.assistant.strip()})
         body = {
             "model": model,
-            "messages": messages[:-1],
+            "messages": _messages(request, [url for _, url in pictures]),
             "max_tokens": decoding.max_new_tokens,
             "temperature": decoding.temperature,
             "seed": decoding.seed,
@@ -271,7 +266,7 @@ class Endpoint:
             raise TypeError("no text")
         if self.trained:
             there = (reply.get("usage") or {}).get("prompt_tokens")
-            here = self.trained.tokens([picture for picture, _ in pictures], turns)
+            here = self.trained.tokens([picture for picture, _ in pictures], request)
             if there is None:
                 warnings.warn(
                     f"--endpoint {self.url} tells no usage.prompt_tokens: whether it shows the model what it was "
@@ -301,6 +296,27 @@ class Endpoint:
                     raise
             time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
+
+
+def _messages(request: Dialogue, urls: Sequence[str]) -> list[dict]:
+    """The conversation up to the answer that is asked for, images where they stand, texts stripped as in training."""
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    messages: list[dict] = [{"role": "system", "content": request.system.strip()}] if request.system else []
+    content = [] if any(turn.images for turn in request.turns) else images
+    left = iter(images)
+    for turn in request.turns:
+        pieces = turn.pieces
+        pieces[0] = pieces[0].lstrip()
+        pieces[-1] = pieces[-1].rstrip()
+        for number, piece in enumerate(pieces):
+            if number:
+                content = [*content, next(left)]
+            if piece.strip():
+                content = [*content, {"type": "text", "text": piece}]
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": turn.assistant.strip()})
+        content = []
+    return messages[:-1]
 
 
 def _reason(error: httpx.HTTPError) -> str:

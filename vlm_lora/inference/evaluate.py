@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from PIL import Image
 
-from vlm_lora.data.example import Example, ImageRef, Turn
+from vlm_lora.data.example import Dialogue, Example, ImageRef
 from vlm_lora.data.images import load_image
 from vlm_lora.errors import ConfigError, DataError
 from vlm_lora.inference.caption import Decoding
@@ -204,7 +204,7 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
         Answered(
             example.id,
             example.images,
-            question.turns[-1].user,
+            question.asked.turns[-1].user,
             question.kind,
             tuple(question.references),
             **{who: answers[who][i][q] for who in passes},
@@ -251,17 +251,18 @@ def against(
 class Question(NamedTuple):
     """A conversation of which the last turn is to be answered, and the answers that the data has for it."""
 
-    turns: tuple[Turn, ...]
+    asked: Dialogue
     kind: str | None
     references: list[str]
 
 
 def _questions(example: Example) -> list[Question]:
     """What is asked about an example, dialogues that ask the same put together."""
-    gathered: dict[tuple[Turn, ...], Question] = {}
+    gathered: dict[Dialogue, Question] = {}
     for dialogue in example.dialogues:
         last = dialogue.turns[-1]
-        asked = (*dialogue.turns[:-1], Turn(last.user, ""))
+        turns = [replace(turn, weight=1.0) for turn in (*dialogue.turns[:-1], replace(last, assistant=""))]
+        asked = Dialogue(tuple(turns), system=dialogue.system)
         question = gathered.setdefault(asked, Question(asked, dialogue.kind, []))
         question.references.extend(dialogue.accepted or (last.assistant,))
     return list(gathered.values())
@@ -285,7 +286,7 @@ def _ask(
             for i in group:
                 try:
                     images = [blank(image) if who == "blanked" else image for image in examples[i].images]
-                    asked[i] = (images, [question.turns for question in questions[i]])
+                    asked[i] = (images, [question.asked for question in questions[i]])
                 except DataError as error:
                     failed[i] = str(error)
                 done += len(questions[i])

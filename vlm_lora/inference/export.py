@@ -90,7 +90,7 @@ def merge(
     report("Asking base and adapter.")
     captioner = Captioner.load(model, folder, dtype=precision)
     assert captioner.adapter is not None
-    prompt, limits = captioner.prompt, captioner.backbone.pixel_limits
+    asked, limits = {"prompt": captioner.prompt, "system": captioner.system}, captioner.backbone.pixel_limits
     pictures = pictures or _pictures(limits)
     captions = _captions(captioner, pictures)
     tuned = _logits(captioner, pictures, captions)
@@ -107,7 +107,7 @@ def merge(
     draft = "; the base's draft of further tokens (mtp.*) is left out" if has_draft(find_model(model)) else ""
     report(f"Merging {len(weights)} linear layers{draft}.")
     how = {"dtype": precision, "min_pixels": limits[0], "max_pixels": limits[1]}
-    merged = _merged(load_backbone(model, **how), weights, prompt)
+    merged = _merged(load_backbone(model, **how), weights, asked)
     errors = {"in memory": _distance(tuned, _logits(merged, pictures, captions))}
 
     temporary = target.parent / f".{target.name}-{os.getpid()}"
@@ -115,7 +115,7 @@ def merge(
         report(f"Writing {target}, and reading it back.")
         _write(merged.backbone, kept_in, temporary, adapter=folder, name=target.name)
         del merged
-        reloaded = Captioner.load(str(temporary), prompt=prompt, **how)
+        reloaded = Captioner.load(str(temporary), **asked, **how)
         errors["read back"] = _distance(tuned, _logits(reloaded, pictures, captions))
         _require_same(errors, effect, kept_in)
         captions_again = _captions(reloaded, pictures)
@@ -149,10 +149,10 @@ def _require_possible(adapter: str | Path, folder: Path, target: Path) -> None:
 
 
 @torch.no_grad()
-def _merged(backbone: Backbone, weights: dict[str, torch.Tensor], prompt: str) -> Captioner:
+def _merged(backbone: Backbone, weights: dict[str, torch.Tensor], asked: dict[str, str]) -> Captioner:
     for name, weight in weights.items():
         backbone.model.get_parameter(name).copy_(weight)
-    return Captioner(backbone, None, FeatureCache(backbone, None), prompt)
+    return Captioner(backbone, None, FeatureCache(backbone, None), **asked)
 
 
 def _write(backbone: Backbone, dtype: torch.dtype, folder: Path, *, adapter: Path, name: str) -> None:
@@ -205,7 +205,8 @@ def _logits(captioner: Captioner, pictures: Sequence[Image.Image], texts: Sequen
     logits = []
     for picture, text in zip(pictures, texts, strict=True):
         (entry,) = captioner.features.get([picture])
-        encoded = captioner.encoder.encode([Dialogue((Turn(captioner.prompt, text),))], entry.grid_thw[None])
+        said = Dialogue((Turn(captioner.prompt, text),), system=captioner.system)
+        encoded = captioner.encoder.encode([said], entry.grid_thw[None])
         row = pack([[encoded]], backbone.pad_token_id)
         mask, positions = (tensor.to(backbone.device) for tensor in (row.attention_mask, row.position_ids))
         seen = together([entry], backbone.device)

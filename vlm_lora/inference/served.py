@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from vlm_lora.data.example import Turn
+from vlm_lora.data.example import Dialogue
 from vlm_lora.errors import AdapterError, ConfigError
 from vlm_lora.model.adapters.base import CONTRACT, Contract, find_adapter, read_contract, read_settings
 from vlm_lora.model.encode import Encoder
@@ -30,6 +30,7 @@ class Trained:
 
     def __init__(self, contract: Contract, preprocessor: Preprocessor, settings: dict):
         self.prompt = contract.template
+        self.system = contract.system
         self.method = contract.method
         self.preprocessor = preprocessor
         self.encoder = Encoder(preprocessor)
@@ -83,9 +84,9 @@ class Trained:
         """The image in the size the model was trained to see it in: llama.cpp for one resizes in a way of its own."""
         return self.preprocessor.resized(image)
 
-    def tokens(self, images: Sequence[Image.Image], turns: Sequence[Turn]) -> int:
+    def tokens(self, images: Sequence[Image.Image], request: Dialogue) -> int:
         """How many tokens a request is: a conversation about images as `shown`, whose last turn is to be answered."""
         grids = [self.preprocessor.grid(*image.size) for image in images]
         grid = torch.tensor(grids).reshape(-1, 3)
         with self._one_at_a_time:
-            return self.encoder.encode_requests([turns], grid).num_tokens
+            return self.encoder.encode_requests([request], grid)[0].num_tokens

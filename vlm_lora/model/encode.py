@@ -9,17 +9,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
+from typing import NamedTuple
 
 import torch
 
-from vlm_lora.data.example import Dialogue, Example, Turn
+from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
 from vlm_lora.data.readers import BadRow
 from vlm_lora.errors import ModelError
 from vlm_lora.model.packing import IGNORE_INDEX, Branch, Encoded, mrope_positions
 from vlm_lora.model.preprocess import Preprocessor
 
 # Stand-ins for users' texts while the template is rendered: private-use characters no template contains.
-USER_TEXT, ANSWER_TEXT = TEXTS = ("\ue000", "\ue001")
+USER_TEXT, ANSWER_TEXT, SYSTEM_TEXT = TEXTS = ("\ue000", "\ue001", "\ue002")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +34,26 @@ class EncodedExample:
     def num_tokens(self) -> int:
         return self.encoded.num_tokens
 
+    @property
+    def images(self) -> tuple[ImageRef, ...]:
+        """The images in the order of their tokens: those of the prefix, then those of each branch."""
+        images, first = self.example.images, self.encoded.images_in_prefix
+        if first is None:
+            return images
+        return images[:first] + tuple(i for b in self.encoded.branches for i in images[first : first + b.num_images])
+
     def with_branches(self, dialogues: Sequence[int]) -> "EncodedExample":
         """The same with these of its dialogues only."""
         branches = tuple(self.encoded.branches[i] for i in dialogues)
         return replace(self, encoded=replace(self.encoded, branches=branches))
+
+
+class _Conversation(NamedTuple):
+    """Tokens of a conversation, one placeholder an image, their labels, and what the loss of each is multiplied by."""
+
+    ids: list[int]
+    labels: list[int]
+    weights: list[float]
 
 
 class Encoder:
@@ -63,8 +80,10 @@ class Encoder:
         Args:
             image_grid_thw: ``(num_images, 3)``; no rows for an example of text only.
         """
-        conversations = [turns for dialogue in dialogues for turns in self._conversations(dialogue)]
-        return self._encode([self._tokens(turns, len(image_grid_thw)) for turns in conversations], image_grid_thw)
+        conversations = [
+            self._tokens(dialogue, len(image_grid_thw), end) for dialogue in dialogues for end in self._ends(dialogue)
+        ]
+        return self._encode(conversations, image_grid_thw)
 
     def encode_fitting(
         self, example: Example, image_grid_thw: torch.Tensor, max_tokens: int
@@ -79,7 +98,7 @@ class Encoder:
         prefix, fit, bad = len(encoded.prefix_ids), [], []
         lengths = iter([len(branch.input_ids) for branch in encoded.branches])
         for dialogue in example.dialogues:
-            if (needed := prefix + max(next(lengths) for _ in self._conversations(dialogue))) <= max_tokens:
+            if (needed := prefix + max(next(lengths) for _ in self._ends(dialogue))) <= max_tokens:
                 fit.append(dialogue)
                 continue
             reason = (
@@ -93,22 +112,26 @@ class Encoder:
 
     def tokenize_ahead(self, examples: Sequence[Example]) -> None:
         """Tokenise the texts of these examples together, on all cores, for the `encode` of each that follows."""
-        texts = {text.strip() for e in examples for d in e.dialogues for t in d.turns for text in (t.user, t.assistant)}
+        texts = {text for e in examples for d in e.dialogues for turn in d.turns for text in _said(turn)}
         ordered = sorted(texts)
         self._ahead = dict(zip(ordered, map(tuple, self._tokenize(ordered)), strict=True)) if ordered else {}
 
     def encode_requests(
-        self, requests: Sequence[Sequence[Turn]], image_grid_thw: torch.Tensor, begun: str = ""
-    ) -> Encoded:
+        self, requests: Sequence[Dialogue], image_grid_thw: torch.Tensor, begun: str = ""
+    ) -> list[Encoded]:
         """Prefix and one branch a request, each ending where the model is to answer its last turn, or to go on with
-        the answer ``begun``; no labels."""
+        the answer ``begun``; no labels.
+
+        Images are in prefixes only: where they stand after what differs, each request has a prefix of its own.
+        """
         answer = list(self.tokenize(begun))
         asked = []
-        for turns in requests:
-            ids, _ = self._tokens(turns, len(image_grid_thw), without_last_answer=True)
-            ids = ids + answer
-            asked.append((ids, [IGNORE_INDEX] * len(ids)))
-        return self._encode(asked, image_grid_thw)
+        for request in requests:
+            ids = self._tokens(request, len(image_grid_thw), without_last_answer=True).ids + answer
+            asked.append(_Conversation(ids, [IGNORE_INDEX] * len(ids), [1.0] * len(ids)))
+        together = self._encode(asked, image_grid_thw)
+        apart = any(branch.num_images for branch in together.branches)
+        return [self._encode([each], image_grid_thw) for each in asked] if apart else [together]
 
     def tokenize(self, text: str) -> tuple[int, ...]:
         """A text's tokens, as those of an answer that is learnt; none for none."""
@@ -123,110 +146,163 @@ class Encoder:
     def _answers_apart(self) -> bool:
         """Whether an earlier answer is opened otherwise than one that is asked for. Of models that think, the empty
         thought stands before the last answer alone. So an answer is learnt in a conversation that ends with it."""
-        skeleton = self._skeleton(2, 0)
+        skeleton = self._skeleton(False, ("t", "t"))
         earlier, last = (skeleton[i + 1] for i, part in enumerate(skeleton) if part == USER_TEXT)
         return earlier != last
 
-    def _conversations(self, dialogue: Dialogue) -> list[Sequence[Turn]]:
-        """What is learnt of a dialogue: all of it, or each of its answers after what stands before it."""
-        turns = dialogue.turns
-        apart = len(turns) > 1 and self._answers_apart
-        return [turns[:end] for end in range(1, len(turns) + 1)] if apart else [turns]
+    def _ends(self, dialogue: Dialogue) -> list[int]:
+        """After how many turns a dialogue ends where it is learnt from: it is whole, or ends with each answer that is
+        learnt."""
+        whole = len(dialogue.turns)
+        if whole == 1 or not self._answers_apart:
+            return [whole]
+        return [end for end, turn in enumerate(dialogue.turns, start=1) if turn.weight] or [whole]
 
-    def _render_skeleton(self, num_turns: int, num_images: int) -> tuple[str | tuple[int, ...], ...]:
-        """The template's own tokens around ``num_turns`` turns; USER_TEXT and ANSWER_TEXT stand where texts go.
+    def _render_skeleton(self, has_system: bool, shapes: tuple[str, ...]) -> tuple[str | tuple[int, ...], ...]:
+        """The template's own tokens around turns; the stand-ins of `TEXTS` are where texts go.
 
-        The texts are kept apart from the template so that a caption that spells ``<|im_end|>`` stays the text it is.
+        What the user says in a turn is of the shape "iit": each i an image, each t a text. The texts are kept apart
+        from the template so that a caption that spells ``<|im_end|>`` stays the text it is.
         """
-        messages = []
-        for turn in range(num_turns):
-            images = [{"type": "image"}] * (num_images if turn == 0 else 0)
-            messages.append({"role": "user", "content": [*images, {"type": "text", "text": USER_TEXT}]})
+        system = {"role": "system", "content": [{"type": "text", "text": SYSTEM_TEXT}]}
+        messages: list[dict] = [system] if has_system else []
+        said = {"i": {"type": "image"}, "t": {"type": "text", "text": USER_TEXT}}
+        for shape in shapes:
+            messages.append({"role": "user", "content": [said[part] for part in shape]})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": ANSWER_TEXT}]})
         render = partial(self.processor.apply_chat_template, tokenize=False, **self.backbone.family.template_options)
         rendered = render(messages)
-        parts = [part for part in re.split(f"([{USER_TEXT}{ANSWER_TEXT}])", rendered) if part]
-        if [part for part in parts if part in (USER_TEXT, ANSWER_TEXT)] != [USER_TEXT, ANSWER_TEXT] * num_turns:
+        parts = [part for part in re.split(f"([{''.join(TEXTS)}])", rendered) if part]
+        expected = [SYSTEM_TEXT] * has_system
+        for shape in shapes:
+            expected += [USER_TEXT] * shape.count("t") + [ANSWER_TEXT]
+        if [part for part in parts if part in TEXTS] != expected:
             raise ModelError(
                 "The model's chat template leaves out a part of the conversation; it cannot be trained on."
             )
-        opening = rendered[rendered.rindex(USER_TEXT) + 1 : rendered.rindex(ANSWER_TEXT)]
-        asked = render(messages[:-1], add_generation_prompt=True)
-        if not asked.endswith(USER_TEXT + opening):
-            begun = asked[asked.rindex(USER_TEXT) + 1 :]
+        opening = _after_last_text(rendered[: rendered.rindex(ANSWER_TEXT)])
+        begun = _after_last_text(render(messages[:-1], add_generation_prompt=True))
+        if begun != opening:
             raise ModelError(
                 f"The model's chat template puts {begun!r} before an answer that is asked for, and {opening!r} before "
                 "one that is learnt: other tools would ask for what was never trained. "
                 "Of models that think before they answer take the 'Instruct' ones."
             )
         skeleton = [
-            part
-            if part in (USER_TEXT, ANSWER_TEXT)
-            else tuple(self.tokenizer(part, add_special_tokens=False)["input_ids"])
+            part if part in TEXTS else tuple(self.tokenizer(part, add_special_tokens=False)["input_ids"])
             for part in parts
         ]
-        if skeleton[-1] == ANSWER_TEXT or skeleton[0] in (USER_TEXT, ANSWER_TEXT):
+        if skeleton[-1] == ANSWER_TEXT or skeleton[0] in TEXTS:
             raise ModelError(
                 "The model's chat template has no mark before a turn or after it; it cannot be trained on."
             )
         placeholders = sum(token == self.image_token_id for part in skeleton if part not in TEXTS for token in part)
+        num_images = "".join(shapes).count("i")
         if placeholders != num_images:
             raise ModelError(f"The chat template makes {placeholders} image placeholders for {num_images} images.")
         # What follows the last end-of-turn token (a line break) comes after everything that is predicted.
         return (*skeleton[:-1], skeleton[-1][:1])
 
     def _tokenize_text(self, text: str) -> tuple[int, ...]:
-        # Outer white space goes: a text's and the template's line break beside it would become one token.
-        text = text.strip()
         return self._ahead[text] if text in self._ahead else tuple(self._tokenize([text])[0])
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def _tokens(
-        self, turns: Sequence[Turn], num_images: int, without_last_answer: bool = False
-    ) -> tuple[list[int], list[int]]:
-        """Tokens and labels of a conversation, one placeholder an image."""
+        self, dialogue: Dialogue, num_images: int, end: int | None = None, *, without_last_answer: bool = False
+    ) -> _Conversation:
+        """The dialogue up to its turn ``end``; where `_answers_apart`, the last answer alone has labels."""
+        turns = dialogue.turns[:end]
+        in_front = 0 if any(turn.images for turn in dialogue.turns) else num_images
+        shapes = tuple(_shape(turn, in_front if number == 0 else 0) for number, turn in enumerate(turns))
+        system = [dialogue.system.strip()] if dialogue.system else []
+        texts = iter(system + [text for turn in turns for text in _said(turn)])
+        first = len(turns) - 1 if len(turns) > 1 and self._answers_apart else 0  # of the answers that are learnt
+        answer_weights = iter([turn.weight if number >= first else 0.0 for number, turn in enumerate(turns)])
         ids: list[int] = []
         labels: list[int] = []
-        texts = iter([text for turn in turns for text in (turn.user, turn.assistant)])
-        after_answer, answers = False, 0
-        skeleton = self._skeleton(len(turns), num_images)
-        first = len(turns) if len(turns) > 1 and self._answers_apart else 1  # of the answers that are learnt
+        weights: list[float] = []
+        weight = 0.0  # of what comes after an answer
+        skeleton = self._skeleton(bool(dialogue.system), shapes)
         # The last answer stands before the last part: the end-of-turn token.
         for part in skeleton[:-2] if without_last_answer else skeleton:
             new = self._text_ids(next(texts)) if isinstance(part, str) else part
             ids += new
-            answers += part == ANSWER_TEXT
-            if part == ANSWER_TEXT and answers >= first:
-                labels += new
-            else:
-                # The end-of-turn token after an answer is learnt with it: it is how the model stops.
-                learnt = 1 if after_answer and answers >= first else 0
-                labels += [*new[:learnt], *[IGNORE_INDEX] * (len(new) - learnt)]
-            after_answer = part == ANSWER_TEXT
-        return ids, labels
+            # The end-of-turn token after an answer is learnt with it: it is how the model stops.
+            learnt = len(new) if part == ANSWER_TEXT else 1
+            weight = next(answer_weights) if part == ANSWER_TEXT else weight
+            learnt = learnt if weight else 0
+            labels += [*new[:learnt], *[IGNORE_INDEX] * (len(new) - learnt)]
+            weights += [weight] * len(new)
+            weight = weight if part == ANSWER_TEXT else 0.0
+        return _Conversation(ids, labels, weights)
 
-    def _encode(self, conversations: list[tuple[list[int], list[int]]], image_grid_thw: torch.Tensor) -> Encoded:
+    def _encode(self, conversations: list[_Conversation], image_grid_thw: torch.Tensor) -> Encoded:
         """Cut each conversation after what all begin with, and give every image as many tokens as it has."""
-        ids = conversations[0][0]
+        ids = conversations[0].ids
         cut = _shared_tokens(conversations)
-        assert self.image_token_id not in ids[cut:], "the template puts the images before everything that differs"
-        counts = iter((image_grid_thw.prod(-1) // self.merge_size**2).tolist())
+        counts: list[int] = (image_grid_thw.prod(-1) // self.merge_size**2).tolist()
+        first = ids[:cut].count(self.image_token_id)  # of the images in branches
         count = self.backbone.num_prompt_tokens if self.num_prompt_tokens is None else self.num_prompt_tokens
-        prefix = [-1 - i for i in range(count)]
-        for token in ids[:cut]:
-            prefix += [token] * next(counts) if token == self.image_token_id else [token]
+        prefix = [-1 - i for i in range(count)] + self._with_images(ids[:cut], ids[:cut], counts)
         prefix_ids = torch.tensor(prefix, dtype=torch.long)
         positions = mrope_positions(prefix_ids, image_grid_thw, self.image_token_id, self.merge_size)
-        branches = tuple(Branch(torch.tensor(ids[cut:]), torch.tensor(labels[cut:])) for ids, labels in conversations)
-        return Encoded(prefix_ids, positions, branches)
+
+        def branch(tokens: list[int], labels: list[int], weights: list[float]) -> Branch:
+            tokens, labels, weights = tokens[cut:], labels[cut:], weights[cut:]
+            plain = all(w == 1 for w, label in zip(weights, labels, strict=True) if label != IGNORE_INDEX)
+            weighed = None if plain else torch.tensor(self._with_images(weights, tokens, counts[first:]))
+            num_images = tokens.count(self.image_token_id)
+            if not num_images:
+                return Branch(torch.tensor(tokens), torch.tensor(labels), weights=weighed)
+            input_ids = torch.tensor(self._with_images(tokens, tokens, counts[first:]))
+            places = mrope_positions(input_ids, image_grid_thw[first:], self.image_token_id, self.merge_size)
+            learnt = torch.tensor(self._with_images(labels, tokens, counts[first:]))
+            return Branch(input_ids, learnt, places, weighed, num_images)
+
+        branches = tuple(branch(*conversation) for conversation in conversations)
+        return Encoded(prefix_ids, positions, branches, images_in_prefix=first)
+
+    def _with_images(self, values: list, ids: list[int], counts: Sequence[int]) -> list:
+        """The values of these tokens, each image's placeholder as often as the image has tokens."""
+        left = iter(counts)
+        return [
+            value
+            for value, token in zip(values, ids, strict=True)
+            for _ in range(next(left) if token == self.image_token_id else 1)
+        ]
 
 
-def _shared_tokens(conversations: Sequence[tuple[list[int], list[int]]]) -> int:
+def _shape(turn: Turn, in_front: int) -> str:
+    """What is said in a turn, for `Encoder._render_skeleton`."""
+    if not turn.images:
+        return "i" * in_front + "t"
+    return "i".join("t" if piece.strip() else "" for piece in turn.pieces)
+
+
+def _said(turn: Turn) -> list[str]:
+    """The texts of a turn as they are tokenised.
+
+    Outer white space goes: a text's and the template's line break beside it would become one token.
+    """
+    pieces = [piece for piece in turn.pieces if piece.strip()] if turn.images else [turn.user]
+    if pieces:
+        pieces[0] = pieces[0].lstrip()
+        pieces[-1] = pieces[-1].rstrip()
+    return [*pieces, turn.assistant.strip()]
+
+
+def _after_last_text(rendered: str) -> str:
+    """What the template puts after the last of the texts."""
+    return rendered[max(rendered.rfind(text) for text in TEXTS) + 1 :]
+
+
+def _shared_tokens(conversations: Sequence[_Conversation]) -> int:
     """How many tokens all begin with, short of the last one before an answer: each branch must begin unlabelled."""
     # In a dictionary's order: what the first and the last have in common, those between them have too.
-    first, last = min(ids for ids, _ in conversations), max(ids for ids, _ in conversations)
+    first, last = min(each.ids for each in conversations), max(each.ids for each in conversations)
     common = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    unlabelled = (next((n for n, x in enumerate(each) if x != IGNORE_INDEX), len(each)) for _, each in conversations)
+    labels = [each.labels for each in conversations]
+    unlabelled = (next((n for n, x in enumerate(each) if x != IGNORE_INDEX), len(each)) for each in labels)
     return min(common, min(unlabelled) - 1)

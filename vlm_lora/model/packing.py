@@ -38,6 +38,12 @@ class Branch:
 
     input_ids: torch.Tensor
     labels: torch.Tensor
+    positions: torch.Tensor | None = None
+    """``(3, L)``, counted from the end of the prefix, where images stand in it; None: text, that counts up."""
+    weights: torch.Tensor | None = None
+    """``(L,)``, what the loss of each token is multiplied by; None: 1 of all."""
+    num_images: int = 0
+    """How many images stand in it: those of the example after the prefix's."""
 
     def __post_init__(self) -> None:
         assert len(self.input_ids) == len(self.labels) > 0
@@ -51,6 +57,8 @@ class Encoded:
     prefix_ids: torch.Tensor
     prefix_positions: torch.Tensor
     branches: tuple[Branch, ...]
+    images_in_prefix: int | None = None
+    """How many of the example's images, the first ones, stand in the prefix; None: all."""
 
     @property
     def num_tokens(self) -> int:
@@ -77,6 +85,8 @@ class Packed:
     position_ids: torch.Tensor
     attention_mask: torch.Tensor
     forks: Forks
+    weights: torch.Tensor | None = None
+    """``(B, T)``, what the loss of each token is multiplied by; None: 1 of all."""
 
 
 def mrope_positions(
@@ -142,6 +152,9 @@ def _pack(rows: Sequence[Sequence[Encoded]], pad_token_id: int, start: int) -> P
     input_ids = torch.full((len(rows), width), pad_token_id)
     labels = torch.full((len(rows), width), IGNORE_INDEX)
     position_ids = torch.zeros(3, len(rows), width, dtype=torch.long)
+    weights = None
+    if any(branch.weights is not None for row in rows for encoded in row for branch in encoded.branches):
+        weights = torch.ones(len(rows), width)
     # Which example and which of its branches a token belongs to; branch 0 is the prefix, example -1 is padding.
     example_of = torch.full((len(rows), width), -1)
     branch_of = torch.zeros(len(rows), width, dtype=torch.long)
@@ -162,7 +175,10 @@ def _pack(rows: Sequence[Sequence[Encoded]], pad_token_id: int, start: int) -> P
                 end = at + len(branch.input_ids)
                 input_ids[r, at:end] = branch.input_ids
                 labels[r, at:end] = branch.labels
-                position_ids[:, r, at:end] = restart + torch.arange(end - at)
+                counted = torch.arange(end - at) if branch.positions is None else branch.positions
+                position_ids[:, r, at:end] = restart + counted
+                if weights is not None and branch.weights is not None:
+                    weights[r, at:end] = branch.weights
                 example_of[r, at:end] = e
                 branch_of[r, at:end] = b
                 branches.append((len(prefixes) - 1, range(r * width + at, r * width + end)))
@@ -173,4 +189,4 @@ def _pack(rows: Sequence[Sequence[Encoded]], pad_token_id: int, start: int) -> P
     causal = torch.ones(width - start, width, dtype=torch.bool).tril(start)
     attention_mask = (same_example & visible & causal)[:, None]
     forks = find_forks(prefixes, branches, (len(rows), width))
-    return Packed(input_ids, labels, position_ids, attention_mask, forks)
+    return Packed(input_ids, labels, position_ids, attention_mask, forks, weights)

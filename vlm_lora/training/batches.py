@@ -39,8 +39,8 @@ class MicroBatch:
     """Rows of tokens and, in the same order, what `Backbone.forward` takes of their images; ``num_labels`` tokens carry
     loss.
 
-    ``input_ids``, ``labels`` ``(B, T)`` and ``forks`` stay on the CPU, where the code asks about them; ``position_ids``
-    ``(3, B, T)``, ``attention_mask`` and ``images`` are on the device.
+    ``input_ids``, ``labels``, ``weights`` ``(B, T)`` and ``forks`` stay on the CPU, where the code asks about them;
+    ``position_ids`` ``(3, B, T)``, ``attention_mask`` and ``images`` are on the device.
     """
 
     input_ids: torch.Tensor
@@ -50,6 +50,7 @@ class MicroBatch:
     images: torch.Tensor | Pixels | None
     num_labels: int
     forks: Forks
+    weights: torch.Tensor | None = None
 
 
 # ---- who computes what: pure functions of the step's answers ------------------------------------------------------
@@ -164,7 +165,7 @@ class Loader:
 
     def _fetch(self, rows: Sequence[EncodedExample]) -> Fetched:
         packed = pack_apart([row.encoded for row in rows], self.backbone.pad_token_id)
-        images = self.features.fetch([image for row in rows for image in row.example.images])
+        images = self.features.fetch([image for row in rows for image in row.images])
         device = self.backbone.device
         return Fetched(_pinned(packed, device), [_pinned(image, device) for image in images])
 
@@ -188,6 +189,7 @@ class Loader:
             together(images, device),
             fetched.num_labels,
             packed.forks,
+            packed.weights,
         )
 
 

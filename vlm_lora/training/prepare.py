@@ -1,8 +1,9 @@
 """From a config to examples in tokens: read, split, encode. What training, `vlm-lora plan` and the page share."""
 
 import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,6 +29,13 @@ class SplitData:
     fingerprint: str
     val_fingerprint: str | None
 
+    @property
+    def systems(self) -> list[str]:
+        """The system prompts of what is said about images, "" where there is none; each once, the commonest first."""
+        with_images = [example for example in self.train if example.images]
+        found = Counter(dialogue.system for example in with_images for dialogue in example.dialogues)
+        return [system for system, _ in found.most_common()]
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -50,12 +58,20 @@ def read_data(config: TrainConfig, sources: Sequence[str]) -> Dataset:
 def read_and_split(config: TrainConfig) -> SplitData:
     """Raises DataError where data cannot be read, or nothing in it can be used."""
     dataset = read_data(config, config.sources)
-    held_dataset = read_data(config, (config.val,)) if config.val else None
+    held_dataset = read_data(config, (config.val,)).part("val", "test") if config.val else None
     if held_dataset and config.val:
         dataset = without_held_out(dataset, held_dataset, config.val)
+    elif dataset.val or dataset.test:
+        dataset = without_held_out(dataset, dataset.part("val", "test"), "the rows marked val or test")
+        held_dataset = replace(dataset.part("val"), bad=()) if dataset.val else None
     bad = dataset.bad + (held_dataset.bad if held_dataset else ())
     if not dataset.examples:
-        raise no_usable_example(config, bad)
+        raise no_usable_example(config, bad, len(dataset.val) + len(dataset.test))
+    if not any(example.images for example in dataset.examples):
+        raise DataError(
+            f"{', '.join(config.sources)}: no row names an image. Say --columns image=NAME; rows of text alone are "
+            "learnt beside rows with images, as in vlm-lora train PHOTOS TEXTS"
+        )
     train, held_out = list(dataset.examples), list(held_dataset.examples) if held_dataset else []
     if not held_dataset and config.val_split:
         train, held_out = split_examples(train, config.val_split, config.seed)
@@ -158,8 +174,10 @@ def require_usable(config: TrainConfig, bad: Sequence[BadRow]) -> None:
         )
 
 
-def no_usable_example(config: TrainConfig, bad: Sequence[BadRow]) -> DataError:
-    return DataError(f"{', '.join(config.sources)}: no usable example in it. {_listed(bad)}")
+def no_usable_example(config: TrainConfig, bad: Sequence[BadRow], marked: int = 0) -> DataError:
+    """The error to raise; ``marked`` is how many examples are not to be trained on."""
+    why = f"{marked:,} examples are marked val or test. " if marked else ""
+    return DataError(f"{', '.join(config.sources)}: no usable example in it. {why}{_listed(bad)}".rstrip())
 
 
 def _listed(bad: Sequence[BadRow]) -> str:

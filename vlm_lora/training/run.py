@@ -97,6 +97,13 @@ def train_adapter(
     processes.require_same({"data": data.fingerprint, "val": data.val_fingerprint})
     require_usable(config, data.bad_rows)
     events.data(data.taken_for, data.train, data.held_out, data.bad_rows)
+    systems = data.systems
+    if len(systems) > 1 and config.system is None:
+        events.warning(
+            f"The data has {len(systems)} different system prompts. The adapter will be asked without one, unless "
+            "--system says which."
+        )
+    config = config.replace(system=config.system or (systems[0] if len(systems) == 1 else None) or None)
 
     with ExitStack() as held, _memory_advice():
         path = processes.on_main(lambda: _open_folder(path, resume, held))

@@ -1,7 +1,8 @@
 """One step: its loss, its gradients, the update of the adapter.
 
 The loss of a step is the sum over its labelled tokens divided by their number over all micro-batches and processes,
-so every answer's tokens weigh the same however the step is cut up.
+so every answer's tokens weigh the same however the step is cut up. A weight in the data multiplies an answer's part of
+that sum and leaves the number as it is, as in ms-swift.
 """
 
 import itertools
@@ -60,23 +61,31 @@ def loss_sum(backbone: Backbone, batch: MicroBatch, label_logits: bool = True) -
     rows = (batch.input_ids, batch.attention_mask, batch.position_ids)
     hidden = backbone.forward(*rows, batch.images, forks=batch.forks)
     if not label_logits:
-        return _cross_entropy(backbone, hidden[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten().to(hidden.device))
+        targets = batch.labels[:, 1:].flatten().to(hidden.device)
+        weights = None if batch.weights is None else batch.weights[:, 1:].flatten().to(hidden.device)
+        return _cross_entropy(backbone, hidden[:, :-1].flatten(0, 1), targets, weights)
     # Found on the CPU, where labels are kept: a GPU's answer to how many there are would have to be waited for.
     targets = batch.labels[:, 1:]
     places = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
+    weights = None if batch.weights is None else batch.weights[:, 1:][places].to(hidden.device, non_blocking=True)
     targets = targets[places].to(hidden.device, non_blocking=True)
     hidden = hidden[tuple(place.to(hidden.device, non_blocking=True) for place in places)]
     if len(targets) <= LOGITS_AT_ONCE:
-        return _cross_entropy(backbone, hidden, targets)
-    chunks = zip(hidden.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True)
-    losses = [checkpoint(_cross_entropy, backbone, h, t, use_reentrant=False) for h, t in chunks]
+        return _cross_entropy(backbone, hidden, targets, weights)
+    parts = [None] * len(targets) if weights is None else weights.split(LOGITS_AT_ONCE)
+    chunks = zip(hidden.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), parts, strict=False)
+    losses = [checkpoint(_cross_entropy, backbone, h, t, w, use_reentrant=False) for h, t, w in chunks]
     return torch.stack(losses).sum()
 
 
-def _cross_entropy(backbone: Backbone, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _cross_entropy(
+    backbone: Backbone, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor:
     logits = backbone.logits(hidden)
-    precise = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(precise), targets, reduction="sum", ignore_index=IGNORE_INDEX)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if weights is None:
+        return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE_INDEX)
+    return (F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE_INDEX) * weights).sum()
 
 
 @torch.no_grad()

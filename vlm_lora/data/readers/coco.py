@@ -9,10 +9,15 @@ from typing import Any, TypeGuard
 
 from vlm_lora.data.example import Dialogue, ImageRef, Turn
 from vlm_lora.data.locate import Find
+from vlm_lora.data.readers.fields import Ledger
 from vlm_lora.data.readers.gather import BadRow, Entry
-from vlm_lora.data.readers.prompts import filled
+from vlm_lora.data.readers.prompts import filled, variables_of
 from vlm_lora.data.readers.rows import answered, text_of, texts_of
 from vlm_lora.errors import DataError
+
+OF_IMAGES = ("id", "file_name", "width", "height", "license", "flickr_url", "coco_url", "date_captured")
+"""What COCO's format says of an image; nothing of it is to be learnt."""
+OF_ANSWERS = ("question_id", "image_id", "answer_type")
 
 
 def is_coco(data: object) -> TypeGuard[dict]:
@@ -31,7 +36,7 @@ def is_answers(data: object) -> TypeGuard[dict]:
     return isinstance(rows, list) and any(isinstance(row, dict) and "question_id" in row for row in rows[:10])
 
 
-def read_coco(data: dict, source: str, prompt: str, find: Find) -> Iterator[Entry | BadRow]:
+def read_coco(data: dict, source: str, prompt: str, find: Find, ledger: Ledger) -> Iterator[Entry | BadRow]:
     """A dialogue for each caption. BadRows too: an image without captions, a caption without its image.
 
     Raises DataError for a COCO file of another task.
@@ -47,6 +52,8 @@ def read_coco(data: dict, source: str, prompt: str, find: Find) -> Iterator[Entr
             yield BadRow(source, None, f"image {number} of the list has an id taken before: {image['id']!r}")
         else:
             images[image["id"]] = image
+            known = (*OF_IMAGES, *variables_of(prompt))
+            ledger.close(ledger.fields({k: v for k, v in image.items() if k not in known}))
     captioned = set()
     for number, annotation in enumerate(annotations, start=1):
         where = f"annotation {number}"
@@ -58,7 +65,10 @@ def read_coco(data: dict, source: str, prompt: str, find: Find) -> Iterator[Entr
             if not _is_id(image_id) or image_id not in images:
                 raise DataError(f"is about the image {image_id!r}, which is not in the list of images")
             captioned.add(image_id)
-            caption = text_of(annotation.get("caption"), "caption")
+            fields = ledger.fields({k: v for k, v in annotation.items() if k not in ("id", "image_id")})
+            fields.taken.update(variables_of(prompt))
+            caption = text_of(fields.take("caption"), "caption")
+            ledger.close(fields)
             ref = find(images[image_id]["file_name"])
             row = images[image_id] | {key: value for key, value in annotation.items() if key != "caption"}
             asked = filled(prompt, ref, row)
@@ -70,7 +80,7 @@ def read_coco(data: dict, source: str, prompt: str, find: Find) -> Iterator[Entr
             yield BadRow(source, None, f"image {image['file_name']!r} (id {image_id!r}) has no caption")
 
 
-def read_vqa(questions: dict, answers: dict, source: str, find: Find) -> Iterator[Entry | BadRow]:
+def read_vqa(questions: dict, answers: dict, source: str, find: Find, ledger: Ledger) -> Iterator[Entry | BadRow]:
     """A dialogue for each question, human answers in `accepted`. BadRows too: either one without the other.
 
     The image is what the question names, or `COCO_<data_subtype>_<image_id, 12 digits>.jpg`.
@@ -93,10 +103,14 @@ def read_vqa(questions: dict, answers: dict, source: str, find: Find) -> Iterato
             annotation = by_question.pop(row["question_id"], None)
             if annotation is None:
                 raise DataError("has no annotation; test sets have none, use train or val")
-            best = annotation.get("multiple_choice_answer")
-            given = texts_of(annotation.get("answers") or best, "answer")
-            question = text_of(row.get("question"), "question")
-            dialogue = answered(question, given, best, annotation.get("question_type"))
+            said = ledger.fields({k: v for k, v in annotation.items() if k not in OF_ANSWERS})
+            best = said.take("multiple_choice_answer")
+            given = texts_of(said.take("answers") or best, "answer")
+            asked = ledger.fields({k: v for k, v in row.items() if k not in ("question_id", "image_id", "image")})
+            question = Turn(text_of(asked.take("question"), "question"), "")
+            dialogue = answered(question, given, best, said.take("question_type"))
+            ledger.close(said)
+            ledger.close(asked)
             ref = find(row["image"]) if "image" in row else _find_by_id(row.get("image_id"), subset, find)
             yield (ref,), replace(dialogue, source=f"{source}:{where}")
         except DataError as error:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from vlm_lora.data.example import Dialogue, Example, ImageRef, Placed
 
@@ -37,23 +37,47 @@ Entry = tuple[tuple[ImageRef, ...], Dialogue]
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """All data that were read: every row is a dialogue of one of `examples`, or in `bad`."""
+    """All data that were read: every row is a dialogue of one of `examples`, `val` or `test`, or in `bad`."""
 
     format: str
     examples: tuple[Example, ...]
+    """What may be trained on: whose rows belong to no other part."""
     bad: tuple[BadRow, ...]
+    val: tuple[Example, ...] = ()
+    """Those whose rows say that they are for validation."""
+    test: tuple[Example, ...] = ()
+    """Those whose rows say that they are for testing."""
     note: str = ""
     """Which columns were taken for what, where the data have columns."""
     unread: str = ""
     """What was left alone of a folder that holds more than one thing."""
+    unused: dict[str, int] = field(default_factory=dict)
+    """Fields that nothing took up, and how many rows have each."""
     parts: tuple[str, ...] = ()
     """What each of several sources holds, a line each."""
 
     @property
     def taken_for(self) -> str:
         """The format, which columns were taken for what, and what was left unread."""
-        details = "; ".join(filter(None, (self.note, self.unread)))
+        apart = [
+            f"{len(side):,} examples are marked {name} and never trained on"
+            for name, side in (("val", self.val), ("test", self.test))
+            if side
+        ]
+        details = "; ".join(filter(None, (self.note, self.named_unused, *apart, self.unread)))
         return f"{self.format} ({details})" if details else self.format
+
+    @property
+    def named_unused(self) -> str:
+        """The fields that nothing took up, in words; "" where there are none."""
+        named = [f"{name!r} in {times:,}" for name, times in self.unused.items()]
+        more = f" and {len(named) - 12} more" if len(named) > 12 else ""
+        return f"unused columns, and rows that have them: {', '.join(named[:12])}{more}" if named else ""
+
+    def part(self, *names: str) -> "Dataset":
+        """The data set of those rows alone that are marked "val" or "test", as named; of all if none is so marked."""
+        marked = tuple(example for name in names for example in getattr(self, name))
+        return replace(self, examples=with_ids(marked) or self.examples, val=(), test=())
 
     def fingerprint(self) -> str:
         """Hash (hex) of ids, texts, image names and sizes, in order. Reads no image; survives a move."""
@@ -62,28 +86,37 @@ class Dataset:
             images = [(ref.name, ref.sha256 or ref.size) for ref in example.images]
             dialogues = [([(t.user, t.assistant) for t in d.turns], d.kind, d.accepted) for d in example.dialogues]
             digest.update(json.dumps([example.id, images, dialogues, example.weight]).encode() + b"\n")
+            # What came later is hashed only where it is: a run of an earlier version can still be resumed.
+            later = [(d.system, [(t.images, t.weight) for t in d.turns]) for d in example.dialogues]
+            if any(system or any(turn != ((), 1.0) for turn in turns) for system, turns in later):
+                digest.update(json.dumps(later).encode() + b"\n")
         return digest.hexdigest()
 
 
 def gather(format: str, entries: Iterable[Entry | BadRow]) -> Dataset:
     """One Example per image (or ordered few), in order of first appearance; equal dialogues are all kept.
 
-    An image is the same where its resolved path is, or, embedded in another file, where its bytes are.
+    An image is the same where its resolved path is, or, embedded in another file, where its bytes are. Each dialogue
+    without an image is an Example of its own; so are those of one image that belong to different parts of the data.
     """
     bad: list[BadRow] = []
     by_images: dict[tuple, list[Entry]] = {}
-    for entry in entries:
+    for number, entry in enumerate(entries):
         if isinstance(entry, BadRow):
             bad.append(entry)
         else:
-            by_images.setdefault(tuple(ref.sha256 or ref.path for ref in entry[0]), []).append(entry)
-    examples = []
-    for same in by_images.values():
+            images, dialogue = entry
+            key = tuple(ref.sha256 or ref.path for ref in images) or (number,)
+            side = dialogue.split if dialogue.split in ("val", "test") else "examples"
+            by_images.setdefault((side, key), []).append(entry)
+    sides: dict[str, list[Example]] = {"examples": [], "val": [], "test": []}
+    for (side, _), same in by_images.items():
         images, first = same[0]
-        name = "+".join(ref.name for ref in images)
+        name = "+".join(ref.name for ref in images) or first.place
         dialogues = tuple(dialogue for _, dialogue in same)
-        examples.append(Example(name, images, dialogues, first.source, line=first.line))
-    return Dataset(format, with_ids(examples), tuple(bad))
+        sides[side].append(Example(name, images, dialogues, first.source, line=first.line))
+    train, val, test = (with_ids(sides[name]) for name in ("examples", "val", "test"))
+    return Dataset(format, train, tuple(bad), val, test)
 
 
 def with_ids(examples: Iterable[Example]) -> tuple[Example, ...]:

@@ -26,7 +26,7 @@ def read_tar(path: Path, source: str) -> Rows:
     """Rows of one shard, numbered from 1: the images as ImageRefs, a .txt as caption, the fields of a .json.
 
     `1.mask.png` beside `1.jpg` is another thing about it and not opened; alone, `1.a.png` and `1.b.png` are two images.
-    Members of other endings (.cls, .npy, .pyd) are not opened.
+    Members of other endings (.cls, .npy, .pyd) are not opened: each is a field of its ending that nothing takes up.
     """
     try:
         with tarfile.open(path, "r:") as tar:
@@ -71,6 +71,7 @@ def _row(path: Path, members: list[tarfile.TarInfo | Exception]) -> dict[str, An
         names.append(repr(member.name))
         suffix = PurePosixPath(member.name).suffix.lower()
         if suffix not in IMAGE_SUFFIXES and suffix not in (*TEXTS, ".json"):
+            row[PurePosixPath(member.name).name.partition(".")[2]] = "a member that is not opened"
             continue
         if not member.isreg() or member.issparse():
             raise DataError(f"{member.name!r} is a link, a device or a sparse file; expected the file itself")
@@ -85,7 +86,10 @@ def _row(path: Path, members: list[tarfile.TarInfo | Exception]) -> dict[str, An
             row |= _fields(member.name, data)
         else:
             captions.append(decode_text(data, member.name).rstrip("\r\n"))
-    images = [ref for ref in images if PurePosixPath(ref.name).name.count(".") == 1] or images
+    found, images = images, [ref for ref in images if PurePosixPath(ref.name).name.count(".") == 1] or images
+    for ref in found:
+        if ref not in images:
+            row[PurePosixPath(ref.name).name.partition(".")[2]] = "an image that is not opened"
     if not images:
         raise DataError(f"has no image among its members {', '.join(names[:8])}; expected one beside its text")
     row.pop("images", None)  # where a .json names images, they are those beside it

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +15,8 @@ from vlm_lora.data.fetch import fetch_image
 from vlm_lora.data.locate import Find, Finder, folders_beside
 from vlm_lora.data.readers import coco, folders, hub
 from vlm_lora.data.readers.detect import FORMATS, READERS, Layout, detect
-from vlm_lora.data.readers.gather import BadRow, Dataset, Rows, gather, with_ids
+from vlm_lora.data.readers.fields import Ledger, require_plain
+from vlm_lora.data.readers.gather import BadRow, Dataset, Entry, Rows, gather, with_ids
 from vlm_lora.data.readers.rows import NAMES, SHAPES, RowReader
 from vlm_lora.errors import ConfigError, DataError
 
@@ -38,11 +40,24 @@ class DataSettings:
     """Take images outside of the data's folder too (`..`, absolute names, symlinks)."""
     allow_urls: bool = False
     """Download images that are named by an http:// or https:// address, one after the other."""
+    ignore_columns: str | Sequence[str] = ()
+    """Fields of rows that are passed over as if they were not there; several in one text with commas."""
+    text_as_is: bool = False
+    """Take marks of other tools in texts (`<video>`, `<|image_1|>`) for the letters they are."""
+    system: str | None = None
+    """The system prompt of rows that have none of their own."""
+    train_on: str = "all"
+    """Which answers of a conversation are learnt: "last" or "all"."""
 
     @property
     def column_names(self) -> dict[str, str]:
         """`columns` as a dictionary. Raises ConfigError for text that is not "image=NAME,caption=NAME"."""
         return dict(self.columns) if isinstance(self.columns, Mapping) else parse_columns(self.columns)
+
+    def ledger(self) -> Ledger:
+        """A new account of the fields that nothing takes up."""
+        names = self.ignore_columns.split(",") if isinstance(self.ignore_columns, str) else self.ignore_columns
+        return Ledger(frozenset(name.strip() for name in names))
 
 
 def read_dataset(
@@ -98,16 +113,22 @@ def _joined(sources: Iterable[tuple[str, int, Dataset]]) -> Dataset:
 
     An image that two of them have stays an example of each.
     """
-    examples, bad, parts, formats = [], [], [], []
+    sides: dict[str, list[Example]] = {"examples": [], "val": [], "test": []}
+    bad, parts, formats, unused = [], [], [], Counter()
     for place, weight, dataset in sources:
         named = below(place, dataset)
-        examples += [replace(example, weight=weight) for example in named.examples]
+        sides["examples"] += [replace(example, weight=weight) for example in named.examples]
+        sides["val"] += named.val
+        sides["test"] += named.test
         bad += named.bad
+        unused.update(named.unused)
         formats.append(dataset.format)
         answers = sum(len(e.dialogues) for e in dataset.examples)
         times = f", each {weight} times an epoch" if weight > 1 else ""
         parts.append(f"{place}: {len(dataset.examples):,} examples, {answers:,} answers{times}; {dataset.taken_for}")
-    return Dataset(" + ".join(dict.fromkeys(formats)), with_ids(examples), tuple(bad), parts=tuple(parts))
+    train, val, test = (with_ids(sides[name]) for name in ("examples", "val", "test"))
+    format = " + ".join(dict.fromkeys(formats))
+    return Dataset(format, train, tuple(bad), val, test, unused=dict(unused), parts=tuple(parts))
 
 
 def below(place: str, dataset: Dataset) -> Dataset:
@@ -126,7 +147,8 @@ def below(place: str, dataset: Dataset) -> Dataset:
         return replace(e, id=before + e.id, images=images, dialogues=dialogues, source=before + e.source)
 
     bad = tuple(replace(row, source=before + row.source) for row in dataset.bad)
-    return replace(dataset, examples=tuple(map(moved, dataset.examples)), bad=bad)
+    train, val, test = (tuple(map(moved, side)) for side in (dataset.examples, dataset.val, dataset.test))
+    return replace(dataset, examples=train, val=val, test=test, bad=bad)
 
 
 def _read(place: str, settings: DataSettings, progress: Callable[[int], None]) -> Dataset:
@@ -150,19 +172,20 @@ def _read(place: str, settings: DataSettings, progress: Callable[[int], None]) -
 
 
 def _read_layout(layout: Layout, settings: DataSettings, progress: Callable[[int], None]) -> Dataset:
-    finder, name = _finder(layout, settings), layout.name_of(layout.files[0])
+    finder, name, ledger = _finder(layout, settings), layout.name_of(layout.files[0]), settings.ledger()
     if layout.format == "sidecar":
         entries = folders.read_sidecars(layout.files, finder, settings.prompt)
     elif layout.format == "coco":
-        entries = coco.read_coco(layout.content, name, settings.prompt, finder.find)
+        entries = coco.read_coco(layout.content, name, settings.prompt, finder.find, ledger)
     elif layout.format == "vqav2":
         questions, answers = layout.content
-        entries = coco.read_vqa(questions, answers, name, finder.find)
+        entries = coco.read_vqa(questions, answers, name, finder.find, ledger)
     else:
         dataset = _read_tables(layout.format, layout.tables(), finder.find, settings, progress)
         uncovered = _uncovered(layout, finder) if layout.format == "imagefolder" else ()
         return replace(dataset, bad=(*dataset.bad, *uncovered))
-    return gather(layout.format, _counted(entries, progress))
+    dataset = gather(layout.format, _settled(_counted(entries, progress), settings))
+    return replace(dataset, unused=dict(ledger.unused))
 
 
 def _read_tables(
@@ -173,12 +196,34 @@ def _read_tables(
     progress: Callable[[int], None],
 ) -> Dataset:
     """Tables, each with its name for messages, as one data set; `format` None: the shape of its rows."""
-    reader = RowReader(settings.prompt, find, settings.column_names, format if format in SHAPES else None)
+    ledger = settings.ledger()
+    reader = RowReader(settings.prompt, find, settings.column_names, format if format in SHAPES else None, ledger)
     entries, note = [], ""
     for name, rows in tables:
         more, note = reader.read_all(name, _counted(rows, progress))
         entries += more
-    return replace(gather(format or note.partition(":")[0], entries), note=note)
+    dataset = gather(format or note.partition(":")[0], _settled(entries, settings))
+    return replace(dataset, note=note, unused=dict(ledger.unused))
+
+
+def _settled(entries: Iterable[Entry | BadRow], settings: DataSettings) -> Iterator[Entry | BadRow]:
+    """What holds for dialogues of every format: their system prompt, what of them is learnt, and no foreign marks."""
+    for entry in entries:
+        if not isinstance(entry, BadRow):
+            images, dialogue = entry
+            dialogue = replace(dialogue, system=dialogue.system or (settings.system or "").strip())
+            if settings.train_on == "last":
+                earlier = tuple(replace(turn, weight=0.0) for turn in dialogue.turns[:-1])
+                dialogue = replace(dialogue, turns=(*earlier, dialogue.turns[-1]))
+            entry = images, dialogue
+            try:
+                if not settings.text_as_is:
+                    require_plain(dialogue)
+                if not any(turn.weight for turn in dialogue.turns):
+                    raise DataError("has no answer that is learnt: all are marked with no loss; remove the row")
+            except DataError as error:
+                entry = BadRow(dialogue.source, dialogue.line, str(error))
+        yield entry
 
 
 def _finder(layout: Layout, settings: DataSettings) -> Finder:

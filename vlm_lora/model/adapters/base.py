@@ -49,6 +49,8 @@ class Contract:
     """Name of the run that this one goes on from."""
     parent_fingerprint: str = ""
     """Hash of the tensors that it began with."""
+    system: str = ""
+    """The system prompt that its examples have in common; an earlier version's adapters have none."""
 
     @property
     def template(self) -> str:
@@ -142,7 +144,7 @@ def _trained(parameter: torch.nn.Parameter) -> int:
     return getattr(parameter, "num_trained", parameter.numel()) if parameter.requires_grad else 0
 
 
-def new_contract(backbone: Backbone, method: str, prompt: str) -> Contract:
+def new_contract(backbone: Backbone, method: str, prompt: str, system: str = "") -> Contract:
     min_pixels, max_pixels = backbone.pixel_limits
     return Contract(
         base=backbone.name,
@@ -154,6 +156,7 @@ def new_contract(backbone: Backbone, method: str, prompt: str) -> Contract:
         max_pixels=max_pixels,
         dtype=str(backbone.dtype).removeprefix("torch."),
         variables=variables_of(prompt),
+        system=system,
     )
 
 

@@ -47,7 +47,8 @@ OWN: dict[str, tuple[str, Callable[[Backbone, int, int], list[Any]]]] = {
 
 def attach_adapter(backbone: Backbone, config: TrainConfig) -> Adapter:
     """A new adapter of ``config.method``, ready to be trained; everything else is frozen."""
-    contract = new_contract(backbone, config.method, config.prompt)  # of the base alone, before anything sits in it
+    # Of the base alone, before anything sits in it
+    contract = new_contract(backbone, config.method, config.prompt, config.system or "")
     if config.method not in OWN:
         return attach_lora(backbone, config, contract)
     size_name, _ = OWN[config.method]
