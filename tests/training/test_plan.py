@@ -142,11 +142,16 @@ def predicted_and_kept(checkpoints, photo_folder, tmp_path, family, examples=Non
     return cost.trace(shape).kept + cost.tower_kept(shape.patches), real
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("variant", ["plain", "dora"])
-@pytest.mark.parametrize("targets", ["language,projector", "vision,language,projector"])
+@pytest.mark.parametrize(
+    ("dtype", "variant", "dropout", "targets"),
+    [
+        ("float32", "plain", 0.0, "language,projector"),
+        ("bfloat16", "plain", 0.1, "vision,language,projector"),
+        ("bfloat16", "dora", 0.1, "language,projector"),
+        ("bfloat16", "dora", 0.0, "vision,language,projector"),
+    ],
+)
 def test_activations_are_what_autograd_keeps(
     checkpoints, photo_folder, tmp_path, family, dtype, variant, dropout, targets
 ):
