@@ -199,7 +199,9 @@ def test_resuming_is_bitwise_exact(checkpoints, photo_folder, tmp_path, monkeypa
         patch.setattr(one_step, "loss_sum", lambda *args: passes.append(1) or real(*args))
         straight = train(config(checkpoints, photo_folder, tmp_path / "straight", save_every=1, val_split=0, **changes))
     assert straight.steps == 9
-    assert (len(passes) > 2 * straight.steps) == ("micro_batch_tokens" in changes), "steps are not cut up as they should be"
+    assert (len(passes) > 2 * straight.steps) == ("micro_batch_tokens" in changes), (
+        "steps are not cut up as they should be"
+    )
 
     settings = config(checkpoints, photo_folder, tmp_path / "stopped", save_every=1, val_split=0, **changes)
     for stop in range(1, straight.steps):
