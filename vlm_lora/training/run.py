@@ -19,7 +19,7 @@ from vlm_lora.model.device import is_out_of_memory, resolve_dtype
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, cache_folder
 from vlm_lora.training.batches import Loader
-from vlm_lora.training.cost import CostModel, Measured, Prediction, predict
+from vlm_lora.training.cost import Measured, Prediction, cost_model, predict
 from vlm_lora.training.events import Events
 from vlm_lora.training.folder import (
     RunFolder,
@@ -126,7 +126,7 @@ def train_adapter(
                 measured = _measured(loop, started)
                 predicted = predict(
                     config,
-                    CostModel(config, adapter.backbone.dtype, adapter.backbone.device.type),
+                    cost_model(config, adapter.backbone.dtype, adapter.backbone.device.type),
                     prepared.weighted,
                     _patches(features, prepared),
                     gpus=processes.count,
