@@ -62,6 +62,7 @@ from vlm_lora.model.folder import tiny_path
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded, pack_apart
 from vlm_lora.training.batches import MicroBatch, micro_batches
 from vlm_lora.training.cost import TRAINED, CostModel, micro_shape
+from vlm_lora.training.devices import DEVICES
 from vlm_lora.training.step import loss_sum
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,11 +120,11 @@ PREDICTED_WITHIN = 0.15
 RANK = 16
 KERNELS = {"flash-linear-attention": "fla", "triton": "triton"}  # and what they are imported by
 PEAKS = {  # dense operations per second in bfloat16, as NVIDIA's data sheets have them; by a part of the device's name
-    "H100 80GB HBM3": 989e12,
+    "H100 80GB HBM3": DEVICES["h100"].tensor,
     "H100 PCIe": 756e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
+    "H200": DEVICES["h200"].tensor,
+    "A100": DEVICES["a100"].tensor,
+    "L40S": DEVICES["l40s"].tensor,
 }
 
 

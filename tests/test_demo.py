@@ -714,11 +714,11 @@ def test_pictures_that_are_not_beside_the_data_are_found(tmp_path):
     assert len(Evaluations({"run": run}).examples("run", 8)) == 3
 
 
-@pytest.mark.parametrize("output", ["runs/run", "./runs/run", "../work/runs/run"])
+@pytest.mark.parametrize("output", ["runs/run", "./runs/run", "../there/runs/run"])
 @pytest.mark.parametrize("from_there", [True, False])
 def test_data_is_found_from_wherever_the_demo_is_started(tmp_path, monkeypatch, output, from_there):
     """config.yaml names it as the training did, from where that was started."""
-    work = tmp_path / "work"
+    work = tmp_path / "there"
     run = write_run(work / "runs")
     (work / "runs/photos").rename(work / "photos")
     (work / "texts").mkdir()

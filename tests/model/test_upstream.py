@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from vlm_lora.model.backbone import load_backbone
-from vlm_lora.model.shapes import _without_weights
+from vlm_lora.model.shapes import load_shapes
 
 MODEL = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "qwen3_5": "Qwen3_5"}
 ARGUMENTS = {
@@ -103,7 +103,7 @@ def told(gone: list[str]) -> str:
 @pytest.mark.parametrize("family", MODEL)
 def test_modules_and_arguments_have_their_names(checkpoints, family):
     assert hasattr(transformers, f"{MODEL[family]}ForConditionalGeneration")
-    model = _without_weights(str(checkpoints[family]))
+    model = load_shapes(str(checkpoints[family])).model
     arguments = [*ARGUMENTS.items(), *OWN_ARGUMENTS.get(family, {}).items()]
     gone = [text for path, names in arguments for text in missing(model, path, names)]
     gone += [
@@ -153,7 +153,7 @@ def test_a_cache_is_seen(checkpoints, family):
 
 def test_a_change_would_be_named(checkpoints):
     """Negative control."""
-    model = _without_weights(str(checkpoints["qwen2_vl"]))
+    model = load_shapes(str(checkpoints["qwen2_vl"])).model
     assert missing(model, "model.visual.projector.weight") == ["model.visual.projector.weight (there is no projector)"]
     gone = missing(model, "model.forward", "inputs_embeds features")
     assert re.match(r"transformers [\d.]+ has no longer .*: argument features of model\.forward", told(gone))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_lora.cli.console import Progress, say
+from vlm_lora.cli.flags import add_server
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT, flag_of
 from vlm_lora.errors import ConfigError
 from vlm_lora.inference.sinks import NotWritten, Rows, Sidecars, Stdout, one_line, printable
@@ -76,14 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", default="auto", metavar="N", help="images at a time (default: auto, what fits into memory)"
     )
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument(
-        "--endpoint",
-        metavar="URL",
-        help="let an OpenAI-compatible server caption; --model is its name for the model, --adapter the run it serves, "
+    add_server(
+        parser,
+        "let an OpenAI-compatible server caption; --model is its name for the model, --adapter the run it serves, "
         "for the prompt, and to see that the server shows the model what it was trained on",
-    )
-    parser.add_argument(
-        "--concurrency", type=int, default=16, metavar="N", help="requests at a time to --endpoint (default: 16)"
     )
     _add_decoding(parser)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_lora.cli.console import Progress, one_line, say
-from vlm_lora.cli.flags import READING, add_flags, given
+from vlm_lora.cli.flags import READING, add_flags, add_server, given
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT, TrainConfig
 
 if TYPE_CHECKING:
@@ -45,14 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, metavar="N")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--blank", action="store_true", help="also answer with every image blanked out")
-    parser.add_argument(
-        "--endpoint",
-        metavar="URL",
-        help="evaluate what an OpenAI-compatible server says; --model is its name for the model, --adapter the run it "
+    add_server(
+        parser,
+        "evaluate what an OpenAI-compatible server says; --model is its name for the model, --adapter the run it "
         "serves. The base is compared where the server has it too",
-    )
-    parser.add_argument(
-        "--concurrency", type=int, default=16, metavar="N", help="requests at a time to --endpoint (default: 16)"
     )
     parser.add_argument(
         "--swap",
@@ -162,7 +158,7 @@ def _review(options: argparse.Namespace, captioner: "Speaker", dataset: "Dataset
     from vlm_lora.inference.review import review
 
     if options.blank or options.swap or options.also or options.json:
-        raise ConfigError("--review answers nothing, and goes without --blank, --also and --json.")
+        raise ConfigError("--review answers nothing: leave out --blank, --swap, --also and --json.")
     if not isinstance(captioner, Captioner):
         raise ConfigError("--review needs the model's probabilities, which --endpoint does not give: leave it out.")
     rows = review(captioner, dataset.examples, lambda done, total: progress.count("Reviewed:", done, total))

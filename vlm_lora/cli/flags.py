@@ -45,6 +45,14 @@ def given(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name in KNOBS and value not in (None, [])}
 
 
+def add_server(parser: argparse.ArgumentParser, help: str) -> None:
+    """The flags of a command that may ask a server in the place of a model."""
+    parser.add_argument("--endpoint", metavar="URL", help=help)
+    parser.add_argument(
+        "--concurrency", type=int, default=16, metavar="N", help="requests at a time to --endpoint (default: 16)"
+    )
+
+
 def config_of(options: argparse.Namespace) -> TrainConfig:
     """What --config and the flags say, the flags first."""
     file = getattr(options, "config", None)

@@ -78,6 +78,7 @@ def _accelerator(options: argparse.Namespace) -> Device | None:
         return DEVICES[options.device]
     if options.bandwidth:
         tflops = options.tflops * 1e12
+        # An H200's float32 rate is a fifteenth of its tensor rate; few products are left in float32.
         return Device(tflops, tflops / 15, options.bandwidth * 1e9, options.device_memory * 1e9)
     return None
 

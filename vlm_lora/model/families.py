@@ -45,8 +45,6 @@ class Family:
     )
     """From ``visual``, the output of its forward without mergers, and ``grid_thw`` ``(num_images, 3)`` to the features
     ``(patches, width * number of mergers)``, in reading order."""
-    windows: Callable[[Any], tuple[int | None, ...]] = lambda config: (None,) * config.depth
-    """From the vision config to the patches that see each other, for each layer; None: all of an image's."""
     shorten: Callable[[Any, int], None] = _cut_layer_types
     """Cuts what a config says of each layer down to fewer layers."""
     recurrent: bool = False
@@ -94,11 +92,6 @@ def _out_of_windows(visual: Any, output: Any, grid_thw: torch.Tensor) -> torch.T
     return features.view(-1, size**2, features.shape[-1])[torch.argsort(index)].reshape(features.shape)
 
 
-def _windows_in_most_layers(vision_config: Any) -> tuple[int | None, ...]:
-    window = (vision_config.window_size // vision_config.patch_size) ** 2
-    return tuple(None if i in vision_config.fullatt_block_indexes else window for i in range(vision_config.depth))
-
-
 def _inner_layers_too(visual: Any, output: Any, grid_thw: torch.Tensor) -> torch.Tensor:
     return torch.cat([output.last_hidden_state, *output.deepstack_features], 1)
 
@@ -116,7 +109,6 @@ FAMILIES = {
         class_name="Qwen2_5_VLForConditionalGeneration",
         linears=_linears(projector=r"merger\.mlp\.[02]", vision_mlp="(?:gate|up|down)_proj"),
         features=_out_of_windows,
-        windows=_windows_in_most_layers,
     ),
     # Shows its language layers some of the tower's inner layers too (DeepStack, arXiv:2406.04334): each goes through a
     # merger of its own, and is added to what one of the first language layers gives.

@@ -9,12 +9,13 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 
-from vlm_lora.config import TrainConfig
+from vlm_lora.config import SHAPING, TrainConfig
 from vlm_lora.data.example import ImageRef
 from vlm_lora.model.families import PARTS
 from vlm_lora.model.features import found_again
@@ -139,6 +140,17 @@ class CostModel:
     def tower_kept(self, patches: Sequence[int]) -> float:
         """What the tower keeps of these images for the backward pass, in bytes, where an adapter sits in it."""
         return self.traced.tower(patches).kept if patches and self.traced.tower_adapted else 0.0
+
+
+def cost_model(config: TrainConfig, dtype: torch.dtype, device: str) -> CostModel:
+    """The `CostModel` of a run; one is kept for the next run, or the next try of a plan, whose passes are the same."""
+    decide = ("model", *SHAPING, "dropout", "gradient_checkpointing")
+    return _cost_model(tuple((name, getattr(config, name)) for name in decide), dtype, device)
+
+
+@lru_cache(maxsize=16)
+def _cost_model(knobs: tuple[tuple[str, Any], ...], dtype: torch.dtype, device: str) -> CostModel:
+    return CostModel(TrainConfig(data="", **dict(knobs)), dtype, device)
 
 
 def _sizes(shape: MicroShape) -> tuple[float, ...]:

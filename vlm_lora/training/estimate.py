@@ -21,7 +21,7 @@ from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import cache_folder, store_in
 from vlm_lora.model.preprocess import Preprocessor, load_preprocessor
 from vlm_lora.model.shapes import load_sample
-from vlm_lora.training.cost import CostModel, Prediction, predict
+from vlm_lora.training.cost import CostModel, Prediction, cost_model, predict
 from vlm_lora.training.devices import Device, Price, price
 from vlm_lora.training.prepare import Prepared, encode, read_and_split, sees_each_image_once
 from vlm_lora.training.processes import require_shardable
@@ -116,7 +116,7 @@ def estimate_run(
     if (target := "cuda" if gpus or accelerator else device.type) != device.type:
         config = _elsewhere(config, gpus, accelerator, bool(tflops and device_memory))
     gpus, config = gpus or 1, config.on(target)
-    model = CostModel(config, dtype := resolve_dtype(config.dtype, device), target)
+    model = cost_model(config, dtype := resolve_dtype(config.dtype, device), target)
     prepared, headers = _prepare(config, progress)
     examples = prepared.weighted
     patches, held_patches = headers.of(prepared.train), headers.once(headers.of(prepared.held_out))
@@ -131,7 +131,7 @@ def estimate_run(
     kept = min(1.0, room / learnt_bytes) if learnt else 0.0  # these come first
 
     def cost_of(config: TrainConfig, model: CostModel | None = None, sharded: bool = sharded) -> Prediction:
-        model = model or CostModel(config, resolve_dtype(config.dtype, device), target)
+        model = model or cost_model(config, resolve_dtype(config.dtype, device), target)
         return predict(config, model, examples, patches, gpus=gpus, sharded=sharded, kept=kept)
 
     cost = cost_of(config, model)

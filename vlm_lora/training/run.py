@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from vlm_lora.config import TrainConfig
-from vlm_lora.data.example import Example
+from vlm_lora.data.example import Example, ImageRef
 from vlm_lora.data.readers import BadRow
 from vlm_lora.errors import TrainingError
 from vlm_lora.model.adapters.base import Adapter, find_adapter
@@ -19,7 +19,7 @@ from vlm_lora.model.device import is_out_of_memory, resolve_dtype
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, cache_folder
 from vlm_lora.training.batches import Loader
-from vlm_lora.training.cost import CostModel, Measured, Prediction, predict
+from vlm_lora.training.cost import Measured, Prediction, cost_model, predict
 from vlm_lora.training.events import Events
 from vlm_lora.training.folder import (
     RunFolder,
@@ -122,15 +122,25 @@ def train_adapter(
         identity = _identity(config, data, adapter) | {"pictures_fingerprint": features.fingerprint(images)}
         processes.require_same(identity)
         folder = RunFolder(path, identity, processes, config.report_to)
-        predicted, started = _predict(config, features, prepared, processes), time.perf_counter()
+        kept, started = _share_kept(features, prepared), time.perf_counter()
         loader = Loader(adapter.backbone, features, processes, techniques)
         loop = TrainingLoop(config, adapter, loader, prepared, folder, events, stop)
         steps = loop.run(allow_change)
 
         def save() -> None:
             folder.save_adapter(adapter)
-            if steps == predicted.steps and not resume:  # else the work that was timed is not what was planned
-                _report_cost(config, folder, loop, predicted, started, events)
+            if steps == loop.schedule.num_steps and not resume:  # else not all that is predicted was timed
+                measured = _measured(loop, started)
+                predicted = predict(
+                    config,
+                    cost_model(config, adapter.backbone.dtype, adapter.backbone.device.type),
+                    prepared.weighted,
+                    _patches(features, prepared),
+                    gpus=processes.count,
+                    sharded=processes.sharded,
+                    kept=kept,
+                )
+                _report_cost(config, folder, loop, predicted, measured, started)
 
         processes.on_main(save)
     examples = tuple(each.example for each in prepared.train), tuple(each.example for each in prepared.held_out)
@@ -199,32 +209,38 @@ def _identity(config: TrainConfig, data: SplitData, adapter: Adapter) -> dict:
     return config.identity | {f"{name}_fingerprint": value for name, value in fingerprints.items()}
 
 
-def _predict(config: TrainConfig, features: FeatureCache, prepared: Prepared, processes: Processes) -> Prediction:
-    """The cost of the steps alone: what the cache holds by now costs nothing more."""
-    patches = {image: features.patches(image) for each in prepared.train for image in each.example.images}
-    survey = features.survey(patches)
-    return predict(
-        config,
-        CostModel(config, features.backbone.dtype, features.backbone.device.type),
-        prepared.weighted,
-        patches,
-        gpus=processes.count,
-        sharded=processes.sharded,
-        kept=1 - survey.missing_bytes / max(1, survey.num_bytes),
-    )
+def _patches(features: FeatureCache, prepared: Prepared) -> dict[ImageRef, int]:
+    return {image: features.patches(image) for each in prepared.train for image in each.example.images}
+
+
+def _share_kept(features: FeatureCache, prepared: Prepared) -> float:
+    """The share of the images' features that are on disk by now, and cost the steps nothing more."""
+    survey = features.survey(_patches(features, prepared))
+    return 1 - survey.missing_bytes / max(1, survey.num_bytes)
+
+
+def _measured(loop: TrainingLoop, started: float) -> Measured:
+    device = loop.backbone.device
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return Measured(time.perf_counter() - started, loop.processes.count, memory)
 
 
 def _report_cost(
-    config: TrainConfig, folder: RunFolder, loop: TrainingLoop, predicted: Prediction, started: float, events: Events
+    config: TrainConfig,
+    folder: RunFolder,
+    loop: TrainingLoop,
+    predicted: Prediction,
+    measured: Measured,
+    started: float,
 ) -> None:
-    """What was predicted beside what was measured, also as the last line of metrics.jsonl."""
-    device = loop.backbone.device
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    measured = Measured(time.perf_counter() - started, loop.processes.count, memory)
+    """What was predicted beside what was measured, also as the last line of metrics.jsonl.
+
+    Predicted after the steps, from what was known before them: no run waits for it.
+    """
     seconds, ends = None, loop.step_ends
     if predicted.steps > 3 and config.save_every > 2:  # else there is nothing to predict, or a pause in what is timed
         seconds = ends[2] - started + predicted.seconds_left(ends[2] - ends[0])
-    events.cost(predicted, seconds, measured)
+    loop.events.cost(predicted, seconds, measured)
     numbers = asdict(predicted) | {"memory": predicted.memory, "seconds": seconds}
     folder.append_to_log({"step": predicted.steps, "predicted": numbers, "measured": measured.to_json()})
 

@@ -26,6 +26,7 @@ from vlm_lora.model.adapters.lora import compute_products_in
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.families import PARTS, part_of
+from vlm_lora.model.folder import find_model
 from vlm_lora.model.packing import IGNORE_INDEX, Branch, Encoded, pack_apart
 from vlm_lora.model.shapes import layer_kinds, load_shapes, num_inner_layers, num_numbers
 from vlm_lora.training.batches import MicroBatch
@@ -55,17 +56,12 @@ class Traced:
     the backward pass, and the ``peak`` of all that is held."""
 
     kernels: Counter[Kernel]
-    activations: float
     kept: float
     peak: float
 
     @property
     def operations(self) -> float:
         return sum(kernel.operations * times for kernel, times in self.kernels.items())
-
-    @property
-    def num_bytes(self) -> float:
-        return sum(kernel.num_bytes * times for kernel, times in self.kernels.items())
 
     @property
     def num_kernels(self) -> float:
@@ -79,7 +75,7 @@ def weighted_sum(parts: Iterable[tuple[int, Traced]]) -> Traced:
     for times, traced in parts:
         for kernel, count in traced.kernels.items():
             kernels[kernel] += times * count
-    sizes = (sum(times * getattr(t, name) for times, t in parts) for name in ("activations", "kept", "peak"))
+    sizes = (sum(times * getattr(t, name) for times, t in parts) for name in ("kept", "peak"))
     return Traced(Counter({kernel: count for kernel, count in kernels.items() if count}), *sizes)
 
 
@@ -208,6 +204,7 @@ class TracedModel:
     """
 
     def __init__(self, config: TrainConfig, dtype: torch.dtype, device: str):
+        config = config.replace(model=str(find_model(config.model, weights=False)))  # the hub is asked once
         kinds = layer_kinds(config.model)
         # A layer of each kind, and all that are shown an inner layer of the tower.
         shown = num_inner_layers(config.model)
@@ -282,15 +279,12 @@ def trace_step(adapter: Adapter, shape: MicroShape) -> Traced:
     """The pass of a micro-batch of this shape by the model that is there."""
     backbone = adapter.backbone
     batch = micro_batch(backbone, shape)
-    at_head: list[int] = []
     with Trace() as trace:
-        hook = backbone.model.lm_head.register_forward_pre_hook(lambda *_: at_head.append(trace.live))
         loss = loss_sum(backbone, batch)
         kept = trace.live
         if loss.requires_grad:
             loss.backward()
-        hook.remove()
-    return Traced(trace.kernels, at_head[0], kept, trace.peak)
+    return Traced(trace.kernels, kept, trace.peak)
 
 
 def trace_tower(adapter: Adapter, patches: Sequence[int]) -> Traced:
@@ -305,19 +299,20 @@ def trace_tower(adapter: Adapter, patches: Sequence[int]) -> Traced:
     with Trace() as trace, _FusedAttention():
         if not backbone.tower_adapted:
             backbone.tower(pixels, grid)
-            return Traced(trace.kernels, 0, 0, trace.peak)
+            return Traced(trace.kernels, 0, trace.peak)
         features = backbone._through_tower(pixels, grid)
         kept = trace.live
         features.backward(torch.empty_like(features))
-    return Traced(trace.kernels, kept, kept, trace.peak)
+    return Traced(trace.kernels, kept, trace.peak)
 
 
 def micro_batch(backbone: Backbone, shape: MicroShape) -> MicroBatch:
     """A micro-batch of this shape on the model's device, of tokens that say nothing."""
     device = backbone.device
     cell = backbone.merge_size**2
-    images = [sum(shape.patches) // cell // shape.rows] * shape.rows
-    images[0] += sum(shape.patches) // cell - sum(images)
+    # As even as can be: a row's prefix has room for the mean, and none is known to have room for more.
+    each, over = divmod(sum(shape.patches) // cell, shape.rows)
+    images = [each + (row < over) for row in range(shape.rows)]
     token = backbone.image_token_id
     rows, labels = [], shape.labels
     branches, lengths = -(-shape.branches // shape.rows), shape.width - shape.prefix
