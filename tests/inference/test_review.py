@@ -41,6 +41,37 @@ def test_the_scores_are_the_stock_models(checkpoints, photo_folder, family):
     assert any(abs(row.score) > 1e-4 for row in rows)
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_the_last_answer_of_a_conversation_counts_whatever_is_learnt_of_it(checkpoints, pictures, family):
+    """Its second image stands in a later turn, its last answer has no loss; a row of text has no picture."""
+    folder = pictures("a.png", "b.png")
+    said = ["<image>What is it?", "A fox.", "And in <image> here?", "An owl."]
+    roles = ("user", "assistant") * 2
+    messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
+    messages[-1]["loss"] = False
+    rows = [{"images": ["a.png", "b.png"], "messages": messages}, {"question": "2 + 2?", "answer": "4"}]
+    (folder / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    captioner = Captioner.load(str(checkpoints[family]))
+    (row,) = review(captioner, read_dataset(folder / "x.jsonl").examples)
+    assert (row.question, row.answer) == ("And in  here?", "An owl.")
+    processor, model = captioner.backbone.processor, captioner.backbone.model
+    image, word = {"type": "image"}, lambda text: {"type": "text", "text": text}
+    ask = [
+        {"role": "user", "content": [image, word("What is it?")]},
+        {"role": "assistant", "content": [word("A fox.")]},
+        {"role": "user", "content": [word("And in "), image, word(" here?")]},
+    ]
+    text = processor.apply_chat_template(ask, add_generation_prompt=True)
+    seen = [Image.open(folder / name).convert("RGB") for name in ("a.png", "b.png")]
+    asked = processor(text=[text], images=seen, return_tensors="pt")["input_ids"].shape[1]
+    inputs = processor(text=[text + "An owl.<|im_end|>"], images=seen, return_tensors="pt")
+    labels = inputs["input_ids"].clone()
+    labels[:, :asked] = -100
+    with torch.no_grad():
+        assert row.likely == pytest.approx(-model(**inputs, labels=labels).loss.item(), rel=1e-4)
+    assert abs(row.score) > 1e-4
+
+
 def test_wrong_captions_come_first(checkpoints, tmp_path, capsys):
     """Four kinds of picture, one caption in the wrong place, an image that is gone."""
     folder = tmp_path / "data"

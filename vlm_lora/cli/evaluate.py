@@ -168,6 +168,8 @@ def _review(options: argparse.Namespace, captioner: "Speaker", dataset: "Dataset
         say(f"{len(rows):,} answers, the most doubtful first: {options.output / 'review.jsonl'}")
     else:
         sys.stdout.write(lines)
+    if text_only := sum(len(example.dialogues) for example in dataset.examples if not example.images):
+        say(f"{text_only:,} answers of text alone are left out: they have no picture.")
     left_out = len(dataset.bad) + sum(row.error is not None for row in rows)
     if left_out:
         say(f"{left_out:,} rows could not be looked at.")

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F
 
-from vlm_lora.data.example import Example
+from vlm_lora.data.example import Dialogue, Example
 from vlm_lora.errors import DataError
 from vlm_lora.inference.captioner import Captioner
 from vlm_lora.inference.evaluate import blank
 from vlm_lora.model.features import together
-from vlm_lora.model.packing import IGNORE_INDEX, Encoded
+from vlm_lora.model.packing import IGNORE_INDEX, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +50,12 @@ def review(
     examples: Sequence[Example],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Reviewed]:
-    """Every answer of every example, lowest score first; those of images that cannot be used at the end."""
+    """Every answer about images, lowest score first; those of images that cannot be used at the end."""
     rows: list[Reviewed] = []
-    for done, example in enumerate(examples, start=1):
+    pictured = [example for example in examples if example.images]
+    for done, example in enumerate(pictured, start=1):
         rows += _of_example(captioner, example)
-        progress(done, len(examples))
+        progress(done, len(pictured))
     return sorted(rows, key=lambda row: (row.error is not None, row.score))
 
 
@@ -79,31 +80,21 @@ def _mean_log_probabilities(captioner: Captioner, example: Example, images: Sequ
     entries = captioner.features.get(images)
     grid = torch.stack([entry.grid_thw for entry in entries])
     backbone, means = captioner.backbone, []
+    seen = together(entries, backbone.device)
     for dialogue in example.dialogues:
-        encoded = captioner.encoder.encode([dialogue], grid)
-        ids, positions, labels = _in_one_row(encoded)
+        encoded = captioner.encoder.encode([_with_last_answer_alone(dialogue)], grid)
+        row = pack([[encoded]], backbone.pad_token_id)
+        mask, positions = (tensor.to(backbone.device) for tensor in (row.attention_mask, row.position_ids))
         with torch.inference_mode():
-            seen = together(entries, backbone.device)
-            mask = torch.ones_like(ids, device=backbone.device)
-            hidden = backbone.forward(ids, mask, positions.to(backbone.device), seen)
-            last = _last_answer(labels)
-            logits = backbone.logits(hidden[0, last - 1]).float()
-            means.append(-F.cross_entropy(logits, labels[last].to(logits.device)).item())
+            hidden = backbone.forward(row.input_ids, mask, positions, seen, forks=row.forks)
+            learnt = row.labels[0, 1:] != IGNORE_INDEX
+            logits = backbone.logits(hidden[0, :-1][learnt.to(hidden.device)]).float()
+            targets = row.labels[0, 1:][learnt].to(logits.device)
+            means.append(-F.cross_entropy(logits, targets).item())
     return means
 
 
-def _in_one_row(encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens ``(1, T)``, positions ``(3, 1, T)`` and labels ``(T,)`` of prefix and only branch."""
-    (branch,) = encoded.branches
-    count = len(branch.input_ids)
-    start = int(encoded.prefix_positions.max()) + 1 if len(encoded.prefix_ids) else 0
-    positions = torch.cat([encoded.prefix_positions, (torch.arange(count) + start).expand(3, -1)], dim=1)
-    labels = torch.cat([torch.full((len(encoded.prefix_ids),), IGNORE_INDEX), branch.labels])
-    return torch.cat([encoded.prefix_ids, branch.input_ids])[None], positions[:, None], labels
-
-
-def _last_answer(labels: torch.Tensor) -> torch.Tensor:
-    """Where the tokens of the last run of labels stand."""
-    learnt = (labels != IGNORE_INDEX).nonzero()[:, 0]
-    breaks = (learnt.diff() > 1).nonzero()[:, 0]
-    return learnt[int(breaks[-1]) + 1 :] if len(breaks) else learnt
+def _with_last_answer_alone(dialogue: Dialogue) -> Dialogue:
+    """The same of which the last answer alone has labels, whatever is learnt of it in training."""
+    turns = [replace(turn, weight=0.0) for turn in dialogue.turns]
+    return replace(dialogue, turns=(*turns[:-1], replace(turns[-1], weight=1.0)))
