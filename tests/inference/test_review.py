@@ -42,9 +42,11 @@ def test_the_scores_are_the_stock_models(checkpoints, photo_folder, family):
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_the_last_answer_of_a_conversation_counts_whatever_is_learnt_of_it(checkpoints, pictures, family):
+def test_the_last_answer_of_a_conversation_counts_whatever_is_learnt_of_it(checkpoints, tmp_path, family):
     """Its second image stands in a later turn, its last answer has no loss; a row of text has no picture."""
-    folder = pictures("a.png", "b.png")
+    folder = tmp_path
+    for name in ("a.png", "b.png"):
+        picture(ord(name[0])).save(folder / name)
     said = ["<image>What is it?", "A fox.", "And in <image> here?", "An owl."]
     roles = ("user", "assistant") * 2
     messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_lora.cli.console import Progress, one_line, say
-from vlm_lora.cli.flags import READING, add_flags, add_server, given
+from vlm_lora.cli.flags import READING, add_flags, add_precision, add_server, given
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT, TrainConfig
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--system", metavar="TEXT", help="system prompt of rows that have none of their own (default: the adapter's)"
     )
     parser.add_argument("--max-new-tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, metavar="N")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add_precision(parser)
     parser.add_argument("--blank", action="store_true", help="also answer with every image blanked out")
     add_server(
         parser,
@@ -140,12 +140,15 @@ def _speaker(options: argparse.Namespace) -> "tuple[Speaker, str, str]":
     if not options.endpoint:
         from vlm_lora.inference.captioner import Captioner
 
-        asked = {"prompt": options.prompt, "system": options.system}
-        captioner = Captioner.load(options.model, options.adapter, **asked, dtype=options.dtype)
+        how = {name: getattr(options, name) for name in ("prompt", "system", "dtype", "load_in_4bit")}
+        captioner = Captioner.load(options.model, options.adapter, **how)
         return captioner, captioner.prompt, captioner.system
+    from vlm_lora.errors import ConfigError
     from vlm_lora.inference.endpoint import Endpoint
     from vlm_lora.inference.served import Trained
 
+    if options.load_in_4bit:
+        raise ConfigError("--load-in-4bit: the server at --endpoint holds the model; have it quantise.")
     trained = Trained.load(options.adapter) if options.adapter else None
     server = Endpoint(options.endpoint, model=options.model, concurrency=options.concurrency, trained=trained)
     system = options.system if options.system is not None else trained.system if trained else ""
