@@ -26,6 +26,7 @@ from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.encode import Encoder
 from vlm_lora.training import folder, loop, prepare, run, step, tracker
 from vlm_lora.training.batches import Loader
+from vlm_lora.training.events import Events
 from vlm_lora.training.run import train_adapter as train
 from vlm_lora.training.techniques import Techniques
 
@@ -79,15 +80,28 @@ def test_a_run_folder_in_use_is_refused_and_a_killed_users_is_not(checkpoints, p
     train(settings, resume=True)
 
 
-def test_killed_before_anything_was_written_it_can_be_gone_on_with(checkpoints, photo_folder, tmp_path):
-    """Behind mkdir, or behind the lock: the scripts in docs/distributed.md say --resume once the folder is there."""
+def test_a_job_that_is_restarted_says_resume_the_first_time_too(checkpoints, photo_folder, tmp_path):
+    """Killed before mkdir, after it, or after the lock: as the scripts in docs/distributed.md say it."""
     settings = config(checkpoints, photo_folder, tmp_path / "run", max_steps=1)
-    with pytest.raises(CheckpointError, match=r"there is no folder .*run to resume"):
-        train(settings, resume=True)
-    (tmp_path / "run").mkdir()
-    folder.prepare_folder(tmp_path / "run", resume=True)
-    (tmp_path / "run/.lock").touch()
-    assert train(settings, resume=True).steps == 1
+
+    class Heard(Events):
+        def __init__(self):
+            self.warnings = []
+
+        def warning(self, text):
+            self.warnings.append(text)
+
+    first, later = Heard(), Heard()
+    result = train(settings, resume=True, events=first)
+    assert first.warnings == [f"--resume: there is no run in {tmp_path / 'run'} yet; it starts from the beginning."]
+    for files in ((), (".lock",)):
+        other = tmp_path / f"killed-{len(files)}"
+        other.mkdir()
+        for name in files:
+            (other / name).touch()
+        again = train(settings.replace(output=str(other)), resume=True, events=later)
+        assert_same(adapter_of(again.folder), adapter_of(result.folder))
+    assert later.warnings == []
 
 
 def test_resume_alone_means_the_newest_unfinished_run_of_the_data(checkpoints, photo_folder, tmp_path, monkeypatch):

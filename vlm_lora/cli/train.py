@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest checkpoint in --output; by default in the data's newest unfinished run",
+        help="go on from the newest checkpoint in --output, or start where there is none yet; by default in the data's "
+        "newest unfinished run",
     )
     parser.add_argument(
         "--allow-change",
