@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCENES = ROOT / "data/emoji_scenes"
 RECORD = ROOT / "bench/results/loop.json"
 FIRST, ROUND, ROUNDS, HELD_OUT = 60, 80, 2, 100
-HOW = ("--model", "tiny", "--val-split", "0", "--epochs", "20", "--batch-size", "16", "--lr", "1e-3")
+HOW = ("--model", "tiny", "--val-split", "0", "--epochs", "40", "--batch-size", "8", "--lr", "3e-3")
 
 
 def run(*arguments: str | Path) -> None:

@@ -162,6 +162,19 @@ def test_out_of_memory_is_found_before_the_first_step_and_settled(checkpoints, s
         assert [line.get(name) for line in log_of(halved)] == [line.get(name) for line in log_of(straight)]
 
 
+def test_out_of_memory_with_linear_attention_is_settled_too(checkpoints, straight, tmp_path, monkeypatch):
+    settings = config(checkpoints, straight.parent / "photos", tmp_path / "halved", model=str(checkpoints["qwen3_5"]))
+    with monkeypatch.context() as patch:
+        out_of_memory(patch, lambda tokens: tokens > 200)
+        halved = train(settings).folder
+    arrived = json.loads((halved / "checkpoints/step-000008/manifest.json").read_text())["progress"][
+        "micro_batch_tokens"
+    ]
+    assert arrived < 4096
+    small = train(settings.replace(output=str(tmp_path / "small"), micro_batch_tokens=arrived)).folder
+    assert_same(adapter_of(halved), adapter_of(small))
+
+
 def test_out_of_memory_in_the_middle_tries_the_same_step_again(checkpoints, straight, tmp_path, monkeypatch):
     """P10: from there on equal to the bit to a run that is stopped before that step and goes on with less."""
     photos = straight.parent / "photos"
