@@ -100,6 +100,11 @@ def test_wrong_captions_come_first(checkpoints, tmp_path, capsys):
     assert main([*command, "--output", str(tmp_path / "out")]) == 3
     assert (tmp_path / "out" / "review.jsonl").read_text() == out
     assert main([*command, "--blank"]) == 2
+    rows = [{"image": f"{i:02}.png", "caption": "red fox", "split": s} for i, s in enumerate(["train", "val", "test"])]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "rows.jsonl"), "--images", str(folder), *command[2:]]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3, "of whatever part of the data"
 
 
 def test_answers_that_stay_the_same_are_guessed(checkpoints, tmp_path):

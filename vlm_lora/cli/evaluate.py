@@ -86,7 +86,8 @@ def run(options: argparse.Namespace) -> int:
     speaker, prompt, system = _speaker(options)
     config = TrainConfig(data=options.data, prompt=prompt, system=system or None).replace(**_reading(options))
     settings = DataSettings(**config.reading)
-    dataset = read_dataset(options.data, settings).part("test", "val")
+    whole = read_dataset(options.data, settings)
+    dataset = whole.in_one if options.review else whole.part("test", "val")
     also = [read_dataset(options.also, settings, format=None, columns=None)] if options.also else []
     for path, read in zip((options.data, options.also), (dataset, *also), strict=False):
         for row in read.bad[:5]:
