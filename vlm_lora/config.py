@@ -5,6 +5,7 @@ resumed all follow from the fields of `TrainConfig`.
 """
 
 import math
+import os
 import re
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -19,6 +20,8 @@ DEFAULT_PROMPT = "Describe this image."
 DEFAULT_MAX_NEW_TOKENS = 64
 DEFAULT_CACHE_GB = 50.0
 DEFAULT_EVAL_IMAGES = 200
+
+CACHE_VARIABLE = "VLM_LORA_CACHE"
 
 METHODS = ("lora", "qlora", "adapter", "prompt", "prefix")
 LORA = ("lora", "qlora")
@@ -368,6 +371,13 @@ class TrainConfig:
 
     def replace(self, **changes: Any) -> "TrainConfig":
         return replace(self, **changes)
+
+
+def cache_folder() -> Path:
+    """``$VLM_LORA_CACHE``, else ``vlm-lora`` in the user's cache folder."""
+    if os.environ.get(CACHE_VARIABLE):
+        return Path(os.environ[CACHE_VARIABLE]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "vlm-lora"
 
 
 def _plain_type(hint: Any) -> type:

@@ -152,7 +152,7 @@ FAULTS = [
     Fault(
         "F30a bytes that are no UTF-8",
         row("a.png", "é").decode().encode("latin-1"),
-        bad=("is not UTF-8 (byte 0xe9 at position 31); save the file as UTF-8",),
+        bad=("at position 31); save the file as UTF-8 (as Windows-1252, which Excel and Notepad write, it says 'é')",),
     ),
     Fault(
         "F30b NUL",
@@ -308,7 +308,7 @@ def test_f34_a_name_that_is_no_utf8_is_named_and_breaks_no_output(folder, capsys
             file.write(b"x")
     assert main(["check", str(folder), "--json"]) == 1
     named = {bad["source"]: bad["reason"] for bad in json.loads(capsysbinary.readouterr().out)["bad"]}
-    assert "cannot be opened: 'utf-8' codec can't encode" in named["\udcff.png"]
+    assert "has a name that is not UTF-8 (as Windows-1252, which Excel" in named["\udcff.png"]
     assert main(["check", str(folder)]) == 1
     assert b"bad: \\udcff.png: " in capsysbinary.readouterr().out
     command = ["train", str(folder), "--model", "tiny", "--max-steps", "1", "--no-eval", "--val-split", "0"]

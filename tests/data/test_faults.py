@@ -165,6 +165,9 @@ def test_f23_f24_a_folder_of_a_longer_name_and_a_linked_folder_are_outside(folde
     ]
 
 
+OF_WINDOWS = " (as Windows-1252, which Excel and Notepad write, it says 'M\u00fcnchen')"
+
+
 def test_f30_bytes_of_a_jsonl_file(folder):
     lines = [
         b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n",
@@ -176,7 +179,7 @@ def test_f30_bytes_of_a_jsonl_file(folder):
     dataset = read(folder)
     assert num_dialogues(dataset) == 2
     assert [bad.line for bad in dataset.bad] == [2, 4]
-    assert dataset.bad[0].reason == "is not UTF-8 (byte 0xfc at position 32); save the file as UTF-8"
+    assert dataset.bad[0].reason == f"is not UTF-8 (byte 0xfc at position 32); save the file as UTF-8{OF_WINDOWS}"
     assert dataset.bad[1].reason.endswith("it is the last line: was the file cut off?")
 
 
@@ -195,7 +198,7 @@ def test_f30_one_row_of_another_encoding_in_a_json_list(folder):
     dataset = read(folder)
     assert num_dialogues(dataset) == 2
     assert [(bad.line, bad.reason) for bad in dataset.bad] == [
-        (2, "the caption is not valid UTF-8; save the file as UTF-8")
+        (2, f"the caption is not valid UTF-8; save the file as UTF-8{OF_WINDOWS}")
     ]
 
 
@@ -221,7 +224,7 @@ def test_f30_lines_of_a_csv_file(folder):
     found = {bad.line: bad.reason for bad in dataset.bad}
     assert list(found) == [4, 5, 6, 7, 8, 11, 13, 14]
     assert found[4] == "has 1 cell(s), the header has 2"
-    assert found[5] == "the caption is not valid UTF-8; save the file as UTF-8"
+    assert found[5] == f"the caption is not valid UTF-8; save the file as UTF-8{OF_WINDOWS}"
     assert found[7].startswith("is not valid CSV")
     assert found[8].startswith("has an empty caption")
     assert found[11].endswith("; is a quote not closed, or one inside the text not doubled?")
@@ -287,7 +290,7 @@ def test_f31_f35_sidecars_that_do_not_match(pictures):
         "c.png": "has no caption; expected 'c.txt' beside it",
         "d.png": "has 2 captions: 'd.caption', 'd.txt'; keep one",
         "e.png": "has an empty caption file 'e.txt'; write one, or remove the row",
-        "f.png": "'f.txt' is not UTF-8 (byte 0xfc at position 1); save the file as UTF-8",
+        "f.png": f"'f.txt' is not UTF-8 (byte 0xfc at position 1); save the file as UTF-8{OF_WINDOWS}",
         "fifo.png": "'fifo.png' is a device, a pipe or a socket; expected an image file",
         "orphan.txt": "is a caption without an image of its name",
     }

@@ -15,7 +15,7 @@ from packaging.version import Version
 from PIL import Image
 
 from tests.conftest import picture
-from vlm_lora.config import DEFAULT_PROMPT, TrainConfig
+from vlm_lora.config import DEFAULT_PROMPT, TrainConfig, cache_folder
 from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
 from vlm_lora.errors import AdapterError, ConfigError, ModelError
 from vlm_lora.inference import decode as decoding
@@ -25,7 +25,7 @@ from vlm_lora.inference.evaluate import evaluate
 from vlm_lora.inference.scores import tables_as_text
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import load_backbone
-from vlm_lora.model.features import FeatureCache, cache_folder
+from vlm_lora.model.features import FeatureCache
 
 QUESTIONS = ["What is it?", "Describe this image, please, in very many words.", "Why?"]
 SHORT = Decoding(max_new_tokens=12)

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import picture
 from tests.told import Listener
 from vlm_lora.cli import main
-from vlm_lora.config import TrainConfig
+from vlm_lora.config import TrainConfig, cache_folder
 from vlm_lora.errors import AdapterError, CheckpointError, ConfigError, DataError
 from vlm_lora.model.adapters.methods import load_adapter
 from vlm_lora.model.backbone import Backbone, load_backbone
 from vlm_lora.model.families import FAMILIES
-from vlm_lora.model.features import FeatureCache, cache_folder, store_in
+from vlm_lora.model.features import FeatureCache, store_in
 from vlm_lora.training import loop
 from vlm_lora.training import step as one_step
 from vlm_lora.training.run import train_adapter as train

@@ -6,10 +6,11 @@ vlm-lora cache --clear
 """
 
 import argparse
+import shutil
 import time
 
 from vlm_lora.cli.console import size
-from vlm_lora.config import DEFAULT_CACHE_GB
+from vlm_lora.config import DEFAULT_CACHE_GB, cache_folder
 from vlm_lora.errors import ConfigError
 
 
@@ -19,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from vlm_lora.model.features import cache_folder, store_in
+    from vlm_lora.data.archives import archives_folder
+    from vlm_lora.model.features import store_in
 
     if options.limit is not None and options.limit < 0:
         raise ConfigError(f"--limit {options.limit}: expected a size in GB, 0 or more")
@@ -30,7 +32,11 @@ def run(options: argparse.Namespace) -> int:
     print(f"{store.folder}: {use.entries:,} images, {size(use.num_bytes)}", end="")
     since = f", last used since {time.strftime('%Y-%m-%d %H:%M', time.localtime(use.oldest))}" if use.oldest else ""
     print(f"{since}. A run lets it grow to {DEFAULT_CACHE_GB:,.0f} GB, or to its --cache-gb.")
+    if archives_folder().is_dir():
+        sizes = [path.stat().st_size for path in archives_folder().rglob("*") if path.is_file()]
+        print(f"{archives_folder()}: what was unpacked of .zip files, {size(sum(sizes))}")
     if options.clear:
         store.clear()
+        shutil.rmtree(archives_folder(), ignore_errors=True)
         print("Cleared.")
     return 0

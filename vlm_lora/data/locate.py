@@ -6,14 +6,17 @@ None is decoded here.
 import os
 import re
 import stat
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 from urllib.parse import unquote
 
 from vlm_lora.data.example import ImageRef
+from vlm_lora.data.images import IMAGE_SUFFIXES
+from vlm_lora.data.texts import windows_hint
 from vlm_lora.errors import DataError
 
 Find = Callable[[Any], ImageRef]
@@ -78,16 +81,18 @@ class Finder:
 
     def _find(self, name: str) -> ImageRef:
         plain = unquote(name[7:]) if name.startswith("file:///") else name
+        if not _is_utf8(plain):  # such a file may exist, but could be neither printed nor written to a report
+            how = "save the file of rows as UTF-8, or rename the image"
+            raise DataError(f"{name[:200]!r} has a name that is not UTF-8{windows_hint(plain)}; {how}")
         if is_web_address(plain):
             if self.fetch:
                 return self.fetch(plain)
             how = "download it and write its file name here, or pass --allow-urls"
             raise DataError(f"{name[:200]!r} is a URL, which is not fetched; {how}")
         try:
-            # A name of other bytes may exist, but could be neither printed nor written to a report
-            plain.encode("utf-8")
-            paths = (os.path.join(folder, plain) for folder in self.folders)
-            path = next((path for path in paths if os.path.lexists(path)), None)
+            path = self._place(plain)
+            if path is None and (path := self._with_ending(plain)):
+                name += os.path.splitext(path)[1]
             if path is None:
                 raise DataError(self._missing(name, plain))
             status = os.lstat(path)
@@ -111,11 +116,53 @@ class Finder:
             raise DataError(f"{name!r} is {what}; expected an image file")
         return ImageRef(path=Path(real), name=name, size=status.st_size)
 
+    def _place(self, name: str) -> str | None:
+        """Where a file of this name is, or of another spelling of it; None where there is none."""
+        paths = (os.path.join(folder, spelling) for spelling in _spellings(name) for folder in self.folders)
+        return next((path for path in paths if os.path.lexists(path)), None)
+
+    def _with_ending(self, name: str) -> str | None:
+        """Where the image is that a name without an ending means (kohya's metadata). Raises DataError for several."""
+        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES or not os.path.basename(name).strip("."):
+            return None
+        found = {}
+        for ending in sorted(IMAGE_SUFFIXES):
+            for path in filter(None, (self._place(name + ending), self._place(name + ending.upper()))):
+                found.setdefault(os.path.normcase(os.path.realpath(path)), path)
+        if len(found) > 1:
+            names = " or ".join(map(repr, map(os.path.basename, found.values())))
+            raise DataError(f"{name!r} may be {names}; write the one that is meant")
+        return next(iter(found.values()), None)
+
     def _missing(self, name: str, plain: str) -> str:
+        if PureWindowsPath(plain).drive:
+            return (
+                f"{name[:200]!r} is a place on a Windows computer; write the name below the data's folder, as "
+                f"{'/'.join(PureWindowsPath(plain).parts[-2:])!r}"
+            )
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", plain):  # two letters or more: C:\ is a drive
             return f"{name[:200]!r} is a URL, which is not fetched; download it and write its file name here"
         looked = ", ".join(dict.fromkeys(f"{folder.relative_to(self.root).as_posix()}/" for folder in self.folders))
         return f"there is no file {name!r} (looked in {looked} of the data folder)"
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """The name as it is written, and as the file may be called: of Windows, of a Mac, of Label Studio."""
+    names = [name]
+    if match := re.fullmatch(r"/data/(?:upload/\d+/|local-files/\?d=)(.+)", name):  # Label Studio's own server
+        served = unquote(match[1])
+        names += [served, re.sub(r"^[0-9a-f]{8}-", "", served), os.path.basename(served)]
+    if "\\" in name and not PureWindowsPath(name).drive:
+        names.append(name.replace("\\", "/"))
+    for each in dict.fromkeys(names):
+        yield each
+        if not each.isascii():  # a Mac takes the accents of a name's letters apart, other systems do not
+            yield unicodedata.normalize("NFC", each)
+            yield unicodedata.normalize("NFD", each)
+
+
+def _is_utf8(name: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def is_web_address(name: object) -> bool:

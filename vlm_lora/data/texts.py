@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from contextlib import suppress
 
 _CONTROLS = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff"
 _CONTROL = re.compile(f"[{_CONTROLS}]")
@@ -13,7 +14,23 @@ _INVISIBLE = (
 )
 _VISIBLE = re.compile(rf"[^\s{_CONTROLS}{_INVISIBLE}]")
 _LINE_END = re.compile(r"\r\n?|\x85|\u2028|\u2029")
+_TYPED = "\u2018\u2019\u201c\u201d\u201e\u2013\u2014\u2026\u2022\u20ac\u00a0\u00a3\u00a9\u00ab\u00ae\u00b0\u00bb\u00d7"
+"""What people type that is no letter and no ASCII."""
 _SPACES = re.compile(r"[^\S\n]+")
+
+
+def windows_hint(data: bytes | str) -> str:
+    """Of what is no UTF-8: that it is Windows' own encoding, where its letters make sense there; else "".
+
+    In a text, each byte that is no UTF-8 is a surrogate.
+    """
+    with suppress(UnicodeError):
+        data = data if isinstance(data, bytes) else data.encode("ascii", "surrogateescape")
+        text = data.decode("cp1252")
+        word = next((word for word in text.split() if not word.isascii()), "").strip(",;:.!?\"'()[]{}|")
+        if word and all(letter.isascii() or letter.isalpha() or letter in _TYPED for letter in text):
+            return f" (as Windows-1252, which Excel and Notepad write, it says {word[:40]!r})"
+    return ""
 
 
 def is_blank(text: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from vlm_lora.config import DEFAULT_MODEL, DEFAULT_PROMPT
+from vlm_lora.config import DEFAULT_MODEL, DEFAULT_PROMPT, cache_folder
 from vlm_lora.data.example import Dialogue, ImageRef, Turn
 from vlm_lora.data.readers.beside import prompt_for
 from vlm_lora.data.readers.prompts import variables_of
@@ -20,7 +20,7 @@ from vlm_lora.model.adapters.methods import load_adapter
 from vlm_lora.model.backbone import Backbone, load_backbone
 from vlm_lora.model.device import is_out_of_memory
 from vlm_lora.model.encode import Encoder
-from vlm_lora.model.features import FeatureCache, ImageEntry, cache_folder
+from vlm_lora.model.features import FeatureCache, ImageEntry
 from vlm_lora.model.folder import find_model
 
 WINDOW = 4

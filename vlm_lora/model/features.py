@@ -7,7 +7,6 @@ entry is never stale; it can only be missing. It carries a checksum, so that a d
 
 import hashlib
 import math
-import os
 import threading
 import zlib
 from collections import OrderedDict
@@ -31,7 +30,6 @@ from vlm_lora.model.preprocess import Pixels
 from vlm_lora.model.store import Store
 
 T = TypeVar("T")
-CACHE_VARIABLE = "VLM_LORA_CACHE"
 IN_MEMORY_BYTES = 512 * 2**20
 """Entries read or computed lately are kept in main memory up to this many bytes."""
 
@@ -39,13 +37,6 @@ HEADER_BYTES = 400
 """More than an entry's file has beside its features."""
 
 LAYOUT = "entry 2"  # goes into an entry's name: change it with what a file holds, and older ones are never opened
-
-
-def cache_folder() -> Path:
-    """``$VLM_LORA_CACHE``, else ``vlm-lora`` in the user's cache folder."""
-    if os.environ.get(CACHE_VARIABLE):
-        return Path(os.environ[CACHE_VARIABLE]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "vlm-lora"
 
 
 def store_in(folder: Path, limit_gb: float = DEFAULT_CACHE_GB) -> Store:

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlm_lora.config import TrainConfig, flag_of
+from vlm_lora.config import TrainConfig, cache_folder, flag_of
 from vlm_lora.data.example import ImageRef
 from vlm_lora.data.images import content_hash, image_size
 from vlm_lora.errors import ConfigError, DataError
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.device import best_device, resolve_dtype
 from vlm_lora.model.encode import Encoder
-from vlm_lora.model.features import cache_folder, store_in
+from vlm_lora.model.features import store_in
 from vlm_lora.model.preprocess import Preprocessor, load_preprocessor
 from vlm_lora.model.shapes import load_sample
 from vlm_lora.training.cost import CostModel, Prediction, cost_model, predict

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vlm_lora.config import TrainConfig
+from vlm_lora.config import TrainConfig, cache_folder
 from vlm_lora.data.example import Example, ImageRef
 from vlm_lora.data.readers import BadRow
 from vlm_lora.errors import TrainingError
@@ -17,7 +17,7 @@ from vlm_lora.model.adapters.base import Adapter, find_adapter
 from vlm_lora.model.backbone import Backbone, load_backbone, require_bitsandbytes
 from vlm_lora.model.device import is_out_of_memory, resolve_dtype
 from vlm_lora.model.encode import Encoder
-from vlm_lora.model.features import FeatureCache, cache_folder
+from vlm_lora.model.features import FeatureCache
 from vlm_lora.training.batches import Loader
 from vlm_lora.training.cost import Measured, Prediction, cost_model, predict
 from vlm_lora.training.events import Events

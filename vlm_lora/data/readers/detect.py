@@ -2,23 +2,35 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vlm_lora.data.readers import coco
-from vlm_lora.data.readers.folders import has_sidecars, is_image_name, visible_files
+from vlm_lora.data.readers.fields import SPLITS
+from vlm_lora.data.readers.folders import (
+    Twins,
+    find_twins,
+    has_sidecars,
+    is_image_name,
+    visible_files,
+    why_no_classes,
+)
 from vlm_lora.data.readers.gather import Rows
+from vlm_lora.data.readers.hub import read_saved
+from vlm_lora.data.readers.labelstudio import flattened
 from vlm_lora.data.readers.parquet import read_parquet
 from vlm_lora.data.readers.rows import NAMES, SHAPES
 from vlm_lora.data.readers.shards import read_tar
-from vlm_lora.data.readers.tables import read_csv, read_json, read_jsonl, read_text
+from vlm_lora.data.readers.tables import TOKEN, read_csv, read_json, read_jsonl, read_text, read_tokens
 from vlm_lora.errors import DataError
 
 FORMATS = {
     "imagefolder": "a folder with metadata.jsonl, metadata.csv or metadata.parquet: file_name, text",
-    "sidecar": "a folder of images, each with a .txt or .caption file of the same name",
+    "sidecar": "a folder of images, each with a .txt or .caption file of the same name, beside it or in captions/",
+    "classes": "folders of images, each named after what its images show",
     **{shape: f"{what} in .jsonl or .json" for shape, what in SHAPES.items()},
     "coco": "COCO captions: a .json of images and annotations",
     "vqav2": "VQAv2: a .json of questions and a .json of annotations",
@@ -27,6 +39,8 @@ FORMATS = {
     "parquet": "rows with images inside or beside, .parquet (one, or train-*.parquet)",
     "hub": "a data set of the Hugging Face hub: hf:owner/name, hf:owner/name:split, hf-stream:owner/name:split[:1000]",
     "webdataset": "uncompressed .tar shards: images, each with a .txt or .json of its name",
+    "arrow": "a folder written by save_to_disk of `datasets`",
+    "flickr": "Flickr8k's or Flickr30k's .token file: lines of 1000.jpg#0, a tab, a caption",
 }
 READERS = {
     ".jsonl": read_jsonl,
@@ -36,9 +50,10 @@ READERS = {
     ".tsv": read_csv,
     ".parquet": read_parquet,
     ".tar": read_tar,
+    ".token": read_tokens,
 }
 """What gives the rows of a file, by its suffix: `reader(path, its name for messages)`."""
-SUFFIX_OF = {"csv": ".csv", "tsv": ".tsv", "parquet": ".parquet", "webdataset": ".tar"}
+SUFFIX_OF = {"csv": ".csv", "tsv": ".tsv", "parquet": ".parquet", "webdataset": ".tar", "flickr": ".token"}
 """Of the formats that are a kind of file, whatever the shape of its rows."""
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -56,7 +71,13 @@ class Layout:
     content: Any = None
     """Of COCO and VQAv2: what their JSON files hold."""
     unread: str = ""
-    """What else is in the folder, and is left alone."""
+    """What else is in the folder, and is left alone or held out."""
+    folder: Path | None = None
+    """Of images with captions or classes: the folder that was recognised, `root` or below it."""
+    twins: Twins | None = None
+    """Of a sidecar folder: where images and captions are, if apart."""
+    held: tuple[tuple[str, "Layout"], ...] = ()
+    """Other parts of the data in folders of their own: ("val" or "test", what it holds)."""
 
     def name_of(self, file: Path) -> str:
         """What messages call a file: its name below the root."""
@@ -64,9 +85,13 @@ class Layout:
 
     def tables(self) -> Iterator[tuple[str, Rows]]:
         """Name and rows of each file."""
+        if self.format == "arrow":
+            names = [file.parent.relative_to(self.root.parent).as_posix() for file in self.files]
+            yield from ((name, read_saved(file.parent, name)) for name, file in zip(names, self.files, strict=True))
+            return
         for file in self.files:
             suffix = SUFFIX_OF.get(self.format or "", file.suffix.lower())
-            yield self.name_of(file), READERS[suffix](file, self.name_of(file))
+            yield self.name_of(file), flattened(READERS[suffix](file, self.name_of(file)))
 
 
 def detect(path: Path, format: str | None) -> Layout:
@@ -83,6 +108,10 @@ def detect(path: Path, format: str | None) -> Layout:
 
 
 def _in_folder(folder: Path, root: Path, format: str | None) -> Layout:
+    if format in (None, "arrow") and (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        return Layout("arrow", root, (folder / "state.json",))
+    if format in (None, "arrow") and (folder / "dataset_dict.json").is_file():
+        return _in_parts(folder, root, format)
     files = visible_files(folder, below=False)
     metadata = [file for file in files if file.name in METADATA and file.is_file()]
     if metadata and format in (None, "imagefolder"):
@@ -92,13 +121,11 @@ def _in_folder(folder: Path, root: Path, format: str | None) -> Layout:
     data_files, others = _data_files(folder, format)
     sidecars = has_sidecars(files)
     if not data_files and not sidecars and format != "sidecar" and (folder / "train").is_dir():
-        beside = (path for path in sorted(folder.iterdir()) if path.is_dir() and path.name != "train")
-        beside = [path for path in beside if not path.name.startswith((".", "__"))]
-        layout = _in_folder(folder / "train", root, format)
-        return replace(layout, unread=layout.unread or _unread(folder / "train", beside))
+        return _in_parts(folder, root, format)
+    twins = find_twins(folder)
     if not data_files:
         files = visible_files(folder)
-        sidecars = has_sidecars(files)
+        sidecars = has_sidecars(files, twins)
     if data_files and sidecars and format is None:
         raise DataError(
             f"{folder.name}: holds images with captions, and {data_files[0].name}; pass --format sidecar "
@@ -108,20 +135,50 @@ def _in_folder(folder: Path, root: Path, format: str | None) -> Layout:
         layout = _in_file(data_files[0], root, format)
         return replace(layout, files=tuple(data_files), unread=_unread(data_files[0], others))
     if sidecars and format in (None, "sidecar"):
-        return Layout("sidecar", root, tuple(files))
+        return Layout("sidecar", root, tuple(files), folder=folder, twins=twins)
     images = sum(map(is_image_name, files))
+    why_not = why_no_classes(folder, files)
+    below = any(file.parent != folder and is_image_name(file) for file in files)
+    if below and (format == "classes" or (format is None and not why_not)):
+        return Layout("classes", root, tuple(files), folder=folder)
     known = "; ".join(f"{name}: {what}" for name, what in FORMATS.items() if format in (None, name))
-    raise DataError(
-        f"{str(folder)!r}: nothing recognised among {len(files)} files ({images} images); expected one of: {known}"
-    )
+    named = f" (the names of folders are not taken for captions, as {why_not}; --format classes does)" if below else ""
+    inside = [file.name for file in files if file.suffix.lower() == ".zip"]
+    named += f"; to read {inside[0]!r}, pass it itself" if inside else ""
+    found = f"nothing recognised among {len(files)} files ({images} images){named}"
+    raise DataError(f"{str(folder)!r}: {found}; expected one of: {known}")
 
 
-def _unread(taken: Path, others: list[Path]) -> str:
-    if not others:
+def _in_parts(folder: Path, root: Path, format: str | None) -> Layout:
+    """A folder with `train/`, perhaps `val/` and `test/` beside it: these are held out, if they can be read."""
+    beside = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    beside = [path for path in beside if not path.name.startswith((".", "__"))]
+    train = [path for path in beside if path.name == "train"] or (beside if len(beside) == 1 else [])
+    if not train:
+        names = ", ".join(f"{path.name}/" for path in beside)
+        raise DataError(f"{folder.name}: holds {names or 'no folder of rows'}, and no train/; pass the one you mean")
+    layout = _in_folder(train[0], root, format)
+    held, taken = [], []
+    for part in ("val", "test"):
+        found = [path for path in beside if path not in train and SPLITS.get(path.name.lower()) == part]
+        if len(found) == 1:
+            with suppress(DataError):  # a test set may have no answers: it is named as unread
+                held.append((part, _in_folder(found[0], root, format)))
+                taken += found
+    left = [path for path in beside if path not in (*train, *taken)]
+    unread = _unread(train[0], left, taken) if layout.format != "arrow" or left else ""
+    return replace(layout, held=tuple(held), unread=layout.unread or unread)
+
+
+def _unread(taken: Path, others: list[Path], held: Sequence[Path] = ()) -> str:
+    if not others and not held:
         return ""
-    names = [f"{path.name}/" if path.is_dir() else path.name for path in (taken, *others)]
+    names = [f"{path.name}/" if path.is_dir() else path.name for path in others]
     more = f" and {len(others) - 8} more" if len(others) > 8 else ""
-    return f"{names[0]} is read, left unread: {', '.join(names[1:9])}{more}"
+    said = [f"{taken.name}/ is read" if taken.is_dir() else f"{taken.name} is read"]
+    said += [f"held out: {', '.join(f'{path.name}/' for path in held)}"] if held else []
+    said += [f"left unread: {', '.join(names[:8])}{more}"] if others else []
+    return ", ".join(said)
 
 
 def _data_files(folder: Path, format: str | None) -> tuple[list[Path], list[Path]]:
@@ -129,12 +186,12 @@ def _data_files(folder: Path, format: str | None) -> tuple[list[Path], list[Path
 
     Raises DataError if in doubt.
     """
-    if format in ("sidecar", "imagefolder"):
+    if format in ("sidecar", "imagefolder", "classes", "arrow"):
         return [], []
     suffixes = [SUFFIX_OF[format]] if format in SUFFIX_OF else [".json"] if format in ("coco", "vqav2") else READERS
     for place in (folder, folder / "data", folder / "annotations"):
         files = visible_files(place, below=False) if place.is_dir() else []
-        files = [f for f in files if (f.suffix.lower() in suffixes or _is_caption_table(f)) and f.is_file()]
+        files = [f for f in files if (f.suffix.lower() in suffixes or _of_flickr(f)) and f.is_file()]
         every = files = [f for f in files if not f.stem.startswith("dataset_info")]  # `datasets` puts it beside data
         if not any("question" in f.stem.lower() for f in files):
             files = _with_word("caption", files)  # captions_train2017.json, not instances_train2017.json
@@ -152,14 +209,17 @@ def _data_files(folder: Path, format: str | None) -> tuple[list[Path], list[Path
     return [], []
 
 
-def _is_caption_table(path: Path) -> bool:
-    """Kaggle's Flickr8k has its CSV in a captions.txt."""
-    if path.name.lower() != "captions.txt" or not path.is_file():
-        return False
+def _of_flickr(path: Path) -> str:
+    """ "csv" for Kaggle's Flickr8k, which has its CSV in a captions.txt; "flickr" for a .token.txt; else ""."""
+    if not path.name.lower().endswith(("captions.txt", ".token.txt", ".token")) or not path.is_file():
+        return ""
     with path.open("rb") as file:
         head = file.readline(4096).decode("utf-8-sig", "replace")
+    if TOKEN.match(head):
+        return "flickr"
     names = {name.strip() for name in re.split(r"[,;|\t]", head)}
-    return all(names & set(NAMES[what]) for what in ("image", "caption"))
+    is_table = path.name.lower() == "captions.txt" and all(names & set(NAMES[what]) for what in ("image", "caption"))
+    return "csv" if is_table else ""
 
 
 def _with_word(word: str, files: list[Path]) -> list[Path]:
@@ -169,11 +229,9 @@ def _with_word(word: str, files: list[Path]) -> list[Path]:
 
 def _in_file(path: Path, root: Path, format: str | None) -> Layout:
     suffix = path.suffix.lower()
-    if format in ("imagefolder", "sidecar"):
+    if format in ("imagefolder", "sidecar", "classes", "arrow"):
         raise DataError(f"{path.name}: --format {format} needs a folder; pass the one that holds this file")
-    kind = format or next((name for name in SUFFIX_OF if SUFFIX_OF[name] == suffix), None)
-    if kind is None and _is_caption_table(path):
-        kind = "csv"
+    kind = format or _of_flickr(path) or next((name for name in SUFFIX_OF if SUFFIX_OF[name] == suffix), None)
     if kind in SUFFIX_OF:
         return Layout(kind, root, (path,))
     if format in (None, "coco", "vqav2") and suffix == ".json":

@@ -1,17 +1,30 @@
-"""Folders of images, each with a caption file of its own (sidecar), and what files a folder holds at all."""
+"""Folders of images, each with a caption file of its own (sidecar) or in the folder of its class; and what files a
+folder holds at all."""
 
 import os
+import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from vlm_lora.data.example import Dialogue, Turn
 from vlm_lora.data.images import IMAGE_SUFFIXES
 from vlm_lora.data.locate import Finder
+from vlm_lora.data.readers.fields import SPLITS
 from vlm_lora.data.readers.gather import BadRow, Entry
 from vlm_lora.data.readers.prompts import filled, variables_of
 from vlm_lora.data.readers.rows import text_of
 from vlm_lora.data.readers.tables import MAX_TEXT_BYTES, decode_text
 from vlm_lora.errors import DataError
+
+
+class Twins(NamedTuple):
+    """Two folders, one of images and one of their captions."""
+
+    images: Path
+    captions: Path
+
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 NOT_CAPTIONS = ("readme", "license", "licence", "notes", "classes", "requirements")
@@ -46,15 +59,35 @@ def is_image_name(path: Path) -> bool:
     return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES and not _is_hidden(path.name)
 
 
-def has_sidecars(files: Sequence[Path]) -> bool:
+def has_sidecars(files: Sequence[Path], twins: Twins | None = None) -> bool:
     """Whether at least one image has a caption file of its own name."""
-    parts = [os.path.splitext(f) for f in files]
-    stems = {stem for stem, suffix in parts if suffix.lower() in CAPTION_SUFFIXES}
-    return any(stem in stems and is_image_name(f) for f, (stem, _) in zip(files, parts, strict=True))
+    captions = {_key(file, twins) for file in files if _is_caption_name(file)}
+    return any(not captions.isdisjoint(_keys(file, twins)) for file in files if is_image_name(file))
 
 
-def read_sidecars(files: Sequence[Path], finder: Finder, prompt: str) -> Iterator[Entry | BadRow]:
+def find_twins(folder: Path) -> Twins | None:
+    """`images/` and `captions/`, where the folder has one of each."""
+    beside = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.is_symlink()]
+    images = [path for path in beside if path.name.lower() in ("images", "image", "imgs", "img", "pictures", "photos")]
+    captions = [path for path in beside if path.name.lower() in ("captions", "caption", "texts", "text", "txt")]
+    return Twins(images[0], captions[0]) if len(images) == len(captions) == 1 else None
+
+
+def repeats_of(folder: Path, files: Sequence[Path]) -> dict[str, int]:
+    """How often kohya's trainers show the images of each folder, `10_birds`, where all images are in such ones."""
+    parts = {file.relative_to(folder).parts[0] for file in files if is_image_name(file)}
+    found = {name: re.fullmatch(r"([1-9]\d{0,2})_.*\S.*", name) for name in sorted(parts)}
+    matched = {name: match for name, match in found.items() if match}
+    return {name: int(match[1]) for name, match in matched.items()} if len(matched) == len(parts) else {}
+
+
+def read_sidecars(
+    files: Sequence[Path], finder: Finder, prompt: str, folder: Path, twins: Twins | None = None
+) -> Iterator[Entry | BadRow]:
     """A dialogue for each image with exactly one caption file: all of it, without the newlines at its end.
+
+    `a.jpg` has `a.txt`, `a.caption` or `a.jpg.txt`, beside it or, of `twins`, in the folder of captions. What lies
+    in `val/` or `test/` of `folder` belongs to that part of the data.
 
     BadRows: an image without one or with two (`a.txt`, `a.caption`), two images with the same one (`a.jpg`,
     `a.png`), a caption file without an image.
@@ -62,33 +95,102 @@ def read_sidecars(files: Sequence[Path], finder: Finder, prompt: str) -> Iterato
     images: dict[str, list[Path]] = {}
     captions: dict[str, list[Path]] = {}
     for path in files:
-        stem, suffix = os.path.splitext(path)
         if is_image_name(path):
-            images.setdefault(stem, []).append(path)
-        elif suffix.lower() in CAPTION_SUFFIXES:
-            captions.setdefault(stem, []).append(path)
-    for stem, of_stem in images.items():
-        texts = captions.pop(stem, [])
+            images.setdefault(_keys(path, twins)[0], []).append(path)
+        elif _is_caption_name(path):
+            captions.setdefault(_key(path, twins), []).append(path)
+    for of_stem in images.values():
+        shared = captions.pop(_keys(of_stem[0], twins)[0], [])
         for path in of_stem:
             name = path.relative_to(finder.root).as_posix()
+            texts = [*shared, *captions.pop(_keys(path, twins)[1], [])]
             try:
                 if "tags" in variables_of(prompt) and {t.suffix.lower() for t in texts} == {".txt", ".caption"}:
                     texts = [text for text in texts if text.suffix.lower() == ".caption"]  # the other holds the tags
                 if not texts:
-                    raise DataError(f"has no caption; expected {Path(stem).name + '.txt'!r} beside it")
+                    where = f"in {twins.captions.name}/" if twins else "beside it"
+                    raise DataError(f"has no caption; expected {path.stem + '.txt'!r} {where}")
                 if len(texts) > 1:
                     raise DataError(f"has {len(texts)} captions: {_names(texts)}; keep one")
-                if len(of_stem) > 1:
+                if len(of_stem) > 1 and shared:
                     raise DataError(f"{texts[0].name!r} would be for {_names(of_stem)}; rename one")
                 ref = finder.find(name)
                 caption = _caption(texts[0], finder)
                 asked = filled(prompt, ref, {}, caption_file=texts[0].suffix)
-                yield (ref,), Dialogue((Turn(asked, caption),), source=name, line=1)
+                part = _part(path, twins.images if twins else folder)
+                yield (ref,), Dialogue((Turn(asked, caption),), split=part, source=name, line=1)
             except DataError as error:
                 yield BadRow(name, None, str(error))
     for path in (path for texts in captions.values() for path in texts):
         if path.stem.lower() not in NOT_CAPTIONS:
             yield BadRow(path.relative_to(finder.root).as_posix(), None, "is a caption without an image of its name")
+
+
+def _is_caption_name(path: Path) -> bool:
+    return os.path.splitext(path)[1].lower() in CAPTION_SUFFIXES
+
+
+def _key(path: Path, twins: Twins | None) -> str:
+    """The name without its ending, by which images and captions are matched; a Mac takes letters and accents apart."""
+    stem = os.path.splitext(path)[0]
+    if twins:
+        folder = next((each for each in twins if path.is_relative_to(each)), None)
+        stem = os.path.relpath(stem, folder) if folder else stem
+    return unicodedata.normalize("NFC", stem)
+
+
+def _keys(image: Path, twins: Twins | None) -> tuple[str, str]:
+    """What the caption of an image may be matched by: `a` and `a.jpg`."""
+    key = _key(image, twins)
+    return key, key + image.suffix
+
+
+def _part(path: Path, folder: Path) -> str:
+    """The part of the data that the image belongs to, by the folder below `folder` that it lies in."""
+    first, *below = path.relative_to(folder).parts
+    return SPLITS.get(first.lower(), "") if below else ""
+
+
+GENERAL = re.compile(
+    r"images?|imgs?|pictures?|photos?|pics|data|raw|train(ing)?|val(id(ation)?)?|dev|test(ing)?|masks?|labels?|depth"
+    r"|annotations?|captions?|texts?|thumb(nail)?s?|crops?|originals?|new folder.*|camera|screenshots?|downloads?"
+    r"|\d{3}[a-z_]{5}|[\W\d_]*",
+    re.IGNORECASE,
+)
+"""Names of folders that tell nothing of what is in the pictures: numbers, dates and cameras' (100CANON) too."""
+
+
+def why_no_classes(folder: Path, files: Sequence[Path]) -> str:
+    """Why the names of the folders that images lie in are not taken for what the images show; "" if they are."""
+    images = [file.relative_to(folder).parts for file in files if is_image_name(file)]
+    others = [file for file in files if not is_image_name(file) and file.stem.lower() not in NOT_CAPTIONS]
+    names = sorted({parts[0] for parts in images})
+    if not images or any(len(parts) != 2 for parts in images) or len(names) < 2:
+        return "not each image lies in one of several folders"
+    if others:
+        return f"there are other files too, as {others[0].relative_to(folder).as_posix()!r}"
+    general = [name for name in names if GENERAL.fullmatch(name)]
+    return f"a folder is called {general[0]!r}" if general else ""
+
+
+def read_classes(
+    files: Sequence[Path], finder: Finder, prompt: str, folder: Path, repeats: dict[str, int]
+) -> Iterator[Entry | BadRow]:
+    """For each image the name of the folder that it lies in, as the answer to the prompt; of `10_birds`, "birds"."""
+    for path in filter(is_image_name, files):
+        name = path.relative_to(finder.root).as_posix()
+        try:
+            if path.parent == folder:
+                raise DataError("lies in no folder of a class; move it into the one of what it shows")
+            ref = finder.find(name)
+            shown = path.parent.name
+            if path.relative_to(folder).parts[0] in repeats and path.parent.parent == folder:
+                shown = shown.partition("_")[2].strip()
+            answer = text_of(unicodedata.normalize("NFC", shown), "name of a class")
+            part = _part(path, folder) if path.parent.parent != folder else ""
+            yield (ref,), Dialogue((Turn(filled(prompt, ref, {}), answer),), split=part, source=name)
+        except DataError as error:
+            yield BadRow(name, None, str(error))
 
 
 def _names(paths: list[Path]) -> str:

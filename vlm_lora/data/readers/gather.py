@@ -30,6 +30,10 @@ class Row(Placed):
     value: object
 
 
+class ClassName(str):
+    """The name of a class, where a row has its number."""
+
+
 Rows = Iterator[Row | BadRow]
 Entry = tuple[tuple[ImageRef, ...], Dialogue]
 """Images and a dialogue about them: what becomes part of an Example."""

@@ -7,6 +7,7 @@ No code of a data set is run: `datasets` has dropped that from version 4 on. A r
 machine or a URL instead of holding an image is refused like any other.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -19,7 +20,7 @@ from vlm_lora.data.example import MAX_FILE_BYTES, ImageRef
 from vlm_lora.data.fetch import keep
 from vlm_lora.data.locate import Finder, is_web_address
 from vlm_lora.data.readers.gather import BadRow, Row, Rows
-from vlm_lora.data.readers.parquet import Make, image_bytes, image_in_cell, images_in
+from vlm_lora.data.readers.parquet import Make, class_names, image_bytes, image_in_cell, images_in, named_classes
 from vlm_lora.data.readers.tables import first_line
 from vlm_lora.errors import DataError
 
@@ -95,14 +96,44 @@ def read_hub(path: str) -> tuple[str, Rows]:
         table = table if last is None else table.take(max(0, last - first))
         # Without known features nothing is decoded, and there is no way to say that nothing should be
         rows = table.decode(False) if table.features else table
+        rows = (named_classes(values, _classes(table)) for values in rows)
         # A stream cannot be read again: its images are kept
         return name, _rows(rows, name, lambda row: lambda column, item, data, name: keep(data, name))
     if not isinstance(table, datasets.Dataset):
         raise DataError(f"{path!r}: expected one split, found {', '.join(table)}; say hf:{name}:SPLIT")
+    classes = _classes(table)
     table = table.with_format("arrow")  # as stored: an image in it is bytes, not decoded
     place = Path(table.cache_files[0]["filename"]) if table.cache_files else Path(name)
     rows = (values for batch in table.iter(batch_size=64) for values in cast(Any, batch).to_pylist())
+    rows = (named_classes(values, classes) for values in rows)
     return name, _rows(rows, name, lambda row: partial(image_in_cell, place, partial(HubCell, table, name, row)))
+
+
+def read_saved(folder: Path, source: str) -> Rows:
+    """Rows of what `datasets` wrote with save_to_disk; nothing of it is unpickled or run."""
+    import datasets
+
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        for file in state["_data_files"]:
+            if Path(file["filename"]).name != file["filename"] or (folder / file["filename"]).is_symlink():
+                raise DataError(f"it names {file['filename']!r}, which is no file of this folder")
+        table = datasets.Dataset.load_from_disk(str(folder))
+        classes = _classes(table)
+        table = table.with_format("arrow")
+    except Exception as error:  # of `datasets`, pyarrow, the file system: no common base
+        what = f"cannot be read as `datasets` saves it: {first_line(error)}"
+        raise DataError(f"{source}: {what}; save it again") from None
+    number = 0
+    for batch in table.iter(batch_size=64):
+        for values in cast(Any, batch).to_pylist():
+            number += 1
+            make = partial(image_in_cell, folder / "state.json", partial(HubCell, table, source, number - 1))
+            yield Row(source, number, named_classes(images_in(values, f"{source}:{number}", make), classes))
+
+
+def _classes(table: Any) -> dict[str, list[str]]:
+    return class_names(table.features.to_dict()) if table.features else {}
 
 
 def _rows(rows: Iterable[dict], name: str, maker: Callable[[int], Make]) -> Rows:

@@ -1,8 +1,10 @@
 """Rows of Parquet. Images inside of it stay there: each is read from its cell again when it is needed."""
 
+import json
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 from vlm_lora.data.example import ByteSource, ImageRef
 from vlm_lora.data.images import content_hash
-from vlm_lora.data.readers.gather import BadRow, Row, Rows
+from vlm_lora.data.readers.gather import BadRow, ClassName, Row, Rows
 from vlm_lora.data.readers.tables import first_line
 from vlm_lora.errors import DataError
 
@@ -98,7 +100,7 @@ def read_parquet(path: Path, source: str) -> Rows:
         file = pq.ParquetFile(path, buffer_size=BUFFER)
     except damage as error:
         raise DataError(f"{source}: is not readable as Parquet: {first_line(error)}; write it again") from None
-    number = 0
+    number, classes = 0, class_names(_described(file))
     with file:
         for group in range(file.num_row_groups):
             first, reason = number, "fewer rows are there than the file says"
@@ -107,7 +109,8 @@ def read_parquet(path: Path, source: str) -> Rows:
                     for values in batch.to_pylist():
                         make = partial(image_in_cell, path, partial(ParquetCell, path, group, number - first))
                         number += 1
-                        yield Row(source, number, images_in(values, f"{source}:{number}", make))
+                        row = named_classes(images_in(values, f"{source}:{number}", make), classes)
+                        yield Row(source, number, row)
             except damage as error:
                 reason = first_line(error)
             claimed = file.metadata.row_group(group).num_rows
@@ -120,6 +123,37 @@ def read_parquet(path: Path, source: str) -> Rows:
 def image_in_cell(place: Path, cell: Cell, column: str, item: int | None, data: bytes, name: str) -> ImageRef:
     """For `images_in`, after the first two: an image that stays in its cell, in the file `place`."""
     return ImageRef(place, name, len(data), content_hash(data), cell(column, item))
+
+
+def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The columns that hold numbers of classes, and the names of these, of features as `datasets` describes them."""
+    return {
+        column: feature["names"]
+        for column, each in features.items()
+        if isinstance(each, dict)
+        for feature in (each, each.get("feature"))
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and isinstance(feature.get("names"), list)
+    }
+
+
+def _described(file: Any) -> dict[str, Any]:
+    """The features that `datasets` has described in a Parquet file."""
+    with suppress(ValueError, LookupError, TypeError):
+        return dict(json.loads(file.schema_arrow.metadata[b"huggingface"])["info"]["features"])
+    return {}
+
+
+def named_classes(row: dict[str, Any], classes: Mapping[str, list[str]]) -> dict[str, Any]:
+    """The row with the names of its classes; -1 is none, as `datasets` has it, and another number stays one."""
+
+    def name(value: Any, names: list[str]) -> Any:
+        if isinstance(value, list):
+            return [name(each, names) for each in value]
+        if not isinstance(value, int) or value >= len(names):
+            return value
+        return ClassName(names[value]) if value >= 0 else None
+
+    return row | {column: name(row.get(column), names) for column, names in classes.items() if column in row}
 
 
 def images_in(row: dict[str, Any], name: str, make: Make) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 from vlm_lora.data.example import Dialogue, ImageRef, Turn
 from vlm_lora.data.locate import Find
 from vlm_lora.data.readers.fields import Fields, Ledger, split_of
-from vlm_lora.data.readers.gather import BadRow, Entry, Row, Rows
+from vlm_lora.data.readers.gather import BadRow, ClassName, Entry, Row, Rows
 from vlm_lora.data.readers.prompts import filled, variables_of
-from vlm_lora.data.texts import is_blank
+from vlm_lora.data.texts import is_blank, windows_hint
 from vlm_lora.errors import DataError
 
 MAX_CHARACTERS = 1 << 20
@@ -185,7 +185,9 @@ class RowReader:
             parts += ("question",) if self._question_of_caption(row) else ()
         parts += tuple(what for what in ("system", "weight", "split") if self._value(row, what) not in (None, ""))
         named = [(what, ", ".join(map(repr, self._names(row, what)))) for what in ("image", *parts)]
-        return f"{shape}: " + ", ".join(f"{what} from {names}" for what, names in named if names)
+        taken = [(what, names, self._value(row, what)) for what, names in named if names]
+        classes = {True: " (the names of its classes)", False: ""}
+        return f"{shape}: " + ", ".join(f"{w} from {names}{classes[isinstance(v, ClassName)]}" for w, names, v in taken)
 
     def _names(self, row: dict, what: str) -> list[str]:
         """The field that holds it, if there is one; of images several, "left_file_name" and "right_file_name"."""
@@ -315,7 +317,7 @@ def text_of(value: object, what: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise DataError(f"the {what} is not valid UTF-8; save the file as UTF-8") from None
+        raise DataError(f"the {what} is not valid UTF-8; save the file as UTF-8{windows_hint(value)}") from None
     return value
 
 

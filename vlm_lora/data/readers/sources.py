@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vlm_lora.config import DEFAULT_PROMPT, parse_columns
+from vlm_lora.data.archives import is_archive, unpacked
 from vlm_lora.data.example import Example
 from vlm_lora.data.fetch import fetch_image
 from vlm_lora.data.locate import Find, Finder, folders_beside
@@ -117,7 +118,7 @@ def _joined(sources: Iterable[tuple[str, int, Dataset]]) -> Dataset:
     bad, parts, formats, unused = [], [], [], Counter()
     for place, weight, dataset in sources:
         named = below(place, dataset)
-        sides["examples"] += [replace(example, weight=weight) for example in named.examples]
+        sides["examples"] += [replace(example, weight=weight * example.weight) for example in named.examples]
         sides["val"] += named.val
         sides["test"] += named.test
         bad += named.bad
@@ -138,7 +139,7 @@ def below(place: str, dataset: Dataset) -> Dataset:
     """
     if hub.is_hub_name(place):
         return dataset
-    folder = Path(place) if Path(place).is_dir() else Path(place).parent
+    folder = Path(place) if Path(place).is_dir() or is_archive(Path(place)) else Path(place).parent
     before = f"{folder.as_posix()}/"
 
     def moved(e: Example) -> Example:
@@ -164,17 +165,38 @@ def _read(place: str, settings: DataSettings, progress: Callable[[int], None]) -
         if not path.is_dir() and not path.is_file():
             expected = ", ".join(READERS)
             raise DataError(f"{path.name}: is not a regular file; expected a folder or one of {expected}")
-        layout = detect(path, settings.format)
-        return replace(_read_layout(layout, settings, progress), unread=layout.unread)
+        layout = detect(unpacked(path) if is_archive(path) else path, settings.format)
+        dataset = _read_layout(layout, settings, progress)
+        held = [(part, _read_layout(each, settings, progress)) for part, each in layout.held]
+        return replace(_with_held(dataset, held), unread=layout.unread)
     except OSError as error:
         reason = f"cannot be read: {error.strerror or error}; check its permissions"
         raise DataError(f"{error.filename or path.name}: {reason}") from error
 
 
+def _with_held(dataset: Dataset, held: Sequence[tuple[str, Dataset]]) -> Dataset:
+    """The data set with what lies in folders of its other parts; what a row of these says of its part holds for it."""
+    sides, bad, unused = {"val": list(dataset.val), "test": list(dataset.test)}, [*dataset.bad], Counter(dataset.unused)
+    for part, other in held:
+        for example in (*other.examples, *other.val, *other.test):
+            dialogues = tuple(replace(dialogue, split=dialogue.split or part) for dialogue in example.dialogues)
+            sides["test" if dialogues[0].split == "test" else "val"].append(replace(example, dialogues=dialogues))
+        bad += other.bad
+        unused.update(other.unused)
+    val, test = (with_ids(sides[part]) for part in ("val", "test"))
+    return replace(dataset, bad=tuple(bad), val=val, test=test, unused=dict(unused))
+
+
 def _read_layout(layout: Layout, settings: DataSettings, progress: Callable[[int], None]) -> Dataset:
     finder, name, ledger = _finder(layout, settings), layout.name_of(layout.files[0]), settings.ledger()
+    folder, note = layout.folder or layout.root, ""
+    repeats = folders.repeats_of(folder, layout.files) if layout.format in ("sidecar", "classes") else {}
     if layout.format == "sidecar":
-        entries = folders.read_sidecars(layout.files, finder, settings.prompt)
+        entries = folders.read_sidecars(layout.files, finder, settings.prompt, folder, layout.twins)
+        note = f"{layout.twins.captions.name}/ has the captions of {layout.twins.images.name}/" if layout.twins else ""
+    elif layout.format == "classes":
+        entries = folders.read_classes(layout.files, finder, settings.prompt, folder, repeats)
+        note = f"the name of each image's folder is learnt, as the answer to {settings.prompt!r}"
     elif layout.format == "coco":
         entries = coco.read_coco(layout.content, name, settings.prompt, finder.find, ledger)
     elif layout.format == "vqav2":
@@ -185,7 +207,17 @@ def _read_layout(layout: Layout, settings: DataSettings, progress: Callable[[int
         uncovered = _uncovered(layout, finder) if layout.format == "imagefolder" else ()
         return replace(dataset, bad=(*dataset.bad, *uncovered))
     dataset = gather(layout.format, _settled(_counted(entries, progress), settings))
-    return replace(dataset, unused=dict(ledger.unused))
+    if repeats:
+        times = ", ".join(f"{name}/ {times}" for name, times in list(repeats.items())[:8])
+        note = "; ".join(filter(None, (note, f"times an epoch, as kohya's folders say: {times}")))
+        examples = [replace(e, weight=repeats[_top(e, layout.root, folder)]) for e in dataset.examples]
+        dataset = replace(dataset, examples=tuple(examples))
+    return replace(dataset, note=note, unused=dict(ledger.unused))
+
+
+def _top(example: Example, root: Path, folder: Path) -> str:
+    """The folder right below `folder` that the example's image lies in."""
+    return (root / example.images[0].name).relative_to(folder).parts[0]
 
 
 def _read_tables(
@@ -227,7 +259,7 @@ def _settled(entries: Iterable[Entry | BadRow], settings: DataSettings) -> Itera
 
 
 def _finder(layout: Layout, settings: DataSettings) -> Finder:
-    if layout.format == "sidecar":  # each image is known, and so is its place
+    if layout.format in ("sidecar", "classes"):  # each image is known, and so is its place
         return Finder(layout.root, allow_outside=settings.allow_outside)
     file = layout.files[0]
     places = (file.parent,) if layout.format == "imagefolder" else folders_beside(file, layout.root)

@@ -6,13 +6,20 @@ Knows what a line is and what bytes are, not what a row means (`rows`) or where 
 import csv
 import io
 import json
+import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from vlm_lora.data.images import IMAGE_SUFFIXES
 from vlm_lora.data.readers.gather import BadRow, Row, Rows
+from vlm_lora.data.texts import windows_hint
 from vlm_lora.errors import DataError
 
+TOKEN = re.compile(r"(\S[^\t#]*)#\d+\t")
+"""What a line of Flickr's .token files begins with."""
 MAX_TEXT_BYTES = 16 << 20
 """Of a file that is one text, or one row."""
 
@@ -54,9 +61,31 @@ def read_json(path: Path, source: str) -> Rows:
         yield from read_jsonl(path, source)
         return
     lists = [value.get(key) for key in ("data", "rows", "annotations")] if isinstance(value, dict) else []
-    rows = next((rows for rows in lists if isinstance(rows, list)), [value])  # else a single row
+    rows = next((rows for rows in lists if isinstance(rows, list)), None)
+    if rows is None:
+        rows = _rows_by_name(value, text[start:end]) or [value]  # else a single row
     for number, row in enumerate(rows, start=1):
         yield Row(f"{source}:row {number}", None, row)  # the lines are lost here
+
+
+def _rows_by_name(value: Any, text: str) -> list[dict]:
+    """The rows of `{"a.png": "a caption"}` and of kohya's `{"path/a": {"caption": ..., "tags": ...}}`; else none.
+
+    A name that is there twice is two rows, as an image may have two captions.
+    """
+    if not isinstance(value, dict) or not value:
+        return []
+    named = sum(os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES for name in value)
+    of_kohya = all(isinstance(each, dict) and each.keys() & {"caption", "tags"} for each in value.values())
+    if 2 * named <= len(value) and not of_kohya:
+        return []
+    rows = []
+    for name, said in json.loads(text, object_pairs_hook=tuple):  # a dictionary keeps one of two equal names
+        fields = dict(said) if isinstance(said, tuple) else {"caption": said}
+        if fields.get("caption") in (None, "") and fields.get("tags"):
+            fields["caption"] = fields.pop("tags")
+        rows.append({"image": name} | fields)
+    return rows
 
 
 def _rows_of_list(text: str, start: int, source: str) -> Rows:
@@ -88,6 +117,21 @@ def _rows_of_list(text: str, start: int, source: str) -> Rows:
         yield BadRow(source, line, "more follows after the end of the list; nothing of it can be read")
 
 
+def read_tokens(path: Path, source: str) -> Rows:
+    """Flickr8k's and Flickr30k's own file: `1000.jpg#0`, a tab, a caption; one a line."""
+    with path.open("rb") as file:
+        for line, data in enumerate(file, start=1):
+            try:
+                text = decode_text(data, source).strip("\r\n")
+                if not text.strip():
+                    continue
+                if not (match := TOKEN.match(text)):
+                    raise DataError(f"is {text[:60]!r}; expected a name of an image, #, a number, a tab and a caption")
+                yield Row(source, line, {"image": match[1], "caption": text[match.end() :].strip()})
+            except DataError as error:
+                yield BadRow(source, line, str(error))
+
+
 def read_csv(path: Path, source: str) -> Rows:
     """Rows under a header; the delimiter is what the header has most of.
 
@@ -102,13 +146,14 @@ def read_csv(path: Path, source: str) -> Rows:
     if isinstance(cells, str):
         raise DataError(f"{source}: the header {cells}")
     header = [name.strip() for name in cells]
+    spaced = len(cells) > 1 and all(name.startswith(" ") for name in cells[1:])  # Flickr30k: "image| number| comment"
     if len(set(header)) < len(header):
         raise DataError(f"{source}: two columns have one name: {', '.join(map(repr, header))}; rename one")
     for line, cells in records:
         if isinstance(cells, str):
             yield BadRow(source, line, cells)
         else:
-            row = dict(zip(header, cells, strict=True))
+            row = dict(zip(header, map(str.strip, cells) if spaced else cells, strict=True))
             yield Row(source, line, row | {k: _list_of(row[k]) for k in ("captions", "answers") if k in row})
 
 
@@ -160,7 +205,8 @@ def decode_text(data: bytes, name: str) -> str:
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"is not UTF-8 (byte 0x{error.object[error.start]:02x} at position {error.start}); save the file as UTF-8"
+    what = f"is not UTF-8 (byte 0x{error.object[error.start]:02x} at position {error.start})"
+    return f"{what}; save the file as UTF-8{windows_hint(error.object)}"
 
 
 def _check_not_utf16(data: bytes, source: str) -> None:
