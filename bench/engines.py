@@ -242,7 +242,8 @@ class Ours:
         row = pack([[encoded]], captioner.backbone.pad_token_id)
         device = captioner.backbone.device
         mask, positions = row.attention_mask.to(device), row.position_ids.to(device)
-        hidden = captioner.backbone.forward(row.input_ids, mask, positions, together([entry], device))
+        seen = together([entry], device)
+        hidden = captioner.backbone.forward(row.input_ids, mask, positions, seen, forks=row.forks)
         labels = row.labels[:, 1:]
         logits = captioner.backbone.logits(hidden[:, :-1][(labels != -100).to(device)]).float()
         return labels[labels != -100].tolist(), logits.log_softmax(-1).cpu()
