@@ -55,6 +55,7 @@ def twin_folders(folder):
 
 def class_folders(folder):
     move(folder, TEXTS)
+    write(folder, {"README.md": "about", "red fox/Thumbs.db": "x", "a dog/.DS_Store": "x", "desktop.ini": "x"})
     return folder, "classes"
 
 
@@ -334,6 +335,8 @@ def test_what_is_only_like_another_layout_stays_what_it_is(pictures):
         ("a.png", "one"),
         ("a.gif", "other"),
     }
+    write(folder, {"deep.json": {"a.png": [{"question": "x", "answer": "y"}]}})
+    assert "no text but dict" in read_dataset(folder / "deep.json", prompt=PROMPT).bad[0].reason
     write(folder, {"one.json": {"image": "a.png", "caption": "x"}})
     assert said(read_dataset(folder / "one.json", prompt=PROMPT)) == [("a.png", "x", "")]
     (folder / "two.json").write_text('{"a.png": "x", "a.gif": ["y", "z"], "a.png": "w"}')
@@ -397,7 +400,15 @@ def test_the_folders_of_kohya_say_how_often(text, pictures, capsys):
     assert "as kohya's folders say: 10_red fox/ 10" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("names", [("10_fox/a.png", "cat/b.png"), ("01_fox/a.png", "02_cat/b.png")])
+def test_kohyas_own_folder_around_its_folders_of_images(pictures):
+    folder = pictures("img/5_fox/a.png", into="set")
+    write(folder, {"img/5_fox/a.txt": "x", "log/x": "", "model/x.safetensors": "x"})
+    assert [e.weight for e in read_dataset(folder, prompt=PROMPT).examples] == [5]
+
+
+@pytest.mark.parametrize(
+    "names", [("10_fox/a.png", "cat/b.png"), ("01_fox/a.png", "02_cat/b.png"), ("1/5_fox/a.png", "2/5_fox/b.png")]
+)
 def test_folders_that_are_not_kohyas_say_nothing(names, pictures):
     folder = pictures(*names)
     write(folder, {name.replace(".png", ".txt"): "x" for name in names})

@@ -27,6 +27,8 @@ class Twins(NamedTuple):
 
 
 CAPTION_SUFFIXES = (".txt", ".caption")
+JUNK = ("thumbs", "desktop")
+"""Windows puts Thumbs.db and desktop.ini beside pictures."""
 NOT_CAPTIONS = ("readme", "license", "licence", "notes", "classes", "requirements")
 
 
@@ -73,12 +75,14 @@ def find_twins(folder: Path) -> Twins | None:
     return Twins(images[0], captions[0]) if len(images) == len(captions) == 1 else None
 
 
-def repeats_of(folder: Path, files: Sequence[Path]) -> dict[str, int]:
-    """How often kohya's trainers show the images of each folder, `10_birds`, where all images are in such ones."""
-    parts = {file.relative_to(folder).parts[0] for file in files if is_image_name(file)}
-    found = {name: re.fullmatch(r"([1-9]\d{0,2})_.*\S.*", name) for name in sorted(parts)}
-    matched = {name: match for name, match in found.items() if match}
-    return {name: int(match[1]) for name, match in matched.items()} if len(matched) == len(parts) else {}
+def repeats_of(folder: Path, files: Sequence[Path]) -> dict[Path, int]:
+    """How often kohya's trainers show the images of each folder, `10_birds`: where all images lie in such ones, side
+    by side."""
+    places = sorted({file.parent for file in files if is_image_name(file)})
+    found = [(place, re.fullmatch(r"([1-9]\d{0,2})_.*\S.*", place.name)) for place in places if place != folder]
+    repeats = {place: int(match[1]) for place, match in found if match}
+    beside = {place.parent for place in places}
+    return repeats if len(repeats) == len(places) and len(beside) == 1 else {}
 
 
 def read_sidecars(
@@ -163,7 +167,7 @@ GENERAL = re.compile(
 def why_no_classes(folder: Path, files: Sequence[Path]) -> str:
     """Why the names of the folders that images lie in are not taken for what the images show; "" if they are."""
     images = [file.relative_to(folder).parts for file in files if is_image_name(file)]
-    others = [file for file in files if not is_image_name(file) and file.stem.lower() not in NOT_CAPTIONS]
+    others = [file for file in files if not is_image_name(file) and file.stem.lower() not in (*NOT_CAPTIONS, *JUNK)]
     names = sorted({parts[0] for parts in images})
     if not images or any(len(parts) != 2 for parts in images) or len(names) < 2:
         return "not each image lies in one of several folders"
@@ -174,7 +178,7 @@ def why_no_classes(folder: Path, files: Sequence[Path]) -> str:
 
 
 def read_classes(
-    files: Sequence[Path], finder: Finder, prompt: str, folder: Path, repeats: dict[str, int]
+    files: Sequence[Path], finder: Finder, prompt: str, folder: Path, repeats: dict[Path, int]
 ) -> Iterator[Entry | BadRow]:
     """For each image the name of the folder that it lies in, as the answer to the prompt; of `10_birds`, "birds"."""
     for path in filter(is_image_name, files):
@@ -184,7 +188,7 @@ def read_classes(
                 raise DataError("lies in no folder of a class; move it into the one of what it shows")
             ref = finder.find(name)
             shown = path.parent.name
-            if path.relative_to(folder).parts[0] in repeats and path.parent.parent == folder:
+            if path.parent in repeats:
                 shown = shown.partition("_")[2].strip()
             answer = text_of(unicodedata.normalize("NFC", shown), "name of a class")
             part = _part(path, folder) if path.parent.parent != folder else ""

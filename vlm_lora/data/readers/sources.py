@@ -208,16 +208,11 @@ def _read_layout(layout: Layout, settings: DataSettings, progress: Callable[[int
         return replace(dataset, bad=(*dataset.bad, *uncovered))
     dataset = gather(layout.format, _settled(_counted(entries, progress), settings))
     if repeats:
-        times = ", ".join(f"{name}/ {times}" for name, times in list(repeats.items())[:8])
+        times = ", ".join(f"{place.name}/ {times}" for place, times in list(repeats.items())[:8])
         note = "; ".join(filter(None, (note, f"times an epoch, as kohya's folders say: {times}")))
-        examples = [replace(e, weight=repeats[_top(e, layout.root, folder)]) for e in dataset.examples]
+        examples = [replace(e, weight=repeats[(layout.root / e.images[0].name).parent]) for e in dataset.examples]
         dataset = replace(dataset, examples=tuple(examples))
     return replace(dataset, note=note, unused=dict(ledger.unused))
-
-
-def _top(example: Example, root: Path, folder: Path) -> str:
-    """The folder right below `folder` that the example's image lies in."""
-    return (root / example.images[0].name).relative_to(folder).parts[0]
 
 
 def _read_tables(

@@ -68,6 +68,14 @@ def read_json(path: Path, source: str) -> Rows:
         yield Row(f"{source}:row {number}", None, row)  # the lines are lost here
 
 
+class _Pairs(dict):
+    """An object of JSON, and its `pairs` of names and values as they stand."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        self.pairs = pairs
+
+
 def _rows_by_name(value: Any, text: str) -> list[dict]:
     """The rows of `{"a.png": "a caption"}` and of kohya's `{"path/a": {"caption": ..., "tags": ...}}`; else none.
 
@@ -79,9 +87,10 @@ def _rows_by_name(value: Any, text: str) -> list[dict]:
     of_kohya = all(isinstance(each, dict) and each.keys() & {"caption", "tags"} for each in value.values())
     if 2 * named <= len(value) and not of_kohya:
         return []
+    pairs = json.loads(text, object_pairs_hook=_Pairs).pairs  # a dictionary keeps one of two equal names
     rows = []
-    for name, said in json.loads(text, object_pairs_hook=tuple):  # a dictionary keeps one of two equal names
-        fields = dict(said) if isinstance(said, tuple) else {"caption": said}
+    for name, said in value.items() if len(pairs) == len(value) else pairs:
+        fields = dict(said) if isinstance(said, dict) else {"caption": said}
         if fields.get("caption") in (None, "") and fields.get("tags"):
             fields["caption"] = fields.pop("tags")
         rows.append({"image": name} | fields)
