@@ -75,14 +75,16 @@ def find_twins(folder: Path) -> Twins | None:
     return Twins(images[0], captions[0]) if len(images) == len(captions) == 1 else None
 
 
-def repeats_of(folder: Path, files: Sequence[Path]) -> dict[Path, int]:
+def repeats_of(folder: Path, files: Sequence[Path]) -> tuple[dict[Path, int], str]:
     """How often kohya's trainers show the images of each folder, `10_birds`: where all images lie in such ones, side
-    by side."""
+    by side. Else what to say of those that are called so."""
     places = sorted({file.parent for file in files if is_image_name(file)})
     found = [(place, re.fullmatch(r"([1-9]\d{0,2})_.*\S.*", place.name)) for place in places if place != folder]
     repeats = {place: int(match[1]) for place, match in found if match}
     beside = {place.parent for place in places}
-    return repeats if len(repeats) == len(places) and len(beside) == 1 else {}
+    if not repeats or (len(repeats) == len(places) and len(beside) == 1):
+        return repeats, ""
+    return {}, f"{next(iter(repeats)).name}/ counts once: not all images lie in folders of such names, side by side"
 
 
 def read_sidecars(

@@ -189,8 +189,9 @@ def _with_held(dataset: Dataset, held: Sequence[tuple[str, Dataset]]) -> Dataset
 
 def _read_layout(layout: Layout, settings: DataSettings, progress: Callable[[int], None]) -> Dataset:
     finder, name, ledger = _finder(layout, settings), layout.name_of(layout.files[0]), settings.ledger()
-    folder, note = layout.folder or layout.root, ""
-    repeats = folders.repeats_of(folder, layout.files) if layout.format in ("sidecar", "classes") else {}
+    folder, note, repeats, once = layout.folder or layout.root, "", {}, ""
+    if layout.format in ("sidecar", "classes"):
+        repeats, once = folders.repeats_of(folder, layout.files)
     if layout.format == "sidecar":
         entries = folders.read_sidecars(layout.files, finder, settings.prompt, folder, layout.twins)
         note = f"{layout.twins.captions.name}/ has the captions of {layout.twins.images.name}/" if layout.twins else ""
@@ -212,6 +213,7 @@ def _read_layout(layout: Layout, settings: DataSettings, progress: Callable[[int
         note = "; ".join(filter(None, (note, f"times an epoch, as kohya's folders say: {times}")))
         examples = [replace(e, weight=repeats[(layout.root / e.images[0].name).parent]) for e in dataset.examples]
         dataset = replace(dataset, examples=tuple(examples))
+    note = "; ".join(filter(None, (note, once)))
     return replace(dataset, note=note, unused=dict(ledger.unused))
 
 
