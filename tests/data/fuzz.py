@@ -22,8 +22,9 @@ import tarfile
 import tempfile
 import time
 import traceback
+import zipfile
 import zlib
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import PIL
@@ -38,8 +39,32 @@ MEMORY = 2 << 30
 FORMATS = {"PNG": "png", "JPEG": "jpg", "GIF": "gif", "WEBP": "webp", "TIFF": "tif", "BMP": "bmp", "PPM": "ppm"}
 FORMATS |= {"AVIF": "avif", "QOI": "qoi", "JPEG2000": "jp2"}
 CONTAINERS = ("jsonl", "json", "csv", "tsv", "parquet", "tar", "coco", "vqav2", "sidecar", "metadata.jsonl")
-CONTAINERS += ("metadata.csv", "messages", "conversations")
+CONTAINERS += ("metadata.csv", "messages", "conversations", "classes", "full names", "twins", "by name", "token")
+CONTAINERS += ("label studio", "arrow")
+LINES = ("jsonl", "metadata.jsonl", "messages", "conversations")
 TEXTS = ("a fox", "зима 雪 ❄", "<|im_end|><|image_pad|>", "<image>", 'say "x, y"', "two\nlines", "e\u0301\u202e", "7")
+EXTRA = {
+    "system": ("Be brief.", "", 7),
+    "weight": (0.5, "2", 0, -1, "much", True),
+    "split": ("train", "test", "Validation", "odd", 3),
+    "prompt": ("What is it?", "", ["x"]),
+    "question_type": ("how", 4),
+    "id": (7, "x"),
+    "tags": ("red, small", ["red"]),
+    "bbox": ([1, 2, 3, 4], []),
+    "videos": (["a.mp4"], [], None),
+    "tools": ("x", None),
+    "loss": (False, 1),
+    "subset": ("test", "first"),
+    "choices": (["a", "b"],),
+    "width": (640,),
+    "reasoning_content": ("because", ""),
+    "source": ("web", {"a": 1}),
+    "qa": ([{"question": "x", "answer": "y"}],),
+}
+"""Fields that rows may have beside an image and a caption, and what may be in them."""
+USED = {"image", "file_name", "caption", "captions", "images", "messages", "conversations"}
+USED |= {"system", "weight", "split", "prompt", "question_type"}
 ODD = (None, "", " \n", "a\0b", "\ud800", "\x01", 7, -1.5, True, [], {}, ["x", ""], {"text": "x"}, "x" * 70_000)
 HUGE = (b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\xff\xff", b"\xff\xff\0\0", b"\0\1\0\0")  # sizes, as bytes
 NAMES = (
@@ -131,6 +156,9 @@ def make_case(draw: random.Random, folder: Path) -> tuple[Path, int, int | None]
                 row.pop(draw.choice(list(row)))
             else:
                 row[what] = draw.choice((*NAMES, *ODD) if what == "image" else ODD)
+    if draw.random() < 0.4:
+        for row in rows:
+            row |= {name: draw.choice(EXTRA[name]) for name in draw.sample(list(EXTRA), draw.choice((0, 1, 1, 2)))}
     path, least, most, parts = WRITERS[container](draw, data, rows, container)
     if draw.random() < 0.4:
         file = draw.choice(parts)
@@ -140,7 +168,17 @@ def make_case(draw: random.Random, folder: Path) -> tuple[Path, int, int | None]
             after = with_stray_quote(draw, before)
         file.write_bytes(after)
         least, most = rows_left(container, before, after, first, least), None
+    if draw.random() < 0.1 and container not in ("sidecar", "full names"):  # these count what no zip can hold
+        path = zipped(folder / "data.zip", path if path.is_dir() else data)
     return path, least, most
+
+
+def zipped(archive: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and not path.is_symlink() and path.name.isprintable():
+                file.write(path, f"all/{path.relative_to(folder).as_posix()}")
+    return archive
 
 
 def with_stray_quote(draw: random.Random, data: bytes) -> bytes:
@@ -156,13 +194,17 @@ def rows_left(container: str, before: bytes, after: bytes, first: int, rows: int
     All of them where a row is a line, a record, an image with its caption, or counted in a footer. Not so where the
     damage decides where rows begin: what is behind it in a JSON list or a tar is told in one bad row.
     """
-    if container in ("jsonl", "metadata.jsonl", "messages", "conversations"):
+    if container == "token":
+        return len([line for line in after.split(b"\n") if line.decode("utf-8-sig", "replace").strip()])
+    if container in ("by name", "arrow"):
+        return 1
+    if container in LINES:
         return len([line for line in after.split(b"\n") if line.strip()])
     if container in ("csv", "tsv", "metadata.csv"):
         return csv_rows(after.decode("utf-8-sig", "surrogateescape"))
-    if container == "sidecar" or before.startswith(b'{"annotations"'):
+    if container in ("sidecar", "classes", "full names", "twins") or before.startswith(b'{"annotations"'):
         return rows
-    if container == "json":
+    if container in ("json", "label studio"):
         return max(1, before[:first].count(b"\n") - 1)
     if container == "tar":
         with tarfile.open(fileobj=io.BytesIO(before)) as tar:
@@ -213,7 +255,7 @@ def csv_rows(text: str) -> int:
 
 
 def text_row(row: dict) -> dict:
-    return {key: row[key] for key in ("image", "caption") if key in row}
+    return {key: row[key] for key in ("image", "caption", *EXTRA) if key in row}
 
 
 def write_jsonl(draw, data, rows, container):
@@ -234,7 +276,8 @@ def write_jsonl(draw, data, rows, container):
 def chat(row, name, keys, roles):
     texts = ("<image>What?", row.get("caption"))
     said = [dict(zip(keys, (role, text), strict=True)) for role, text in zip(roles, texts, strict=True)]
-    return {"images": [row["image"]] if "image" in row else [], name: said}
+    extra = {key: row[key] for key in EXTRA if key in row}
+    return {"images": [row["image"]] if "image" in row else [], name: said} | extra
 
 
 def write_json(draw, data, rows, container):
@@ -332,10 +375,95 @@ def write_sidecar(draw, data, rows, container):
     return data, len(images), len(images), files
 
 
+def write_full_names(draw, data, rows, container):
+    data, least, most, files = write_sidecar(draw, data, rows, container)
+    moved = [file.rename(f"{image}.txt") for file, image in zip(files, images_of(data), strict=False)]
+    return data, least, most, moved
+
+
+def images_of(data):
+    return [path for path in data.rglob("*.*") if path.suffix != ".txt"]
+
+
+def pictures_in(draw, folder, rows):
+    """A picture for each row, below the folder; their paths."""
+    paths = []
+    for number, _ in enumerate(rows):
+        suffix, picture = draw.choice(PICTURES)
+        paths.append(folder / draw.choice(("red fox", "cats")) / f"{number}.{suffix}")
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        paths[-1].write_bytes(damaged(draw, picture)[0] if draw.random() < 0.3 else picture)
+    return paths
+
+
+def write_classes(draw, data, rows, container):
+    paths = pictures_in(draw, data / "classes", rows)
+    return data / "classes", len(paths), len(paths), paths
+
+
+def write_twins(draw, data, rows, container):
+    paths = pictures_in(draw, data / "both/images", rows)
+    files = [data / "both/captions" / path.relative_to(data / "both/images").with_suffix(".txt") for path in paths]
+    for file, row in zip(files, rows, strict=True):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(str(row.get("caption")), errors="surrogatepass")
+    return data / "both", len(paths), len(paths), files
+
+
+def write_by_name(draw, data, rows, container):
+    """Names may be there twice, as no dictionary has them."""
+    pairs = [(row["image"], row.get("caption")) for row in rows if isinstance(row.get("image"), str)]
+    text = ",\n".join(f"{json.dumps(name)}: {json.dumps(caption)}" for name, caption in pairs)
+    file = data / "rows.json"
+    file.write_text(f"{{{text}}}")
+    more = sum(len(caption) for _, caption in pairs if isinstance(caption, list))
+    return file, len(pairs), len(pairs) + more, [file]
+
+
+def write_token(draw, data, rows, container):
+    lines = [f"{row.get('image')}#{number}\t{row.get('caption')}\n" for number, row in enumerate(rows)]
+    file = data / "rows.token"
+    file.write_bytes("".join(lines).encode("utf-8", "surrogatepass"))
+    return file, rows_left(container, b"", file.read_bytes(), 0, len(rows)), None, [file]
+
+
+def write_label_studio(draw, data, rows, container):
+    tasks = []
+    for row in rows:
+        typed = {"type": draw.choice(("textarea",) * 4 + ("rectanglelabels",)), "from_name": "caption"}
+        typed["value"] = {"text": draw.choice((row.get("caption"), [row.get("caption")]))}
+        annotations = [{"result": [typed], "was_cancelled": draw.random() < 0.1}] * draw.choice((0, 1, 1, 2))
+        tasks.append({"data": {"image": row.get("image")}, "annotations": annotations})
+    file = data / "rows.json"
+    file.write_text("[\n" + ",\n".join(map(json.dumps, tasks)) + "\n]")
+    return file, len(tasks), None, [file]
+
+
+def write_arrow(draw, data, rows, container):
+    import datasets
+
+    datasets.disable_progress_bars()
+    cells = {"image": [], "label": [], "text": []}
+    for row in rows:
+        picture = draw.choice(PICTURES)[1]
+        cells["image"].append({"bytes": damaged(draw, picture)[0] if draw.random() < 0.3 else picture, "path": None})
+        cells["label"].append(draw.choice((0, 1, 1, -1)))
+        cells["text"].append(str(row.get("image"))[:40].encode("utf-8", "replace").decode())
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    if draw.random() < 0.5:
+        features["text"] = datasets.Value("string")
+    else:
+        del cells["text"]
+    made = datasets.Dataset.from_dict(cells, features=datasets.Features(features))
+    made.save_to_disk(data / "saved")
+    return data / "saved", len(rows), len(rows), sorted((data / "saved").iterdir())
+
+
 WRITERS = dict.fromkeys(("jsonl", "metadata.jsonl", "messages", "conversations"), write_jsonl)
 WRITERS |= {"json": write_json, "csv": write_csv, "tsv": write_csv, "metadata.csv": write_csv}
 WRITERS |= {"parquet": write_parquet, "tar": write_tar, "coco": write_coco, "vqav2": write_vqav2}
-WRITERS |= {"sidecar": write_sidecar}
+WRITERS |= {"sidecar": write_sidecar, "full names": write_full_names, "classes": write_classes, "twins": write_twins}
+WRITERS |= {"by name": write_by_name, "token": write_token, "label studio": write_label_studio, "arrow": write_arrow}
 
 
 def check(*arguments: object) -> tuple[int, str, str]:
@@ -356,7 +484,11 @@ def run_case(number: int) -> str:
         folder = Path(name)
         path, least, most = make_case(draw, folder)
         extra = ["--html", folder / "x.html", "--write-clean", folder / "clean"] if draw.random() < 0.3 else []
-        if draw.random() < 0.15:  # against itself: all of it twice
+        os.environ["VLM_LORA_CACHE"] = str(folder / "cache")
+        rows = written_rows(path)
+        files = [file for file in (folder / "data").rglob("*") if file.is_file() and not file.is_symlink()]
+        has_parts = any(b'"split"' in file.read_bytes() for file in files)
+        if draw.random() < 0.15 and not has_parts:  # against itself: all of it twice
             extra, least, most = [*extra, "--val", path], 2 * least, most and 2 * most
         code, out, err = check(path, "--json", *extra)
         if code and not out:
@@ -369,6 +501,7 @@ def run_case(number: int) -> str:
         assert least <= accounted <= (most or accounted), f"{accounted} rows, expected {least} to {most}: {facts}"
         assert code == bool(facts["bad"]), f"exit code {code}: {facts}"
         assert all(row["reason"] and "\n" not in row["reason"] for row in facts["bad"]), facts
+        check_fields(rows, facts)
         if "--write-clean" in extra and facts["answers"]:
             code, out, err = check(folder / "clean", "--json")
             again = json.loads(out)
@@ -376,6 +509,26 @@ def run_case(number: int) -> str:
             assert again["answers"] == facts["answers"], "the clean copy has other answers"
             assert again["cleaning"] == {"texts": 0}, again["cleaning"]
         return "bad rows" if facts["bad"] else "good"
+
+
+def written_rows(path: Path) -> dict[int, dict]:
+    """The rows of a file of lines that can be read, by their line."""
+    rows = {}
+    if path.suffix == ".jsonl":
+        for line, data in enumerate(path.read_bytes().split(b"\n"), start=1):
+            with suppress(ValueError, RecursionError):
+                row = json.loads(data)
+                rows |= {line: row} if isinstance(row, dict) else {}
+    return rows
+
+
+def check_fields(rows: dict[int, dict], facts: dict) -> None:
+    """Every field has its effect, or is named as unused, or its row is bad."""
+    bad = {row["line"] for row in facts["bad"]}
+    for line, row in rows.items():
+        left = {name for name, value in row.items() if name not in USED and value not in (None, "", [], {})}
+        lost = left - facts.get("unused", {}).keys()
+        assert line in bad or not lost, f"line {line}: nothing tells what became of {lost}: {facts}"
 
 
 def work(first: int, until: float, current, ended, findings) -> None:

@@ -12,6 +12,7 @@ from tests.data import fuzz
 from tests.data.fuzz import make_case, run_case
 from vlm_lora.config import TrainConfig
 from vlm_lora.data.readers import tables
+from vlm_lora.data.readers.fields import Ledger
 from vlm_lora.data.readers.gather import gather
 from vlm_lora.errors import DataError
 
@@ -33,12 +34,30 @@ def test_a_row_that_gets_lost_is_found(monkeypatch):
     assert failed > 10
 
 
+def test_a_field_that_gets_lost_is_found(monkeypatch):
+    """The control of what becomes of fields: where those that nothing takes up are passed over in silence."""
+
+    def lost() -> int:
+        failed = 0
+        monkeypatch.setattr(fuzz, "CONTAINERS", ("jsonl",))
+        for number in range(40):
+            try:
+                run_case(number)
+            except AssertionError as error:
+                failed += "nothing tells what became of" in str(error)
+        return failed
+
+    assert lost() == 0
+    monkeypatch.setattr(Ledger, "close", lambda self, fields, whose="", has_images=True: None)
+    assert lost() > 3
+
+
 def test_a_row_that_a_stray_quote_takes_along_is_found(monkeypatch):
     """The control of what is counted in damaged CSV: with a reader that goes on after the whole of a bad record."""
 
     def lost() -> int:
         failed = 0
-        for number in range(40):
+        for number in range(80):
             monkeypatch.setattr(fuzz, "CONTAINERS", ("csv", "tsv"))
             try:
                 run_case(number)

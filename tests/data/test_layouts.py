@@ -6,6 +6,7 @@ Run: pytest tests/data/test_layouts.py
 import json
 import unicodedata
 import zipfile
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -229,6 +230,7 @@ REFUSED = {
     "one on top": (("fox/a.png", "cat/b.png", "c.png"), {}, "as not each image lies in one of several folders"),
     "tables below": (("fox/a.png", "cat/b.png"), {"cat/labels.csv": "x"}, "other files too, as 'cat/labels.csv'"),
     "boxes of YOLO": (("images/a.png",), {"labels/a.txt": "0 .5 .5 .1 .1"}, "nothing recognised among 2 files"),
+    "test alone": ((), {"dataset_dict.json": "{}", "test/state.json": "{}"}, "holds test/, and no train/"),
     "no train": ((), {"dataset_dict.json": "{}", "a/state.json": "{}", "b/x": ""}, "holds a/, b/, and no train/"),
     "zip inside": (("a.png",), {"more.zip": "x"}, "to read 'more.zip', pass it itself"),
     "no arrow": ((), {"state.json": "{}", "dataset_info.json": "{}"}, "cannot be read as `datasets` saves it"),
@@ -440,6 +442,25 @@ def test_other_parts_in_folders_of_their_own_are_held_out(pictures):
     assert read_dataset(folder, prompt=PROMPT).val == ()
 
 
+def test_what_datasets_saved_in_parts(pictures):
+    folder = pictures(*TEXTS, into="data")
+    parts = {"train": saved(folder), "validation": saved(folder).select([1]), "test": saved(folder).select([2, 0])}
+    datasets.DatasetDict(parts).save_to_disk(folder / "saved")
+    dataset = read_dataset(folder / "saved", prompt=PROMPT)
+    assert [len(side) for side in (dataset.examples, dataset.val, dataset.test)] == [3, 1, 2]
+    assert {e.dialogues[0].split for e in dataset.test} == {"test"}
+    assert dataset.examples[0].place == "saved/train:1"
+    assert dataset.unread == "train/ is read, held out: validation/, test/"
+    (folder / "saved/train/evil.pkl").write_bytes(b"cos\nsystem\n(S'touch /tmp/evil'\ntR.")  # is left where it is
+    state = json.loads((folder / "saved/train/state.json").read_text())
+    arrow = folder / "saved/train" / state["_data_files"][0]["filename"]
+    data = arrow.read_bytes()
+    at = data.index(TEXTS["a.png"].encode()) - 64  # where the texts begin, in the offsets: beyond the end
+    arrow.write_bytes(data[:at] + b"\x7f" * 64 + data[at + 64 :])
+    with pytest.raises(DataError, match="saved/train: none of 3 rows is understood: the first one cannot be read: "):
+        read_dataset(folder / "saved", prompt=PROMPT)
+
+
 def test_captions_in_folders_of_other_parts_are_held_out_without_train(pictures):
     folder = pictures("a.png", "val/b.png", "test/x/c.png", "more/val/d.png", into="set")
     write(folder, {f"{name}.txt": name for name in ("a", "val/b", "test/x/c", "more/val/d")})
@@ -524,6 +545,19 @@ def test_an_archive_writes_nothing_but_its_own_folder(trap, tmp_path, monkeypatc
     assert [path.suffix for path in (tmp_path / "cache/archives").iterdir()] == [".lock"]
 
 
+def test_an_archive_with_a_password_or_of_more_than_fits(tmp_path, monkeypatch):
+    archive = zipped(tmp_path / "x.zip", [("a.png", "x")])
+    monkeypatch.setattr(archives.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
+    with pytest.raises(DataError, match="would take 1 bytes of the 1 that are free"):
+        read_dataset(archive, prompt=PROMPT)
+    data = bytearray(archive.read_bytes())
+    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(mark) + flags] |= 1
+    archive.write_bytes(data)
+    with pytest.raises(DataError, match="is protected by a password"):
+        read_dataset(archive, prompt=PROMPT)
+
+
 def test_damage_in_an_archive_leaves_nothing_behind(pictures, tmp_path):
     folder = pictures("a.png", into="set")
     archive = zipped(tmp_path / "x.zip", [("a.png", (folder / "a.png").read_bytes()), ("a.txt", "a fox" * 20)])
@@ -550,6 +584,7 @@ def test_an_archive_is_unpacked_once_and_cleared_with_the_cache(pictures, tmp_pa
     first = read_dataset(archive, prompt=PROMPT)
     assert [e.weight for e in first.examples] == [10]  # the one folder around everything says so
     place = first.examples[0].images[0].path
+    assert first.unread == f"unpacked into {place.parents[1]}"
     inode = place.stat().st_ino
     again = read_dataset([str(archive), str(zipped(tmp_path / "y.zip", members))], prompt=PROMPT)
     assert [e.id for e in again.examples] == [f"{tmp_path}/{name}.zip/10_fox/a.png" for name in "xy"]

@@ -135,7 +135,7 @@ class Finder:
         return next(iter(found.values()), None)
 
     def _missing(self, name: str, plain: str) -> str:
-        if PureWindowsPath(plain).drive:
+        if re.match(r"[A-Za-z]:[\\/]|\\\\", plain):
             return (
                 f"{name[:200]!r} is a place on a Windows computer; write the name below the data's folder, as "
                 f"{'/'.join(PureWindowsPath(plain).parts[-2:])!r}"

@@ -153,7 +153,8 @@ def _in_parts(folder: Path, root: Path, format: str | None) -> Layout:
     """A folder with `train/`, perhaps `val/` and `test/` beside it: these are held out, if they can be read."""
     beside = [path for path in sorted(folder.iterdir()) if path.is_dir()]
     beside = [path for path in beside if not path.name.startswith((".", "__"))]
-    train = [path for path in beside if path.name == "train"] or (beside if len(beside) == 1 else [])
+    only = beside if len(beside) == 1 and SPLITS.get(beside[0].name.lower()) not in ("val", "test") else []
+    train = [path for path in beside if path.name == "train"] or only
     if not train:
         names = ", ".join(f"{path.name}/" for path in beside)
         raise DataError(f"{folder.name}: holds {names or 'no folder of rows'}, and no train/; pass the one you mean")
@@ -166,8 +167,7 @@ def _in_parts(folder: Path, root: Path, format: str | None) -> Layout:
                 held.append((part, _in_folder(found[0], root, format)))
                 taken += found
     left = [path for path in beside if path not in (*train, *taken)]
-    unread = _unread(train[0], left, taken) if layout.format != "arrow" or left else ""
-    return replace(layout, held=tuple(held), unread=layout.unread or unread)
+    return replace(layout, held=tuple(held), unread=layout.unread or _unread(train[0], left, taken))
 
 
 def _unread(taken: Path, others: list[Path], held: Sequence[Path] = ()) -> str:

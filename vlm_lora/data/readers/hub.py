@@ -112,6 +112,7 @@ def read_hub(path: str) -> tuple[str, Rows]:
 def read_saved(folder: Path, source: str) -> Rows:
     """Rows of what `datasets` wrote with save_to_disk; nothing of it is unpickled or run."""
     import datasets
+    import pyarrow as pa
 
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -125,11 +126,17 @@ def read_saved(folder: Path, source: str) -> Rows:
         what = f"cannot be read as `datasets` saves it: {first_line(error)}"
         raise DataError(f"{source}: {what}; save it again") from None
     number = 0
-    for batch in table.iter(batch_size=64):
-        for values in cast(Any, batch).to_pylist():
+    for batch in cast(Any, table.iter(batch_size=64)):
+        try:
+            batch.validate(full=True)  # damage in it would be read beyond its end
+            rows, reason = batch.to_pylist(), ""
+        except (pa.ArrowException, ValueError) as error:
+            rows, reason = [{}] * batch.num_rows, f"cannot be read: {first_line(error)}; copy the folder again"
+        for values in rows:
             number += 1
             make = partial(image_in_cell, folder / "state.json", partial(HubCell, table, source, number - 1))
-            yield Row(source, number, named_classes(images_in(values, f"{source}:{number}", make), classes))
+            row = named_classes(images_in(values, f"{source}:{number}", make), classes)
+            yield BadRow(source, number, reason) if reason else Row(source, number, row)
 
 
 def _classes(table: Any) -> dict[str, list[str]]:
