@@ -128,6 +128,8 @@ class Dialogue(Placed):
     """All human answers to the last turn where the data has several, else empty."""
     system: str = ""
     """What the system message says; without one the model's template has its own, or none."""
+    caption: bool = field(default=False, compare=False)
+    """Whether its row holds a caption: a text about the images, and not the answer to a question."""
     split: str = ""
     """The part of the data that its row says it belongs to: train, val or test."""
     source: str = field(default="", compare=False)

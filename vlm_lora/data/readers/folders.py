@@ -83,7 +83,7 @@ def read_sidecars(files: Sequence[Path], finder: Finder, prompt: str) -> Iterato
                 ref = finder.find(name)
                 caption = _caption(texts[0], finder)
                 asked = filled(prompt, ref, {}, caption_file=texts[0].suffix)
-                yield (ref,), Dialogue((Turn(asked, caption),), source=name, line=1)
+                yield (ref,), Dialogue((Turn(asked, caption),), caption=True, source=name, line=1)
             except DataError as error:
                 yield BadRow(name, None, str(error))
     for path in (path for texts in captions.values() for path in texts):

@@ -236,7 +236,7 @@ class RowReader:
             question = Turn(filled(self.prompt, images[0], given) if images else self.prompt, "")
         for caption in captions:
             try:
-                yield Dialogue((replace(question, assistant=text_of(caption, "caption")),))
+                yield Dialogue((replace(question, assistant=text_of(caption, "caption")),), caption=True)
             except DataError as error:
                 yield error
 
