@@ -13,7 +13,8 @@ from vlm_lora.inference.caption import Decoding
 from vlm_lora.inference.captioner import Captioner
 from vlm_lora.inference.evaluate import evaluate
 from vlm_lora.inference.review import review
-from vlm_lora.inference.scores import Scores, summary
+from vlm_lora.inference.scores import Scores
+from vlm_lora.inference.verdict import summary
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.features import FeatureCache

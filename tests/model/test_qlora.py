@@ -17,7 +17,7 @@ from vlm_lora.errors import AdapterError, ModelError
 from vlm_lora.inference import captioner
 from vlm_lora.inference.captioner import Captioner, Decoding
 from vlm_lora.inference.evaluate import evaluate
-from vlm_lora.inference.scores import summary
+from vlm_lora.inference.verdict import summary
 from vlm_lora.model.adapters.methods import attach_adapter, load_adapter
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.features import FeatureCache

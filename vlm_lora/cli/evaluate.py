@@ -20,6 +20,7 @@ from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT, TrainConfig
 
 if TYPE_CHECKING:
     from vlm_lora.data.readers import Dataset
+    from vlm_lora.inference.commonest import Commonest
     from vlm_lora.inference.evaluate import Speaker
 
 ASKED = ("prompt", "system")
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     from vlm_lora.inference.card import update_card
     from vlm_lora.inference.evaluate import evaluate
     from vlm_lora.inference.report import write_report
-    from vlm_lora.inference.scores import summary, tables_as_text
+    from vlm_lora.inference.verdict import counts, summary, tables_as_text
     from vlm_lora.model.adapters.base import find_adapter
 
     if options.output:
@@ -104,6 +105,8 @@ def run(options: argparse.Namespace) -> int:
         swapped=options.swap,
         level=options.level,
         also=also[0].examples if also else (),
+        prompt=prompt,
+        commonest=_commonest(options.adapter),
         decoding=decoding,
         progress=lambda done, total: progress.count("Answers:", done, total),
     )
@@ -122,7 +125,8 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(scores.to_json()))
     else:
-        print(f"{scores.examples:,} images, {scores.answers:,} questions, {dataset.taken_for}\n")
+        told = ", ".join(counts(task, of) for task, of in scores.tasks.items())
+        print(f"{told}, {dataset.taken_for}\n")
         print(tables_as_text(scores))
         print("\n" + "\n".join(summary(scores)))
         if scores.also:
@@ -154,6 +158,14 @@ def _speaker(options: argparse.Namespace) -> "tuple[Speaker, str, str]":
     server = Endpoint(options.endpoint, model=options.model, concurrency=options.concurrency, trained=trained)
     system = options.system if options.system is not None else trained.system if trained else ""
     return server, options.prompt or (trained.prompt if trained else DEFAULT_PROMPT), system
+
+
+def _commonest(adapter: str | None) -> "Commonest | None":
+    """The commonest answers of what the adapter was trained on, if its run is here."""
+    from vlm_lora.inference.commonest import Commonest
+    from vlm_lora.model.adapters.base import find_adapter
+
+    return Commonest.read(find_adapter(adapter).parent) if adapter else None
 
 
 def _review(options: argparse.Namespace, captioner: "Speaker", dataset: "Dataset", progress: Progress) -> int:

@@ -124,7 +124,8 @@ def read_sidecars(
                 caption = _caption(texts[0], finder)
                 asked = filled(prompt, ref, {}, caption_file=texts[0].suffix)
                 part = _part(path, twins.images if twins else folder)
-                yield (ref,), Dialogue((Turn(asked, caption),), split=part, source=name, line=1)
+                said = Dialogue((Turn(asked, caption),), caption=True, split=part, source=name, line=1)
+                yield (ref,), said
             except DataError as error:
                 yield BadRow(name, None, str(error))
     for path in (path for texts in captions.values() for path in texts):
@@ -194,7 +195,8 @@ def read_classes(
                 shown = shown.partition("_")[2].strip()
             answer = text_of(unicodedata.normalize("NFC", shown), "name of a class")
             part = _part(path, folder) if path.parent.parent != folder else ""
-            yield (ref,), Dialogue((Turn(filled(prompt, ref, {}), answer),), split=part, source=name)
+            said = Dialogue((Turn(filled(prompt, ref, {}), answer),), caption=False, split=part, source=name)
+            yield (ref,), said
         except DataError as error:
             yield BadRow(name, None, str(error))
 
