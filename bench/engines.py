@@ -226,11 +226,11 @@ def ask(questions: Path, files: list[str], how: list[str], folder: Path) -> Said
 class Ours:
     """Our own loop's words and log-probabilities of one adapter."""
 
-    def __init__(self, run: Path, questions: Path, files: list[str], folder: Path):
-        self.captioner = Captioner.load(adapter=run, dtype="float32")
+    def __init__(self, run: Path, questions: Path, files: list[str], folder: Path, dtype: str):
+        self.captioner = Captioner.load(adapter=run, dtype=dtype)
         self.trained = Trained.load(run)
         self.questions, self.files = questions, files
-        self.said = ask(questions, files, ["--adapter", str(run), "--dtype", "float32"], folder)
+        self.said = ask(questions, files, ["--adapter", str(run), "--dtype", dtype], folder)
         assert not self.said.refused, self.said.refused
 
     @torch.no_grad()
@@ -399,7 +399,7 @@ class Matrix:
         for method in self.options.methods:
             runs[method] = work / method.replace(" ", "-")
             train(self.learnt, str(base), runs[method], METHODS[method])
-            ours[method] = Ours(runs[method], self.questions, self.files, work / "ours")
+            ours[method] = Ours(runs[method], self.questions, self.files, work / "ours", vllm_format(family))
             tell(f"{family}, {method}: ours says {ours[method].said.captions}")
             merged = runs[method].with_name(f"{runs[method].name}-merged")
             quiet(["merge", str(runs[method]), str(merged), "--dtype", "float32"])

@@ -16,6 +16,7 @@ from vlm_lora.inference.evaluate import ONE_WORD
 from vlm_lora.inference.metrics.captions import cider_d
 from vlm_lora.inference.report import write_report
 from vlm_lora.inference.scores import Scores
+from vlm_lora.inference.tasks import task_of
 from vlm_lora.inference.verdict import quoted, summary, tables_as_text
 
 
@@ -176,10 +177,16 @@ def test_captions_are_told_from_questions_in_every_format(tmp_path):
     (tmp_path / "0.txt").unlink()
     row = {"image": "0.png", "question": "What?", "answer": "It.", "caption": "All of it."}
     (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
-    assert tasks(tmp_path / "x.jsonl", prompt="Say it.") == {("What?", False), ("Say it.", True)}
+    assert tasks(tmp_path / "x.jsonl", prompt="Say it.") == {("What?", None), ("Say it.", True)}
     (tmp_path / "x.jsonl").write_text(json.dumps({"image": "0.png", "prompt": "In short?", "caption": "It."}) + "\n")
     assert tasks(tmp_path / "x.jsonl", prompt="Say it.") == {("In short?", True)}
     assert {caption for _, caption in tasks(ROOT / "data/emoji_scenes", prompt="Say it.")} == {True}
+    for name in ("cat", "dog"):  # right or wrong, though the instruction for captions asks for it
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "classes" / name / "0.png")
+    (dialogue, _) = [d for e in read_dataset(tmp_path / "classes", prompt="Say it.").examples for d in e.dialogues]
+    assert task_of(dialogue, ["cat"], "Say it.") == "answers"
+    assert task_of(replace(dialogue, caption=None), ["cat"], "Say it.") == "captions"
     rows = [(i, Dialogue((Turn("Say it.", "It."),)), {"base": "a", "tuned": "b", "one_word": "c"}) for i in range(3)]
     assert list(asked(tmp_path, rows, prompt="Say it.").scores.tasks) == ["captions"]  # messages, say, with the prompt
     assert list(asked(tmp_path, rows).scores.tasks) == ["answers"]
