@@ -38,7 +38,8 @@ ROOT = Path(__file__).resolve().parents[1]
 EQUIVALENT = ROOT / "bench/equivalent_mutants.json"
 
 MODEL, TRAINING, DATA = "tests/model", "tests/training", "tests/data"
-READERS = (f"{DATA}/test_formats.py", f"{DATA}/test_faults.py", f"{DATA}/test_fault_table.py")
+LAYOUTS = f"{DATA}/test_layouts.py"
+READERS = (f"{DATA}/test_formats.py", LAYOUTS, f"{DATA}/test_faults.py", f"{DATA}/test_fault_table.py")
 # Which tests (files, or single ones) should see a fault of which module, the cheapest first:
 TESTS: dict[str, tuple[str, ...]] = {
     "vlm_lora/inference/metrics/answers.py": ("tests/test_metrics.py",),
@@ -46,7 +47,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "vlm_lora/inference/metrics/intervals.py": ("tests/test_metrics.py",),
     "vlm_lora/inference/metrics/tokens.py": ("tests/test_metrics.py",),
     "vlm_lora/data/split.py": (f"{DATA}/test_split.py",),
+    "vlm_lora/data/archives.py": (LAYOUTS,),
+    "vlm_lora/data/locate.py": READERS,
     "vlm_lora/inference/sinks.py": ("tests/inference/test_sinks.py", "tests/test_caption_command.py"),
+    "vlm_lora/data/readers/folders.py": READERS,
+    "vlm_lora/data/readers/labelstudio.py": (LAYOUTS,),
     "vlm_lora/data/readers/rows.py": READERS,
     "vlm_lora/data/readers/gather.py": READERS,
     "vlm_lora/data/readers/tables.py": READERS,

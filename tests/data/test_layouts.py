@@ -381,7 +381,11 @@ def test_what_label_studio_chose_and_several_annotators(pictures):
     write(folder, {"x.json": [task]})
     with pytest.raises(DataError, match=r"their fields are 'image', 'kind_of_animal'.*--columns caption=NAME"):
         read_dataset(folder, prompt=PROMPT)
-    dataset = read_dataset(folder, prompt=PROMPT, columns="caption=kind_of_animal")
+    asked = [typed("Which?", from_name="question"), typed("A fox", from_name="answer")]
+    write(folder, {"y.json": [label_studio_task("a.png", asked)]})
+    (example,) = read_dataset(folder / "y.json", prompt=PROMPT).examples
+    assert example.dialogues[0].turns == (Turn("Which?", "A fox"),)
+    dataset = read_dataset(folder / "x.json", prompt=PROMPT, columns="caption=kind_of_animal")
     assert said(dataset) == [("a.png", "fox, red", "")] * 2
 
 
@@ -567,6 +571,16 @@ def test_damage_in_an_archive_leaves_nothing_behind(pictures, tmp_path):
     with pytest.raises(DataError, match=r"x\.zip: is not readable as a zip"):
         read_dataset(archive, prompt=PROMPT)
     assert not [path for path in (tmp_path / "cache/archives").iterdir() if path.name.startswith("unpacking")]
+
+
+def test_a_small_archive_or_a_large_one_may_be_what_only_one_limit_allows(pictures, tmp_path, monkeypatch):
+    picture = (pictures("a.png", into="set") / "a.png").read_bytes()
+    members = [("a.png", picture), ("a.txt", "x" * 200_000)]
+    archive = zipped(tmp_path / "x.zip", members)
+    assert 200_000 > archives.MOST_GROWTH * archive.stat().st_size
+    assert len(read_dataset(archive, prompt=PROMPT).examples) == 1
+    monkeypatch.setattr(archives, "MOST_SMALL", 0)
+    assert len(read_dataset(zipped(tmp_path / "y.zip", [members[0], ("a.txt", "y")]), prompt=PROMPT).examples) == 1
 
 
 def test_an_archive_is_unpacked_once_and_cleared_with_the_cache(pictures, tmp_path, capsys):
