@@ -347,6 +347,19 @@ def test_what_is_only_like_another_layout_stays_what_it_is(pictures):
     ]  # fmt: skip
 
 
+def test_masks_beside_images_and_captions_are_left_alone(pictures):
+    folder = pictures("images/a.png", "masks/a.png", into="set")
+    write(folder, {"captions/a.txt": "x", "README.md": "about"})
+    dataset = read_dataset(folder, prompt=PROMPT)
+    assert (said(dataset), dataset.bad) == ([("images/a.png", "x", "")], ())
+    assert dataset.unread == "images/ is read, left unread: README.md, masks/"
+    pictures("more/b.png", into="set")
+    write(folder, {"more/b.txt": "y"})  # captions of both kinds: nothing is left alone
+    dataset = read_dataset(folder, prompt=PROMPT)
+    assert said(dataset) == [("images/a.png", "x", ""), ("more/b.png", "y", "")]
+    assert [row.source for row in dataset.bad] == ["masks/a.png"]
+
+
 def test_classes_where_they_are_asked_for(pictures):
     folder = pictures("2021/a.png", "x/2022/b.png", "c.png")
     dataset = read_dataset(folder, prompt="Which?", format="classes")
@@ -577,7 +590,7 @@ def test_a_small_archive_or_a_large_one_may_be_what_only_one_limit_allows(pictur
     picture = (pictures("a.png", into="set") / "a.png").read_bytes()
     members = [("a.png", picture), ("a.txt", "x" * 200_000)]
     archive = zipped(tmp_path / "x.zip", members)
-    assert 200_000 > archives.MOST_GROWTH * archive.stat().st_size
+    assert archives.MOST_GROWTH * archive.stat().st_size < 200_000
     assert len(read_dataset(archive, prompt=PROMPT).examples) == 1
     monkeypatch.setattr(archives, "MOST_SMALL", 0)
     assert len(read_dataset(zipped(tmp_path / "y.zip", [members[0], ("a.txt", "y")]), prompt=PROMPT).examples) == 1

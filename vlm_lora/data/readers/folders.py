@@ -121,7 +121,7 @@ def read_sidecars(
                 ref = finder.find(name)
                 caption = _caption(texts[0], finder)
                 asked = filled(prompt, ref, {}, caption_file=texts[0].suffix)
-                part = _part(path, twins.images if twins else folder)
+                part = _part(path, twins.images if twins and path.is_relative_to(twins.images) else folder)
                 yield (ref,), Dialogue((Turn(asked, caption),), split=part, source=name, line=1)
             except DataError as error:
                 yield BadRow(name, None, str(error))
