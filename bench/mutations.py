@@ -39,7 +39,12 @@ ROOT = Path(__file__).resolve().parents[1]
 EQUIVALENT, KNOWN = ROOT / "bench/equivalent_mutants.json", ROOT / "bench/known_mutants.json"
 
 MODEL, TRAINING, DATA = "tests/model", "tests/training", "tests/data"
+<<<<<<< HEAD
 READERS = tuple(f"{DATA}/test_{name}.py" for name in ("fields", "formats", "faults", "fault_table"))
+=======
+LAYOUTS = f"{DATA}/test_layouts.py"
+READERS = (f"{DATA}/test_formats.py", LAYOUTS, f"{DATA}/test_faults.py", f"{DATA}/test_fault_table.py")
+>>>>>>> layouts
 # Which tests (files, or single ones) should see a fault of which module, the cheapest first:
 TESTS: dict[str, tuple[str, ...]] = {
     "vlm_lora/inference/metrics/answers.py": ("tests/test_metrics.py",),
@@ -47,7 +52,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "vlm_lora/inference/metrics/intervals.py": ("tests/test_metrics.py",),
     "vlm_lora/inference/metrics/tokens.py": ("tests/test_metrics.py",),
     "vlm_lora/data/split.py": (f"{DATA}/test_split.py",),
+    "vlm_lora/data/archives.py": (LAYOUTS,),
+    "vlm_lora/data/locate.py": READERS,
     "vlm_lora/inference/sinks.py": ("tests/inference/test_sinks.py", "tests/test_caption_command.py"),
+    "vlm_lora/data/readers/folders.py": READERS,
+    "vlm_lora/data/readers/labelstudio.py": (LAYOUTS,),
     "vlm_lora/data/readers/rows.py": READERS,
     "vlm_lora/data/readers/gather.py": READERS,
     "vlm_lora/data/readers/tables.py": READERS,

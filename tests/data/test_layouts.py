@@ -347,6 +347,19 @@ def test_what_is_only_like_another_layout_stays_what_it_is(pictures):
     ]  # fmt: skip
 
 
+def test_masks_beside_images_and_captions_are_left_alone(pictures):
+    folder = pictures("images/a.png", "masks/a.png", into="set")
+    write(folder, {"captions/a.txt": "x", "README.md": "about"})
+    dataset = read_dataset(folder, prompt=PROMPT)
+    assert (said(dataset), dataset.bad) == ([("images/a.png", "x", "")], ())
+    assert dataset.unread == "images/ is read, left unread: README.md, masks/"
+    pictures("more/b.png", into="set")
+    write(folder, {"more/b.txt": "y"})  # captions of both kinds: nothing is left alone
+    dataset = read_dataset(folder, prompt=PROMPT)
+    assert said(dataset) == [("images/a.png", "x", ""), ("more/b.png", "y", "")]
+    assert [row.source for row in dataset.bad] == ["masks/a.png"]
+
+
 def test_classes_where_they_are_asked_for(pictures):
     folder = pictures("2021/a.png", "x/2022/b.png", "c.png")
     dataset = read_dataset(folder, prompt="Which?", format="classes")
@@ -381,7 +394,11 @@ def test_what_label_studio_chose_and_several_annotators(pictures):
     write(folder, {"x.json": [task]})
     with pytest.raises(DataError, match=r"their fields are 'image', 'kind_of_animal'.*--columns caption=NAME"):
         read_dataset(folder, prompt=PROMPT)
-    dataset = read_dataset(folder, prompt=PROMPT, columns="caption=kind_of_animal")
+    asked = [typed("Which?", from_name="question"), typed("A fox", from_name="answer")]
+    write(folder, {"y.json": [label_studio_task("a.png", asked)]})
+    (example,) = read_dataset(folder / "y.json", prompt=PROMPT).examples
+    assert example.dialogues[0].turns == (Turn("Which?", "A fox"),)
+    dataset = read_dataset(folder / "x.json", prompt=PROMPT, columns="caption=kind_of_animal")
     assert said(dataset) == [("a.png", "fox, red", "")] * 2
 
 
@@ -575,6 +592,16 @@ def test_damage_in_an_archive_leaves_nothing_behind(pictures, tmp_path):
     with pytest.raises(DataError, match=r"x\.zip: is not readable as a zip"):
         read_dataset(archive, prompt=PROMPT)
     assert not [path for path in (tmp_path / "cache/archives").iterdir() if path.name.startswith("unpacking")]
+
+
+def test_a_small_archive_or_a_large_one_may_be_what_only_one_limit_allows(pictures, tmp_path, monkeypatch):
+    picture = (pictures("a.png", into="set") / "a.png").read_bytes()
+    members = [("a.png", picture), ("a.txt", "x" * 200_000)]
+    archive = zipped(tmp_path / "x.zip", members)
+    assert archives.MOST_GROWTH * archive.stat().st_size < 200_000
+    assert len(read_dataset(archive, prompt=PROMPT).examples) == 1
+    monkeypatch.setattr(archives, "MOST_SMALL", 0)
+    assert len(read_dataset(zipped(tmp_path / "y.zip", [members[0], ("a.txt", "y")]), prompt=PROMPT).examples) == 1
 
 
 def test_an_archive_is_unpacked_once_and_cleared_with_the_cache(pictures, tmp_path, capsys):

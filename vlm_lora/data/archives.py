@@ -39,7 +39,7 @@ def unpacked(archive: Path) -> Path:
     """
     try:
         with archive.open("rb") as file:
-            target = archives_folder() / hashlib.file_digest(file, "sha256").hexdigest()[:32]
+            target = archives_folder() / hashlib.file_digest(file, "sha256").hexdigest()
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):  # several processes of one run want it at the same time
             if not target.exists():

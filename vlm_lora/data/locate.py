@@ -21,6 +21,7 @@ from vlm_lora.errors import DataError
 
 Find = Callable[[Any], ImageRef]
 """A name, or whatever else stands for an image in a row -> the image; raises DataError."""
+_NO_UTF8 = re.compile("[\ud800-\udfff]")
 IMAGE_FOLDERS = ("images", "Images", "image", "imgs", "img", "pictures", "photos", "train", "val")
 IMAGE_FOLDERS += ("train2014", "val2014", "train2017", "val2017", "flickr30k_images", "Flicker8k_Dataset")
 
@@ -81,7 +82,7 @@ class Finder:
 
     def _find(self, name: str) -> ImageRef:
         plain = unquote(name[7:]) if name.startswith("file:///") else name
-        if not _is_utf8(plain):  # such a file may exist, but could be neither printed nor written to a report
+        if _NO_UTF8.search(plain):  # such a file may exist, but could be neither printed nor written to a report
             how = "save the file of rows as UTF-8, or rename the image"
             raise DataError(f"{name[:200]!r} has a name that is not UTF-8{windows_hint(plain)}; {how}")
         if is_web_address(plain):
@@ -159,10 +160,6 @@ def _spellings(name: str) -> Iterator[str]:
         if not each.isascii():  # a Mac takes the accents of a name's letters apart, other systems do not
             yield unicodedata.normalize("NFC", each)
             yield unicodedata.normalize("NFD", each)
-
-
-def _is_utf8(name: str) -> bool:
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def is_web_address(name: object) -> bool:

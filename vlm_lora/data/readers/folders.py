@@ -123,7 +123,7 @@ def read_sidecars(
                 ref = finder.find(name)
                 caption = _caption(texts[0], finder)
                 asked = filled(prompt, ref, {}, caption_file=texts[0].suffix)
-                part = _part(path, twins.images if twins else folder)
+                part = _part(path, twins.images if twins and path.is_relative_to(twins.images) else folder)
                 said = Dialogue((Turn(asked, caption),), caption=True, split=part, source=name, line=1)
                 yield (ref,), said
             except DataError as error:
