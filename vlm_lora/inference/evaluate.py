@@ -7,8 +7,10 @@ the same greedy decoding. Intervals are bootstrapped over images, as answers abo
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -22,7 +24,7 @@ from vlm_lora.inference.caption import Decoding
 from vlm_lora.inference.captioner import Request
 from vlm_lora.inference.commonest import Commonest, commonest_of
 from vlm_lora.inference.metrics import captions
-from vlm_lora.inference.metrics.answers import exact_match
+from vlm_lora.inference.metrics.answers import exact_match, plain
 from vlm_lora.inference.metrics.intervals import Bootstrap, Gain, Interval
 from vlm_lora.inference.metrics.tokens import TOKENIZER_ID, Level, level_for
 from vlm_lora.inference.scores import (
@@ -197,6 +199,40 @@ class Evaluation:
             worse=[i for i in reversed(places) if gains[i] < (0.0,) * len(gains[i])],
             same=[i for i in places if not any(gains[i])],
         )
+
+    def still_wrong(self) -> list[int]:
+        """Places in ``answered`` where tuned is wrong; of what is never quite right, those below its mean, the lowest
+        first. Of right or wrong answers, first one of each mistake, the commonest mistake first; then their seconds."""
+        if not self.scores.tuned:
+            return []
+        ranks, times = self.ranks("tuned"), self.mistakes()
+        by_task = []
+        for task, places in _by_task(self.answered).items():
+            first = [ranks[i][0] for i in places]
+            if TASKS[task].right_or_wrong:
+                nth: Counter[tuple[str, str]] = Counter()
+                order = []
+                for i in places:
+                    if ranks[i][0] == 0:
+                        mistake = self._mistake(i)
+                        order.append((nth[mistake], -times[mistake], i))
+                        nth[mistake] += 1
+                by_task.append([i for *_, i in sorted(order)])
+            else:
+                low = [i for i, rank in zip(places, first, strict=True) if rank < _mean(first)]
+                by_task.append(sorted(low, key=ranks.__getitem__))
+        return [i for row in zip_longest(*by_task) for i in row if i is not None]
+
+    def mistakes(self) -> Counter[tuple[str, str]]:
+        """How often tuned took what for what: the data's answer and the model's, where answers are right or wrong."""
+        if not self.scores.tuned:
+            return Counter()
+        first, rows = [rank[0] for rank in self.ranks("tuned")], enumerate(self.answered)
+        return Counter(self._mistake(i) for i, row in rows if TASKS[row.task].right_or_wrong and first[i] == 0)
+
+    def _mistake(self, place: int) -> tuple[str, str]:
+        row = self.answered[place]
+        return plain(Counter(row.references).most_common(1)[0][0]), plain(row.answer("tuned"))
 
     def _in_full(self, place: int, gain: tuple[float, ...]) -> tuple[float, ...]:
         """A gain as a share of the most that there can be, to compare those of several tasks."""

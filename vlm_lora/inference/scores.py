@@ -92,18 +92,19 @@ METRICS = ANSWER_METRICS | CAPTION_METRICS
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """How the answers of one task are shown: what they are called, their metrics, the most telling first, and those
-    that rank one answer beside another."""
+    """How the answers of one task are shown: what they are called, their metrics, the most telling first, those that
+    rank one answer beside another, and whether an answer is right or wrong, and not more or less so."""
 
     title: str
     noun: str
     metrics: tuple[str, ...]
     ranked_by: tuple[str, ...]
+    right_or_wrong: bool = False
 
 
 TASKS = {
     CAPTIONS: Task("Captions", "captions", ("cider_d", "bleu_4", "rouge_l"), ("cider_d",)),
-    ANSWERS: Task("Questions", "questions", ("exact_match", "vqa_accuracy", "anls"), ("exact_match", "anls")),
+    ANSWERS: Task("Questions", "questions", ("exact_match", "vqa_accuracy", "anls"), ("exact_match", "anls"), True),
     TEXTS: Task("Questions with long answers", "long answers", ("rouge_l", "cider_d", "bleu_4"), ("rouge_l",)),
 }
 
