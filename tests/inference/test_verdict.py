@@ -14,6 +14,7 @@ from vlm_lora.errors import DataError
 from vlm_lora.inference.commonest import OFTEN, Commonest
 from vlm_lora.inference.evaluate import ONE_WORD
 from vlm_lora.inference.metrics.captions import cider_d
+from vlm_lora.inference.metrics.choices import chosen
 from vlm_lora.inference.report import write_report
 from vlm_lora.inference.scores import Scores
 from vlm_lora.inference.verdict import quoted, summary, tables_as_text
@@ -304,3 +305,39 @@ def test_of_captions_the_lowest_are_shown_and_none_twice(tmp_path):
     assert page.text.count("A photo of a thing.") <= 1  # not again and again
     for i in range(0, 30, 3):
         assert f"A photo of thing {i} ." in page.text.replace(".", " .")
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"), ("b", "B"), ("(B)", "B"), ("B.", "B"), ("B. red fox", "B"), ("**B**", "B"), ("B) cat", "B"),
+        ("red fox", "B"), ("Red fox.", "B"), ("It is a red fox, I think.", "B"), ("The answer is B.", "B"),
+        ("Option (C)", "C"), ("Answer: A", "A"), ("A cat", "A"), ("A red fox", "B"), ("An answer", None), ("D", None),
+        ("a cat or an owl", None), ("", None), ("The answer is Belgium", None),
+    ],
+)  # fmt: skip
+def test_the_option_that_an_answer_names(answer, letter):
+    assert chosen(answer, ["cat", "red fox", "owl"]) == letter
+
+
+def test_multiple_choice_is_scored_by_letter_and_by_text(tmp_path):
+    options = ("cat", "red fox", "owl")
+    rows = []
+    for i in range(40):
+        letter = "ABC"[i % 3]
+        dialogue = Dialogue((Turn(f"Which is {i}?", letter),), choices=options)
+        wrong = "ABC"[(i + 1) % 3]
+        rows.append((i, dialogue, {"base": f"It is a {options[i % 3]}.", "tuned": letter if i % 10 else wrong}))
+    evaluation = asked(tmp_path, rows)
+    (task, of_task), *more = evaluation.scores.tasks.items()
+    assert (task, more, list(of_task.metrics)) == ("choices", [], ["option", "letter"])
+    assert of_task.scores["base"] | {"option": 1.0, "letter": 0.0} == of_task.scores["base"]
+    assert of_task.scores["tuned"]["option"] == of_task.scores["tuned"]["letter"] == 0.9
+    assert of_task.scores["commonest"]["option"] == pytest.approx(14 / 40)  # always A
+    assert "one_word" not in of_task.scores  # the letter is asked for already
+    assert summary(evaluation.scores)[0].startswith("Tuning did harm: on 40 held-out images, right option fell from")
+    assert evaluation.mistakes() == {("A. cat", "B. red fox"): 2, ("B. red fox", "C. owl"): 1, ("C. owl", "A. cat"): 1}
+    evaluation.write(tmp_path / "out")
+    read = Evaluation.read(tmp_path / "out")
+    assert (read.ranks("tuned"), read.mistakes()) == (evaluation.ranks("tuned"), evaluation.mistakes())
+    assert "Right option" in Page(write_report(tmp_path, evaluation, title="choices")).text
