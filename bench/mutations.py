@@ -39,12 +39,8 @@ ROOT = Path(__file__).resolve().parents[1]
 EQUIVALENT, KNOWN = ROOT / "bench/equivalent_mutants.json", ROOT / "bench/known_mutants.json"
 
 MODEL, TRAINING, DATA = "tests/model", "tests/training", "tests/data"
-<<<<<<< HEAD
-READERS = tuple(f"{DATA}/test_{name}.py" for name in ("fields", "formats", "faults", "fault_table"))
-=======
 LAYOUTS = f"{DATA}/test_layouts.py"
-READERS = (f"{DATA}/test_formats.py", LAYOUTS, f"{DATA}/test_faults.py", f"{DATA}/test_fault_table.py")
->>>>>>> layouts
+READERS = (*(f"{DATA}/test_{name}.py" for name in ("fields", "formats", "faults", "fault_table")), LAYOUTS)
 # Which tests (files, or single ones) should see a fault of which module, the cheapest first:
 TESTS: dict[str, tuple[str, ...]] = {
     "vlm_lora/inference/metrics/answers.py": ("tests/test_metrics.py",),
