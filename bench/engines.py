@@ -66,9 +66,11 @@ PROMPT = "Describe this image."
 TOKENS = 12
 IMAGE_TOKENS = (4, 64)
 """The fewest and the most of an image: whole numbers, as llama.cpp takes the pixel limits in tokens."""
-MARGIN = {"float32": 0.01, "F16": 0.05}
+MARGIN = {"float32": 0.01, "F16": 0.05, "bfloat16": 0.25}
 """How far apart, in log-probability, our own two choices may be for another word to count as a tie; by the format of
-the engine's weights. In float32 only the order of sums differs."""
+the engine's weights. In float32 only the order of sums differs; in bfloat16 a logit of 16 is rounded by up to 0.06."""
+VLLM_FORMATS = {"qwen3_5": "bfloat16"}
+"""Where float32 is refused: "CPU GDN attention requires BF16." """
 
 METHODS = {
     "lora": ["--rank", "8"],
@@ -224,11 +226,11 @@ def ask(questions: Path, files: list[str], how: list[str], folder: Path) -> Said
 class Ours:
     """Our own loop's words and log-probabilities of one adapter."""
 
-    def __init__(self, run: Path, questions: Path, files: list[str], folder: Path):
-        self.captioner = Captioner.load(adapter=run, dtype="float32")
+    def __init__(self, run: Path, questions: Path, files: list[str], folder: Path, dtype: str):
+        self.captioner = Captioner.load(adapter=run, dtype=dtype)
         self.trained = Trained.load(run)
         self.questions, self.files = questions, files
-        self.said = ask(questions, files, ["--adapter", str(run), "--dtype", "float32"], folder)
+        self.said = ask(questions, files, ["--adapter", str(run), "--dtype", dtype], folder)
         assert not self.said.refused, self.said.refused
 
     @torch.no_grad()
@@ -240,7 +242,8 @@ class Ours:
         row = pack([[encoded]], captioner.backbone.pad_token_id)
         device = captioner.backbone.device
         mask, positions = row.attention_mask.to(device), row.position_ids.to(device)
-        hidden = captioner.backbone.forward(row.input_ids, mask, positions, together([entry], device))
+        seen = together([entry], device)
+        hidden = captioner.backbone.forward(row.input_ids, mask, positions, seen, forks=row.forks)
         labels = row.labels[:, 1:]
         logits = captioner.backbone.logits(hidden[:, :-1][(labels != -100).to(device)]).float()
         return labels[labels != -100].tolist(), logits.log_softmax(-1).cpu()
@@ -338,8 +341,12 @@ def serving(command: list[str], environment: dict[str, str], log: Path) -> Itera
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def vllm(home: Path, model: str, *flags: str) -> tuple[list[str], dict[str, str]]:
-    command = [str(home / "vllm/bin/vllm"), "serve", model, "--dtype", "float32", "--enforce-eager", "--max-model-len",
+def vllm_format(family: str) -> str:
+    return VLLM_FORMATS.get(family, "float32")
+
+
+def vllm(home: Path, format: str, model: str, *flags: str) -> tuple[list[str], dict[str, str]]:
+    command = [str(home / "vllm/bin/vllm"), "serve", model, "--dtype", format, "--enforce-eager", "--max-model-len",
                "1024", "--skip-mm-profiling", "--generation-config", "vllm", "--limit-mm-per-prompt",
                '{"image": 2, "video": 0}', *flags]  # fmt: skip
     return command, {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
@@ -392,7 +399,7 @@ class Matrix:
         for method in self.options.methods:
             runs[method] = work / method.replace(" ", "-")
             train(self.learnt, str(base), runs[method], METHODS[method])
-            ours[method] = Ours(runs[method], self.questions, self.files, work / "ours")
+            ours[method] = Ours(runs[method], self.questions, self.files, work / "ours", vllm_format(family))
             tell(f"{family}, {method}: ours says {ours[method].said.captions}")
             merged = runs[method].with_name(f"{runs[method].name}-merged")
             quiet(["merge", str(runs[method]), str(merged), "--dtype", "float32"])
@@ -414,13 +421,15 @@ class Matrix:
         return cell
 
     def vllm_merged(self, family: str, method: str, run: Path, merged: Path, ours: Ours) -> None:
-        with serving(*vllm(self.home, str(merged), "--served-model-name", "merged"), self.work / "vllm.log") as url:
-            self.asked(Cell("vllm", family, method, "merged", "float32"), url, "merged", run, ours)
+        with serving(
+            *vllm(self.home, vllm_format(family), str(merged), "--served-model-name", "merged"), self.work / "vllm.log"
+        ) as url:
+            self.asked(Cell("vllm", family, method, "merged", vllm_format(family)), url, "merged", run, ours)
         if method == "lora":
             least, most = ours.captioner.backbone.pixel_limits
             other = json.dumps({"min_pixels": least, "max_pixels": most // 8})
             flags = ("--served-model-name", "merged", "--mm-processor-kwargs", other)
-            with serving(*vllm(self.home, str(merged), *flags), self.work / "vllm.log") as url:
+            with serving(*vllm(self.home, vllm_format(family), str(merged), *flags), self.work / "vllm.log") as url:
                 how = ["--endpoint", url, "--model", "merged", "--adapter", str(run)]
                 said = ask(self.questions, self.files, how, self.work / "theirs")
                 told = [said.refused or "", *said.left_out]
@@ -439,12 +448,14 @@ class Matrix:
             modules.append(f"planted={without_projector(runs['lora'] / 'adapter', base.parent / 'planted')}")
         flags = ["--served-model-name", "base", "--enable-lora", "--enable-tower-connector-lora", "--max-lora-rank",
                  "16", "--max-loras", "4", "--lora-modules", *modules]  # fmt: skip
-        with serving(*vllm(self.home, str(base), *flags), self.work / "vllm.log") as url:
+        if options := next(iter(ours.values())).captioner.backbone.family.template_options:
+            flags += ["--default-chat-template-kwargs", json.dumps(options)]
+        with serving(*vllm(self.home, vllm_format(family), str(base), *flags), self.work / "vllm.log") as url:
             for method in runs:
-                cell = Cell("vllm", family, method, "adapter", "float32")
+                cell = Cell("vllm", family, method, "adapter", vllm_format(family))
                 self.asked(cell, url, named.get(method, "lora"), runs[method], ours[method])
             how = ["--endpoint", url, "--model", "planted", "--prompt", PROMPT]
-            cell = Cell("vllm", family, "lora", "adapter", "float32")
+            cell = Cell("vllm", family, "lora", "adapter", vllm_format(family))
             ours["lora"].compare(cell, ask(self.questions, self.files, how, self.work / "theirs"))
             self.planted(
                 family, "the projector's part left out", cell.fails, f"{cell.other} other, {cell.same} the same"
@@ -481,7 +492,7 @@ def with_others(record: dict, file: Path) -> dict:
 
 
 def _order(row: dict, names: tuple[str, ...]) -> list[int | str]:
-    known = [*VISION, *METHODS, "vllm", "llamacpp", "merged", "adapter", "float32", "F16", "Q8_0", "Q4_K_M"]
+    known = [*VISION, *METHODS, "vllm", "llamacpp", "merged", "adapter", "float32", "bfloat16", "F16", "Q8_0", "Q4_K_M"]
     return [known.index(row[name]) if row[name] in known else len(known) for name in names if name != "engine"]
 
 
@@ -578,7 +589,9 @@ def speed(options: argparse.Namespace, work: Path) -> dict:
     files = sorted((SCENES / "images").glob("*.png"))[: options.images]
     decoding = Decoding(max_new_tokens=TOKENS)
     rates: dict[str, list[float]] = {"vllm": [], "ours": []}
-    with serving(*vllm(options.home, str(work / "merged"), "--served-model-name", "m"), work / "vllm.log") as url:
+    with serving(
+        *vllm(options.home, "float32", str(work / "merged"), "--served-model-name", "m"), work / "vllm.log"
+    ) as url:
         trained = Trained.load(work / "merged")
         endpoint = Endpoint(url, model="m", trained=trained, timeout=600)
         ways = {

@@ -5,8 +5,9 @@ Left alone are what no test should look at: type hints, decorators, formatted te
 
 import ast
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 COMPARISONS = {
     ast.Lt: ast.GtE, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.GtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -37,6 +38,25 @@ class Mutant:
     """The text of the line that it begins on: with file and operator, what an equivalent mutant is known by."""
     killed_by: str | None = None
     seconds: float = 0.0
+
+
+def known_mutants(entries: Iterable[Mapping[str, str]], root: Path) -> list[Mutant]:
+    """Mutants that are written down: ``after`` in the place of ``before``.
+
+    Raises:
+        ValueError: the text is not there, or not once.
+    """
+    found = []
+    for entry in entries:
+        source = (root / entry["file"]).read_text(encoding="utf-8")
+        if source.count(entry["before"]) != 1:
+            raise ValueError(f"{entry['file']}: {entry['before']!r} is there {source.count(entry['before'])} times")
+        start = len(source[: source.index(entry["before"])].encode())
+        line = source.encode()[:start].count(b"\n")
+        texts = (" ".join(entry[side].split()) for side in ("before", "after"))
+        place = (start, start + len(entry["before"].encode()), entry["after"])
+        found.append(Mutant(entry["file"], line + 1, entry["what"], *texts, *place, source.splitlines()[line].strip()))
+    return found
 
 
 def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST, str]]:

@@ -3,7 +3,8 @@
     python -m bench.mutations --count 70 --seed 0
     python -m bench.mutations --modules packing split --count 20
 
-bench/mutants.py says which changes there are. Of each module as many are drawn as of any other, each kind as often as
+bench/mutants.py says which changes there are; those of bench/known_mutants.json, that no test saw once, come first.
+Of each module as many are drawn as of any other, each kind as often as
 any other. A change is made in a copy of the tree, never in the tree itself. It is
 killed if a test fails or the time runs out (four times what the unchanged code takes, and 30 seconds). Before that,
 the same tests have to pass on the unchanged code. A process that has loaded the libraries is forked for each, so that
@@ -32,14 +33,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from queue import SimpleQueue
 
-from bench.mutants import Mutant, draw, mutants, mutated
+from bench.mutants import Mutant, draw, known_mutants, mutants, mutated
 
 ROOT = Path(__file__).resolve().parents[1]
-EQUIVALENT = ROOT / "bench/equivalent_mutants.json"
+EQUIVALENT, KNOWN = ROOT / "bench/equivalent_mutants.json", ROOT / "bench/known_mutants.json"
 
 MODEL, TRAINING, DATA = "tests/model", "tests/training", "tests/data"
 LAYOUTS = f"{DATA}/test_layouts.py"
-READERS = (f"{DATA}/test_formats.py", LAYOUTS, f"{DATA}/test_faults.py", f"{DATA}/test_fault_table.py")
+READERS = tuple(f"{DATA}/test_{name}.py" for name in ("fields", "formats", "layouts", "faults", "fault_table"))
 # Which tests (files, or single ones) should see a fault of which module, the cheapest first:
 TESTS: dict[str, tuple[str, ...]] = {
     "vlm_lora/inference/metrics/answers.py": ("tests/test_metrics.py",),
@@ -138,22 +139,25 @@ def copy_tree(root: Path, tree: Path) -> Path:
 
 def run(
     root: Path, table: Mapping[str, Sequence[str]], count: int, seed: int, jobs: int = 1, budget: float = float("inf"),
-    tell=print, loaded: Sequence[str] = (), grace: float = 30,
+    tell=print, loaded: Sequence[str] = (), grace: float = 30, known: Sequence[Mapping] = (),
 ) -> list[Mutant]:  # fmt: skip
-    """The mutants that were tested within the budget of seconds, with what killed them, modules by turns.
+    """The mutants that were tested within the budget of seconds, with what killed them: those that are ``known``, then
+    as many drawn ones, modules by turns.
 
     ``loaded`` names what every fork finds imported; ``grace`` are seconds on top of the usual time of the tests.
     """
     started = time.monotonic()
     os.environ["OMP_NUM_THREADS"] = "1"
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(loaded))
-    sources = {file: (root / file).read_text(encoding="utf-8") for file in table}
+    files = dict.fromkeys([*table, *(entry["file"] for entry in known)])
+    sources = {file: (root / file).read_text(encoding="utf-8") for file in files}
     share, more = divmod(count, len(table))
     drawn = [
         draw(mutants(source, file), share + (i < more), f"{seed}/{file}")
-        for i, (file, source) in enumerate(sources.items())
+        for i, (file, source) in enumerate((file, sources[file]) for file in table)
     ]
-    queue = [some[i] for i in range(share + 1) for some in drawn if i < len(some)]
+    queue = [(mutant, entry["tests"]) for mutant, entry in zip(known_mutants(known, root), known, strict=True)]
+    queue += [(some[i], table[some[i].file]) for i in range(share + 1) for some in drawn if i < len(some)]
     with tempfile.TemporaryDirectory() as temporary:
         trees: SimpleQueue[Path] = SimpleQueue()
         for job in range(jobs):
@@ -169,12 +173,12 @@ def run(
             tell(f"{', '.join(tests)}: all pass, {seconds:.0f} s")
             return seconds
 
-        def test(mutant: Mutant) -> Mutant | None:
+        def test(asked: tuple[Mutant, Sequence[str]]) -> Mutant | None:
+            mutant, tests = asked
             if time.monotonic() - started > budget:
                 return None
             tree = trees.get()
             (tree / mutant.file).write_text(mutated(sources[mutant.file], mutant), encoding="utf-8")
-            tests = table[mutant.file]
             killer, seconds = tested(tree, root, tests, grace + 4 * sum(usual[test] for test in tests))
             (tree / mutant.file).write_text(sources[mutant.file], encoding="utf-8")
             trees.put(tree)
@@ -182,7 +186,7 @@ def run(
             return replace(mutant, killed_by=killer, seconds=round(seconds, 1))
 
         with ThreadPoolExecutor(jobs) as pool:
-            single = sorted({name for mutant in queue for name in table[mutant.file]})
+            single = sorted({name for _, tests in queue for name in tests})
             usual = dict(zip(single, pool.map(unchanged, [[name] for name in single]), strict=True))
             return [mutant for mutant in pool.map(test, queue) if mutant]
 
@@ -227,7 +231,8 @@ def main() -> None:
     if gone := [name for name in {*chosen, *sum(chosen.values(), ())} if not (ROOT / name.partition("::")[0]).exists()]:
         raise SystemExit(f"not there any more, adjust TESTS in {Path(__file__).name}: {', '.join(gone)}")
     budget = 60 * options.budget_minutes
-    results = run(ROOT, chosen, options.count, options.seed, options.jobs, budget, loaded=LOADED_ONCE)
+    known = [e for e in json.loads(KNOWN.read_text()) if any(name in e["file"] for name in options.modules)]
+    results = run(ROOT, chosen, options.count, options.seed, options.jobs, budget, loaded=LOADED_ONCE, known=known)
     result = record(results, json.loads(EQUIVALENT.read_text(encoding="utf-8")))
     print_record(result)
     from bench.origin import origin  # loads the package: not before the forks

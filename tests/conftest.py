@@ -51,9 +51,11 @@ THINKING = r"""
 {%- for m in messages -%}
 {{- '<|im_start|>' + m.role + '\n' -}}
 {%- if m.role == 'assistant' and loop.index0 > ns.last -%}{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}
-{%- for part in ([{'type': 'text', 'text': m.content}] if m.content is string else m.content) -%}
+{%- if m.content is string -%}{{- m.content -}}{%- else -%}
+{%- for part in m.content -%}
 {{- '<|vision_start|><|image_pad|><|vision_end|>' if part.type == 'image' else part.text -}}
 {%- endfor -%}
+{%- endif -%}
 {{- '<|im_end|>\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
@@ -61,7 +63,8 @@ THINKING = r"""
 {%- if enable_thinking is defined and not enable_thinking -%}{{- '\n</think>\n\n' -}}{%- endif -%}
 {%- endif -%}
 """
-"""What the templates of Qwen3.5 do; this one's of the sizes that think unless they are told not to."""
+"""What the templates of Qwen3.5 do; this one's of the sizes that think unless they are told not to. A server looks at
+the loop to know whether a message may have parts."""
 
 
 @pytest.fixture(autouse=True)

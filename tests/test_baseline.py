@@ -33,8 +33,9 @@ LIBRARIES = ("torch", "torchvision", "transformers", "peft", "bitsandbytes", "nu
 
 COMPARED = ("step", "loss", "held_out_loss", "lr", "grad_norm", "answers", "tokens")
 """Of the lines of metrics.jsonl. Volatile are seconds, answers_per_second, measured; predicted is a guess."""
-DROPPED = ("languages",)
-"""Of the outputs of the commands: guessing languages is to be dropped. Paths are made relative instead."""
+DROPPED = ("languages", "tasks")
+"""Of the outputs of the commands: guessing languages is to be dropped, and the scores by task came later (those over
+everything, in the record, are what they were). Paths are made relative instead."""
 
 TINY, RANDOM = ["--model", "tiny", "--lr", "1e-3"], ["--rank", "4", "--lr", "1e-2"]
 RUNS = {
@@ -139,8 +140,7 @@ def logged(log: Path) -> dict[str, list]:
 
 def parsed(line: str):
     with contextlib.suppress(ValueError):
-        value = json.loads(line)
-        return {k: v for k, v in value.items() if k not in DROPPED} if isinstance(value, dict) else value
+        return json.loads(line, object_hook=lambda found: {k: v for k, v in found.items() if k not in DROPPED})
     return line
 
 

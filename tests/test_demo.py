@@ -29,6 +29,7 @@ from vlm_lora.demo.downloads import FORMATS, unlike, write_captions  # noqa: E40
 from vlm_lora.demo.runs import Evaluations, Pictures, find_runs, read_losses  # noqa: E402
 from vlm_lora.demo.speaker import MAX_WAITING, Speaker, Turn  # noqa: E402
 from vlm_lora.errors import AdapterError, ConfigError, DataError  # noqa: E402
+from vlm_lora.inference.review import Reviewed  # noqa: E402
 from vlm_lora.inference.scores import ModelScores  # noqa: E402
 
 HTML = "<img src=x onerror=alert(1)>"
@@ -89,6 +90,14 @@ def write_run(place: Path, name: str = "run", count: int = 3) -> Path:
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in losses) + '{"step": 3, "lo')
     write_yaml(TrainConfig(data=str(data), prompt="What?"), run / "config.yaml")
     return run
+
+
+def write_review(run: Path, scores: dict[str, float]) -> None:
+    """What `eval --review --output` writes."""
+    rows = [
+        Reviewed(image, f"row of {image}", "What?", f"{HTML} {image}", score, 0.0) for image, score in scores.items()
+    ]
+    (run / "review.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
 
 
 def serve(app):
@@ -686,6 +695,24 @@ def test_the_gallery_is_sorted_by_gain_and_shows_what_got_worse(tmp_path):
 def test_losses_are_read_up_to_the_line_that_was_cut(tmp_path):
     assert read_losses(write_run(tmp_path)) == [(1, 3.0, "training"), (2, 2.0, "training"), (2, 2.5, "held out")]
     assert read_losses(tmp_path) == read_losses(None) == []
+
+
+def test_reviewed_captions_come_with_their_pictures(tmp_path):
+    run = write_run(tmp_path)
+    evaluations = Evaluations({"run": run})
+    assert evaluations.reviewed("run", 60) == evaluations.reviewed("", 60) == []
+    assert "vlm-lora eval DATA --adapter run --review --output run" in evaluations.review_summary("run", 60)
+    assert "Choose an adapter" in evaluations.review_summary("", 60)
+    write_review(run, {"0.png": 1.5, "1.png": -0.25, "2.png": 0.5, "gone.png": -3.0})
+    with (run / "review.jsonl").open("a") as file:  # of a picture that could not be read
+        file.write(json.dumps({"image": "3.png", "caption": "x", "error": "is not an image"}) + "\n")
+    rows = evaluations.reviewed("run", 60)
+    assert [(row["image"], row["score"]) for row, _ in rows] == [("1.png", -0.25), ("2.png", 0.5), ("0.png", 1.5)]
+    assert [image.name for _, image in rows] == ["1.png", "2.png", "0.png"]
+    assert len(evaluations.reviewed("run", 2)) == 2
+    assert "4 captions were reviewed, the most doubtful first; 3 are shown" in evaluations.review_summary("run", 60)
+    (run / "review.jsonl").write_text("{")
+    assert evaluations.reviewed("run", 60) == []
 
 
 def test_a_run_whose_data_or_files_are_gone_is_told_plainly(tmp_path):

@@ -52,6 +52,9 @@ def run(browser, tmp_path_factory):
     rows = [row | {"references": [f"{HTML} Scene."], "tuned": f"{HTML} {row['tuned']}"} for row in rows]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copytree(place / "runs/scenes", place / "runs/other")
+    assert main(["eval", str(photos), "--adapter", str(file.parent), "--review", "--output", str(file.parent)]) == 0
+    review = (file.parent / "review.jsonl").read_text()
+    (file.parent / "review.jsonl").write_text(review.replace("Emoji.", f"{HTML} Emoji."))
     yield place / "runs/scenes"
     patch.undo()
 
@@ -410,6 +413,19 @@ def test_the_evaluation_by_keyboard_alone(open_page):
     assert re.match(r"(Better|Worse|Same): ", name)
     expect(said(page, "Tuned")).to_have_value(name.partition(": ")[2], timeout=SLOW)
     expect(page.get_by_role("tabpanel").locator("svg", has_text="held out").first).to_be_visible(timeout=SLOW)
+
+
+def test_doubtful_captions_are_seen_beside_their_pictures(open_page):
+    page = open_page()
+    page.get_by_role("tab", name="Review").click()
+    items = page.locator("#review .thumbnail-item")
+    expect(items).to_have_count(8, timeout=SLOW)
+    scores = [float(item.get_attribute("aria-label").partition(":")[0]) for item in items.all()]
+    assert scores == sorted(scores)
+    items.last.click()
+    expect(said(page, "Caption")).to_have_value(f"{HTML} Emoji.", timeout=SLOW)
+    expect(said(page, "What the picture says for it")).to_have_value(re.compile(rf"\{scores[-1]:+.2f} a token"))
+    expect(said(page, "Where it stands")).to_have_value(re.compile(r"\d.txt"))
 
 
 def test_a_caption_by_keyboard_alone(open_page):

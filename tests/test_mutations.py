@@ -1,11 +1,12 @@
 """Faults are put in as meant, and it is told which of them the tests see."""
 
+import json
 import subprocess
 
 import pytest
 
-from bench.mutants import draw, mutants, mutated
-from bench.mutations import ROOT, TESTS, record, run
+from bench.mutants import draw, known_mutants, mutants, mutated
+from bench.mutations import KNOWN, ROOT, TESTS, record, run
 
 
 @pytest.mark.parametrize(
@@ -48,9 +49,13 @@ def test_the_same_seed_draws_the_same_and_every_kind():
     assert {mutant.operator for mutant in drawn} == {mutant.operator for mutant in everything}
 
 
-def test_files_of_the_table_are_there():
-    for module, tests in TESTS.items():
+def test_what_the_tables_name_is_there():
+    entries = json.loads(KNOWN.read_text())
+    for module, tests in [*TESTS.items(), *((entry["file"], entry["tests"]) for entry in entries)]:
         assert all((ROOT / name.partition("::")[0]).is_file() for name in (module, *tests))
+    for mutant, entry in zip(known_mutants(entries, ROOT), entries, strict=True):
+        source = (ROOT / mutant.file).read_text()
+        assert mutated(source, mutant) == source.replace(entry["before"], entry["after"]) != source
 
 
 def test_what_a_test_sees_is_killed_and_what_none_sees_survives(tmp_path):
@@ -60,10 +65,12 @@ def test_what_a_test_sees_is_killed_and_what_none_sees_survives(tmp_path):
     test = "from own import more, wait\n\n\ndef test_more():\n    assert more(1) == 2\n    wait()\n"
     (tmp_path / "test_own.py").write_text(test)
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    results = run(tmp_path, {"own.py": ("test_own.py",)}, count=100, seed=0, tell=str, grace=2)
+    known = [{"file": "own.py", "before": "x + 1", "after": "x - 2", "what": "less", "tests": ["test_own.py"]}]
+    results = run(tmp_path, {"own.py": ("test_own.py",)}, count=100, seed=0, tell=str, grace=2, known=known)
+    assert results[0].operator == "less"
     assert (tmp_path / "own.py").read_text() == source
     fates = {(mutant.line, mutant.after): mutant.killed_by for mutant in results}
-    assert fates[2, "y = (x - 1)"] == fates[3, "return None"] == "test_own.py::test_more"
+    assert fates[2, "x - 2"] == fates[2, "y = (x - 1)"] == fates[3, "return None"] == "test_own.py::test_more"
     assert fates[7, "return None"] is None
     assert fates[12, "pass"] == "time limit"
 

@@ -15,9 +15,11 @@ from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
 from vlm_lora.errors import DataError
 from vlm_lora.inference.captioner import Captioner
+from vlm_lora.inference.commonest import Commonest
 from vlm_lora.inference.evaluate import Answered, Evaluation, evaluate
 from vlm_lora.inference.report import PICTURES, write_report
-from vlm_lora.inference.scores import FEW_IMAGES, FailedExample, KindScores, Scores, score_table, tables_as_text
+from vlm_lora.inference.scores import FEW_IMAGES, FailedExample, KindScores, Scores
+from vlm_lora.inference.verdict import score_table, summary, tables_as_text
 from vlm_lora.run import train
 from vlm_lora.training.events import Events
 
@@ -75,7 +77,18 @@ class Parrot:
         ]
 
 
-def evaluated(folder: Path, rows: list[tuple[str, str, list[str]]], adapter=True, also: int = 0, **extra) -> Evaluation:
+ELSEWHERE = Commonest("training", {"answers": "a horse", "captions": "A horse."}, {}, {})
+"""Training that said nothing of what is asked here, so that guessing is of no use."""
+
+
+def evaluated(  # arguments: what is asked, and what there is to know about it
+    folder: Path,
+    rows: list[tuple[str, str, list[str]]],
+    adapter=True,
+    also: int = 0,
+    commonest: Commonest | None = ELSEWHERE,
+    **extra,
+) -> Evaluation:
     """An Evaluation of (base, tuned, references), one image each; the first ``also`` are the other data too."""
     examples = []
     for i, (_, _, references) in enumerate(rows):
@@ -83,7 +96,7 @@ def evaluated(folder: Path, rows: list[tuple[str, str, list[str]]], adapter=True
         Image.new("RGB", (40, 30), (i % 256, 90, 200)).save(path)
         dialogues = tuple(Dialogue((Turn("What is it?", text),), **extra) for text in references)
         examples.append(Example(str(i), (ImageRef(path=path, name=path.name),), dialogues, f"data:{i}"))
-    return evaluate(Parrot([row[:2] for row in rows], adapter), examples, also=examples[:also])
+    return evaluate(Parrot([row[:2] for row in rows], adapter), examples, also=examples[:also], commonest=commonest)
 
 
 def test_gain_is_said_in_one_sentence_and_pictures_are_inside(tmp_path):
@@ -161,7 +174,7 @@ def test_captions_are_ranked_by_cider_and_compared_by_word(tmp_path):
         ("图中有一个蓝色的圆", "图中有一个红色的圆", ["图中有一个红色的圆"]),
         ("A tree stands in the snow.", "A house stands in the snow.", ["A tree stands in the snow."]),
     ]
-    evaluation = evaluated(tmp_path, rows)
+    evaluation = evaluated(tmp_path, rows, caption=True)
     page = Page(write_report(tmp_path, evaluation, title="captions"))
     assert "Something else that" in page.marked
     assert "蓝" in page.marked  # Han characters one by one
@@ -201,7 +214,8 @@ def test_kinds_of_questions_have_vqa_accuracy_too(tmp_path):
     assert evaluation.scores.by_kind == {"animal": KindScores(**of_kind)}
     assert evaluation.scores.to_json()["by_kind"] == {"animal": of_kind}
     text = " ".join(tables_as_text(evaluation.scores).split())
-    assert "animal (3) 0.0 % (VQA accuracy 100.0 %) 100.0 % (VQA accuracy 100.0 %)" in text
+    same = "0.0 % (VQA accuracy 100.0 %)"  # of the base, also where it is asked for one word
+    assert f"animal (3) {same} {same} 0.0 % (VQA accuracy 0.0 %) 100.0 % (VQA accuracy 100.0 %)" in text
     assert "0.0 % VQA accuracy 100.0 %" in Page(write_report(tmp_path, evaluation, title="kinds")).text
 
 
@@ -263,7 +277,7 @@ def test_scores_are_the_same_after_json(tmp_path):
         assert Scores.from_json(json.loads(json.dumps(full.to_json()))) == full
     assert list(scores.to_json()) == [
         "examples", "answers", "tokens", "reference_words", "intervals", "base", "tuned", "blanked", "gain", "by_kind",
-        "base_in_four_bits", "failed", "also",
+        "base_in_four_bits", "failed", "also", "tasks",
     ]  # fmt: skip
 
 
@@ -273,7 +287,9 @@ def test_an_earlier_evaluation_without_intervals_of_bleu_has_a_table(tmp_path):
     for of_metric in (*document["intervals"].values(), document["gain"]):
         of_metric.pop("bleu_4")
     document["base"].pop("anls")  # as if it came later
-    table = " ".join(score_table(Scores.from_json(document)).to_text().split())
+    del document["tasks"]
+    (of_task,) = Scores.from_json(document).tasks.values()
+    table = " ".join(score_table(of_task).to_text().split())
     assert "BLEU-4 66.9 % 100.0 % +33.1 points ROUGE-L" in table
 
 
@@ -305,14 +321,33 @@ def test_train_from_python_yields_what_the_command_yields(checkpoints, photo_fol
 def test_the_data_decide_which_metrics_are_shown_not_how_much_the_model_says(tmp_path):
     wordy = "I think that this picture shows a cat"
     short = evaluated(tmp_path, [(wordy, wordy, ["cat"])] * 2)
-    captions = evaluated(tmp_path, [("cat", "cat", [wordy])] * 2)
-    assert next(iter(short.scores.headline)) == "exact_match"
-    assert next(iter(captions.scores.headline)) == "cider_d"
-    captions.write(tmp_path / "out")
+    long = evaluated(tmp_path, [("cat", "cat", [wordy + " on a mat"])] * 2)
+    captions = evaluated(tmp_path, [(wordy, wordy, ["cat"])] * 2, caption=True)
+    asked = evaluated(tmp_path, [(wordy, wordy, ["cat"])] * 2)
+    for evaluation, first in ((short, "exact_match"), (long, "rouge_l"), (captions, "cider_d")):
+        (of_task,) = evaluation.scores.tasks.values()
+        assert next(iter(of_task.metrics)) == first
+    assert captions.scores.tuned == asked.scores.tuned  # over everything they are what they were
+
+
+def test_what_earlier_versions_wrote_is_read(tmp_path):
+    evaluation = evaluated(tmp_path, [("cat", "cat", ["I think that this picture shows a cat"])] * 2, caption=True)
+    evaluation.write(tmp_path / "out")
+    assert Evaluation.read(tmp_path / "out").scores == evaluation.scores
     scores = json.loads((tmp_path / "out/scores.json").read_text())
-    del scores["reference_words"]  # as releases before this one wrote them
+    del scores["reference_words"], scores["tasks"]  # as releases before this one wrote them
     (tmp_path / "out/scores.json").write_text(json.dumps(scores))
-    assert Evaluation.read(tmp_path / "out").scores == captions.scores
+    rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["task"], row["commonest"]
+    (tmp_path / "out/predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read, (old,) = Evaluation.read(tmp_path / "out"), evaluation.scores.tasks.values()
+    (of_task,) = read.scores.tasks.values()
+    assert list(read.scores.tasks) == ["captions"]
+    assert (read.scores.tuned, of_task.intervals["tuned"]) == (evaluation.scores.tuned, old.intervals["tuned"])
+    assert of_task.scores == {who: of for who, of in old.scores.items() if who != "commonest"}
+    assert read.ranks("tuned") == evaluation.ranks("tuned")
+    assert summary(read.scores)[0] == summary(evaluation.scores)[0]
 
 
 def test_the_report_opens_in_a_browser_without_a_complaint(tmp_path, browser):

@@ -10,9 +10,11 @@ from vlm_lora.data.readers import BadRow
 from vlm_lora.errors import CheckpointError
 from vlm_lora.inference.captioner import Captioner
 from vlm_lora.inference.card import write_card
+from vlm_lora.inference.commonest import Commonest
 from vlm_lora.inference.evaluate import Evaluation, against, evaluate
 from vlm_lora.inference.report import write_report
-from vlm_lora.inference.scores import Scores, summary
+from vlm_lora.inference.scores import Scores
+from vlm_lora.inference.verdict import summary
 from vlm_lora.model.adapters.base import Adapter, find_adapter, write_json
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.training.events import Events
@@ -65,7 +67,10 @@ def train(
     trained = train_adapter(config, resume=resume, allow_change=allow_change, events=events, stop=stop)
     is_main, report, card = trained.processes.is_main, None, None
     try:
-        evaluation, against_parent = _compare(trained, config, events, eval_images)
+        commonest = Commonest.of(trained.train_examples, config.prompt, "training")
+        if is_main:
+            commonest.write(trained.folder)
+        evaluation, against_parent = _compare(trained, config, events, eval_images, commonest)
         if evaluation and is_main:
             evaluation.write(trained.folder)
             if against_parent:
@@ -108,7 +113,7 @@ def train(
 
 
 def _compare(
-    trained: TrainedAdapter, config: TrainConfig, events: Events, eval_images: int | None
+    trained: TrainedAdapter, config: TrainConfig, events: Events, eval_images: int | None, commonest: Commonest
 ) -> tuple[Evaluation | None, Scores | None]:
     """Base against tuned on held-out images, and tuned against the adapter that it goes on from, if any; None in a
     process that is not needed for it. The processes part here."""
@@ -122,7 +127,9 @@ def _compare(
         captioner = Captioner(
             trained.adapter.backbone, trained.adapter, trained.features, config.prompt, contract.system
         )
-        evaluation = evaluate(captioner, held_out, progress=events.comparison)
+        evaluation = evaluate(
+            captioner, held_out, prompt=config.prompt, commonest=commonest, progress=events.comparison
+        )
         if config.from_:
             with trained.adapter.as_in(find_adapter(config.from_)):
                 against_parent = against(evaluation, captioner, held_out, progress=events.comparison)

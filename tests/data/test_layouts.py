@@ -426,12 +426,20 @@ def test_kohyas_own_folder_around_its_folders_of_images(pictures):
 
 
 @pytest.mark.parametrize(
-    "names", [("10_fox/a.png", "cat/b.png"), ("01_fox/a.png", "02_cat/b.png"), ("1/5_fox/a.png", "2/5_fox/b.png")]
+    ("names", "once"),
+    [
+        (("10_fox/a.png", "cat/b.png"), "10_fox/ counts once: not all images lie in folders of such names"),
+        (("01_fox/a.png", "02_cat/b.png"), ""),
+        (("1/5_fox/a.png", "2/5_fox/b.png"), "5_fox/ counts once"),
+    ],
 )
-def test_folders_that_are_not_kohyas_say_nothing(names, pictures):
+def test_folders_that_are_not_kohyas_say_nothing(names, once, pictures):
     folder = pictures(*names)
     write(folder, {name.replace(".png", ".txt"): "x" for name in names})
-    assert [e.weight for e in read_dataset(folder, prompt=PROMPT).examples] == [1, 1]
+    dataset = read_dataset(folder, prompt=PROMPT)
+    assert [e.weight for e in dataset.examples] == [1, 1]
+    assert once in dataset.note
+    assert bool(once) == ("once" in dataset.note)
 
 
 def test_other_parts_in_folders_of_their_own_are_held_out(pictures):

@@ -22,7 +22,7 @@ from vlm_lora.inference import decode as decoding
 from vlm_lora.inference.captioner import Captioner, Decoding
 from vlm_lora.inference.decode import MEMORY_SHARE, decode, rows_that_fit
 from vlm_lora.inference.evaluate import evaluate
-from vlm_lora.inference.scores import tables_as_text
+from vlm_lora.inference.verdict import tables_as_text
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.features import FeatureCache

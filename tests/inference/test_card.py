@@ -63,7 +63,9 @@ def test_a_card_holds_what_the_hub_and_a_reader_want(adapter, tmp_path, monkeypa
         "`vlm-lora train photos --output runs/run-1`", "Say 'it': {now}", "3,136 to 1,003,520 pixels",
         "rank 16; alpha 32;", "transformers ", "apache-2.0", "## Limits",
         "exact match rose from 33.3\u00a0% to 100.0\u00a0%",
-        "| Exact match | 33.3\u00a0% (16.7 to 50.0) | 100.0\u00a0% (100.0 to 100.0) | +66.7",
+        "|  | Base | Base, asked for one word | Commonest answer | Tuned | Gain |",
+        "| Exact match | 33.3\u00a0% (16.7 to 50.0) | 33.3\u00a0% (16.7 to 50.0) | 0.0\u00a0% (0.0 to 0.0) | "
+        "100.0\u00a0% (100.0 to 100.0) | +66.7",
     ):  # fmt: skip
         assert told in card.text, told
 

@@ -13,7 +13,8 @@ from vlm_lora.inference.caption import Decoding
 from vlm_lora.inference.captioner import Captioner
 from vlm_lora.inference.evaluate import evaluate
 from vlm_lora.inference.review import review
-from vlm_lora.inference.scores import Scores, summary
+from vlm_lora.inference.scores import Scores
+from vlm_lora.inference.verdict import summary
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.features import FeatureCache
@@ -42,9 +43,11 @@ def test_the_scores_are_the_stock_models(checkpoints, photo_folder, family):
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_the_last_answer_of_a_conversation_counts_whatever_is_learnt_of_it(checkpoints, pictures, family):
+def test_the_last_answer_of_a_conversation_counts_whatever_is_learnt_of_it(checkpoints, tmp_path, family):
     """Its second image stands in a later turn, its last answer has no loss; a row of text has no picture."""
-    folder = pictures("a.png", "b.png")
+    folder = tmp_path
+    for name in ("a.png", "b.png"):
+        picture(ord(name[0])).save(folder / name)
     said = ["<image>What is it?", "A fox.", "And in <image> here?", "An owl."]
     roles = ("user", "assistant") * 2
     messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
@@ -98,6 +101,11 @@ def test_wrong_captions_come_first(checkpoints, tmp_path, capsys):
     assert main([*command, "--output", str(tmp_path / "out")]) == 3
     assert (tmp_path / "out" / "review.jsonl").read_text() == out
     assert main([*command, "--blank"]) == 2
+    rows = [{"image": f"{i:02}.png", "caption": "red fox", "split": s} for i, s in enumerate(["train", "val", "test"])]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "rows.jsonl"), "--images", str(folder), *command[2:]]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3, "of whatever part of the data"
 
 
 def test_answers_that_stay_the_same_are_guessed(checkpoints, tmp_path):

@@ -11,12 +11,13 @@ from tests.conftest import picture
 from tests.model.test_exactness import assert_checkpointing_changes_nothing, assert_equal, fast, gradients, lessons_of
 from tests.model.test_exactness import examples as examples
 from tests.training.test_train import _stop_behind, adapter_of, assert_same, config
-from vlm_lora.config import TrainConfig
+from vlm_lora.cli import main
+from vlm_lora.config import LORA, TrainConfig
 from vlm_lora.errors import AdapterError, ModelError
 from vlm_lora.inference import captioner
 from vlm_lora.inference.captioner import Captioner, Decoding
 from vlm_lora.inference.evaluate import evaluate
-from vlm_lora.inference.scores import summary
+from vlm_lora.inference.verdict import summary
 from vlm_lora.model.adapters.methods import attach_adapter, load_adapter
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.features import FeatureCache
@@ -32,12 +33,27 @@ needs_bitsandbytes = pytest.mark.skipif(
 
 
 def shaken(backbone, variant: str, method: str = "qlora"):
-    settings = TrainConfig(data="none", method=method, rank=4, variant=variant)
+    more = {"variant": variant, "rank": 4} if method in LORA else {}
+    settings = TrainConfig(data="none", method=method, **more)
     adapter = attach_adapter(backbone, settings)
     for i, (_, parameter) in enumerate(adapter.named_parameters()):
         torch.manual_seed(i)
         parameter.data += torch.randn_like(parameter.data) * 0.1
     return adapter
+
+
+def opened(quantised):
+    """The dense base with the values that the four bits of the other stand for."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    dense = load_backbone(quantised.name, dtype="float32")
+    for name, parameter in quantised.model.named_parameters():
+        if getattr(parameter, "quant_state", None):
+            weight = dense.model.get_parameter(name.replace(".base_layer", ""))
+            values = dequantize_4bit(parameter.data, parameter.quant_state)
+            assert (values - weight).abs().max() > 1e-3  # NF4 is not nothing
+            weight.data = values
+    return dense
 
 
 def without_bitsandbytes(monkeypatch):
@@ -49,10 +65,10 @@ def without_bitsandbytes(monkeypatch):
 
 def test_without_bitsandbytes_it_is_said_in_one_line(checkpoints, monkeypatch):
     without_bitsandbytes(monkeypatch)
-    with pytest.raises(ModelError, match=r"needs bitsandbytes.*pip install") as caught:
+    with pytest.raises(ModelError, match=r"need bitsandbytes.*pip install") as caught:
         load_backbone(str(checkpoints["qwen2_vl"]), quantise=True)
     assert "\n" not in str(caught.value)
-    with pytest.raises(ModelError, match="needs bitsandbytes"):  # before the data is looked for
+    with pytest.raises(ModelError, match="need bitsandbytes"):  # before the data is looked for
         train(TrainConfig(data="nowhere", method="qlora"))
 
 
@@ -95,15 +111,8 @@ def test_the_language_linears_are_in_four_bits_and_nothing_else(checkpoints, fam
     ],
 )
 def test_loss_and_gradients_are_the_dequantised_dense_models(checkpoints, examples, variant, family):
-    from bitsandbytes.functional import dequantize_4bit
-
     backbone = load_backbone(str(checkpoints[family]), dtype="float32", quantise=True)
-    dense = load_backbone(str(checkpoints[family]), dtype="float32")
-    for name, parameter in backbone.model.named_parameters():
-        if getattr(parameter, "quant_state", None):
-            opened = dequantize_4bit(parameter.data, parameter.quant_state)
-            assert (opened - dense.model.get_parameter(name)).abs().max() > 1e-3  # NF4 is not nothing
-            dense.model.get_parameter(name).data = opened
+    dense = opened(backbone)
     adapter, expected = shaken(backbone, variant), shaken(dense, variant)
     loss, wanted = fast(backbone, examples, 4096), fast(dense, examples, 4096)
     torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
@@ -189,6 +198,34 @@ def test_adapters_share_a_base_in_four_bits_but_not_with_others(checkpoints, tmp
     with pytest.raises(AdapterError, match=r"one was trained by --method qlora.* and .*other was not") as caught:
         Captioner.load_several(None, [tmp_path / "other", tmp_path / "one"])
     assert "\n" not in str(caught.value)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("method", ["lora", "prompt"])
+def test_any_adapter_answers_on_a_base_in_four_bits_where_that_is_asked_for(checkpoints, tmp_path, capsys, method):
+    """As over the dense model of the values that the four bits stand for; and not as over the base's own weights."""
+    model, short = str(checkpoints["qwen2_vl"]), Decoding(max_new_tokens=8)
+    shaken(load_backbone(model, dtype="float32"), "plain", method).save(tmp_path / "one")
+    shaken(load_backbone(model, dtype="float32", quantise=True), "plain", "qlora").save(tmp_path / "other")
+    four = Captioner.load(adapter=tmp_path / "one", load_in_4bit=True)
+    backbone = opened(four.backbone)
+    dense = Captioner(backbone, shaken(backbone, "plain", method), FeatureCache(backbone, None), "Say it.")
+
+    def say(speaker) -> list[str]:
+        return [speaker.answer(picture(i), "What is it?", decoding=short) for i in range(4)]
+
+    assert say(four) == say(dense) != say(Captioner.load(adapter=tmp_path / "one"))
+    both = Captioner.load_several(None, [tmp_path / "one", tmp_path / "other"], load_in_4bit=True)
+    assert [say(each) for each in both] == [say(four), say(Captioner.load(adapter=tmp_path / "other"))]
+    with pytest.raises(AdapterError, match="was not trained by --method qlora; the base is loaded in four bits"):
+        Captioner.load(adapter=tmp_path / "other").with_adapter(tmp_path / "one")  # where nobody asked for it
+
+    picture(0).save(tmp_path / "0.png")
+    command = ["caption", str(tmp_path / "0.png"), "--adapter", str(tmp_path / "one"), "--load-in-4bit"]
+    assert main([*command, "--max-new-tokens", "8", "--prompt", "What is it?", "--format", "jsonl"]) == 0
+    assert json.loads(capsys.readouterr().out)["caption"] == say(four)[0]
+    assert main([*command, "--endpoint", "http://127.0.0.1:9"]) == 2
+    assert "have it quantise" in capsys.readouterr().err
 
 
 @needs_bitsandbytes

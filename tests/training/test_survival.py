@@ -26,6 +26,7 @@ from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.encode import Encoder
 from vlm_lora.training import folder, loop, prepare, run, step, tracker
 from vlm_lora.training.batches import Loader
+from vlm_lora.training.events import Events
 from vlm_lora.training.run import train_adapter as train
 from vlm_lora.training.techniques import Techniques
 
@@ -79,15 +80,28 @@ def test_a_run_folder_in_use_is_refused_and_a_killed_users_is_not(checkpoints, p
     train(settings, resume=True)
 
 
-def test_killed_before_anything_was_written_it_can_be_gone_on_with(checkpoints, photo_folder, tmp_path):
-    """Behind mkdir, or behind the lock: the scripts in docs/distributed.md say --resume once the folder is there."""
+def test_a_job_that_is_restarted_says_resume_the_first_time_too(checkpoints, photo_folder, tmp_path):
+    """Killed before mkdir, after it, or after the lock: as the scripts in docs/distributed.md say it."""
     settings = config(checkpoints, photo_folder, tmp_path / "run", max_steps=1)
-    with pytest.raises(CheckpointError, match=r"there is no folder .*run to resume"):
-        train(settings, resume=True)
-    (tmp_path / "run").mkdir()
-    folder.prepare_folder(tmp_path / "run", resume=True)
-    (tmp_path / "run/.lock").touch()
-    assert train(settings, resume=True).steps == 1
+
+    class Heard(Events):
+        def __init__(self):
+            self.warnings = []
+
+        def warning(self, text):
+            self.warnings.append(text)
+
+    first, later = Heard(), Heard()
+    result = train(settings, resume=True, events=first)
+    assert first.warnings == [f"--resume: there is no run in {tmp_path / 'run'} yet; it starts from the beginning."]
+    for files in ((), (".lock",)):
+        other = tmp_path / f"killed-{len(files)}"
+        other.mkdir()
+        for name in files:
+            (other / name).touch()
+        again = train(settings.replace(output=str(other)), resume=True, events=later)
+        assert_same(adapter_of(again.folder), adapter_of(result.folder))
+    assert later.warnings == []
 
 
 def test_resume_alone_means_the_newest_unfinished_run_of_the_data(checkpoints, photo_folder, tmp_path, monkeypatch):
@@ -146,6 +160,19 @@ def test_out_of_memory_is_found_before_the_first_step_and_settled(checkpoints, s
     assert differ(adapter_of(halved), adapter_of(straight))  # other rows stand together: other dropout, other rounding
     for name in ("step", "lr", "answers", "tokens"):
         assert [line.get(name) for line in log_of(halved)] == [line.get(name) for line in log_of(straight)]
+
+
+def test_out_of_memory_with_linear_attention_is_settled_too(checkpoints, straight, tmp_path, monkeypatch):
+    settings = config(checkpoints, straight.parent / "photos", tmp_path / "halved", model=str(checkpoints["qwen3_5"]))
+    with monkeypatch.context() as patch:
+        out_of_memory(patch, lambda tokens: tokens > 200)
+        halved = train(settings).folder
+    arrived = json.loads((halved / "checkpoints/step-000008/manifest.json").read_text())["progress"][
+        "micro_batch_tokens"
+    ]
+    assert arrived < 4096
+    small = train(settings.replace(output=str(tmp_path / "small"), micro_batch_tokens=arrived)).folder
+    assert_same(adapter_of(halved), adapter_of(small))
 
 
 def test_out_of_memory_in_the_middle_tries_the_same_step_again(checkpoints, straight, tmp_path, monkeypatch):

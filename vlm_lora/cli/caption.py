@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_lora.cli.console import Progress, say
-from vlm_lora.cli.flags import add_server
+from vlm_lora.cli.flags import add_precision, add_server
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT, flag_of
 from vlm_lora.errors import ConfigError
 from vlm_lora.inference.sinks import NotWritten, Rows, Sidecars, Stdout, one_line, printable
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", default="auto", metavar="N", help="images at a time (default: auto, what fits into memory)"
     )
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add_precision(parser)
     add_server(
         parser,
         "let an OpenAI-compatible server caption; --model is its name for the model, --adapter the run it serves, "
@@ -181,6 +181,8 @@ def _checked(options: argparse.Namespace, adapters: list[str]) -> int | None:
             "--endpoint: the server holds the model. Name it with --model (an adapter served by vLLM has its own "
             "name), and give with --adapter the one run that it serves."
         )
+    if options.endpoint and options.load_in_4bit:
+        raise ConfigError("--load-in-4bit: the server at --endpoint holds the model; have it quantise.")
     for name in ("prompt", "system", "prefix", "suffix"):
         if printable(text := getattr(options, name) or "", "utf-8") != text:
             raise ConfigError(f"--{name} holds bytes that are not UTF-8; expected text.")
@@ -237,6 +239,7 @@ def _sink(
         return Stdout(options.format, adapters=adapters, alone=alone)
     made_with = {"--model": options.model, "--prompt": options.prompt, "--endpoint": options.endpoint}
     made_with |= {"--system": options.system} if options.system is not None else {}
+    made_with |= {"--load-in-4bit": True} if options.load_in_4bit else {}
     made_with |= {"--adapter": [os.path.realpath(a) if os.path.isdir(a) else a for a in adapters]}
     made_with |= {flag_of(name): getattr(options, name) for name in ("prefix", "suffix")}
     made_with |= {flag_of(name): getattr(decoding, name) for name in DECODING}
@@ -273,8 +276,8 @@ def _captions(
     from vlm_lora.inference.captioner import Captioner  # here, as it brings torch, which --endpoint does without
 
     given = [None if adapter == BASE else adapter for adapter in adapters or [BASE]]
-    asked = {"prompt": options.prompt, "system": options.system}
-    captioners = Captioner.load_several(options.model, given, **asked, dtype=options.dtype)
+    how = {name: getattr(options, name) for name in ("prompt", "system", "dtype", "load_in_4bit")}
+    captioners = Captioner.load_several(options.model, given, **how)
     # In step with each other: what one computes for an image, the next finds in memory.
     return [captioner.caption(paths, batch_size=batch_size, decoding=decoding) for captioner in captioners]
 

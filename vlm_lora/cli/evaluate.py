@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_lora.cli.console import Progress, one_line, say
-from vlm_lora.cli.flags import READING, add_flags, add_server, given
+from vlm_lora.cli.flags import READING, add_flags, add_precision, add_server, given
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT, TrainConfig
 
 if TYPE_CHECKING:
     from vlm_lora.data.readers import Dataset
+    from vlm_lora.inference.commonest import Commonest
     from vlm_lora.inference.evaluate import Speaker
 
 ASKED = ("prompt", "system")
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--system", metavar="TEXT", help="system prompt of rows that have none of their own (default: the adapter's)"
     )
     parser.add_argument("--max-new-tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, metavar="N")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add_precision(parser)
     parser.add_argument("--blank", action="store_true", help="also answer with every image blanked out")
     add_server(
         parser,
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     from vlm_lora.inference.card import update_card
     from vlm_lora.inference.evaluate import evaluate
     from vlm_lora.inference.report import write_report
-    from vlm_lora.inference.scores import summary, tables_as_text
+    from vlm_lora.inference.verdict import counts, summary, tables_as_text
     from vlm_lora.model.adapters.base import find_adapter
 
     if options.output:
@@ -86,7 +87,8 @@ def run(options: argparse.Namespace) -> int:
     speaker, prompt, system = _speaker(options)
     config = TrainConfig(data=options.data, prompt=prompt, system=system or None).replace(**_reading(options))
     settings = DataSettings(**config.reading)
-    dataset = read_dataset(options.data, settings).part("test", "val")
+    whole = read_dataset(options.data, settings)
+    dataset = whole.in_one if options.review else whole.part("test", "val")
     also = [read_dataset(options.also, settings, format=None, columns=None)] if options.also else []
     for path, read in zip((options.data, options.also), (dataset, *also), strict=False):
         for row in read.bad[:5]:
@@ -103,6 +105,8 @@ def run(options: argparse.Namespace) -> int:
         swapped=options.swap,
         level=options.level,
         also=also[0].examples if also else (),
+        prompt=prompt,
+        commonest=_commonest(options.adapter),
         decoding=decoding,
         progress=lambda done, total: progress.count("Answers:", done, total),
     )
@@ -121,7 +125,8 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(scores.to_json()))
     else:
-        print(f"{scores.examples:,} images, {scores.answers:,} questions, {dataset.taken_for}\n")
+        told = ", ".join(counts(task, of) for task, of in scores.tasks.items())
+        print(f"{told}, {dataset.taken_for}\n")
         print(tables_as_text(scores))
         print("\n" + "\n".join(summary(scores)))
         if scores.also:
@@ -140,16 +145,27 @@ def _speaker(options: argparse.Namespace) -> "tuple[Speaker, str, str]":
     if not options.endpoint:
         from vlm_lora.inference.captioner import Captioner
 
-        asked = {"prompt": options.prompt, "system": options.system}
-        captioner = Captioner.load(options.model, options.adapter, **asked, dtype=options.dtype)
+        how = {name: getattr(options, name) for name in ("prompt", "system", "dtype", "load_in_4bit")}
+        captioner = Captioner.load(options.model, options.adapter, **how)
         return captioner, captioner.prompt, captioner.system
+    from vlm_lora.errors import ConfigError
     from vlm_lora.inference.endpoint import Endpoint
     from vlm_lora.inference.served import Trained
 
+    if options.load_in_4bit:
+        raise ConfigError("--load-in-4bit: the server at --endpoint holds the model; have it quantise.")
     trained = Trained.load(options.adapter) if options.adapter else None
     server = Endpoint(options.endpoint, model=options.model, concurrency=options.concurrency, trained=trained)
     system = options.system if options.system is not None else trained.system if trained else ""
     return server, options.prompt or (trained.prompt if trained else DEFAULT_PROMPT), system
+
+
+def _commonest(adapter: str | None) -> "Commonest | None":
+    """The commonest answers of what the adapter was trained on, if its run is here."""
+    from vlm_lora.inference.commonest import Commonest
+    from vlm_lora.model.adapters.base import find_adapter
+
+    return Commonest.read(find_adapter(adapter).parent) if adapter else None
 
 
 def _review(options: argparse.Namespace, captioner: "Speaker", dataset: "Dataset", progress: Progress) -> int:

@@ -53,6 +53,17 @@ def add_server(parser: argparse.ArgumentParser, help: str) -> None:
     )
 
 
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """The flags of a command that answers with a model, about the numbers it is kept in."""
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument(
+        "--load-in-4bit",
+        action="store_true",
+        help="keep the base's language layers in NF4, a quarter of their memory; costs a little of what was learnt, "
+        "which eval measures",
+    )
+
+
 def config_of(options: argparse.Namespace) -> TrainConfig:
     """What --config and the flags say, the flags first."""
     file = getattr(options, "config", None)

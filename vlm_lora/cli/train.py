@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest checkpoint in --output; by default in the data's newest unfinished run",
+        help="go on from the newest checkpoint in --output, or start where there is none yet; by default in the data's "
+        "newest unfinished run",
     )
     parser.add_argument(
         "--allow-change",
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _tell(result: "RunResult") -> None:
-    from vlm_lora.inference.scores import summary, tables_as_text
+    from vlm_lora.inference.verdict import counts, summary, tables_as_text
 
     listed = f" ({result.folder / 'quarantined.jsonl'})" if result.bad else ""
     learnt, held_out = (
@@ -85,7 +86,8 @@ def _tell(result: "RunResult") -> None:
     say(f"Rows: trained {learnt:,}, held out {held_out:,}, quarantined {len(result.bad):,}{listed}.")
     if result.evaluation:
         scores = result.evaluation.scores
-        print(f"Base against tuned on {scores.examples:,} held-out images, {scores.answers:,} questions:\n")
+        told = ", ".join(counts(task, of) for task, of in scores.tasks.items())
+        print(f"Base against tuned, held out: {told}.\n")
         print("\n".join([tables_as_text(scores), "", *summary(scores), "", f"Report with pictures: {result.report}"]))
     if result.against_parent:
         print("Against the run that it goes on from: " + summary(result.against_parent)[0])

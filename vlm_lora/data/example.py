@@ -128,6 +128,9 @@ class Dialogue(Placed):
     """All human answers to the last turn where the data has several, else empty."""
     system: str = ""
     """What the system message says; without one the model's template has its own, or none."""
+    caption: bool | None = field(default=None, compare=False)
+    """Whether its row holds a caption: a text about the images, and not the answer to a question. None: the question
+    tells."""
     split: str = ""
     """The part of the data that its row says it belongs to: train, val or test."""
     source: str = field(default="", compare=False)

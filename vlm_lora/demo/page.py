@@ -15,7 +15,7 @@ from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS
 from vlm_lora.demo.inputs import MAX_NEW_TOKENS, Number, Slider
 from vlm_lora.demo.runs import Evaluations, Pictures
 from vlm_lora.demo.speaker import MAX_WAITING, Speaker
-from vlm_lora.demo.tabs import QUIETLY, Desk, EvaluationOfRun, OnePicture, SeveralPictures
+from vlm_lora.demo.tabs import QUIETLY, Desk, EvaluationOfRun, OnePicture, ReviewOfRun, SeveralPictures
 
 if TYPE_CHECKING:
     from vlm_lora import Captioner
@@ -30,7 +30,7 @@ STYLE = """
 .answer .error { display: none; } /* the toast says what is wrong */
 .grid-wrap { min-height: 0 !important; }
 .grid-container { grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr)) !important; padding-top: 1.75rem; }
-#gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)) !important; }
+:is(#gallery, #review) .grid-container { grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)) !important; }
 #examples .caption-label { display: none; } /* for screen readers, see SCRIPT */
 """
 
@@ -45,7 +45,7 @@ new MutationObserver(() => {
 }).observe(document.body, {childList: true, subtree: true, characterData: true}); }"""
 
 IF_OPEN = """adapter => {
-  if (!document.querySelector('#gallery')?.offsetParent) throw new Error('nobody looks');
+  if (!document.querySelector('#%s')?.offsetParent) throw new Error('nobody looks');
   return adapter;
 }"""
 
@@ -126,6 +126,8 @@ def build_app(
             several = SeveralPictures(desk)
         with gr.Tab("Evaluation") as evaluation_opened:
             evaluation = EvaluationOfRun(desk)
+        with gr.Tab("Review") as review_opened:
+            review = ReviewOfRun(desk)
         with gr.Accordion("Advanced: length and sampling", open=False):
             for number in numbers:
                 number.render()
@@ -142,8 +144,9 @@ def build_app(
 
         gr.on([app.load, timer.tick, adapter.change], look, adapter, outputs, queue=False, **QUIETLY)
         # Thumbnails of large photos take long: they are made when somebody looks.
-        shown = {"fn": evaluation.show, "inputs": adapter, "outputs": evaluation.outputs, "queue": False}
-        evaluation_opened.select(**shown, show_progress="minimal", api_visibility="private")
-        adapter.change(**shown, js=IF_OPEN, **QUIETLY)
+        for tab, opened, gallery in ((evaluation, evaluation_opened, "gallery"), (review, review_opened, "review")):
+            shown = {"fn": tab.show, "inputs": adapter, "outputs": tab.outputs, "queue": False}
+            opened.select(**shown, show_progress="minimal", api_visibility="private")
+            adapter.change(**shown, js=IF_OPEN % gallery, **QUIETLY)
     app.queue(max_size=4 * MAX_WAITING, default_concurrency_limit=1)
     return app

@@ -1,6 +1,7 @@
 """What the run folders hold for the page: which there are, held-out pictures with their answers, the losses."""
 
 import io
+import json
 import logging
 import tempfile
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 import vlm_lora
-from vlm_lora import DataSettings, ImageRef, VlmLoraError, load_image, read_dataset
+from vlm_lora import DataSettings, Example, ImageRef, VlmLoraError, load_image, read_dataset
 from vlm_lora.config import HUB_NAME, config_from, read_yaml
 from vlm_lora.errors import AdapterError, DataError
 
@@ -69,6 +70,7 @@ class Evaluations:
 
     def __init__(self, runs: Mapping[str, Path]):
         self.runs = runs
+        self.data = cache(lambda name: [*_data(runs[name]), *_data(runs[name], val=True)])
         self.of = cache(lambda name: _read(runs[name]) if name in runs else None)
 
     def examples(self, name: str, most: int) -> list["Answered"]:
@@ -93,6 +95,33 @@ class Evaluations:
         )
         return worse if only_worse else [*better, *same, *reversed(worse)]
 
+    def reviewed(self, name: str, most: int) -> list[tuple[dict, ImageRef]]:
+        """The most doubtful of the run's captions, as `eval --review --output RUN` wrote them, and their pictures."""
+        run = self.runs.get(name)
+        rows = read_review(run) if run else []
+        if not rows or run is None:
+            return []
+        images = {image.name: image for example in self.data(name) for image in example.images[:1]}
+        return [(row, images[row["image"]]) for row in rows if row["image"] in images][:most]
+
+    def review_summary(self, name: str, most: int) -> str:
+        """How many captions were reviewed; or the command that does it."""
+        run = self.runs.get(name)
+        if run is None:
+            return "There is nothing to review: the base is alone. Choose an adapter, or start the demo with one."
+        rows = read_review(run)
+        if not rows:
+            return (
+                f"The captions that {name} was trained on were not reviewed yet: "
+                f"vlm-lora eval DATA --adapter {name} --review --output {name}"
+            )
+        shown = len(self.reviewed(name, most))
+        missing = "" if shown else " Their pictures are not where they were when it was trained."
+        return (
+            f"{len(rows):,} captions were reviewed, the most doubtful first; {shown} are shown. "
+            f"Below 0 the picture speaks against its caption.{missing}"
+        )
+
     def summary(self, name: str, most: int) -> str:
         """What was gained in a sentence, and why there is less to see than there could be."""
         if not name:
@@ -113,23 +142,43 @@ def _read(run: Path) -> "Evaluation | None":
 
     if not (run / "predictions.jsonl").is_file():
         return None
-    examples = []
     try:
-        config = config_from(read_yaml(run / "config.yaml"), str(run / "config.yaml"))
-        start = _started_in(run, config.output)
-        sources = [_seen_from(start, source) for source in ([config.val] if config.val else config.sources)]
-        reading: dict[str, Any] = config.reading
-        reading["images"] = config.images and _seen_from(start, config.images)
-        dataset = read_dataset(sources, DataSettings(**reading))
-        examples = dataset.examples + dataset.val + dataset.test
-        examples = [replace(example, id=example.id.removeprefix(f"{start.as_posix()}/")) for example in examples]
-    except VlmLoraError as error:
-        log.warning("No pictures: the data of %s cannot be read again (%s)", run, error)
-    try:
-        return Evaluation.read(run, examples)
+        return Evaluation.read(run, _data(run, val=True) or _data(run))
     except DataError as error:
         log.warning("%s", error)
         return None
+
+
+def _data(run: Path, *, val: bool = False) -> list[Example]:
+    """The data that the run was given, or its --val; nothing where there is none, or it is gone."""
+    try:
+        config = config_from(read_yaml(run / "config.yaml"), str(run / "config.yaml"))
+        start = _started_in(run, config.output)
+        given = config.sources if not val else [config.val] if config.val else []
+        sources = [_seen_from(start, source) for source in given]
+        reading: dict[str, Any] = config.reading
+        reading["images"] = config.images and _seen_from(start, config.images)
+        if not sources:
+            return []
+        dataset = read_dataset(sources, DataSettings(**reading))
+        examples = dataset.examples + dataset.val + dataset.test
+        return [replace(example, id=example.id.removeprefix(f"{start.as_posix()}/")) for example in examples]
+    except VlmLoraError as error:
+        log.warning("No pictures: the data of %s cannot be read again (%s)", run, error)
+        return []
+
+
+def read_review(run: Path) -> list[dict]:
+    """Rows of the run's review.jsonl that have a score, the lowest first; none where there is no such file."""
+    try:
+        lines = (run / "review.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        return sorted((row for row in rows if "score" in row), key=lambda row: row["score"])
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        log.warning("%s cannot be read: %s", run / "review.jsonl", error)
+        return []
 
 
 def _started_in(run: Path, output: str | None) -> Path:

@@ -300,6 +300,37 @@ class EvaluationOfRun:
         return [summary, gr.Radio(value=GAINED, visible=any_rows), plot, *self.fill(adapter, GAINED)]
 
 
+class ReviewOfRun:
+    """The captions that the run was trained on, those first that their pictures speak against."""
+
+    def __init__(self, desk: Desk):
+        self.desk = desk
+        summary = _text("A second look at the data", lines=2)
+        with gr.Row():
+            with gr.Column(min_width=280) as details:
+                texts = [_text(label) for label in ("Caption", "Where it stands", "What the picture says for it")]
+            with gr.Column(min_width=280, scale=2):
+                gallery = gr.Gallery(label="The most doubtful first", height=480, elem_id="review", **STILL)
+        self.outputs = [summary, gallery, details, *texts]
+        gallery.select(self.choose, desk.adapter, texts, queue=False, **QUIETLY)
+
+    def rows_of(self, adapter: str) -> list[tuple[dict, str]]:
+        """Reviewed captions, and the pictures' files."""
+        rows = self.desk.evaluations.reviewed(adapter, GALLERY)
+        files = [(row, self.desk.pictures.file(image, small=True)) for row, image in rows]
+        return [(row, str(file)) for row, file in files if file]
+
+    def choose(self, adapter: str, event: gr.SelectData) -> list[str]:
+        return _texts_of_review(self.rows_of(adapter)[event.index][0])
+
+    def show(self, adapter: str) -> list:
+        rows = self.rows_of(adapter)
+        shown = [(file, f"{row['score']:+.2f}: {row['caption']}") for row, file in rows]
+        texts = _texts_of_review(rows[0][0]) if rows else [""] * 3
+        gallery = gr.Gallery(shown, selected_index=0 if rows else None)
+        return [self.desk.evaluations.review_summary(adapter, GALLERY), gallery, gr.Column(visible=bool(rows)), *texts]
+
+
 # -- small parts ---------------------------------------------------------------------------------------------
 
 
@@ -349,6 +380,12 @@ def _asked(prompt: str | None) -> str | None:
 
 def _texts_of(row: "Answered") -> list[str]:
     return [row.question, _references(row), row.base or "", row.tuned or ""]
+
+
+def _texts_of_review(row: dict) -> list[str]:
+    likely, blind = row["log_probability"], row["without_picture"]
+    told = f"{row['score']:+.2f} a token: log-probability {likely:.2f} with the picture, {blind:.2f} without"
+    return [str(row["caption"]), str(row["place"]), told]
 
 
 def _references(row: "Answered") -> str:

@@ -49,6 +49,8 @@ class Captioner:
         self.prompt = prompt
         self.system = system
         self.encoder = Encoder(backbone)
+        self.load_in_4bit = False
+        """Whether adapters that were trained on the base's own weights are to answer on a base in four bits."""
         self._base: Captioner | None = None  # of one that shares another's base
 
     @classmethod
@@ -62,6 +64,7 @@ class Captioner:
         dtype: str = "auto",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        load_in_4bit: bool = False,
     ) -> "Captioner":
         """Load base and adapter.
 
@@ -70,8 +73,10 @@ class Captioner:
             adapter: run folder, adapter folder or hub name; None for the base alone.
             prompt: the instruction for captions; by default the one the adapter, or a merged model, was trained with.
                 So with the system prompt and the pixel limits.
+            load_in_4bit: keep the base's language linears in NF4, a quarter of the memory. It is always so for adapters
+                of ``--method qlora``; others then answer a little otherwise than they were trained to.
         """
-        how = {"dtype": dtype, "min_pixels": min_pixels, "max_pixels": max_pixels}
+        how = {"dtype": dtype, "min_pixels": min_pixels, "max_pixels": max_pixels, "load_in_4bit": load_in_4bit}
         return cls.load_several(model, [adapter], prompt=prompt, system=system, **how)[0]
 
     @classmethod
@@ -85,23 +90,24 @@ class Captioner:
         dtype: str = "auto",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        load_in_4bit: bool = False,
     ) -> list["Captioner"]:
         """A captioner of each adapter, None for the base alone, over one copy of the base's weights.
 
         Each sees images within its own pixel limits, the base within the first adapter's. Arguments as for `load`.
 
         Raises:
-            AdapterError: QLoRA's adapters and others: the base is kept in four bits for those alone.
+            AdapterError: QLoRA's adapters and others without ``load_in_4bit``: theirs alone is a base in four bits.
         """
         folders = [None if adapter is None else find_adapter(adapter) for adapter in adapters]
         given = [folder for folder in folders if folder]
         contracts = {folder: read_contract(folder) for folder in given}
         in_four_bits = [folder for folder in given if _in_four_bits(contracts[folder])]
         others = [folder for folder in given if folder not in in_four_bits]
-        if in_four_bits and others:
+        if in_four_bits and others and not load_in_4bit:
             raise AdapterError(
                 f"{in_four_bits[0]} was trained by --method qlora, on a base in four bits, and {others[0]} was not: "
-                "they cannot share one base. Give them in commands of their own."
+                "they cannot share one base. Give them in commands of their own, or --load-in-4bit to have both on one."
             )
         name = model or (base_of(given[0]) if given else DEFAULT_MODEL)
         first = next(filter(None, contracts.values()), None) or (None if given else read_contract(find_model(name)))
@@ -110,12 +116,13 @@ class Captioner:
             dtype=dtype,
             min_pixels=min_pixels or (first.min_pixels if first else None),
             max_pixels=max_pixels or (first.max_pixels if first else None),
-            quantise=bool(in_four_bits),
+            quantise=load_in_4bit or bool(in_four_bits),
         )
         # Read from the disk cache, but do not fill it: most folders are captioned once.
         features = FeatureCache(backbone, cache_folder(), write=False)
         asked = prompt or (first.template if first else DEFAULT_PROMPT)
         base = cls(backbone, None, features, asked, _system(system, first))
+        base.load_in_4bit = load_in_4bit
         limits = (min_pixels, max_pixels)
         return [base._tuned(folder, prompt, system, *limits) if folder else base for folder in folders]
 
@@ -270,6 +277,8 @@ class Captioner:
     ) -> "Captioner":
         """The adapter in ``folder`` on this base. What is not given is what the adapter was trained with."""
         contract = read_contract(folder)
+        if self.backbone.quantised and not (self.load_in_4bit or _in_four_bits(contract)):
+            raise AdapterError(f"{folder}: was not trained by --method qlora; the base is loaded in four bits.")
         least, most = (contract.min_pixels, contract.max_pixels) if contract else self.backbone.pixel_limits
         limits = (min_pixels or least, max_pixels or most)
         backbone = self.backbone.twin(*limits)

@@ -15,7 +15,8 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from vlm_lora.config import HUB_NAME, TrainConfig
 from vlm_lora.inference.pages import render
-from vlm_lora.inference.scores import LEGEND, METRICS, Scores, score_table, summary
+from vlm_lora.inference.scores import METRICS, TASKS, Scores
+from vlm_lora.inference.verdict import LEGEND, counts, score_table, summary
 from vlm_lora.model.adapters.base import Contract, read_contract
 from vlm_lora.model.folder import tiny_path
 from vlm_lora.version import __version__
@@ -157,25 +158,28 @@ def _without_path(argument: str) -> str:
 def _results(scores: Scores, data: str) -> list[EvalResult]:
     """The metrics of the tuned model, as the hub's model-index lists them."""
     slug = re.sub(r"[^\w-]+", "-", data).strip("-").lower() or "data"
+    several = len(scores.tasks) > 1
     return [
         EvalResult(
             task_type=TASK,
             dataset_type=slug,
             dataset_name=data,
             metric_type=key,
-            metric_name=metric.title,
-            metric_value=round(getattr(scores.tuned, key), 6),
+            metric_name=f"{METRICS[key].title}, {TASKS[task].noun}" if several else METRICS[key].title,
+            metric_value=round(of.scores["tuned"][key], 6),
         )
-        for key, metric in METRICS.items()
+        for task, of in scores.tasks.items()
+        for key in of.metrics
     ]
 
 
 def _section(scores: Scores, data: str) -> str:
     """The part of the card that tells the scores on ``data``."""
-    counts = f"{scores.examples:,} images, {scores.answers:,} questions; `{scores.tokens}` tokens."
-    table = score_table(scores).to_markdown()
-    lines = [f"## On {' '.join(data.split())}", "", *summary(scores), "", table, "", counts, f"In brackets: {LEGEND}."]
-    return "\n".join([*lines, "", "<!-- end -->", "", ""])
+    lines = [f"## On {' '.join(data.split())}", "", *(line.replace("<", "&lt;") for line in summary(scores)), ""]
+    for task, of in scores.tasks.items():
+        lines += [f"### {TASKS[task].title}", ""] if len(scores.tasks) > 1 else []
+        lines += [score_table(of).to_markdown(), "", f"{counts(task, of)}; `{scores.tokens}` tokens.", ""]
+    return "\n".join([*lines, f"In brackets: {LEGEND}.", "", "<!-- end -->", "", ""])
 
 
 def _licence(base: str) -> str | None:

@@ -5,26 +5,51 @@ the same greedy decoding. Intervals are bootstrapped over images, as answers abo
 """
 
 import json
-from collections.abc import Callable, Sequence
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 from PIL import Image
 
+from vlm_lora.config import DEFAULT_PROMPT
 from vlm_lora.data.example import Dialogue, Example, ImageRef
 from vlm_lora.data.images import load_image
 from vlm_lora.errors import ConfigError, DataError
 from vlm_lora.inference.caption import Decoding
 from vlm_lora.inference.captioner import Request
+from vlm_lora.inference.commonest import Commonest, commonest_of
 from vlm_lora.inference.metrics import captions
 from vlm_lora.inference.metrics.answers import exact_match
 from vlm_lora.inference.metrics.intervals import Bootstrap, Gain, Interval
 from vlm_lora.inference.metrics.tokens import TOKENIZER_ID, Level, level_for
-from vlm_lora.inference.scores import METRICS, WHO, FailedExample, KindScores, ModelScores, Scores, Unmoved
+from vlm_lora.inference.scores import (
+    ANSWER_METRICS,
+    CAPTION_METRICS,
+    FEW_IMAGES,
+    METRICS,
+    MODELS,
+    RIVALS,
+    TASKS,
+    WHO,
+    FailedExample,
+    KindScores,
+    ModelScores,
+    Scores,
+    TaskScores,
+    TypeScores,
+    Unmoved,
+)
+from vlm_lora.inference.tasks import ANSWERS, task_of
 
 ROWS_AT_ONCE = 96
 """Questions decoded together."""
+
+ONE_WORD = "Answer the question using a single word or phrase."
+"""What LLaVA-1.5 and the benchmarks after it ask for a short answer with (Liu et al. 2023, "Improved Baselines with
+Visual Instruction Tuning")."""
 
 BLEU = [f"bleu_{order}" for order in range(1, captions.MAX_ORDER + 1)]
 
@@ -61,7 +86,8 @@ Progress = Callable[[int, int], None]
 class Answered:
     """One question about one example, its references, and what each model answered.
 
-    ``base``, ``tuned`` and ``blanked`` (tuned, shown a plain grey image of the same size) are None where not asked.
+    ``base``, ``tuned`` and ``blanked`` (tuned, shown a plain grey image of the same size) are None where not asked, so
+    is ``one_word`` (base, asked for a short answer). ``commonest`` is what the data says most to such a question.
     """
 
     example: str
@@ -72,10 +98,17 @@ class Answered:
     base: str | None = None
     tuned: str | None = None
     blanked: str | None = None
+    one_word: str | None = None
+    commonest: str | None = None
+    task: str = ANSWERS
 
     def answer(self, who: str) -> str:
-        """That of base, tuned or blanked, of one that was asked."""
+        """That of one of `WHO` that has one."""
         return getattr(self, who)
+
+    def has(self, who: str) -> bool:
+        """Whether this one of `WHO` has an answer."""
+        return getattr(self, who) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +135,15 @@ class Evaluation:
     answered: tuple[Answered, ...]
     scores: Scores
     values: dict[str, dict[str, list[float]]]
-    """For each of `WHO` that was asked and each metric that has one: the score of each answer of ``answered``."""
+    """For each of `WHO` and each metric that has one: the score of each answer of ``answered``. It is that among the
+    answers of the same task, and no number where there is no answer, or the metric is none of its task."""
 
     def write(self, folder: Path) -> None:
         """``predictions.jsonl`` and ``scores.json``."""
         folder.mkdir(parents=True, exist_ok=True)
         lines = []
         for row in self.answered:
-            fields = {name: getattr(row, name) for name in ("example", "question", "kind", *WHO)}
+            fields = {name: getattr(row, name) for name in ("example", "question", "kind", "task", *WHO)}
             fields |= {"images": [image.name for image in row.images], "references": list(row.references)}
             lines.append(json.dumps({k: v for k, v in fields.items() if v is not None}, ensure_ascii=False) + "\n")
         (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -129,24 +163,26 @@ class Evaluation:
             answered = []
             for row in map(json.loads, filter(None, lines)):
                 images, references = pictures.get(row["example"], ()), tuple(row["references"])
-                answers = {who: row.get(who) for who in WHO}
+                answers = {name: row.get(name) for name in WHO} | {"task": row.get("task", "")}
                 answered.append(
                     Answered(row["example"], images, row["question"], row.get("kind"), references, **answers)
                 )
             document = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-            levels: dict[str, Level] = {name: level for level, name in TOKENIZER_ID.items()}
-            level = levels[document["tokens"]]
+            level = _level_of(document["tokens"])
             document.setdefault("reference_words", _reference_words(answered, level))  # came later than the others
             scores = Scores.from_json(document)
-            return cls(tuple(answered), scores, {who: _per_answer(answered, who, level) for who in scores.models})
+            # An earlier version wrote no task: everything was of one.
+            answered = [row if row.task else replace(row, task=next(iter(scores.tasks))) for row in answered]
+            return cls(tuple(answered), scores, _values(answered, level))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             what = f"{type(error).__name__}: {error}"
             raise DataError(f"{folder}: holds no evaluation that can be read ({what}); run vlm-lora eval") from error
 
     def ranks(self, who: str) -> list[tuple[float, ...]]:
-        """What each answer is ranked by: CIDEr-D of captions; of short answers exact match, then the spelling."""
-        names = ["cider_d"] if self.scores.of_captions else ["exact_match", "anls"]
-        return list(zip(*[self.values[who][name] for name in names], strict=True))
+        """What each answer is ranked by: the most telling metrics of its task; of short answers exact match, then the
+        spelling."""
+        of = self.values[who]
+        return [tuple(of[key][i] for key in TASKS[row.task].ranked_by) for i, row in enumerate(self.answered)]
 
     def changes(self) -> Changes:
         """What tuning did to each answer; everything is the same without an adapter."""
@@ -155,13 +191,17 @@ class Evaluation:
             return Changes([], [], places)
         both = zip(self.ranks("base"), self.ranks("tuned"), strict=True)
         gains = [tuple(t - b for b, t in zip(*pair, strict=True)) for pair in both]
-        places.sort(key=gains.__getitem__, reverse=True)
-        zero = (0.0,) * len(gains[0])
+        places.sort(key=lambda i: self._in_full(i, gains[i]), reverse=True)
         return Changes(
-            better=[i for i in places if gains[i] > zero],
-            worse=[i for i in reversed(places) if gains[i] < zero],
-            same=[i for i in places if gains[i] == zero],
+            better=[i for i in places if gains[i] > (0.0,) * len(gains[i])],
+            worse=[i for i in reversed(places) if gains[i] < (0.0,) * len(gains[i])],
+            same=[i for i in places if not any(gains[i])],
         )
+
+    def _in_full(self, place: int, gain: tuple[float, ...]) -> tuple[float, ...]:
+        """A gain as a share of the most that there can be, to compare those of several tasks."""
+        full = METRICS[TASKS[self.answered[place].task].ranked_by[0]].full
+        return (gain[0] / full, *gain[1:])
 
 
 def evaluate(  # arguments: what is asked, of whom, and who hears of it
@@ -172,10 +212,15 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
     swapped: bool = False,
     level: Literal["auto"] | Level = "auto",
     also: Sequence[Example] = (),
+    prompt: str = DEFAULT_PROMPT,
+    commonest: Commonest | None = None,
     decoding: Decoding | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Evaluation:
     """Answer every question of every example with base and tuned model, and score both.
+
+    Captions and the answers to questions are scored apart (`task_of`), each by metrics of their own. Short answers are
+    also asked of the base with `ONE_WORD`, so that one that knows the answer and says it in a sentence is seen as such.
 
     Of a server that has no base beside its model, the scores are that model's alone, in the base's place.
 
@@ -188,6 +233,8 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
         swapped: the same, and with another example's image there: how many answers stay the same.
         level: what the metrics compare, words or characters; ``auto`` is characters for Chinese and Japanese.
         also: examples of something else, a check of what tuning made the model forget: their scores are apart.
+        prompt: the instruction for captions.
+        commonest: the commonest answers of the training data; without them those of the references take their place.
         progress: called with the number of passes over a question done and their total.
     """
     if not examples:
@@ -196,32 +243,36 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
         )
     with_adapter = ["tuned", "blanked"] if blanked or swapped else ["tuned"]
     passes = ["base", *(with_adapter if speaker.tuned else [])]
-    questions = [_questions(example) for example in examples]
-    answers, failed = _ask(speaker, examples, questions, passes, decoding, progress)
+    questions = [_questions(example, prompt) for example in examples]
+    asked = dict.fromkeys(passes, questions)
+    short = [[question.briefly() for question in of if question.task == ANSWERS] for of in questions]
+    asked |= {"one_word": short} if any(short) else {}
+    answers, failed = _ask(speaker, examples, asked, decoding, progress)
     if len(failed) == len(examples):
         raise DataError(f"None of the {len(examples):,} held-out images can be used; the first: {failed[0]}.")
-    answered = [
-        Answered(
-            example.id,
-            example.images,
-            question.asked.turns[-1].user,
-            question.kind,
-            tuple(question.references),
-            **{who: answers[who][i][q] for who in passes},
-        )
-        for i, example in enumerate(examples)
-        if i not in failed
-        for q, question in enumerate(questions[i])
-    ]
+    guesses = commonest or Commonest.of(examples, prompt, "the held-out data")
+    answered = []
+    for i, example in enumerate(examples):
+        said = {who: iter(of[i]) for who, of in answers.items() if i in of}
+        for question in questions[i] if i not in failed else ():
+            given: dict[str, str | None] = {
+                who: next(texts) for who, texts in said.items() if who != "one_word" or question.task == ANSWERS
+            }
+            given["commonest"] = guesses.guess(question.task, question.kind, question.text)
+            references = tuple(question.references)
+            row = Answered(example.id, example.images, question.text, question.kind, references, task=question.task)
+            answered.append(replace(row, **given))
     if level == "auto":
         level = level_for(text for row in answered for text in row.references)
-    values = {who: _per_answer(answered, who, level) for who in passes}
+    values = _values(answered, level)
     scores = replace(
-        _score(answered, values, level),
+        _score(answered, values, level, guesses.source),
         base_in_four_bits=speaker.quantised,
         failed=tuple(FailedExample(examples[i].place, failed[i]) for i in sorted(failed)),
         unmoved=_unmoved(speaker, examples, questions, answers, decoding) if swapped and speaker.tuned else None,
-        also=evaluate(speaker, also, level=level, decoding=decoding, progress=progress).scores if also else None,
+        also=evaluate(speaker, also, level=level, prompt=prompt, decoding=decoding, progress=progress).scores
+        if also
+        else None,
     )
     return Evaluation(tuple(answered), scores, values)
 
@@ -238,14 +289,13 @@ def against(
 
     ``examples`` are those that the evaluation is of.
     """
-    questions = [_questions(example) for example in examples]
-    answers, failed = _ask(speaker, examples, questions, ["tuned"], decoding, progress)
+    questions = [_questions(example, "") for example in examples]
+    answers, failed = _ask(speaker, examples, {"tuned": questions}, decoding, progress)
     texts = [text for i in range(len(examples)) if i not in failed for text in answers["tuned"][i]]
-    answered = [replace(row, base=text) for row, text in zip(evaluation.answered, texts, strict=True)]
-    levels: dict[str, Level] = {name: level for level, name in TOKENIZER_ID.items()}
-    level = levels[evaluation.scores.tokens]
-    values = {"base": _per_answer(answered, "base", level), "tuned": evaluation.values["tuned"]}
-    return _score(answered, values, level)
+    pairs = zip(evaluation.answered, texts, strict=True)
+    answered = [replace(row, base=text, blanked=None, one_word=None, commonest=None) for row, text in pairs]
+    level = _level_of(evaluation.scores.tokens)
+    return _score(answered, _values(answered, level), level)
 
 
 class Question(NamedTuple):
@@ -254,16 +304,34 @@ class Question(NamedTuple):
     asked: Dialogue
     kind: str | None
     references: list[str]
+    prompt: str
+    """The instruction for captions."""
+
+    @property
+    def text(self) -> str:
+        return self.asked.turns[-1].user
+
+    @property
+    def task(self) -> str:
+        return task_of(self.asked, self.references, self.prompt)
+
+    def briefly(self) -> "Question":
+        """The same, and to be answered in a word; as it is where it asks for that itself."""
+        last = self.asked.turns[-1]
+        if re.search(r"\b(?:single|one) word\b", last.user, re.IGNORECASE):
+            return self
+        last = replace(last, user=f"{last.user}\n{ONE_WORD}")
+        return self._replace(asked=replace(self.asked, turns=(*self.asked.turns[:-1], last)))
 
 
-def _questions(example: Example) -> list[Question]:
+def _questions(example: Example, prompt: str) -> list[Question]:
     """What is asked about an example, dialogues that ask the same put together."""
     gathered: dict[Dialogue, Question] = {}
     for dialogue in example.dialogues:
         last = dialogue.turns[-1]
         turns = [replace(turn, weight=1.0) for turn in (*dialogue.turns[:-1], replace(last, assistant=""))]
-        asked = Dialogue(tuple(turns), system=dialogue.system)
-        question = gathered.setdefault(asked, Question(asked, dialogue.kind, []))
+        asked = Dialogue(tuple(turns), system=dialogue.system, caption=dialogue.caption)
+        question = gathered.setdefault(asked, Question(asked, dialogue.kind, [], prompt))
         question.references.extend(dialogue.accepted or (last.assistant,))
     return list(gathered.values())
 
@@ -271,16 +339,16 @@ def _questions(example: Example) -> list[Question]:
 def _ask(
     speaker: Speaker,
     examples: Sequence[Example],
-    questions: Sequence[Sequence[Question]],
-    passes: Sequence[str],
+    asked_of: Mapping[str, Sequence[Sequence[Question]]],
     decoding: Decoding | None,
     progress: Progress,
 ) -> tuple[dict[str, dict[int, list[str]]], dict[int, str]]:
-    """What base, tuned and blanked answer, and what is wrong with images that cannot be used; by place in examples."""
-    answers: dict[str, dict[int, list[str]]] = {who: {} for who in passes}
+    """What each of `WHO` in ``asked_of`` answers to the questions there, which are by place in examples, and what is
+    wrong with images that cannot be used; by place too."""
+    answers: dict[str, dict[int, list[str]]] = {who: {} for who in asked_of}
     failed: dict[int, str] = {}
-    done, total = 0, len(passes) * sum(map(len, questions))
-    for who in passes:
+    done, total = 0, sum(len(of_example) for questions in asked_of.values() for of_example in questions)
+    for who, questions in asked_of.items():
         for group in _groups(questions, ROWS_AT_ONCE):
             asked = {}
             for i in group:
@@ -290,7 +358,7 @@ def _ask(
                 except DataError as error:
                     failed[i] = str(error)
                 done += len(questions[i])
-            texts = speaker.respond(list(asked.values()), tuned=who != "base", decoding=decoding)
+            texts = speaker.respond(list(asked.values()), tuned=who not in ("base", "one_word"), decoding=decoding)
             for i, text in zip(asked, texts, strict=True):
                 if isinstance(text, DataError):
                     failed[i] = str(text)
@@ -317,7 +385,8 @@ def _unmoved(
         partner[i] = next((j for j in later if len(examples[j].images) == len(examples[i].images)), None)
     moved = [i for i in seen if partner[i] is not None]
     shown = [replace(examples[i], images=examples[partner[i]].images) for i in moved]
-    others, failed = _ask(speaker, shown, [questions[i] for i in moved], ["tuned"], decoding, lambda done, total: None)
+    asked = {"tuned": [questions[i] for i in moved]}
+    others, failed = _ask(speaker, shown, asked, decoding, lambda done, total: None)
     other = {i: others["tuned"][place] for place, i in enumerate(moved) if place not in failed}
     told = {}
     for who, texts in (("blanked", answers["blanked"]), ("other", other)):
@@ -333,6 +402,8 @@ def _groups(questions: Sequence[Sequence], rows: int) -> list[list[int]]:
     groups: list[list[int]] = []
     room = 0
     for i, asked in enumerate(questions):
+        if not asked:
+            continue
         if not groups or len(asked) > room:
             groups.append([])
             room = rows
@@ -348,23 +419,53 @@ def blank(image: ImageRef) -> Image.Image:
 # -- scoring -------------------------------------------------------------------------------------------------
 
 
-def _per_answer(answered: Sequence[Answered], who: str, level: Level) -> dict[str, list[float]]:
-    """The score of each answer, by every metric that gives one."""
-    answers, references = [row.answer(who) for row in answered], [row.references for row in answered]
-    return {key: metric.per_answer(answers, references, level) for key, metric in METRICS.items() if metric.per_answer}
+def _level_of(tokens: str) -> Level:
+    """From what `Scores.tokens` calls it."""
+    return next(level for level, name in TOKENIZER_ID.items() if name == tokens)
 
 
-def _score(answered: Sequence[Answered], values: dict[str, dict[str, list[float]]], level: Level) -> Scores:
-    """The scores over all answers, from those of each; but for what only `evaluate` knows."""
+def _by_task(answered: Sequence[Answered]) -> dict[str, list[int]]:
+    """The places of the answers of each task, in the order of `TASKS`."""
+    places = {task: [i for i, row in enumerate(answered) if row.task == task] for task in TASKS}
+    return {task: of_task for task, of_task in places.items() if of_task}
+
+
+def _values(answered: Sequence[Answered], level: Level) -> dict[str, dict[str, list[float]]]:
+    """`Evaluation.values`: of everybody the score of each answer, by every metric that gives one."""
+    values = {}
+    for who in WHO:
+        of: dict[str, list[float]] = {}
+        for task, of_task in _by_task(answered).items():
+            places = [i for i in of_task if answered[i].has(who)]
+            answers = [answered[i].answer(who) for i in places]
+            references = [answered[i].references for i in places]
+            for key in dict.fromkeys((*ANSWER_METRICS, *CAPTION_METRICS, *TASKS[task].metrics)) if places else ():
+                if score := METRICS[key].per_answer:
+                    line = of.setdefault(key, [math.nan] * len(answered))
+                    for i, value in zip(places, score(answers, references, level), strict=True):
+                        line[i] = value
+        values |= {who: of} if of else {}
+    return values
+
+
+def _score(
+    answered: Sequence[Answered], values: dict[str, dict[str, list[float]]], level: Level, source: str = ""
+) -> Scores:
+    """The scores from those of each answer, but for what only `evaluate` knows.
+
+    ``source`` says of which data the commonest answers are.
+    """
     images = [row.example for row in answered]
     bootstrap = Bootstrap(groups=images)
     models: dict[str, ModelScores] = {}
     intervals: dict[str, dict[str, Interval]] = {}
     bleu: dict[str, list[captions.BleuStats]] = {}
-    for who, of_metric in values.items():
+    everywhere = {key for key in METRICS if key in ANSWER_METRICS or key in CAPTION_METRICS}
+    asked = {who: {k: v for k, v in of.items() if k in everywhere} for who, of in values.items() if who in MODELS}
+    for who, of_metric in asked.items():
         answers = [row.answer(who) for row in answered]
         bleu[who] = [captions.bleu_stats(row.answer(who), row.references, level=level) for row in answered]
-        intervals[who] = {key: bootstrap.interval(scores) for key, scores in of_metric.items()}
+        intervals[who] = dict(zip(of_metric, bootstrap.intervals(list(of_metric.values())), strict=True))
         intervals[who] |= zip(BLEU, bootstrap.bleu_intervals(bleu[who]), strict=True)
         models[who] = ModelScores(
             **{key: _mean(scores) for key, scores in of_metric.items()},
@@ -374,14 +475,15 @@ def _score(answered: Sequence[Answered], values: dict[str, dict[str, list[float]
             repetition=_mean([captions.repetition(answer, level=level) for answer in answers]),
         )
     gain: dict[str, Gain] | None = None
-    if "tuned" in values:
-        gain = {key: bootstrap.gain(scores, values["tuned"][key]) for key, scores in values["base"].items()}
+    if "tuned" in asked:
+        pairs = [(scores, asked["tuned"][key]) for key, scores in asked["base"].items()]
+        gain = dict(zip(asked["base"], bootstrap.gains(pairs), strict=True))
         gain |= zip(BLEU, bootstrap.bleu_gains(bleu["base"], bleu["tuned"]), strict=True)
     by_kind: dict[str, KindScores] = {}
     for kind in sorted({row.kind for row in answered if row.kind}):
         of_kind = [i for i, row in enumerate(answered) if row.kind == kind]
         exact, vqa = (
-            {who: _mean([of_metric[key][i] for i in of_kind]) for who, of_metric in values.items()}
+            {who: _mean([of_metric[key][i] for i in of_kind]) for who, of_metric in asked.items()}
             for key in ("exact_match", "vqa_accuracy")
         )
         by_kind[kind] = KindScores(answers=len(of_kind), vqa_accuracy=vqa, **exact)
@@ -396,7 +498,83 @@ def _score(answered: Sequence[Answered], values: dict[str, dict[str, list[float]
         blanked=models.get("blanked"),
         gain=gain,
         by_kind=by_kind,
+        tasks={
+            task: _score_task(
+                TASKS[task].metrics,
+                [answered[i] for i in places],
+                {who: {key: [line[i] for i in places] for key, line in of.items()} for who, of in values.items()},
+                level,
+                source,
+            )
+            for task, places in _by_task(answered).items()
+        },
     )
+
+
+def _score_task(
+    metrics: Sequence[str],
+    rows: Sequence[Answered],
+    values: dict[str, dict[str, list[float]]],
+    level: Level,
+    source: str,
+) -> TaskScores:
+    """Of the answers of one task alone, by its metrics."""
+    words = _reference_words(rows, level)
+    # Of texts with fewer words than that, the longest runs of words are few or none.
+    keys = [key for key in metrics if key != "bleu_4" or words >= captions.MAX_ORDER]
+    who_answered = [who for who in values if all(row.has(who) for row in rows)]
+    bootstrap = Bootstrap(groups=[row.example for row in rows])
+    values = {who: {key: values[who][key] for key in keys if METRICS[key].per_answer} for who in who_answered}
+    bleu = {
+        who: [captions.bleu_stats(row.answer(who), row.references, level=level) for row in rows]
+        for who in (who_answered if "bleu_4" in keys else ())
+    }
+    scores, intervals = {}, {}
+    for who, of in values.items():
+        answers = [row.answer(who) for row in rows]
+        made = {key: _mean(line) for key, line in of.items()}
+        intervals[who] = dict(zip(of, bootstrap.intervals(list(of.values())), strict=True))
+        if who in bleu:
+            made["bleu_4"] = captions.bleu_from_stats(bleu[who])[-1]
+            intervals[who]["bleu_4"] = bootstrap.bleu_intervals(bleu[who])[-1]
+        scores[who] = {key: made[key] for key in keys} | {
+            "mean_words": captions.mean_length(answers, level=level),
+            "distinct": captions.distinct_share(answers, level=level),
+            "repetition": _mean([captions.repetition(answer, level=level) for answer in answers]),
+        }
+    rivals = [rival for rival in RIVALS if rival in values and "tuned" in values]
+    pairs = {(rival, key): (line, values["tuned"][key]) for rival in rivals for key, line in values[rival].items()}
+    gains: dict[str, dict[str, Gain]] = {rival: {} for rival in rivals}
+    for (rival, key), gain in zip(pairs, bootstrap.gains(list(pairs.values())), strict=True):
+        gains[rival][key] = gain
+    for rival in rivals if bleu else ():
+        gains[rival]["bleu_4"] = bootstrap.bleu_gains(bleu[rival], bleu["tuned"])[-1]
+    guesses = [row.commonest for row in rows if row.commonest is not None] if "commonest" in values else []
+    return TaskScores(
+        examples=len({row.example for row in rows}),
+        answers=len(rows),
+        reference_words=words,
+        scores=scores,
+        intervals=intervals,
+        gains=gains,
+        types={type: _score_type(type, rows, values) for type in sorted({row.kind for row in rows if row.kind})},
+        guess=commonest_of(guesses) if guesses else None,
+        guess_source=source if guesses else "",
+    )
+
+
+def _score_type(type: str, rows: Sequence[Answered], values: dict[str, dict[str, list[float]]]) -> TypeScores:
+    """Of the questions of one type, by the first two metrics of their task."""
+    places = [i for i, row in enumerate(rows) if row.kind == type]
+    of = {who: {k: [line[i] for i in places] for k, line in list(v.items())[:2]} for who, v in values.items()}
+    images = [rows[i].example for i in places]
+    enough = "tuned" in of and len(set(images)) >= FEW_IMAGES
+    first = next(iter(of["base"]))
+    rivals = [rival for rival in RIVALS if enough and rival in of]
+    pairs = [(of[rival][first], of["tuned"][first]) for rival in rivals]
+    gains = dict(zip(rivals, Bootstrap(groups=images).gains(pairs), strict=True))
+    means = {who: {key: _mean(line) for key, line in lines.items()} for who, lines in of.items()}
+    return TypeScores(answers=len(places), scores=means, gains=gains)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -21,7 +21,8 @@ from vlm_lora.inference.losses import Losses, read_losses
 from vlm_lora.inference.metrics.tokens import LONE, tokenize
 from vlm_lora.inference.pages import render
 from vlm_lora.inference.plots import line_plot
-from vlm_lora.inference.scores import LEGEND, kind_table, score_table, summary
+from vlm_lora.inference.scores import TASKS
+from vlm_lora.inference.verdict import LEGEND, counts, score_table, summary, type_table
 from vlm_lora.version import __version__
 
 PICTURES = 24
@@ -50,7 +51,9 @@ def write_report(folder: Path, evaluation: Evaluation, *, title: str, command: s
         evaluation=evaluation,
         summary=summary,
         score_table=score_table,
-        kinds=kind_table(scores),
+        type_table=type_table,
+        counts=counts,
+        tasks=TASKS,
         legend=LEGEND,
         plot=plot,
         loss=loss,

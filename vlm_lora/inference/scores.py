@@ -1,33 +1,25 @@
-"""What the answers of an evaluation scored: as types, as JSON, as tables and in sentences."""
+"""What the answers of an evaluation scored: the metrics, the types, and their JSON."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
 
 from vlm_lora.inference.metrics.answers import anls, exact_match, vqa_accuracy
 from vlm_lora.inference.metrics.captions import References, cider_d, rouge_l
 from vlm_lora.inference.metrics.intervals import Gain, Interval
 from vlm_lora.inference.metrics.tokens import Level
+from vlm_lora.inference.tasks import ANSWERS, CAPTIONS, TEXTS
 
 FEW_IMAGES = 20
 """Below this, an interval over images says little."""
-
-WHO = ("base", "tuned", "blanked")
-"""Whose answers are scored. Blanked: tuned, shown a grey image in each image's place."""
-
-COLUMNS = {"base": "Base", "tuned": "Tuned", "gain": "Gain", "blanked": "Picture greyed out"}
-"""Columns of the tables, in order."""
-
-STATISTICS = (
-    ("Words per answer", "mean_words", "{:.1f}"),
-    ("Answers that differ", "distinct", "{:.0%}"),
-    ("Repeats itself", "repetition", "{:.1%}"),
-)
-"""What is shown of answers beside their scores: its name in tables and in `ModelScores`, and its form."""
-
-LEGEND = "the 95 % interval, by resampling the images; p: how likely chance alone would make as much of a difference"
-"""What the note in a cell of `score_table` is."""
+WHO = ("base", "one_word", "commonest", "tuned", "blanked")
+"""Whose answers are scored. One word: of the base, asked for a short answer. Commonest: not a model's, but what the
+data says most. Blanked: tuned, shown a grey image in each image's place."""
+RIVALS = ("base", "one_word", "commonest")
+"""Whom tuned has to beat."""
+MODELS = ("base", "tuned", "blanked")
+"""Those of whom `Scores` has the scores over everything."""
 
 # --- metrics
 
@@ -44,6 +36,8 @@ class Metric:
     meaning: str
     per_answer: Callable[[Sequence[str], References, Level], list[float]] | None
     in_percent: bool = True
+    full: float = 1.0
+    """The most that it can be."""
 
     @property
     def title(self) -> str:
@@ -87,12 +81,35 @@ CAPTION_METRICS = {
         "how much a caption says that the references say too, rare words counting most, from 0 to 10",
         cider_d,
         in_percent=False,
+        full=10.0,
     ),
     "bleu_4": Metric("BLEU-4", "the share of runs of up to four words that occur in a reference", None),
     "rouge_l": Metric("ROUGE-L", "how much of a reference comes in the same order in the caption", rouge_l),
 }
 METRICS = ANSWER_METRICS | CAPTION_METRICS
-"""By the names of their fields in `ModelScores`; the most telling of answers, and of captions, first."""
+"""By the names of their fields in `ModelScores`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """How the answers of one task are shown: what they are called, their metrics, the most telling first, and those
+    that rank one answer beside another."""
+
+    title: str
+    noun: str
+    metrics: tuple[str, ...]
+    ranked_by: tuple[str, ...]
+
+
+TASKS = {
+    CAPTIONS: Task("Captions", "captions", ("cider_d", "bleu_4", "rouge_l"), ("cider_d",)),
+    ANSWERS: Task("Questions", "questions", ("exact_match", "vqa_accuracy", "anls"), ("exact_match", "anls")),
+    TEXTS: Task("Questions with long answers", "long answers", ("rouge_l", "cider_d", "bleu_4"), ("rouge_l",)),
+}
+
+STATISTICS = ("mean_words", "distinct", "repetition")
+"""Of answers beside their scores: words (or characters) in each, the share that differ, and the mean share of an
+answer's 4-grams that it has said before."""
 
 # --- scores
 
@@ -127,6 +144,67 @@ class KindScores:
     vqa_accuracy: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TypeScores:
+    """Of the questions of one type (`Dialogue.kind`): how many, and the first two metrics of their task, by who.
+
+    ``gains`` are those of tuned over each of `RIVALS` in the first metric, where there are images enough to tell.
+    """
+
+    answers: int
+    scores: dict[str, dict[str, float]]
+    gains: dict[str, Gain] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskScores:
+    """What the answers of one task scored, without those of any other.
+
+    Attributes:
+        reference_words: how many words the data's answers have in the mean.
+        scores: of each of `WHO` that answered, each metric and each of `STATISTICS`.
+        intervals: of each of them, those of the metrics.
+        gains: of tuned over each of `RIVALS`, by metric.
+        types: by the data's types of questions.
+        guess: the commonest answer where there is one, the commonest of them where they differ by question.
+        guess_source: of which data it is the commonest.
+    """
+
+    examples: int
+    answers: int
+    reference_words: float
+    scores: dict[str, dict[str, float]]
+    intervals: dict[str, dict[str, Interval]]
+    gains: dict[str, dict[str, Gain]]
+    types: dict[str, TypeScores]
+    guess: str | None = None
+    guess_source: str = ""
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """Those that say something, the most telling first."""
+        return {key: METRICS[key] for key in self.scores["base"] if key in METRICS}
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> "TaskScores":
+        made: dict[str, Any] = {
+            "intervals": {who: _intervals(of_metric) for who, of_metric in document["intervals"].items()},
+            "gains": {rival: _gains(of_metric) for rival, of_metric in document["gains"].items()},
+            "types": {
+                name: TypeScores(**row | {"gains": _gains(row["gains"])}) for name, row in document["types"].items()
+            },
+        }
+        return cls(**document | made)
+
+
+def _intervals(of_metric: dict[str, Any]) -> dict[str, Interval]:
+    return {key: Interval(*ends) for key, ends in of_metric.items()}
+
+
+def _gains(of_metric: dict[str, Any]) -> dict[str, Gain]:
+    return {key: Gain(**gain) for key, gain in of_metric.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Unmoved:
     """The share of the tuned model's answers that stay the same without their picture, and the interval around it."""
@@ -148,6 +226,8 @@ class FailedExample:
 class Scores:
     """What ``eval --json`` prints, key by key; what is None or False is left out there.
 
+    Everything but ``tasks`` is over all answers together: of captions and questions in one set, look at their tasks.
+
     Attributes:
         tokens: name of what the metrics took for a word.
         reference_words: how many words the data's answers have in the mean.
@@ -156,6 +236,7 @@ class Scores:
         base_in_four_bits: base and tuned are those of a base in four bits.
         also: the scores on the other data.
         unmoved: answers that stay the same with the picture ``blanked``, and with an ``other`` one in its place.
+        tasks: what the answers of each of `TASKS` scored; what is shown and judged.
     """
 
     examples: int
@@ -172,22 +253,13 @@ class Scores:
     failed: tuple[FailedExample, ...] = ()
     also: "Scores | None" = None
     unmoved: dict[str, Unmoved] | None = None
+    tasks: dict[str, TaskScores]
 
     @property
     def models(self) -> dict[str, ModelScores]:
-        """The scores of each of `WHO` that was asked."""
+        """The scores of each of `MODELS` that was asked."""
         models = {"base": self.base, "tuned": self.tuned, "blanked": self.blanked}
         return {who: model for who, model in models.items() if model}
-
-    @property
-    def of_captions(self) -> bool:
-        """Whether the data's answers are captions; how much the models say is another matter."""
-        return self.reference_words > 4
-
-    @property
-    def headline(self) -> dict[str, Metric]:
-        """The metrics worth a look."""
-        return CAPTION_METRICS if self.of_captions else ANSWER_METRICS
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None and v is not False})
@@ -197,155 +269,37 @@ class Scores:
         """What `to_json` gave, in this version or an earlier one; anything else raises KeyError, TypeError or
         AttributeError."""
         unknown = dict.fromkeys((each.name for each in fields(ModelScores)), math.nan)  # metrics that came later
-        made: dict[str, Any] = {who: ModelScores(**unknown | document[who]) for who in WHO if who in document}
-        made["intervals"] = {
-            who: {key: Interval(*ends) for key, ends in of_metric.items()}
-            for who, of_metric in document["intervals"].items()
-        }
+        made: dict[str, Any] = {who: ModelScores(**unknown | document[who]) for who in MODELS if who in document}
+        made["intervals"] = {who: _intervals(of_metric) for who, of_metric in document["intervals"].items()}
         if "gain" in document:
-            made["gain"] = {key: Gain(**gain) for key, gain in document["gain"].items()}
+            made["gain"] = _gains(document["gain"])
         made["by_kind"] = {kind: KindScores(**row) for kind, row in document["by_kind"].items()}
         made["failed"] = tuple(FailedExample(**row) for row in document.get("failed", ()))
         if "unmoved" in document:
             made["unmoved"] = {who: Unmoved(**row) for who, row in document["unmoved"].items()}
         if "also" in document:
             made["also"] = cls.from_json(document["also"])
-        return cls(**document | made)
+        made["tasks"] = {task: TaskScores.from_json(of_task) for task, of_task in document.get("tasks", {}).items()}
+        scores = cls(**document | made)
+        return scores if scores.tasks else replace(scores, tasks=scores._as_one_task())
 
-
-# --- sentences
-
-
-def summary(scores: Scores) -> list[str]:
-    """One sentence on the gain, honest where there is none; others on what there is to know about it."""
-    key, metric = next(iter(scores.headline.items()))
-    images, base, tuned = scores.examples, scores.base, scores.tuned
-    where = f"on {images:,} held-out {'image' if images == 1 else 'images'}"
-    before = metric.text(getattr(base, key))
-    if tuned is None or scores.gain is None:
-        interval = f"95\u00a0% interval {metric.span(*scores.intervals['base'][key])}{metric.unit()}"
-        return [f"The base model alone, {where}: {metric.name} {before} ({interval})."]
-    gain, after = scores.gain[key], metric.text(getattr(tuned, key))
-    size = metric.text(abs(gain.gain), points=True)
-    interval = f"95\u00a0% interval {metric.span(gain.low, gain.high)}{metric.unit(points=True)}"
-    if images < FEW_IMAGES:
-        sentence = (
-            f"Too few images to tell: {where}, {metric.name} went from {before} to {after}. "
-            f"Hold out {FEW_IMAGES} or more to know whether that is a gain."
+    def _as_one_task(self) -> dict[str, TaskScores]:
+        """Of an evaluation by an earlier version, which took everything for captions or everything for answers."""
+        task = CAPTIONS if self.reference_words > 4 else ANSWERS
+        keys = TASKS[task].metrics
+        types = {
+            kind: {
+                who: {"exact_match": getattr(row, who), "vqa_accuracy": row.vqa_accuracy[who]} for who in self.models
+            }
+            for kind, row in self.by_kind.items()
+        }
+        of_task = TaskScores(
+            examples=self.examples,
+            answers=self.answers,
+            reference_words=self.reference_words,
+            scores={w: {k: getattr(m, k) for k in (*keys, *STATISTICS)} for w, m in self.models.items()},
+            intervals={w: {k: of[k] for k in keys if k in of} for w, of in self.intervals.items()},
+            gains={"base": {k: self.gain[k] for k in keys if k in self.gain}} if self.gain is not None else {},
+            types={kind: TypeScores(answers=self.by_kind[kind].answers, scores=of) for kind, of in types.items()},
         )
-    elif gain.low > 0:
-        sentence = (
-            f"Tuning helped: {where}, {metric.name} rose from {before} to {after}, a gain of {size} ({interval})."
-        )
-    elif gain.high < 0:
-        sentence = (
-            f"Tuning did harm: {where}, {metric.name} fell from {before} to {after}, a loss of {size} ({interval})."
-        )
-    else:
-        sentence = (
-            f"No gain that chance could not explain: {where}, {metric.name} went from {before} to {after} "
-            f"(difference {metric.text(gain.gain, points=True, sign=True)}; {interval}, which includes zero)."
-        )
-    sentences = [sentence]
-    if key == "exact_match" and gain.gain > 0 and base.mean_words > 2 * tuned.mean_words:
-        sentences.append(
-            f"Part of it is form: the base model answers in {base.mean_words:.1f} words on average, the tuned "
-            f"one in {tuned.mean_words:.1f}, and a right answer in a sentence is no exact match."
-        )
-    if scores.base_in_four_bits:
-        sentences.append("Base here is the base in four bits, as QLoRA was trained on it; whole, it may do better.")
-    if scores.blanked:
-        without = metric.text(getattr(scores.blanked, key))
-        sentences.append(f"With every picture greyed out, the tuned model's {metric.name} is {without}.")
-    if scores.unmoved:
-        how = {"blanked": "with the picture greyed out", "other": "with another picture in its place"}
-        shares = [
-            f"{100 * u.share:.0f}\u00a0% ({100 * u.low:.0f} to {100 * u.high:.0f}) {how[who]}"
-            for who, u in scores.unmoved.items()
-        ]
-        sentences.append(f"Of the tuned model's answers, these stay the same: {'; '.join(shares)}.")
-    return sentences
-
-
-# --- tables
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    value: str
-    note: str = ""
-    verdict: Literal["", "good", "bad"] = ""
-
-    def __str__(self) -> str:
-        return f"{self.value} ({self.note})" if self.note else self.value
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Titles of the columns, that of the names first; and rows of a name and cells, the minor ones apart."""
-
-    titles: list[str]
-    rows: list[list[Cell]]
-    minor: list[list[Cell]]
-
-    def to_text(self) -> str:
-        """Aligned by spaces, for a console."""
-        lines = [self.titles, *([str(cell) for cell in row] for row in self.rows + self.minor)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines).replace("\u00a0", " ")
-
-    def to_markdown(self) -> str:
-        """Without the minor rows."""
-        lines = [self.titles, ["---"] * len(self.titles), *([str(cell) for cell in row] for row in self.rows)]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def tables_as_text(scores: Scores) -> str:
-    """For a console."""
-    parts = [score_table(scores).to_text(), f"In brackets: {LEGEND}."]
-    return "\n\n".join([*parts, *([kind_table(scores).to_text()] if scores.by_kind else [])])
-
-
-def score_table(scores: Scores) -> Table:
-    """Base, tuned, the gain, and tuned with pictures greyed out; the notes are explained by `LEGEND`."""
-    columns = [column for column in COLUMNS if getattr(scores, column)]
-
-    def cell(key: str, column: str) -> Cell:
-        if column == "gain":
-            return _gain_cell(scores, key)
-        interval, metric = scores.intervals[column].get(key), METRICS[key]
-        note = metric.span(*interval) if interval else ""
-        return Cell(metric.text(getattr(scores.models[column], key)), note)
-
-    def figure(name: str, form: str, column: str) -> Cell:
-        return Cell("" if column == "gain" else form.format(getattr(scores.models[column], name)))
-
-    return Table(
-        ["", *(COLUMNS[column] for column in columns)],
-        [[Cell(metric.title), *(cell(key, column) for column in columns)] for key, metric in scores.headline.items()],
-        [[Cell(title), *(figure(name, form, column) for column in columns)] for title, name, form in STATISTICS],
-    )
-
-
-def _gain_cell(scores: Scores, key: str) -> Cell:
-    metric, gain = METRICS[key], (scores.gain or {}).get(key)
-    if gain is None:  # BLEU of an earlier version's evaluation
-        difference = getattr(scores.tuned, key) - getattr(scores.base, key)
-        return Cell(metric.text(difference, points=True, sign=True))
-    text, note = metric.text(gain.gain, points=True, sign=True), metric.span(gain.low, gain.high, sign=True)
-    if scores.examples < FEW_IMAGES:  # as the summary says, too few to tell: no colour, no p
-        return Cell(text, note)
-    verdict = "good" if gain.low > 0 else "bad" if gain.high < 0 else ""
-    return Cell(text, f"{note}, p\u00a0{gain.p_value:.3f}", verdict)
-
-
-def kind_table(scores: Scores) -> Table:
-    """Exact match, and VQA accuracy as the note, by kind of question; the note of a kind is its number of answers."""
-    exact, vqa = METRICS["exact_match"], METRICS["vqa_accuracy"]
-    rows = []
-    for kind, row in scores.by_kind.items():
-        rows.append([Cell(kind, f"{row.answers:,}")])
-        for who in scores.models:
-            note = f"{vqa.name} {vqa.text(row.vqa_accuracy[who])}"
-            rows[-1].append(Cell(exact.text(getattr(row, who)), note))
-    return Table(["Exact match by kind of question", *(COLUMNS[who] for who in scores.models)], rows, [])
+        return {task: of_task}

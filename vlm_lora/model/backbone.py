@@ -386,7 +386,7 @@ weights, and where the squared error of four bits is ten times that of the layer
 
 def require_bitsandbytes() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError("QLoRA needs bitsandbytes, which is not installed: pip install 'vlm-lora[qlora]'.")
+        raise ModelError("Four bits need bitsandbytes, which is not installed: pip install 'vlm-lora[qlora]'.")
 
 
 def _four_bits(dtype: torch.dtype, device: torch.device) -> dict:

@@ -61,7 +61,7 @@ def prepare_folder(folder: Path, resume: bool) -> None:
     """Make it, before the model is loaded.
 
     Raises:
-        CheckpointError: a run would be overwritten, there is none to resume, or the folder cannot be written to.
+        CheckpointError: a run would be overwritten, or the folder cannot be written to.
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"--output {folder}: is a file; a run needs a folder.")
@@ -70,8 +70,6 @@ def prepare_folder(folder: Path, resume: bool) -> None:
         raise CheckpointError(
             f"--output {folder}: holds a run already. Resume it with --resume, or give another folder."
         )
-    if resume and not folder.exists():  # an empty one is that of a run killed before anything was written
-        raise CheckpointError(f"--resume: there is no folder {folder} to resume. Give the run's with --output.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"

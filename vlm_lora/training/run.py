@@ -76,7 +76,7 @@ def train_adapter(
 
     Args:
         resume: from the newest valid checkpoint of ``config.output``, or else of this data's newest run in ``runs``
-            that has not ended.
+            that has not ended. Where ``config.output`` is not there yet, it starts from the beginning, and says so.
         allow_change: settings, or ``data``, ``val``, ``base``, that may differ from the checkpoint's.
         events: its methods are called, in every process, with what happens.
         stop: asked after each step; where it gives a signal's number, the run saves and ends with `Stopped`.
@@ -106,7 +106,7 @@ def train_adapter(
     config = config.replace(system=config.system or (systems[0] if len(systems) == 1 else None) or None)
 
     with ExitStack() as held, _memory_advice():
-        path = processes.on_main(lambda: _open_folder(path, resume, held))
+        path = processes.on_main(lambda: _open_folder(path, resume, held, events))
         events.folder(path)
         processes.on_main(lambda: held.enter_context(tracked(config, processes.accelerator, path, resume)))
         adapter = _attached(config, processes, techniques.attach)
@@ -147,7 +147,9 @@ def train_adapter(
     return TrainedAdapter(path, steps, adapter, features, *examples, prepared.bad_rows, data.fingerprint, processes)
 
 
-def _open_folder(path: Path, resume: bool, held: ExitStack) -> Path:
+def _open_folder(path: Path, resume: bool, held: ExitStack, events: Events) -> Path:
+    if resume and not path.exists():  # what restarts a job by itself says --resume the first time too
+        events.warning(f"--resume: there is no run in {path} yet; it starts from the beginning.")
     prepare_folder(path, resume)
     held.enter_context(locked(path))
     return path

@@ -75,14 +75,16 @@ def find_twins(folder: Path) -> Twins | None:
     return Twins(images[0], captions[0]) if len(images) == len(captions) == 1 else None
 
 
-def repeats_of(folder: Path, files: Sequence[Path]) -> dict[Path, int]:
+def repeats_of(folder: Path, files: Sequence[Path]) -> tuple[dict[Path, int], str]:
     """How often kohya's trainers show the images of each folder, `10_birds`: where all images lie in such ones, side
-    by side."""
+    by side. Else what to say of those that are called so."""
     places = sorted({file.parent for file in files if is_image_name(file)})
     found = [(place, re.fullmatch(r"([1-9]\d{0,2})_.*\S.*", place.name)) for place in places if place != folder]
     repeats = {place: int(match[1]) for place, match in found if match}
     beside = {place.parent for place in places}
-    return repeats if len(repeats) == len(places) and len(beside) == 1 else {}
+    if not repeats or (len(repeats) == len(places) and len(beside) == 1):
+        return repeats, ""
+    return {}, f"{next(iter(repeats)).name}/ counts once: not all images lie in folders of such names, side by side"
 
 
 def read_sidecars(
@@ -122,7 +124,8 @@ def read_sidecars(
                 caption = _caption(texts[0], finder)
                 asked = filled(prompt, ref, {}, caption_file=texts[0].suffix)
                 part = _part(path, twins.images if twins and path.is_relative_to(twins.images) else folder)
-                yield (ref,), Dialogue((Turn(asked, caption),), split=part, source=name, line=1)
+                said = Dialogue((Turn(asked, caption),), caption=True, split=part, source=name, line=1)
+                yield (ref,), said
             except DataError as error:
                 yield BadRow(name, None, str(error))
     for path in (path for texts in captions.values() for path in texts):
@@ -192,7 +195,8 @@ def read_classes(
                 shown = shown.partition("_")[2].strip()
             answer = text_of(unicodedata.normalize("NFC", shown), "name of a class")
             part = _part(path, folder) if path.parent.parent != folder else ""
-            yield (ref,), Dialogue((Turn(filled(prompt, ref, {}), answer),), split=part, source=name)
+            said = Dialogue((Turn(filled(prompt, ref, {}), answer),), caption=False, split=part, source=name)
+            yield (ref,), said
         except DataError as error:
             yield BadRow(name, None, str(error))
 

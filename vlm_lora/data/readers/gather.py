@@ -78,6 +78,11 @@ class Dataset:
         more = f" and {len(named) - 12} more" if len(named) > 12 else ""
         return f"unused columns, and rows that have them: {', '.join(named[:12])}{more}" if named else ""
 
+    @property
+    def in_one(self) -> "Dataset":
+        """All examples in one, whatever part their rows belong to."""
+        return replace(self, examples=with_ids((*self.examples, *self.val, *self.test)), val=(), test=())
+
     def part(self, *names: str) -> "Dataset":
         """The data set of those rows alone that are marked "val" or "test", as named; of all if none is so marked."""
         marked = tuple(example for name in names for example in getattr(self, name))

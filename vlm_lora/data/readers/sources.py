@@ -165,11 +165,11 @@ def _read(place: str, settings: DataSettings, progress: Callable[[int], None]) -
         if not path.is_dir() and not path.is_file():
             expected = ", ".join(READERS)
             raise DataError(f"{path.name}: is not a regular file; expected a folder or one of {expected}")
-        place = unpacked(path) if is_archive(path) else path
-        layout = detect(place, settings.format)
+        found = unpacked(path) if is_archive(path) else path
+        layout = detect(found, settings.format)
         dataset = _read_layout(layout, settings, progress)
         held = [(part, _read_layout(each, settings, progress)) for part, each in layout.held]
-        unpacked_into = f"unpacked into {place}" if place != path else ""
+        unpacked_into = f"unpacked into {found}" if found != path else ""
         return replace(_with_held(dataset, held), unread="; ".join(filter(None, (unpacked_into, layout.unread))))
     except OSError as error:
         reason = f"cannot be read: {error.strerror or error}; check its permissions"
@@ -191,8 +191,9 @@ def _with_held(dataset: Dataset, held: Sequence[tuple[str, Dataset]]) -> Dataset
 
 def _read_layout(layout: Layout, settings: DataSettings, progress: Callable[[int], None]) -> Dataset:
     finder, name, ledger = _finder(layout, settings), layout.name_of(layout.files[0]), settings.ledger()
-    folder, note = layout.folder or layout.root, ""
-    repeats = folders.repeats_of(folder, layout.files) if layout.format in ("sidecar", "classes") else {}
+    folder, note, repeats, once = layout.folder or layout.root, "", {}, ""
+    if layout.format in ("sidecar", "classes"):
+        repeats, once = folders.repeats_of(folder, layout.files)
     if layout.format == "sidecar":
         entries = folders.read_sidecars(layout.files, finder, settings.prompt, folder, layout.twins)
         note = f"{layout.twins.captions.name}/ has the captions of {layout.twins.images.name}/" if layout.twins else ""
@@ -214,6 +215,7 @@ def _read_layout(layout: Layout, settings: DataSettings, progress: Callable[[int
         note = "; ".join(filter(None, (note, f"times an epoch, as kohya's folders say: {times}")))
         examples = [replace(e, weight=repeats[(layout.root / e.images[0].name).parent]) for e in dataset.examples]
         dataset = replace(dataset, examples=tuple(examples))
+    note = "; ".join(filter(None, (note, once)))
     return replace(dataset, note=note, unused=dict(ledger.unused))
 
 

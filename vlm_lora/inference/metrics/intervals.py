@@ -48,15 +48,25 @@ class Bootstrap:
 
     def interval(self, values: Sequence[float]) -> Interval:
         """The interval of a mean; ``values`` has one score per sample."""
-        return self._interval(self._means(values))
+        return self.intervals([values])[0]
+
+    def intervals(self, lines: Sequence[Sequence[float]]) -> list[Interval]:
+        """Those of several means over the same samples, by the same resamples."""
+        return [self._interval(drawn) for drawn in self._means(lines)]
 
     def gain(self, base: Sequence[float], tuned: Sequence[float]) -> Gain:
         """The difference of two models' means over the same samples in the same order."""
-        if len(base) != len(tuned):
-            raise ValueError(f"paired samples: {len(base)} of base, {len(tuned)} of tuned")
-        gained = [float(after) - float(before) for before, after in zip(base, tuned, strict=True)]
+        return self.gains([(base, tuned)])[0]
+
+    def gains(self, pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> list[Gain]:
+        """Those of several pairs of base and tuned, by the same resamples."""
+        gained = []
+        for base, tuned in pairs:
+            if len(base) != len(tuned):
+                raise ValueError(f"paired samples: {len(base)} of base, {len(tuned)} of tuned")
+            gained.append([float(after) - float(before) for before, after in zip(base, tuned, strict=True)])
         drawn = self._means(gained)
-        return self._gain(sum(gained) / len(gained), drawn)
+        return [self._gain(sum(line) / len(line), of) for line, of in zip(gained, drawn, strict=True)]
 
     def bleu_intervals(self, stats: Sequence[BleuStats]) -> list[Interval]:
         """The intervals of corpus BLEU-1, -2, -3, -4 from `bleu_stats` of each sample."""
@@ -74,11 +84,15 @@ class Bootstrap:
         drawn = [gains([sums[:middle]], [sums[middle:]]) for sums in self._sums(both)]
         return [self._gain(*of_order) for of_order in zip(gains(base, tuned), zip(*drawn, strict=True), strict=True)]
 
-    def _means(self, values: Sequence[float]) -> list[float]:
-        """The mean of each resample."""
-        if not all(math.isfinite(value) for value in values):
+    def _means(self, lines: Sequence[Sequence[float]]) -> list[list[float]]:
+        """Of each line the mean of each resample."""
+        if not all(math.isfinite(value) for line in lines for value in line):
             raise ValueError("cannot bootstrap values that are not finite")
-        return [total / count for total, count in self._sums([(value, 1) for value in values])]
+        if not lines:
+            return []
+        rows = [(1, *values) for values in zip(*lines, strict=True)]
+        counts, *totals = zip(*self._sums(rows), strict=True)
+        return [[total / count for total, count in zip(of, counts, strict=True)] for of in totals]
 
     def _sums(self, rows: Sequence[Sequence[float]]) -> list[list[float]]:
         """The sum of the rows of each resample. Rows are summed by group first: groups are then cheap to draw."""

@@ -212,9 +212,8 @@ def load_lora(backbone: Backbone, folder: Path) -> Adapter:
     if config.get("megatron_config"):
         raise AdapterError(f"{folder / CONFIG}: asks for a module to be imported (megatron_config); refused.")
     contract = check_contract(backbone, folder)
-    if contract and (contract.method == "qlora") != backbone.quantised:
-        kept = "in four bits" if backbone.quantised else "unquantised"
-        raise AdapterError(f"{folder}: was trained by --method {contract.method}; the base is loaded {kept}.")
+    if contract and contract.method == "qlora" and not backbone.quantised:
+        raise AdapterError(f"{folder}: was trained by --method qlora; the base is loaded unquantised.")
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as weights:
             saved = set(weights.keys())
