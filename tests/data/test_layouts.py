@@ -370,6 +370,17 @@ def test_classes_where_they_are_asked_for(pictures):
     assert dataset.taken_for.startswith("classes (the name of each image's folder is learnt, as the answer to 'Which?'")
 
 
+def test_classes_are_answers_also_in_a_clean_copy(pictures, tmp_path, capsys):
+    folder = pictures("cat/a.png", "fox/b.png", into="set")
+    dataset = read_dataset(folder, prompt=PROMPT)
+    assert main(["check", str(folder), "--prompt", PROMPT, "--write-clean", str(tmp_path / "clean")]) == 0
+    clean = read_dataset(tmp_path / "clean", prompt=PROMPT)
+    assert said(clean) == said(dataset)
+    assert [d.caption for e in (*dataset.examples, *clean.examples) for d in e.dialogues] == [False] * 4
+    (example, _) = read_dataset(tmp_path / "clean", prompt=PROMPT, columns="caption=label").examples
+    assert example.dialogues[0].caption
+
+
 def test_labels_are_named_and_none_is_no_label(pictures):
     folder = pictures("a.png", into="data")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
