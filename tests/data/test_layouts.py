@@ -360,6 +360,14 @@ def test_masks_beside_images_and_captions_are_left_alone(pictures):
     assert [row.source for row in dataset.bad] == ["masks/a.png"]
 
 
+def test_a_linked_folder_of_captions_is_not_entered(pictures, tmp_path):
+    folder = pictures("images/a.png", into="set")
+    write(tmp_path / "elsewhere", {"a.txt": "x"})
+    (folder / "captions").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="nothing recognised among 1 files"):
+        read_dataset(folder, prompt=PROMPT)
+
+
 def test_classes_where_they_are_asked_for(pictures):
     folder = pictures("2021/a.png", "x/2022/b.png", "c.png")
     dataset = read_dataset(folder, prompt="Which?", format="classes")
@@ -368,6 +376,17 @@ def test_classes_where_they_are_asked_for(pictures):
         ("c.png", "lies in no folder of a class")
     ]
     assert dataset.taken_for.startswith("classes (the name of each image's folder is learnt, as the answer to 'Which?'")
+
+
+def test_classes_are_answers_also_in_a_clean_copy(pictures, tmp_path, capsys):
+    folder = pictures("cat/a.png", "fox/b.png", into="set")
+    dataset = read_dataset(folder, prompt=PROMPT)
+    assert main(["check", str(folder), "--prompt", PROMPT, "--write-clean", str(tmp_path / "clean")]) == 0
+    clean = read_dataset(tmp_path / "clean", prompt=PROMPT)
+    assert said(clean) == said(dataset)
+    assert [d.caption for e in (*dataset.examples, *clean.examples) for d in e.dialogues] == [False] * 4
+    (example, _) = read_dataset(tmp_path / "clean", prompt=PROMPT, columns="caption=label").examples
+    assert example.dialogues[0].caption
 
 
 def test_labels_are_named_and_none_is_no_label(pictures):
@@ -601,7 +620,7 @@ def test_a_small_archive_or_a_large_one_may_be_what_only_one_limit_allows(pictur
     assert archives.MOST_GROWTH * archive.stat().st_size < 200_000
     assert len(read_dataset(archive, prompt=PROMPT).examples) == 1
     monkeypatch.setattr(archives, "MOST_SMALL", 0)
-    assert len(read_dataset(zipped(tmp_path / "y.zip", [members[0], ("a.txt", "y")]), prompt=PROMPT).examples) == 1
+    assert len(read_dataset(zipped(tmp_path / "y.zip", [members[0], ("a.txt", "y" * 5_000)]), prompt=PROMPT).examples) == 1
 
 
 def test_an_archive_is_unpacked_once_and_cleared_with_the_cache(pictures, tmp_path, capsys):

@@ -89,14 +89,15 @@ def _rows(example: Example, names: list[str], prompt: str) -> Iterator[dict]:
 
     def row_of(numbered: tuple[int, Dialogue]) -> Any:
         number, dialogue = numbered
-        return _beside(dialogue) if is_caption(dialogue) and len(names) == 1 else number
+        return (dialogue.caption, _beside(dialogue)) if is_caption(dialogue) and len(names) == 1 else number
 
     for _, numbered in groupby(enumerate(example.dialogues), row_of):
         dialogues = [dialogue for _, dialogue in numbered]
         dialogue, first = dialogues[0], dialogues[0].turns[0]
         more = _beside(dialogue)
         if is_caption(dialogue):
-            fields = {"captions": [each.turns[0].assistant for each in dialogues]}
+            name = "label" if dialogue.caption is False else "captions"  # the name of a class is no caption
+            fields = {name: [each.turns[0].assistant for each in dialogues]}
         elif dialogue.accepted:
             fields = {"question": first.user, "answers": dialogue.accepted, "multiple_choice_answer": first.assistant}
         else:

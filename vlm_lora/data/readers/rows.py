@@ -241,7 +241,8 @@ class RowReader:
             given = {key: value for key, value in fields.items() if key != learnt}
             question = Turn(filled(self.prompt, images[0], given) if images else self.prompt, "")
         for caption in captions:
-            is_caption = not isinstance(caption, ClassName)  # which is right or wrong, as an answer is
+            # The name of a class is right or wrong, as an answer is
+            is_caption = not isinstance(caption, ClassName) and (learnt != "label" or "caption" in self.columns)
             try:
                 yield Dialogue((replace(question, assistant=text_of(caption, "caption")),), caption=is_caption)
             except DataError as error:
