@@ -15,10 +15,11 @@ from vlm_lora.inference.commonest import OFTEN, Commonest
 from vlm_lora.inference.evaluate import ONE_WORD
 from vlm_lora.inference.metrics.captions import cider_d
 from vlm_lora.inference.metrics.choices import chosen
+from vlm_lora.inference.metrics.structured import compared
 from vlm_lora.inference.report import write_report
 from vlm_lora.inference.scores import Scores
 from vlm_lora.inference.tasks import task_of
-from vlm_lora.inference.verdict import quoted, summary, tables_as_text
+from vlm_lora.inference.verdict import quoted, score_table, summary, tables_as_text
 
 
 class Told:
@@ -348,3 +349,56 @@ def test_multiple_choice_is_scored_by_letter_and_by_text(tmp_path):
     read = Evaluation.read(tmp_path / "out")
     assert (read.ranks("tuned"), read.mistakes()) == (evaluation.ranks("tuned"), evaluation.mistakes())
     assert "Right option" in Page(write_report(tmp_path, evaluation, title="choices")).text
+
+
+@pytest.mark.parametrize(
+    ("answer", "scores"),
+    [
+        ('{"name": "Jo Doe", "total": 5, "items": [{"n": "tea"}, {"n": "milk"}]}', (1, 1, 1, 1, 0, 0)),
+        ('```json\n{"total": 5.0, "items": [{"n": "TEA"}, {"n": "milk"}], "name": "jo doe"}\n```', (1, 1, 1, 1, 0, 0)),
+        (
+            '{"name": "Jo Dee", "total": 5, "items": [{"n": "tea"}, {"n": "milk"}]}',
+            (1, 0, 3 / 4, (3 + 5 / 6) / 4, 0, 0),
+        ),
+        ('{"name": "Jo Doe", "total": null, "more": ""}', (1, 0, 1 / 4, 1 / 4, 1 / 2, 1 / 3)),
+        ("[" * 990 + "0" + "]" * 990, (0, 0, 0, 0, 1, 0)),  # nested too deep
+        ('{"name": "Jo Doe"', (0, 0, 0, 0, 1, 0)),
+        ('"Jo Doe"', (0, 0, 0, 0, 1, 0)),
+        ("{}", (1, 0, 0, 0, 1, 1)),
+    ],
+)
+def test_json_is_compared_field_by_field(answer, scores):
+    reference = '{"name": "Jo Doe", "total": 5, "items": [{"n": "tea"}, {"n": "milk"}]}'
+    assert compared(answer, [reference]) == pytest.approx(scores)
+    assert compared(answer, ['{"else": 1}', reference]) == pytest.approx(scores)
+
+
+def test_answers_in_json_have_scores_and_fields_of_their_own(tmp_path):
+    rows = []
+    for i in range(40):
+        reference = json.dumps({"name": f"shop {i}", "items": [{"n": "tea"}, {"n": f"milk {i}"}]})
+        tuned = reference if i % 4 else reference.replace("shop", "stop").replace('"n": "tea"', '"m": "tea"')
+        said = {"base": f"The shop is {i}.", "tuned": tuned}
+        rows.append((i, Dialogue((Turn("Read it.", reference),), caption=i % 2 == 0), said))
+    evaluation = asked(tmp_path, rows)
+    (task, of_task), *more = evaluation.scores.tasks.items()
+    assert (task, more) == ("json", [])
+    tuned = of_task.scores["tuned"]
+    assert tuned["json_parses"] == 1.0
+    assert (tuned["json_fields"], tuned["json_same"]) == pytest.approx((30 / 40 + 10 / 40 / 3, 30 / 40))
+    assert (tuned["json_missing"], tuned["json_extra"]) == pytest.approx((10 / 40 / 3, 10 / 40 / 3))
+    assert of_task.scores["base"]["json_parses"] == 0.0
+    assert {path: row.answers for path, row in of_task.fields.items()} == {"name": 40, "items[].n": 80}
+    assert of_task.fields["name"].scores["tuned"] == pytest.approx(
+        {"json_fields": 0.75, "json_anls": 39 / 40}, abs=0.02
+    )
+    assert of_task.fields["items[].n"].scores["tuned"]["json_fields"] == 70 / 80
+    assert summary(evaluation.scores)[0].startswith("Tuning helped: on 40 held-out images, fields right rose from 0.0")
+    rows_of = {row[0].value: row for row in score_table(of_task).rows}
+    assert (rows_of["Is JSON"][-1].verdict, rows_of["Fields missing"][-1].verdict) == ("good", "good")
+    page = Page(write_report(tmp_path, evaluation, title="json")).text
+    assert "Fields right by name" in page
+    assert "items[].n 80" in page
+    assert Scores.from_json(json.loads(json.dumps(evaluation.scores.to_json()))) == evaluation.scores
+    evaluation.write(tmp_path / "out")
+    assert Evaluation.read(tmp_path / "out").ranks("tuned") == evaluation.ranks("tuned")

@@ -28,6 +28,7 @@ from vlm_lora.inference.metrics import captions
 from vlm_lora.inference.metrics.answers import exact_match, plain
 from vlm_lora.inference.metrics.choices import chosen
 from vlm_lora.inference.metrics.intervals import Bootstrap, Gain, Interval
+from vlm_lora.inference.metrics.structured import field_scores, fields_of
 from vlm_lora.inference.metrics.tokens import TOKENIZER_ID, Level, level_for
 from vlm_lora.inference.scores import (
     ANSWER_METRICS,
@@ -605,7 +606,31 @@ def _score_task(
         types={type: _score_type(type, rows, values) for type in sorted({row.kind for row in rows if row.kind})},
         guess=commonest_of(guesses) if guesses else None,
         guess_source=source if guesses else "",
+        fields=_score_fields(rows, list(values)) if "json_fields" in keys else {},
     )
+
+
+def _score_fields(rows: Sequence[Answered], who_answered: Sequence[str]) -> dict[str, TypeScores]:
+    """Of answers in JSON, by field: against the first reference."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        wanted = fields_of(row.references[0]) or {}
+        said = {who: fields_of(row.answer(who)) for who in who_answered}
+        for path in wanted:
+            of = found.setdefault(re.sub(r"\[\d+\]", "[]", path), {who: [] for who in who_answered})
+            for who, given in said.items():
+                of[who].append(field_scores(given, wanted, path))
+    names = ("json_fields", "json_anls")
+    return {
+        path: TypeScores(
+            answers=len(of["base"]),
+            scores={
+                who: {name: _mean(line) for name, line in zip(names, zip(*each, strict=True), strict=True)}
+                for who, each in of.items()
+            },
+        )
+        for path, of in found.items()
+    }
 
 
 def _score_type(type: str, rows: Sequence[Answered], values: dict[str, dict[str, list[float]]]) -> TypeScores:

@@ -23,7 +23,7 @@ from vlm_lora.inference.pages import render
 from vlm_lora.inference.plots import line_plot
 from vlm_lora.inference.scores import TASKS
 from vlm_lora.inference.tasks import CAPTIONS, TEXTS
-from vlm_lora.inference.verdict import LEGEND, counts, score_table, summary, type_table
+from vlm_lora.inference.verdict import LEGEND, counts, part_tables, score_table, summary
 from vlm_lora.version import __version__
 
 PICTURES = 24
@@ -54,7 +54,7 @@ def write_report(folder: Path, evaluation: Evaluation, *, title: str, command: s
         evaluation=evaluation,
         summary=summary,
         score_table=score_table,
-        type_table=type_table,
+        part_tables=part_tables,
         counts=counts,
         tasks=TASKS,
         legend=LEGEND,

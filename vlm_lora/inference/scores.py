@@ -9,8 +9,9 @@ from vlm_lora.inference.metrics.answers import anls, exact_match, vqa_accuracy
 from vlm_lora.inference.metrics.captions import References, cider_d, rouge_l
 from vlm_lora.inference.metrics.choices import right_option
 from vlm_lora.inference.metrics.intervals import Gain, Interval
+from vlm_lora.inference.metrics.structured import compared
 from vlm_lora.inference.metrics.tokens import Level
-from vlm_lora.inference.tasks import ANSWERS, CAPTIONS, CHOICES, TEXTS
+from vlm_lora.inference.tasks import ANSWERS, CAPTIONS, CHOICES, JSON, TEXTS
 
 FEW_IMAGES = 20
 """Below this, an interval over images says little."""
@@ -39,6 +40,7 @@ class Metric:
     in_percent: bool = True
     full: float = 1.0
     """The most that it can be."""
+    lower_is_better: bool = False
 
     @property
     def title(self) -> str:
@@ -108,9 +110,26 @@ CAPTION_METRICS = {
     "bleu_4": Metric("BLEU-4", "the share of runs of up to four words that occur in a reference", None),
     "rouge_l": Metric("ROUGE-L", "how much of a reference comes in the same order in the caption", _all(rouge_l)),
 }
+
+
+def _of_json(name: str) -> PerAnswer:
+    """That attribute of `Compared`."""
+    return _each(lambda answer, references: getattr(compared(answer, references), name))
+
+
 OTHER_METRICS = {
     "option": Metric("right option", "the share of answers that name it, by its letter or its text", _right_options),
     "letter": Metric("exact letter", "the share of answers that are its letter, and nothing else", _each(exact_match)),
+    "json_fields": Metric("fields right", "of the reference's fields, those whose value is equal", _of_json("fields")),
+    "json_anls": Metric("fields' ANLS", "how near the spelling of each field comes, in the mean", _of_json("anls")),
+    "json_same": Metric("wholly right", "the share of answers with the same fields, all equal", _of_json("same")),
+    "json_parses": Metric("is JSON", "the share of answers that can be parsed", _of_json("parses")),
+    "json_missing": Metric(
+        "fields missing", "of the reference's fields, those left out", _of_json("missing"), lower_is_better=True
+    ),
+    "json_extra": Metric(
+        "fields made up", "of the answer's fields, those not in the reference", _of_json("extra"), lower_is_better=True
+    ),
 }
 """Of some tasks alone."""
 METRICS = ANSWER_METRICS | CAPTION_METRICS | OTHER_METRICS
@@ -133,6 +152,12 @@ TASKS = {
     CAPTIONS: Task("Captions", "captions", ("cider_d", "bleu_4", "rouge_l"), ("cider_d",)),
     ANSWERS: Task("Questions", "questions", ("exact_match", "vqa_accuracy", "anls"), ("exact_match", "anls"), True),
     CHOICES: Task("Multiple choice", "questions", ("option", "letter"), ("option",), True),
+    JSON: Task(
+        "Answers in JSON",
+        "answers in JSON",
+        ("json_fields", "json_anls", "json_same", "json_parses", "json_missing", "json_extra"),
+        ("json_fields", "json_anls"),
+    ),
     TEXTS: Task("Questions with long answers", "long answers", ("rouge_l", "cider_d", "bleu_4"), ("rouge_l",)),
 }
 
@@ -197,6 +222,7 @@ class TaskScores:
         types: by the data's types of questions.
         guess: the commonest answer where there is one, the commonest of them where they differ by question.
         guess_source: of which data it is the commonest.
+        fields: of JSON, by the path of each of the references' fields; indices are left out of it.
     """
 
     examples: int
@@ -208,6 +234,7 @@ class TaskScores:
     types: dict[str, TypeScores]
     guess: str | None = None
     guess_source: str = ""
+    fields: dict[str, TypeScores] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, Metric]:
@@ -219,10 +246,10 @@ class TaskScores:
         made: dict[str, Any] = {
             "intervals": {who: _intervals(of_metric) for who, of_metric in document["intervals"].items()},
             "gains": {rival: _gains(of_metric) for rival, of_metric in document["gains"].items()},
-            "types": {
-                name: TypeScores(**row | {"gains": _gains(row["gains"])}) for name, row in document["types"].items()
-            },
         }
+        for which in ("types", "fields"):
+            rows = document.get(which, {}).items()
+            made[which] = {name: TypeScores(**row | {"gains": _gains(row["gains"])}) for name, row in rows}
         return cls(**document | made)
 
 

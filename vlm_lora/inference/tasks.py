@@ -1,4 +1,4 @@
-"""What an answer is to be scored as: a caption, a choice between options, a short answer to a question, a long one.
+"""What an answer is to be scored as: a caption, a choice, JSON, a short answer to a question, a long one.
 
 It follows from where a text comes from and what it is, answer by answer, and never from a mean over the data: captions
 stay captions however short they are, and questions beside captions are scored apart from them.
@@ -7,10 +7,11 @@ stay captions however short they are, and questions beside captions are scored a
 from collections.abc import Sequence
 
 from vlm_lora.data.example import Dialogue
+from vlm_lora.inference.metrics.structured import fields_of
 from vlm_lora.inference.metrics.tokens import level_for
 from vlm_lora.inference.wording import num_words
 
-CAPTIONS, CHOICES, ANSWERS, TEXTS = "captions", "choices", "answers", "texts"
+CAPTIONS, CHOICES, ANSWERS, JSON, TEXTS = "captions", "choices", "answers", "json", "texts"
 
 LONG_ANSWER = 8
 """Words; of a language that is written without spaces, twice as many characters. Nobody says more in the same words."""
@@ -25,6 +26,8 @@ def task_of(asked: Dialogue, references: Sequence[str], prompt: str) -> str:
     """
     if asked.choices:
         return CHOICES
+    if all(text.lstrip()[:1] in ("{", "[") and fields_of(text) for text in references):
+        return JSON
     if asked.turns[-1].user == prompt if asked.caption is None else asked.caption:
         return CAPTIONS
     return TEXTS if all(map(_is_long, references)) else ANSWERS

@@ -33,6 +33,9 @@ LEGEND = "the 95 % interval, by resampling the images; p: how likely chance alon
 MOST_QUOTED = 40
 """Characters of an answer in a sentence."""
 
+MOST_FIELDS = 40
+"""Of JSON, in a table."""
+
 # --- sentences
 
 
@@ -184,7 +187,7 @@ def tables_as_text(scores: Scores) -> str:
     for task, of in scores.tasks.items():
         if len(scores.tasks) > 1:
             parts.append(f"{TASKS[task].title}: {counts(task, of)}")
-        parts += [table.to_text() for table in (score_table(of), type_table(of)) if table.rows]
+        parts += [table.to_text() for table in (score_table(of), *part_tables(of))]
     return "\n\n".join([*parts, f"In brackets: {LEGEND}."])
 
 
@@ -218,19 +221,28 @@ def _gain_cell(of: TaskScores, key: str) -> Cell:
     text, note = metric.text(gain.gain, points=True, sign=True), metric.span(gain.low, gain.high, sign=True)
     if of.examples < FEW_IMAGES:  # as the summary says, too few to tell: no colour, no p
         return Cell(text, note)
-    verdict = "good" if gain.low > 0 else "bad" if gain.high < 0 else ""
+    up, down = ("bad", "good") if metric.lower_is_better else ("good", "bad")
+    verdict: Literal["", "good", "bad"] = up if gain.low > 0 else down if gain.high < 0 else ""
     return Cell(text, f"{note}, p\u00a0{gain.p_value:.3f}", verdict)
 
 
-def type_table(of: TaskScores) -> Table:
-    """The first metric, and the second as the note, by type of question; a type's note is how many answers it has."""
-    columns = [who for who in COLUMNS if who in of.scores]
+def part_tables(of: TaskScores) -> list[Table]:
+    """By type of question, and by field of JSON, where there are any: the first metric, and the second as the note.
+    The note of a name is how many answers, or fields, there are of it."""
+    first = next(iter(of.metrics.values())).title
+    parts = (
+        (f"{first} by type of question", of.types),
+        (f"{first} by name", dict(list(of.fields.items())[:MOST_FIELDS])),
+    )
+    return [_part_table(title, part, [who for who in COLUMNS if who in of.scores]) for title, part in parts if part]
+
+
+def _part_table(title: str, part: dict[str, TypeScores], columns: list[str]) -> Table:
     rows = []
-    for name, row in of.types.items():
+    for name, row in part.items():
         rows.append([Cell(name, f"{row.answers:,}")])
         for who in columns:
             (first, value), *more = row.scores[who].items()
             notes = [f"{METRICS[key].name} {METRICS[key].text(other)}" for key, other in more]
             rows[-1].append(Cell(METRICS[first].text(value), "; ".join(notes)))
-    first = next(iter(of.metrics.values()))
-    return Table([f"{first.title} by type of question", *(COLUMNS[who] for who in columns)], rows, [])
+    return Table([title, *(COLUMNS[who] for who in columns)], rows, [])
