@@ -40,7 +40,7 @@ EQUIVALENT, KNOWN = ROOT / "bench/equivalent_mutants.json", ROOT / "bench/known_
 
 MODEL, TRAINING, DATA = "tests/model", "tests/training", "tests/data"
 LAYOUTS = f"{DATA}/test_layouts.py"
-READERS = tuple(f"{DATA}/test_{name}.py" for name in ("fields", "formats", "layouts", "faults", "fault_table"))
+READERS = (*(f"{DATA}/test_{name}.py" for name in ("fields", "formats", "faults", "fault_table")), LAYOUTS)
 # Which tests (files, or single ones) should see a fault of which module, the cheapest first:
 TESTS: dict[str, tuple[str, ...]] = {
     "vlm_lora/inference/metrics/answers.py": ("tests/test_metrics.py",),

@@ -688,7 +688,15 @@ def test_the_gallery_is_sorted_by_gain_and_shows_what_got_worse(tmp_path):
     assert verdicts == ["Better"] * 6 + ["Worse"] * 3
     worse = evaluations.by_gain("run", only_worse=True)
     assert {row.example for row, _ in worse} == {"1.png", "4.png", "7.png"}
+    wrong = evaluations.still_wrong("run")
+    assert {row.example for row, _ in wrong} == {"1.png", "4.png", "7.png"}
+    assert {verdict for _, verdict in wrong} == {"Wrong"}
+    told = {(f"picture {i}", f"{HTML} lost", 1) for i in (1, 4, 7)}
+    assert set(evaluations.mistakes("run", 60)) == {(a, b.casefold(), n) for a, b, n in told}
+    assert len(evaluations.mistakes("run", 2)) == 2
+    assert evaluations.still_wrong("nowhere") == evaluations.mistakes("nowhere", 2) == []
     assert "6 better and 3 worse; 0 score the same" in evaluations.summary("run", 60)
+    assert evaluations.summary("run", 60).startswith("The base model alone")  # as the file has no gain
     assert "At most 4" in evaluations.summary("run", 4)
 
 

@@ -620,7 +620,9 @@ def test_a_small_archive_or_a_large_one_may_be_what_only_one_limit_allows(pictur
     assert archives.MOST_GROWTH * archive.stat().st_size < 200_000
     assert len(read_dataset(archive, prompt=PROMPT).examples) == 1
     monkeypatch.setattr(archives, "MOST_SMALL", 0)
-    assert len(read_dataset(zipped(tmp_path / "y.zip", [members[0], ("a.txt", "y" * 5_000)]), prompt=PROMPT).examples) == 1
+    assert (
+        len(read_dataset(zipped(tmp_path / "y.zip", [members[0], ("a.txt", "y" * 5_000)]), prompt=PROMPT).examples) == 1
+    )
 
 
 def test_an_archive_is_unpacked_once_and_cleared_with_the_cache(pictures, tmp_path, capsys):

@@ -14,6 +14,7 @@ from vlm_lora.errors import DataError
 from vlm_lora.inference.commonest import OFTEN, Commonest
 from vlm_lora.inference.evaluate import ONE_WORD
 from vlm_lora.inference.metrics.captions import cider_d
+from vlm_lora.inference.metrics.choices import chosen
 from vlm_lora.inference.report import write_report
 from vlm_lora.inference.scores import Scores
 from vlm_lora.inference.tasks import task_of
@@ -267,3 +268,83 @@ def test_values_are_no_numbers_where_there_is_no_answer(tmp_path):
     of = {row.task: line for row, line in zip(evaluation.answered, evaluation.values["one_word"]["anls"], strict=True)}
     assert math.isnan(of["captions"])
     assert not math.isnan(of["answers"])
+
+
+def labelled(mistakes: dict[tuple[str, str], int], right: int = 30) -> list:
+    """Answers to one question: ``right`` ones, and so many of each mistake of a reference and an answer."""
+    pairs = [("fox", "fox")] * right + [pair for pair, times in mistakes.items() for _ in range(times)]
+    said = {"base": "?", "one_word": "?", "blanked": "?"}
+    return [
+        (i, Dialogue((Turn("What is it?", reference),)), said | {"tuned": answer})
+        for i, (reference, answer) in enumerate(pairs)
+    ]
+
+
+def test_what_is_still_wrong_is_shown_the_commonest_mistake_first(tmp_path):
+    mistakes = {("owl", "cat"): 2, ("frog", "toad"): 5, ("owl", "hawk"): 1}
+    evaluation = asked(tmp_path, labelled(mistakes))
+    assert evaluation.mistakes() == mistakes
+    said = [(row.references[0], row.tuned) for row in (evaluation.answered[i] for i in evaluation.still_wrong())]
+    each = [("frog", "toad"), ("owl", "cat"), ("owl", "hawk")]
+    assert said == [*each, *each[:2], *each[:1] * 3]
+    page = Page(write_report(tmp_path, evaluation, title="animals"))
+    assert "What was taken for what, of 8 wrong answers" in page.text
+    assert "The data says Tuned says Times frog toad 5 owl cat 2 owl hawk 1" in page.text
+    wrong = page.text[page.text.rindex("Times ") :]
+    cards = [wrong.index(f"Tuned {name} Base") for name in ("toad", "cat", "hawk")]
+    assert cards == sorted(cards)  # one of each mistake before the seconds
+    assert wrong.index("Tuned toad", cards[0] + 1) > cards[-1]
+    whole = asked(tmp_path, labelled({}))
+    assert "Still wrong" not in Page(write_report(tmp_path, whole, title="animals")).text
+
+
+def test_of_captions_the_lowest_are_shown_and_none_twice(tmp_path):
+    rows = captioned(30)
+    same = [(i, d, said | {"tuned": "A photo of a thing."} if i % 3 else said) for i, d, said in rows]
+    evaluation = asked(tmp_path, same)
+    wrong = evaluation.still_wrong()
+    ranks = evaluation.ranks("tuned")
+    assert {i for i in range(30) if i % 3} == set(wrong)
+    assert [ranks[i] for i in wrong] == sorted(ranks[i] for i in wrong)
+    assert evaluation.mistakes() == {}
+    page = Page(write_report(tmp_path, evaluation, title="captions"))
+    assert "taken for what" not in page.text
+    assert page.text.count("A photo of a thing.") <= 1  # not again and again
+    for i in range(0, 30, 3):
+        assert f"A photo of thing {i} ." in page.text.replace(".", " .")
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"), ("b", "B"), ("(B)", "B"), ("B.", "B"), ("B. red fox", "B"), ("**B**", "B"), ("B) cat", "B"),
+        ("red fox", "B"), ("Red fox.", "B"), ("It is a red fox, I think.", "B"), ("The answer is B.", "B"),
+        ("Option (C)", "C"), ("Answer: A", "A"), ("A cat", "A"), ("A red fox", "B"), ("An answer", None), ("D", None),
+        ("a cat or an owl", None), ("", None), ("The answer is Belgium", None),
+    ],
+)  # fmt: skip
+def test_the_option_that_an_answer_names(answer, letter):
+    assert chosen(answer, ["cat", "red fox", "owl"]) == letter
+
+
+def test_multiple_choice_is_scored_by_letter_and_by_text(tmp_path):
+    options = ("cat", "red fox", "owl")
+    rows = []
+    for i in range(40):
+        letter = "ABC"[i % 3]
+        dialogue = Dialogue((Turn(f"Which is {i}?", letter),), choices=options)
+        wrong = "ABC"[(i + 1) % 3]
+        rows.append((i, dialogue, {"base": f"It is a {options[i % 3]}.", "tuned": letter if i % 10 else wrong}))
+    evaluation = asked(tmp_path, rows)
+    (task, of_task), *more = evaluation.scores.tasks.items()
+    assert (task, more, list(of_task.metrics)) == ("choices", [], ["option", "letter"])
+    assert of_task.scores["base"] | {"option": 1.0, "letter": 0.0} == of_task.scores["base"]
+    assert of_task.scores["tuned"]["option"] == of_task.scores["tuned"]["letter"] == 0.9
+    assert of_task.scores["commonest"]["option"] == pytest.approx(14 / 40)  # always A
+    assert "one_word" not in of_task.scores  # the letter is asked for already
+    assert summary(evaluation.scores)[0].startswith("Tuning did harm: on 40 held-out images, right option fell from")
+    assert evaluation.mistakes() == {("A. cat", "B. red fox"): 2, ("B. red fox", "C. owl"): 1, ("C. owl", "A. cat"): 1}
+    evaluation.write(tmp_path / "out")
+    read = Evaluation.read(tmp_path / "out")
+    assert (read.ranks("tuned"), read.mistakes()) == (evaluation.ranks("tuned"), evaluation.mistakes())
+    assert "Right option" in Page(write_report(tmp_path, evaluation, title="choices")).text

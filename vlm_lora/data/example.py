@@ -126,6 +126,8 @@ class Dialogue(Placed):
     """Type of the question, where the data has one ("yes/no", "colour")."""
     accepted: tuple[str, ...] = ()
     """All human answers to the last turn where the data has several, else empty."""
+    choices: tuple[str, ...] = ()
+    """Of a multiple choice: the texts of its options, that of A first. The last turn's answer is a letter."""
     system: str = ""
     """What the system message says; without one the model's template has its own, or none."""
     caption: bool | None = field(default=None, compare=False)

@@ -122,14 +122,29 @@ class Evaluations:
             f"Below 0 the picture speaks against its caption.{missing}"
         )
 
+    def still_wrong(self, name: str) -> list[tuple["Answered", str]]:
+        """Answers that tuned still has wrong, and that they are; the commonest mistakes first."""
+        evaluation = self.of(name)
+        if evaluation is None:
+            return []
+        return [(row, "Wrong") for i in evaluation.still_wrong() if (row := evaluation.answered[i]).images]
+
+    def mistakes(self, name: str, most: int) -> list[tuple[str, str, int]]:
+        """What the data says, what tuned said instead, and how often; the commonest first."""
+        evaluation = self.of(name)
+        found = evaluation.mistakes().most_common(most) if evaluation else []
+        return [(reference, said or "nothing", times) for (reference, said), times in found]
+
     def summary(self, name: str, most: int) -> str:
-        """What was gained in a sentence, and why there is less to see than there could be."""
+        """The verdict, what was gained, and why there is less to see than there could be."""
         if not name:
             return "There is nothing to compare: the base is alone. Choose an adapter, or start the demo with one."
         evaluation = self.of(name)
         if evaluation is None or not evaluation.scores.tuned:
             return f"{name} was not evaluated: train it with held-out pictures (--val-split or --val)."
-        text = f"{evaluation.changes()} Intervals and all scores are in the run's report."
+        from vlm_lora.inference.verdict import summary
+
+        text = "\n".join([*summary(evaluation.scores), f"{evaluation.changes()} All scores are in the run's report."])
         shown = sum(bool(row.images) for row in evaluation.answered)
         if not shown:
             return text + " The pictures are no longer where they were when it was trained."

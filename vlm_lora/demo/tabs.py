@@ -26,7 +26,9 @@ MAX_PROMPT = 2000
 EXAMPLES = 8
 GALLERY = 60
 """Held-out pictures shown at once."""
-GAINED, WORSE = "Gained most first", "Only where tuned is worse"
+GAINED, WORSE, WRONG = "Gained most first", "Only where tuned is worse", "Still wrong"
+MISTAKES = 12
+"""Kinds of mistakes in the table."""
 
 # Gradio's arguments, as Any: its signatures name each value, which a dictionary cannot.
 STILL: dict[str, Any] = {"allow_preview": False, "object_fit": "contain", "buttons": [], "interactive": False}
@@ -266,21 +268,34 @@ class EvaluationOfRun:
     def __init__(self, desk: Desk):
         self.desk = desk
         summary = _text("Base against tuned on held-out pictures", lines=2)
-        order = gr.Radio([GAINED, WORSE], value=GAINED, label="Show", visible=False)
+        order = gr.Radio([GAINED, WORSE, WRONG], value=GAINED, label="Show", visible=False)
         with gr.Row():
             with gr.Column(min_width=280) as details:
                 texts = [_text(label) for label in ("Question", "What the data says", "Base", "Tuned")]
             with gr.Column(min_width=280, scale=2):
                 gallery = gr.Gallery(label="Choose a picture", height=480, elem_id="gallery", **STILL)
+        mistakes = gr.Dataframe(
+            headers=["The data says", "Tuned says", "Times"],
+            datatype=["str", "str", "number"],
+            label="What was taken for what",
+            type="array",
+            interactive=False,
+            wrap=True,
+            visible=False,
+            elem_id="mistakes",
+        )
         losses = gr.LinePlot(x="step", y="loss", color="data", label="Loss", height=320, buttons=[], visible=False)
         filled = [gallery, details, *texts]
-        self.outputs = [summary, order, losses, *filled]
+        self.outputs = [summary, order, mistakes, losses, *filled]
         order.input(self.fill, [desk.adapter, order], filled, queue=False, **QUIETLY)
         gallery.select(self.choose, [desk.adapter, order], texts, queue=False, **QUIETLY)
 
     def rows_of(self, adapter: str, order: str) -> "list[tuple[Answered, str, str]]":
         """Answers, whether tuned is better, and the pictures' files."""
-        rows = self.desk.evaluations.by_gain(adapter, only_worse=order == WORSE)[:GALLERY]
+        evaluations = self.desk.evaluations
+        wrong = order == WRONG
+        rows = evaluations.still_wrong(adapter) if wrong else evaluations.by_gain(adapter, only_worse=order == WORSE)
+        rows = rows[:GALLERY]
         files = [(row, verdict, self.desk.pictures.file(row.images[0], small=True)) for row, verdict in rows]
         return [(row, verdict, str(file)) for row, verdict, file in files if file]
 
@@ -297,7 +312,9 @@ class EvaluationOfRun:
         points = pd.DataFrame(read_losses(self.desk.evaluations.runs.get(adapter)), columns=["step", "loss", "data"])
         summary, any_rows = self.desk.evaluations.summary(adapter, GALLERY), bool(self.rows_of(adapter, GAINED))
         plot = gr.LinePlot(points, visible=len(points) > 1)
-        return [summary, gr.Radio(value=GAINED, visible=any_rows), plot, *self.fill(adapter, GAINED)]
+        mistakes = [list(row) for row in self.desk.evaluations.mistakes(adapter, MISTAKES)]
+        table = gr.Dataframe(mistakes, visible=bool(mistakes))
+        return [summary, gr.Radio(value=GAINED, visible=any_rows), table, plot, *self.fill(adapter, GAINED)]
 
 
 class ReviewOfRun:

@@ -54,7 +54,7 @@ class Captioner:
         self._base: Captioner | None = None  # of one that shares another's base
 
     @classmethod
-    def load(
+    def load(  # arguments: what a user may choose, as on the command line
         cls,
         model: str | None = None,
         adapter: str | Path | None = None,
@@ -80,7 +80,7 @@ class Captioner:
         return cls.load_several(model, [adapter], prompt=prompt, system=system, **how)[0]
 
     @classmethod
-    def load_several(
+    def load_several(  # arguments: those of load
         cls,
         model: str | None,
         adapters: Sequence[str | Path | None],

@@ -7,9 +7,12 @@ the same greedy decoding. Intervals are bootstrapped over images, as answers abo
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Literal, NamedTuple, Protocol
 
 from PIL import Image
@@ -22,7 +25,8 @@ from vlm_lora.inference.caption import Decoding
 from vlm_lora.inference.captioner import Request
 from vlm_lora.inference.commonest import Commonest, commonest_of
 from vlm_lora.inference.metrics import captions
-from vlm_lora.inference.metrics.answers import exact_match
+from vlm_lora.inference.metrics.answers import exact_match, plain
+from vlm_lora.inference.metrics.choices import chosen
 from vlm_lora.inference.metrics.intervals import Bootstrap, Gain, Interval
 from vlm_lora.inference.metrics.tokens import TOKENIZER_ID, Level, level_for
 from vlm_lora.inference.scores import (
@@ -101,6 +105,7 @@ class Answered:
     one_word: str | None = None
     commonest: str | None = None
     task: str = ANSWERS
+    choices: tuple[str, ...] = ()
 
     def answer(self, who: str) -> str:
         """That of one of `WHO` that has one."""
@@ -145,6 +150,7 @@ class Evaluation:
         for row in self.answered:
             fields = {name: getattr(row, name) for name in ("example", "question", "kind", "task", *WHO)}
             fields |= {"images": [image.name for image in row.images], "references": list(row.references)}
+            fields |= {"choices": row.choices or None}
             lines.append(json.dumps({k: v for k, v in fields.items() if v is not None}, ensure_ascii=False) + "\n")
         (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
         (folder / "scores.json").write_text(json.dumps(self.scores.to_json(), indent=2) + "\n", encoding="utf-8")
@@ -164,6 +170,7 @@ class Evaluation:
             for row in map(json.loads, filter(None, lines)):
                 images, references = pictures.get(row["example"], ()), tuple(row["references"])
                 answers = {name: row.get(name) for name in WHO} | {"task": row.get("task", "")}
+                answers["choices"] = tuple(row.get("choices", ()))
                 answered.append(
                     Answered(row["example"], images, row["question"], row.get("kind"), references, **answers)
                 )
@@ -197,6 +204,44 @@ class Evaluation:
             worse=[i for i in reversed(places) if gains[i] < (0.0,) * len(gains[i])],
             same=[i for i in places if not any(gains[i])],
         )
+
+    def still_wrong(self) -> list[int]:
+        """Places in ``answered`` where tuned is wrong; of what is never quite right, those below its mean, the lowest
+        first. Of right or wrong answers, first one of each mistake, the commonest mistake first; then their seconds."""
+        if not self.scores.tuned:
+            return []
+        ranks, times = self.ranks("tuned"), self.mistakes()
+        by_task = []
+        for task, places in _by_task(self.answered).items():
+            first = [ranks[i][0] for i in places]
+            if TASKS[task].right_or_wrong:
+                nth: Counter[tuple[str, str]] = Counter()
+                order = []
+                for i in places:
+                    if ranks[i][0] == 0:
+                        mistake = self._mistake(i)
+                        order.append((nth[mistake], -times[mistake], i))
+                        nth[mistake] += 1
+                by_task.append([i for *_, i in sorted(order)])
+            else:
+                low = [i for i, rank in zip(places, first, strict=True) if rank < _mean(first)]
+                by_task.append(sorted(low, key=ranks.__getitem__))
+        return [i for row in zip_longest(*by_task) for i in row if i is not None]
+
+    def mistakes(self) -> Counter[tuple[str, str]]:
+        """How often tuned took what for what: the data's answer and the model's, where answers are right or wrong."""
+        if not self.scores.tuned:
+            return Counter()
+        first, rows = [rank[0] for rank in self.ranks("tuned")], enumerate(self.answered)
+        return Counter(self._mistake(i) for i, row in rows if TASKS[row.task].right_or_wrong and first[i] == 0)
+
+    def _mistake(self, place: int) -> tuple[str, str]:
+        row = self.answered[place]
+        if row.choices:
+            told = {letter: f"{letter}. {option}" for letter, option in zip(ascii_uppercase, row.choices, strict=False)}
+            said = row.answer("tuned")
+            return told[row.references[0]], told.get(chosen(said, row.choices) or "", plain(said))
+        return plain(Counter(row.references).most_common(1)[0][0]), plain(row.answer("tuned"))
 
     def _in_full(self, place: int, gain: tuple[float, ...]) -> tuple[float, ...]:
         """A gain as a share of the most that there can be, to compare those of several tasks."""
@@ -261,7 +306,7 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
             given["commonest"] = guesses.guess(question.task, question.kind, question.text)
             references = tuple(question.references)
             row = Answered(example.id, example.images, question.text, question.kind, references, task=question.task)
-            answered.append(replace(row, **given))
+            answered.append(replace(row, choices=question.asked.choices, **given))
     if level == "auto":
         level = level_for(text for row in answered for text in row.references)
     values = _values(answered, level)
@@ -330,7 +375,7 @@ def _questions(example: Example, prompt: str) -> list[Question]:
     for dialogue in example.dialogues:
         last = dialogue.turns[-1]
         turns = [replace(turn, weight=1.0) for turn in (*dialogue.turns[:-1], replace(last, assistant=""))]
-        asked = Dialogue(tuple(turns), system=dialogue.system, caption=dialogue.caption)
+        asked = Dialogue(tuple(turns), system=dialogue.system, caption=dialogue.caption, choices=dialogue.choices)
         question = gathered.setdefault(asked, Question(asked, dialogue.kind, [], prompt))
         question.references.extend(dialogue.accepted or (last.assistant,))
     return list(gathered.values())
@@ -438,11 +483,11 @@ def _values(answered: Sequence[Answered], level: Level) -> dict[str, dict[str, l
         for task, of_task in _by_task(answered).items():
             places = [i for i in of_task if answered[i].has(who)]
             answers = [answered[i].answer(who) for i in places]
-            references = [answered[i].references for i in places]
+            targets = [answered[i] for i in places]
             for key in dict.fromkeys((*ANSWER_METRICS, *CAPTION_METRICS, *TASKS[task].metrics)) if places else ():
                 if score := METRICS[key].per_answer:
                     line = of.setdefault(key, [math.nan] * len(answered))
-                    for i, value in zip(places, score(answers, references, level), strict=True):
+                    for i, value in zip(places, score(answers, targets, level), strict=True):
                         line[i] = value
         values |= {who: of} if of else {}
     return values

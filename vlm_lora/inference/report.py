@@ -22,11 +22,14 @@ from vlm_lora.inference.metrics.tokens import LONE, tokenize
 from vlm_lora.inference.pages import render
 from vlm_lora.inference.plots import line_plot
 from vlm_lora.inference.scores import TASKS
+from vlm_lora.inference.tasks import CAPTIONS, TEXTS
 from vlm_lora.inference.verdict import LEGEND, counts, score_table, summary, type_table
 from vlm_lora.version import __version__
 
 PICTURES = 24
-"""Cards in the gallery."""
+"""Cards in the gallery, but for those of what is still wrong."""
+STILL_WRONG = 12
+"""Cards, and mistakes in the table, of what is still wrong."""
 THUMBNAIL = 256
 """Longest side of a picture in the report, in pixels."""
 CRISP = 128
@@ -60,6 +63,8 @@ def write_report(folder: Path, evaluation: Evaluation, *, title: str, command: s
         question=asked.pop() if len(asked) == 1 else "",
         changes=str(evaluation.changes()) if scores.tuned else "",
         gallery=_gallery(evaluation),
+        mistakes=evaluation.mistakes(),
+        most_mistakes=STILL_WRONG,
         uri_of=_uri,
         marked=_marked,
     )
@@ -120,22 +125,33 @@ def _gallery(evaluation: Evaluation) -> dict[str, list[int]]:
         order = sorted(range(len(rows)), key=base.__getitem__, reverse=True)
         best = _spread(rows, order, PICTURES // 2)
         return {"Best answers": best, "Worst answers": _spread(rows, order[::-1], PICTURES // 2, best)}
-    changes = evaluation.changes()
+    changes, wrong = evaluation.changes(), evaluation.still_wrong()
     # Losses get a third of the room where there are enough of them: they are what one learns from.
     gained = _spread(rows, changes.better, PICTURES - min(len(changes.worse), PICTURES // 3))
     lost = _spread(rows, changes.worse, PICTURES - len(gained), gained)
-    same = _spread(rows, changes.same, min(6, PICTURES - len(gained) - len(lost)), gained + lost)
-    return {"Gained most": gained, "Lost most": lost, "Unchanged": same}
+    wrong = _spread(rows, wrong, STILL_WRONG, gained + lost)
+    same = _spread(rows, changes.same, min(6, PICTURES - len(gained) - len(lost)), gained + lost + wrong)
+    return {"Gained most": gained, "Lost most": lost, "Still wrong": wrong, "Unchanged": same}
 
 
-def _spread(rows: Sequence[Answered], order: Iterable[int], most: int, taken: Iterable[int] = ()) -> list[int]:
-    """The first of ``order``, one answer of each example, none of an example already taken."""
-    seen = {rows[i].example for i in taken}
-    chosen: dict[str, int] = {}
-    for i in order:
-        if len(chosen) < most and rows[i].example not in seen:
-            chosen.setdefault(rows[i].example, i)
-    return list(chosen.values())
+def _spread(rows: Sequence[Answered], order: Sequence[int], most: int, taken: Iterable[int] = ()) -> list[int]:
+    """The first of ``order``, one answer of each example, none of an example already taken: those that say something
+    else first. Where short answers leave room, they come again with other pictures; captions do not."""
+    seen = {key for i in taken for key in (rows[i].example, _said(rows[i]))}
+    chosen: list[int] = []
+    for again in (False, True):
+        for i in order:
+            keys = {rows[i].example} if again else {rows[i].example, _said(rows[i])}
+            if len(chosen) < most and not keys & seen and not (again and rows[i].task in (CAPTIONS, TEXTS)):
+                chosen.append(i)
+                seen |= {rows[i].example, _said(rows[i])}
+    return chosen
+
+
+def _said(row: Answered) -> tuple:
+    """What makes a card another one: of captions the text alone, which comes again and again with other pictures."""
+    said = row.tuned if row.tuned is not None else row.base
+    return (said,) if row.task in (CAPTIONS, TEXTS) else (said, row.base, row.question, row.references)
 
 
 def _uri(image: ImageRef) -> str | None:

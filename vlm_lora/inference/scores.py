@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 from vlm_lora.inference.metrics.answers import anls, exact_match, vqa_accuracy
 from vlm_lora.inference.metrics.captions import References, cider_d, rouge_l
+from vlm_lora.inference.metrics.choices import right_option
 from vlm_lora.inference.metrics.intervals import Gain, Interval
 from vlm_lora.inference.metrics.tokens import Level
-from vlm_lora.inference.tasks import ANSWERS, CAPTIONS, TEXTS
+from vlm_lora.inference.tasks import ANSWERS, CAPTIONS, CHOICES, TEXTS
 
 FEW_IMAGES = 20
 """Below this, an interval over images says little."""
@@ -34,7 +35,7 @@ class Metric:
 
     name: str
     meaning: str
-    per_answer: Callable[[Sequence[str], References, Level], list[float]] | None
+    per_answer: Callable[[Sequence[str], Sequence["Target"], Level], list[float]] | None
     in_percent: bool = True
     full: float = 1.0
     """The most that it can be."""
@@ -58,8 +59,29 @@ class Metric:
         return f"{self.number(low, sign)} to {self.number(high, sign)}"
 
 
-def _each(score: Callable[[str, Sequence[str]], float]) -> Callable[[Sequence[str], References, Level], list[float]]:
-    return lambda answers, references, level: [score(a, r) for a, r in zip(answers, references, strict=True)]
+class Target(Protocol):
+    """What an answer is compared with."""
+
+    @property
+    def references(self) -> Sequence[str]: ...
+
+    @property
+    def choices(self) -> Sequence[str]: ...
+
+
+PerAnswer = Callable[[Sequence[str], Sequence[Target], Level], list[float]]
+
+
+def _each(score: Callable[[str, Sequence[str]], float]) -> PerAnswer:
+    return lambda answers, targets, level: [score(a, t.references) for a, t in zip(answers, targets, strict=True)]
+
+
+def _all(score: Callable[[Sequence[str], References, Level], list[float]]) -> PerAnswer:
+    return lambda answers, targets, level: score(answers, [target.references for target in targets], level)
+
+
+def _right_options(answers: Sequence[str], targets: Sequence[Target], level: Level) -> list[float]:
+    return [right_option(a, t.references, t.choices) for a, t in zip(answers, targets, strict=True)]
 
 
 ANSWER_METRICS = {
@@ -79,31 +101,38 @@ CAPTION_METRICS = {
     "cider_d": Metric(
         "CIDEr-D",
         "how much a caption says that the references say too, rare words counting most, from 0 to 10",
-        cider_d,
+        _all(cider_d),
         in_percent=False,
         full=10.0,
     ),
     "bleu_4": Metric("BLEU-4", "the share of runs of up to four words that occur in a reference", None),
-    "rouge_l": Metric("ROUGE-L", "how much of a reference comes in the same order in the caption", rouge_l),
+    "rouge_l": Metric("ROUGE-L", "how much of a reference comes in the same order in the caption", _all(rouge_l)),
 }
-METRICS = ANSWER_METRICS | CAPTION_METRICS
-"""By the names of their fields in `ModelScores`."""
+OTHER_METRICS = {
+    "option": Metric("right option", "the share of answers that name it, by its letter or its text", _right_options),
+    "letter": Metric("exact letter", "the share of answers that are its letter, and nothing else", _each(exact_match)),
+}
+"""Of some tasks alone."""
+METRICS = ANSWER_METRICS | CAPTION_METRICS | OTHER_METRICS
+"""By their names in JSON; those of answers and captions are fields of `ModelScores`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """How the answers of one task are shown: what they are called, their metrics, the most telling first, and those
-    that rank one answer beside another."""
+    """How the answers of one task are shown: what they are called, their metrics, the most telling first, those that
+    rank one answer beside another, and whether an answer is right or wrong, and not more or less so."""
 
     title: str
     noun: str
     metrics: tuple[str, ...]
     ranked_by: tuple[str, ...]
+    right_or_wrong: bool = False
 
 
 TASKS = {
     CAPTIONS: Task("Captions", "captions", ("cider_d", "bleu_4", "rouge_l"), ("cider_d",)),
-    ANSWERS: Task("Questions", "questions", ("exact_match", "vqa_accuracy", "anls"), ("exact_match", "anls")),
+    ANSWERS: Task("Questions", "questions", ("exact_match", "vqa_accuracy", "anls"), ("exact_match", "anls"), True),
+    CHOICES: Task("Multiple choice", "questions", ("option", "letter"), ("option",), True),
     TEXTS: Task("Questions with long answers", "long answers", ("rouge_l", "cider_d", "bleu_4"), ("rouge_l",)),
 }
 

@@ -70,8 +70,9 @@ def _verdict(of: TaskScores) -> Iterator[str]:
     before = metric.text(scores["base"])
     gain = of.gains.get("base", {}).get(key)
     if "tuned" not in scores or gain is None:
-        interval = f"95\u00a0% interval {metric.span(*of.intervals['base'][key])}{metric.unit()}"
-        yield f"The base model alone, {where}: {metric.name} {before} ({interval})."
+        interval = of.intervals.get("base", {}).get(key)
+        span = f" (95\u00a0% interval {metric.span(*interval)}{metric.unit()})" if interval else ""
+        yield f"The base model alone, {where}: {metric.name} {before}{span}."
         yield from _without_looking(of, key, metric)
         return
     after = metric.text(scores["tuned"])

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,13 +97,7 @@ def train_adapter(
     processes.require_same({"data": data.fingerprint, "val": data.val_fingerprint})
     require_usable(config, data.bad_rows)
     events.data(data.taken_for, data.train, data.held_out, data.bad_rows)
-    systems = data.systems
-    if len(systems) > 1 and config.system is None:
-        events.warning(
-            f"The data has {len(systems)} different system prompts. The adapter will be asked without one, unless "
-            "--system says which."
-        )
-    config = config.replace(system=config.system or (systems[0] if len(systems) == 1 else None) or None)
+    config = config.replace(system=_system(config, data.systems, events))
 
     with ExitStack() as held, _memory_advice():
         path = processes.on_main(lambda: _open_folder(path, resume, held, events))
@@ -145,6 +139,16 @@ def train_adapter(
         processes.on_main(save)
     examples = tuple(each.example for each in prepared.train), tuple(each.example for each in prepared.held_out)
     return TrainedAdapter(path, steps, adapter, features, *examples, prepared.bad_rows, data.fingerprint, processes)
+
+
+def _system(config: TrainConfig, systems: Sequence[str], events: Events) -> str | None:
+    """The system prompt that the adapter will be asked with: what all rows have in common."""
+    if len(systems) > 1 and config.system is None:
+        events.warning(
+            f"The data has {len(systems)} different system prompts. The adapter will be asked without one, unless "
+            "--system says which."
+        )
+    return config.system or (systems[0] if len(systems) == 1 else "") or None
 
 
 def _open_folder(path: Path, resume: bool, held: ExitStack, events: Events) -> Path:

@@ -4,7 +4,7 @@ messages        `messages: [{role, content}]`, content a text or parts; images i
                 or `prompt` and `completion`, both such lists (TRL)
 conversations   `conversations: [{from, value}]` with `<image>` marks, `image` (ShareGPT, LLaVA)
 query-response  `query`, `response`, `images`, perhaps `history: [[query, response], ...]` (ms-swift)
-qa              an image, `question`, `answer` or `answers`, perhaps a `caption` too
+qa              an image, `question`, `answer` or `answers`, perhaps a `caption` too, or `choices` to choose from
 captions        an image, `caption`, `captions`, `text`, ..., perhaps the `prompt` that it answers
 
 A row of any shape may have a `system` prompt, a `weight` of its loss and the `split` that it belongs to.
@@ -16,10 +16,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 from vlm_lora.data.example import Dialogue, ImageRef, Turn
 from vlm_lora.data.locate import Find
+from vlm_lora.data.readers.choices import letter_of, options_of, rendered
 from vlm_lora.data.readers.fields import Fields, Ledger, split_of
 from vlm_lora.data.readers.gather import BadRow, ClassName, Entry, Row, Rows
 from vlm_lora.data.readers.prompts import filled, variables_of
@@ -47,6 +50,7 @@ NAMES = {
     "caption": ("caption", "captions", "text", "texts", "description", "sentences", "sentence", "comment", "label"),
     "question": ("question", "query", "instruction", "prompt"),
     "answer": ("answer", "answers", "response", "output", "completion", "multiple_choice_answer", "label"),
+    "choices": ("choices", "options", "candidates"),
     "kind": ("question_type", "qtype", "kind", "answer_type"),
     "messages": ("messages",),
     "conversations": ("conversations", "conversation"),
@@ -258,11 +262,23 @@ class RowReader:
         more = fields.take("input") if self._name(fields, "question") == "instruction" else None
         if more not in (None, ""):  # Alpaca's second half
             question += "\n" + text_of(more, "input")
+        if options := self._options(fields):
+            letter = letter_of(self._take(fields, "answer"), options)
+            asked = _question(rendered(question, options), num_images)
+            return Dialogue((replace(asked, assistant=letter),), choices=options)
         answer, best = self._take(fields, "answer"), fields.take("multiple_choice_answer")
         if "answer" not in self.columns and isinstance(fields.get("answers"), list) and fields["answers"]:
             # Both: the answer to learn, and the answers of all people
             answer, best = fields.take("answers"), answer if best is None else best
         return answered(_question(question, num_images), texts_of(answer, "answer"), best)
+
+    def _options(self, fields: Fields) -> tuple[str, ...]:
+        """What there is to choose from: a list, or a column for each letter; () if nothing."""
+        name = self._name(fields, "choices")
+        if name and fields[name] not in (None, "", []):
+            return options_of(fields.take(name), name)
+        columns = list(takewhile(lambda letter: fields.get(letter) not in (None, ""), ascii_uppercase))
+        return options_of([fields.take(letter) for letter in columns], "A, B, ...") if len(columns) > 1 else ()
 
     def _of_chat(
         self, fields: Fields, shape: str, images: tuple[ImageRef, ...]

@@ -165,11 +165,11 @@ def _read(place: str, settings: DataSettings, progress: Callable[[int], None]) -
         if not path.is_dir() and not path.is_file():
             expected = ", ".join(READERS)
             raise DataError(f"{path.name}: is not a regular file; expected a folder or one of {expected}")
-        found = unpacked(path) if is_archive(path) else path
-        layout = detect(found, settings.format)
+        data = unpacked(path) if is_archive(path) else path
+        layout = detect(data, settings.format)
         dataset = _read_layout(layout, settings, progress)
         held = [(part, _read_layout(each, settings, progress)) for part, each in layout.held]
-        unpacked_into = f"unpacked into {found}" if found != path else ""
+        unpacked_into = f"unpacked into {data}" if data != path else ""
         return replace(_with_held(dataset, held), unread="; ".join(filter(None, (unpacked_into, layout.unread))))
     except OSError as error:
         reason = f"cannot be read: {error.strerror or error}; check its permissions"

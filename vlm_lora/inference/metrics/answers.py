@@ -78,10 +78,11 @@ def exact_match(answer: str, accepted: Sequence[str]) -> float:
     the end ("." or the ideographic one). Anything else counts: inner spaces, articles, other punctuation.
     """
     check_texts(accepted, "accepted")
-    return float(_plain(answer) in map(_plain, accepted))
+    return float(plain(answer) in map(plain, accepted))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """What of an answer is compared by `exact_match`."""
     return re.sub(r"[.\u3002]\Z", "", unicodedata.normalize("NFC", text).casefold().strip()).rstrip()
 
 
