@@ -37,10 +37,13 @@ quickstart: install
 # The tests of the web demo drive a Chromium: the system's, or one that playwright can fetch. Without either they are skipped.
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
+# One more than cores: tests of signals, servers and browsers wait most of their time.
+WORKERS := $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 1)")
+
 test: lint
 	@$(if $(CHROMIUM),true,PLAYWRIGHT_DOWNLOAD_CONNECTION_TIMEOUT=10000 $(BIN)/playwright install chromium) \
 	  || echo "No Chromium here, and none to be fetched: the tests of the web demo in a browser are skipped."
-	$(BIN)/python -m pytest -rs -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -rs -n $(WORKERS) --maxprocesses 4 --dist loadfile
 
 easy-vqa: install
 	$(BIN)/python -m bench.easy_vqa

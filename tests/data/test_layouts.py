@@ -627,7 +627,8 @@ def test_a_small_archive_or_a_large_one_may_be_what_only_one_limit_allows(pictur
 
 def test_an_archive_is_unpacked_once_and_cleared_with_the_cache(pictures, tmp_path, capsys):
     folder = pictures("10_fox/a.png", into="set")
-    members = [("10_fox/a.png", (folder / "10_fox/a.png").read_bytes()), ("10_fox/a.txt", "x"), ("notes.md", "x")]
+    members = [("10_fox/a.png", (folder / "10_fox/a.png").read_bytes()), ("10_fox/a.txt", "x")]
+    members += [("notes.md", "x"), ("./", "")]
     archive = zipped(tmp_path / "x.zip", members[:2])
     first = read_dataset(archive, prompt=PROMPT)
     assert [e.weight for e in first.examples] == [10]  # the one folder around everything says so

@@ -76,9 +76,9 @@ def _members(zipped: zipfile.ZipFile, archive: Path) -> Iterator[tuple[zipfile.Z
     for member in zipped.infolist():
         name = member.filename.replace("\\", "/")  # as some programs of Windows write them
         parts = PurePosixPath(name).parts
-        if not parts or name.startswith("/") or ".." in parts or re.match(r"[A-Za-z]:", name):
+        if name.startswith("/") or ".." in parts or re.match(r"[A-Za-z]:", name):
             raise DataError(f"{archive.name}: holds the name {member.filename!r}, which leads out; do not trust it")
-        if name.endswith("/") or any(part.startswith((".", "__")) for part in parts):
+        if not parts or name.endswith("/") or any(part.startswith((".", "__")) for part in parts):
             continue
         if stat.S_ISLNK(member.external_attr >> 16):
             raise DataError(f"{archive.name}: holds {member.filename!r}, which is a link; pack the file itself")

@@ -135,12 +135,12 @@ def _in_folder(folder: Path, root: Path, format: str | None) -> Layout:
         layout = _in_file(data_files[0], root, format)
         return replace(layout, files=tuple(data_files), unread=_unread(data_files[0], others))
     if sidecars and format in (None, "sidecar"):
-        others = [file for file in files if twins and not any(map(file.is_relative_to, twins))]
+        read = [file for file in files if not twins or any(map(file.is_relative_to, twins))]
+        others = sorted(set(files).difference(read))
         if not twins or has_sidecars(others) or not has_sidecars(files, twins):
             return Layout("sidecar", root, tuple(files), folder=folder, twins=twins)
         left = sorted({folder / file.relative_to(folder).parts[0] for file in others})
-        read = tuple(file for file in files if file not in set(others))
-        return Layout("sidecar", root, read, folder=folder, twins=twins, unread=_unread(twins.images, left))
+        return Layout("sidecar", root, tuple(read), folder=folder, twins=twins, unread=_unread(twins.images, left))
     images = sum(map(is_image_name, files))
     why_not = why_no_classes(folder, files)
     below = any(file.parent != folder and is_image_name(file) for file in files)

@@ -69,7 +69,7 @@ def has_sidecars(files: Sequence[Path], twins: Twins | None = None) -> bool:
 
 def find_twins(folder: Path) -> Twins | None:
     """`images/` and `captions/`, where the folder has one of each."""
-    beside = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.is_symlink()]
+    beside = [path for path in sorted(folder.iterdir()) if path.is_dir()]
     images = [path for path in beside if path.name.lower() in ("images", "image", "imgs", "img", "pictures", "photos")]
     captions = [path for path in beside if path.name.lower() in ("captions", "caption", "texts", "text", "txt")]
     return Twins(images[0], captions[0]) if len(images) == len(captions) == 1 else None
