@@ -48,6 +48,7 @@ from vlm_lora.inference.scores import (
     Unmoved,
 )
 from vlm_lora.inference.tasks import ANSWERS, task_of
+from vlm_lora.inference.verdict import summary
 
 ROWS_AT_ONCE = 96
 """Questions decoded together."""
@@ -143,6 +144,11 @@ class Evaluation:
     values: dict[str, dict[str, list[float]]]
     """For each of `WHO` and each metric that has one: the score of each answer of ``answered``. It is that among the
     answers of the same task, and no number where there is no answer, or the metric is none of its task."""
+
+    @property
+    def verdict(self) -> list[str]:
+        """What the scores come to, in sentences: `summary`."""
+        return summary(self.scores)
 
     def write(self, folder: Path) -> None:
         """``predictions.jsonl`` and ``scores.json``."""
