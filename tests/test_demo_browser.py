@@ -417,7 +417,8 @@ def test_the_evaluation_by_keyboard_alone(open_page):
 
 def test_doubtful_captions_are_seen_beside_their_pictures(open_page):
     page = open_page()
-    page.get_by_role("tab", name="Review").click()
+    page.get_by_role("tab", name="Evaluation").click()
+    page.get_by_role("button", name="A second look at the data").click()
     items = page.locator("#review .thumbnail-item")
     expect(items).to_have_count(8, timeout=SLOW)
     scores = [float(item.get_attribute("aria-label").partition(":")[0]) for item in items.all()]
@@ -425,7 +426,7 @@ def test_doubtful_captions_are_seen_beside_their_pictures(open_page):
     items.last.click()
     expect(said(page, "Caption")).to_have_value(f"{HTML} Emoji.", timeout=SLOW)
     expect(said(page, "What the picture says for it")).to_have_value(re.compile(rf"\{scores[-1]:+.2f} a token"))
-    expect(said(page, "Where it stands")).to_have_value(re.compile(r"\d.txt"))
+    expect(said(page, "Where it stands")).to_have_value(re.compile(r"\d\.png:1"))
 
 
 def test_a_caption_by_keyboard_alone(open_page):

@@ -126,8 +126,8 @@ def build_app(
             several = SeveralPictures(desk)
         with gr.Tab("Evaluation") as evaluation_opened:
             evaluation = EvaluationOfRun(desk)
-        with gr.Tab("Review") as review_opened:
-            review = ReviewOfRun(desk)
+            with gr.Accordion("A second look at the data", open=False) as review_opened:
+                review = ReviewOfRun(desk)
         with gr.Accordion("Advanced: length and sampling", open=False):
             for number in numbers:
                 number.render()
@@ -144,9 +144,10 @@ def build_app(
 
         gr.on([app.load, timer.tick, adapter.change], look, adapter, outputs, queue=False, **QUIETLY)
         # Thumbnails of large photos take long: they are made when somebody looks.
-        for tab, opened, gallery in ((evaluation, evaluation_opened, "gallery"), (review, review_opened, "review")):
-            shown = {"fn": tab.show, "inputs": adapter, "outputs": tab.outputs, "queue": False}
-            opened.select(**shown, show_progress="minimal", api_visibility="private")
+        opened = ((evaluation, evaluation_opened.select, "gallery"), (review, review_opened.expand, "review"))
+        for part, event, gallery in opened:
+            shown = {"fn": part.show, "inputs": adapter, "outputs": part.outputs, "queue": False}
+            event(**shown, show_progress="minimal", api_visibility="private")
             adapter.change(**shown, js=IF_OPEN % gallery, **QUIETLY)
     app.queue(max_size=4 * MAX_WAITING, default_concurrency_limit=1)
     return app

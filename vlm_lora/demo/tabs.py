@@ -322,7 +322,7 @@ class ReviewOfRun:
 
     def __init__(self, desk: Desk):
         self.desk = desk
-        summary = _text("A second look at the data", lines=2)
+        summary = _text("Captions of the data", lines=2)
         with gr.Row():
             with gr.Column(min_width=280) as details:
                 texts = [_text(label) for label in ("Caption", "Where it stands", "What the picture says for it")]
