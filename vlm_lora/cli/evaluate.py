@@ -137,7 +137,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(scores.to_json() | ({"against": {"run": other[1], **other[2].to_json()}} if other else {})))
     else:
-        told = ", ".join(counts(task, of) for task, of in scores.tasks.items())
+        told = "; ".join(counts(task, of) for task, of in scores.tasks.items())
         print(f"{told}, {dataset.taken_for}\n")
         print(tables_as_text(scores))
         print("\n" + "\n".join(summary(scores)))

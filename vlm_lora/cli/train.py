@@ -85,7 +85,7 @@ def _tell(result: "RunResult") -> None:
     say(f"Rows: trained {learnt:,}, held out {held_out:,}, quarantined {len(result.bad):,}{listed}.")
     if result.evaluation:
         scores = result.evaluation.scores
-        told = ", ".join(counts(task, of) for task, of in scores.tasks.items())
+        told = "; ".join(counts(task, of) for task, of in scores.tasks.items())
         print(f"Base against tuned, held out: {told}.\n")
         print("\n".join([tables_as_text(scores), "", *summary(scores), "", f"Report with pictures: {result.report}"]))
     if result.against_parent:

@@ -48,6 +48,7 @@ from vlm_lora.inference.scores import (
     Unmoved,
 )
 from vlm_lora.inference.tasks import ANSWERS, task_of
+from vlm_lora.inference.verdict import summary
 
 ROWS_AT_ONCE = 96
 """Questions decoded together."""
@@ -205,6 +206,10 @@ class Evaluation:
             worse=[i for i in reversed(places) if gains[i] < (0.0,) * len(gains[i])],
             same=[i for i in places if not any(gains[i])],
         )
+
+    def verdict(self) -> list[str]:
+        """What the scores come to, in sentences."""
+        return summary(self.scores)
 
     def still_wrong(self) -> list[int]:
         """Places in ``answered`` where tuned is wrong; of what is never quite right, those below its mean, the lowest
