@@ -14,7 +14,7 @@ from vlm_lora.inference.commonest import Commonest
 from vlm_lora.inference.evaluate import Evaluation, against, evaluate
 from vlm_lora.inference.report import write_report
 from vlm_lora.inference.scores import Scores
-from vlm_lora.inference.verdict import summary
+from vlm_lora.inference.verdict import versus
 from vlm_lora.model.adapters.base import Adapter, find_adapter, write_json
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.training.events import Events
@@ -75,7 +75,9 @@ def train(
             evaluation.write(trained.folder)
             if against_parent:
                 write_json(against_parent.to_json(), trained.folder / "against_parent.json")
-            report = write_report(trained.folder, evaluation, title=trained.folder.absolute().name, command=command)
+            name, contract = trained.folder.absolute().name, trained.adapter.contract
+            other = (name, f"its parent {contract.parent}", against_parent) if against_parent and contract else None
+            report = write_report(trained.folder, evaluation, title=name, command=command, other=other)
         if is_main:
             learnt = sum(len(example.dialogues) for example in trained.train_examples)
             card = write_card(
@@ -86,7 +88,7 @@ def train(
                 fingerprint=trained.fingerprint,
                 command=command,
                 scores=evaluation.scores if evaluation else None,
-                against_parent=summary(against_parent)[0] if against_parent else "",
+                against_parent=" ".join(versus(against_parent, "this one", "it")) if against_parent else "",
                 template_options=trained.adapter.backbone.family.template_options,
             )
     except BrokenPipeError:

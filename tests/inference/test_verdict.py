@@ -12,14 +12,14 @@ from tests.test_report import Page
 from vlm_lora import Dialogue, Evaluation, Example, ImageRef, Turn, evaluate, read_dataset
 from vlm_lora.errors import DataError
 from vlm_lora.inference.commonest import OFTEN, Commonest
-from vlm_lora.inference.evaluate import ONE_WORD
+from vlm_lora.inference.evaluate import ONE_WORD, against
 from vlm_lora.inference.metrics.captions import cider_d
 from vlm_lora.inference.metrics.choices import chosen
 from vlm_lora.inference.metrics.structured import compared
 from vlm_lora.inference.report import write_report
 from vlm_lora.inference.scores import Scores
 from vlm_lora.inference.tasks import task_of
-from vlm_lora.inference.verdict import quoted, score_table, summary, tables_as_text
+from vlm_lora.inference.verdict import columns_of, quoted, score_table, summary, tables_as_text, versus
 
 
 class Told:
@@ -402,3 +402,42 @@ def test_answers_in_json_have_scores_and_fields_of_their_own(tmp_path):
     assert Scores.from_json(json.loads(json.dumps(evaluation.scores.to_json()))) == evaluation.scores
     evaluation.write(tmp_path / "out")
     assert Evaluation.read(tmp_path / "out").ranks("tuned") == evaluation.ranks("tuned")
+
+
+def test_two_adapters_beside_each_other_are_told_apart_only_beyond_chance(tmp_path):
+    def beside(theirs, count=100, broken=()):
+        rows = yes_no(count, lambda i: i % 10 < 9)
+        evaluation = asked(tmp_path, rows)
+        said = {
+            (i, d.turns[-1].user): said | {"tuned": d.turns[-1].assistant if theirs(i) else "?"} for i, d, said in rows
+        }
+        model = Told(said)
+        answer = model.respond
+        model.respond = lambda asked, **how: [
+            DataError("gone") if int(images[0].name[:-4]) in broken else answer([(images, requests)], **how)[0]
+            for images, requests in asked
+        ]
+        examples = [
+            Example(row.example, row.images, (d,), "x")
+            for row, (_, d, _) in zip(evaluation.answered, rows, strict=True)
+        ]
+        return against(evaluation, model, examples)
+
+    def told(scores):
+        (sentence,) = versus(scores, "new", "old")
+        return sentence.replace("\u00a0", " ")
+
+    better = told(beside(lambda i: i % 10 < 5))
+    assert better.startswith("new is better than old: on 100 held-out images, exact match 90.0 % against 50.0 %")
+    assert "(difference +40.0 points; 95 % interval " in better
+    assert told(beside(lambda i: True)).startswith("new is worse than old: ")
+    same = told(beside(lambda i: i not in (3, 13, 23) if i % 10 < 9 else i in (9, 19)))
+    assert same.startswith("No difference between new and old that chance could not explain: ")
+    assert told(beside(lambda i: False, count=10)).startswith("Too few images to tell new from old: ")
+    # Of what one of them could not answer nothing is compared, and nothing is shifted.
+    some = beside(lambda i: i % 10 < 9, broken=(0, 7))
+    assert (some.answers, some.gain["exact_match"].gain) == (98, 0.0)
+    table = tables_as_text(some, columns_of("new", "old"))
+    assert table.split("\n")[0].split() == ["old", "new", "Difference"]
+    with pytest.raises(DataError, match="None of the 10 examples"):
+        beside(lambda i: True, count=10, broken=range(10))

@@ -90,7 +90,11 @@ def test_a_run_goes_on_from_another_and_is_compared_with_it(runs, capsys):
     command = ["train", str(runs / "second"), "--from", str(runs / "parent"), "--output", str(runs / "child")]
     assert main([*command, "--max-steps", "3", "--lr", "1e-3", "--batch-size", "4", "--val-split", "0.25"]) == 0
     out, _ = capsys.readouterr()
-    assert "Against the run that it goes on from: " in out
+    assert "Against the run that it goes on from: Too few images to tell this run from that one: on 2 held" in out
+    report = (runs / "child" / "report.html").read_text(encoding="utf-8")
+    assert "Too few images to tell child from its parent parent: on 2 held-out images" in report
+    assert '<th scope="col">child</th><th scope="col">Difference</th>' in report
+    assert (runs / "child" / "commonest.json").is_file()
     config = config_from(read_yaml(runs / "child" / "config.yaml"), "config.yaml")
     assert (config.rank, config.prompt, config.max_pixels) == (4, "Say it.", 4096)
     contract = read_contract(runs / "child" / "adapter")
@@ -105,6 +109,24 @@ def test_a_run_goes_on_from_another_and_is_compared_with_it(runs, capsys):
     for who, run in (("base", "parent"), ("tuned", "child")):
         alone = evaluate(Captioner.load(adapter=runs / run), examples).scores.to_json()
         assert told[who] == pytest.approx(alone["tuned"])
+    # So does `eval --against`, which asks each with the prompt that it was trained with.
+    command = ["eval", str(runs / "second"), "--adapter", str(runs / "child"), "--against", str(runs / "parent")]
+    capsys.readouterr()
+    assert main([*command, "--json", "--output", str(runs / "out")]) == 0
+    told = json.loads(capsys.readouterr().out)["against"]
+    assert told["run"] == "parent"
+    for who, run in (("base", "parent"), ("tuned", "child")):
+        alone = evaluate(Captioner.load(adapter=runs / run), dataset.examples, prompt="Say it.").scores.to_json()
+        assert told[who] == pytest.approx(alone["tuned"])
+        assert told["tasks"]["captions"]["scores"][who] == pytest.approx(alone["tasks"]["captions"]["scores"]["tuned"])
+    assert json.loads((runs / "out" / "against.json").read_text()) == {k: v for k, v in told.items() if k != "run"}
+    assert "child from parent" in (runs / "out" / "report.html").read_text(encoding="utf-8")
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "child beside parent:" in out
+    assert "training, as " in out  # the commonest answer is that of the run
+    assert main([*command[:2], "--against", str(runs / "parent")]) == 2
+    assert "--against needs --adapter" in capsys.readouterr().err
     tensors = [load_file(runs / run / "adapter" / WEIGHTS) for run in ("parent", "child")]
     assert any(not torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 

@@ -2,6 +2,7 @@
 
 vlm-lora eval ./test.jsonl --adapter runs/photos
 vlm-lora eval ./test.jsonl --adapter runs/photos --blank --json
+vlm-lora eval ./test.jsonl --adapter runs/photos --against runs/photos-2      which of two is better
 vlm-lora eval ./test.jsonl --adapter runs/photos --endpoint http://127.0.0.1:8000/v1      what a server makes of it
 vlm-lora eval ./photos --adapter runs/photos --review > review.jsonl      its captions, the most doubtful first
 """
@@ -12,16 +13,18 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlm_lora.cli.console import Progress, one_line, say
 from vlm_lora.cli.flags import READING, add_flags, add_precision, add_server, given
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT, TrainConfig
 
 if TYPE_CHECKING:
-    from vlm_lora.data.readers import Dataset
+    from vlm_lora.data.readers import Dataset, DataSettings
+    from vlm_lora.inference.captioner import Captioner
     from vlm_lora.inference.commonest import Commonest
-    from vlm_lora.inference.evaluate import Speaker
+    from vlm_lora.inference.evaluate import Evaluation, Speaker
+    from vlm_lora.inference.scores import Scores
 
 ASKED = ("prompt", "system")
 """Of the flags that say how data is read, those whose default is the adapter's."""
@@ -31,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="folder or file of held-out images and answers")
     parser.add_argument("--adapter", metavar="RUN", help="run folder or adapter folder; without it the base alone")
     parser.add_argument("--model", metavar="TEXT", help="base model (default: the one the adapter names)")
+    parser.add_argument(
+        "--against",
+        metavar="RUN",
+        help="another adapter of the same base: its answers beside those of --adapter, and which of the two is better",
+    )
     add_flags(parser, [name for name in READING if name not in ASKED])
     parser.add_argument("--also", metavar="DATA", help="other data that tuning should not have made the model forget")
     parser.add_argument(
@@ -67,14 +75,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from vlm_lora.data.readers import DataSettings, read_dataset
+    from vlm_lora.data.readers import read_dataset
     from vlm_lora.errors import ConfigError, DataError
     from vlm_lora.inference.caption import Decoding
     from vlm_lora.inference.card import update_card
     from vlm_lora.inference.evaluate import evaluate
     from vlm_lora.inference.report import write_report
-    from vlm_lora.inference.verdict import counts, summary, tables_as_text
-    from vlm_lora.model.adapters.base import find_adapter
+    from vlm_lora.inference.verdict import columns_of, counts, summary, tables_as_text, versus
+    from vlm_lora.model.adapters.base import find_adapter, write_json
 
     if options.output:
         try:  # before the work, not after it
@@ -84,9 +92,10 @@ def run(options: argparse.Namespace) -> int:
                 f"--output {options.output}: cannot be made a folder ({error.strerror}); give another name."
             ) from error
     decoding = Decoding(max_new_tokens=options.max_new_tokens)
-    speaker, prompt, system = _speaker(options)
-    config = TrainConfig(data=options.data, prompt=prompt, system=system or None).replace(**_reading(options))
-    settings = DataSettings(**config.reading)
+    if options.against and (not options.adapter or options.endpoint or options.review):
+        raise ConfigError("--against needs --adapter to compare with, and goes with neither --endpoint nor --review.")
+    speaker, prompt, system, theirs = _speaker(options)
+    settings = _settings(options, prompt, system)
     whole = read_dataset(options.data, settings)
     dataset = whole.in_one if options.review else whole.part("test", "val")
     also = [read_dataset(options.also, settings, format=None, columns=None)] if options.also else []
@@ -110,6 +119,7 @@ def run(options: argparse.Namespace) -> int:
         decoding=decoding,
         progress=lambda done, total: progress.count("Answers:", done, total),
     )
+    other = _against(options, theirs, evaluation, progress) if theirs else None
     scores = evaluation.scores
     hub = options.data.startswith("hf:")
     name = options.data if hub else os.path.basename(os.path.abspath(options.data)) or options.data
@@ -119,16 +129,23 @@ def run(options: argparse.Namespace) -> int:
     if options.output:
         evaluation.write(options.output)
         command = shlex.join(["vlm-lora", *sys.argv[1:]])
-        say(f"Report with pictures: {write_report(options.output, evaluation, title=name, command=command)}")
+        if other:
+            write_json(other[2].to_json(), options.output / "against.json")
+        report = write_report(options.output, evaluation, title=name, command=command, other=other)
+        say(f"Report with pictures: {report}")
     if options.adapter and not options.endpoint and (card := update_card(find_adapter(options.adapter), scores, name)):
         say(f"Model card: {card}")
     if options.json:
-        print(json.dumps(scores.to_json()))
+        print(json.dumps(scores.to_json() | ({"against": {"run": other[1], **other[2].to_json()}} if other else {})))
     else:
-        told = ", ".join(counts(task, of) for task, of in scores.tasks.items())
+        told = "; ".join(counts(task, of) for task, of in scores.tasks.items())
         print(f"{told}, {dataset.taken_for}\n")
         print(tables_as_text(scores))
         print("\n" + "\n".join(summary(scores)))
+        if other:
+            print(f"\n{other[0]} beside {other[1]}:\n")
+            print(tables_as_text(other[2], columns_of(*other[:2])))
+            print("\n" + "\n".join(versus(other[2], *other[:2])))
         if scores.also:
             print(f"\nOn {options.also}, to see what was forgotten:\n")
             print(tables_as_text(scores.also))
@@ -140,14 +157,17 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _speaker(options: argparse.Namespace) -> "tuple[Speaker, str, str]":
-    """What is evaluated, the instruction for captions, and the system prompt of rows without one."""
+def _speaker(options: argparse.Namespace) -> "tuple[Speaker, str, str, Captioner | None]":
+    """What is evaluated, the instruction for captions, the system prompt of rows without one; and --against."""
     if not options.endpoint:
         from vlm_lora.inference.captioner import Captioner
 
-        how = {name: getattr(options, name) for name in ("prompt", "system", "dtype", "load_in_4bit")}
-        captioner = Captioner.load(options.model, options.adapter, **how)
-        return captioner, captioner.prompt, captioner.system
+        how: dict[str, Any] = {name: getattr(options, name) for name in ("prompt", "system", "dtype", "load_in_4bit")}
+        if options.against:  # loaded now: what is wrong with it is said before the work
+            captioner, other = Captioner.load_several(options.model, [options.adapter, options.against], **how)
+        else:
+            captioner, other = Captioner.load(options.model, options.adapter, **how), None
+        return captioner, captioner.prompt, captioner.system, other
     from vlm_lora.errors import ConfigError
     from vlm_lora.inference.endpoint import Endpoint
     from vlm_lora.inference.served import Trained
@@ -157,7 +177,39 @@ def _speaker(options: argparse.Namespace) -> "tuple[Speaker, str, str]":
     trained = Trained.load(options.adapter) if options.adapter else None
     server = Endpoint(options.endpoint, model=options.model, concurrency=options.concurrency, trained=trained)
     system = options.system if options.system is not None else trained.system if trained else ""
-    return server, options.prompt or (trained.prompt if trained else DEFAULT_PROMPT), system
+    return server, options.prompt or (trained.prompt if trained else DEFAULT_PROMPT), system, None
+
+
+def _settings(options: argparse.Namespace, prompt: str, system: str) -> "DataSettings":
+    """How the data is read for a model that is asked so."""
+    from vlm_lora.data.readers import DataSettings
+
+    config = TrainConfig(data=options.data, prompt=prompt, system=system or None).replace(**_reading(options))
+    return DataSettings(**config.reading)
+
+
+def _against(
+    options: argparse.Namespace, theirs: "Captioner", evaluation: "Evaluation", progress: Progress
+) -> "tuple[str, str, Scores]":
+    """The names of --adapter and --against, and the scores of the one against the other.
+
+    The other is asked for captions as it was trained to be, unless --prompt or --system say how.
+    """
+    from vlm_lora.data.readers import read_dataset
+    from vlm_lora.inference.caption import Decoding
+    from vlm_lora.inference.evaluate import against
+
+    dataset = read_dataset(options.data, _settings(options, theirs.prompt, theirs.system)).part("test", "val")
+    names = [Path(name).resolve() for name in (options.adapter, options.against)]
+    ours, other = (path.parent.name if path.name == "adapter" else path.name for path in names)
+    if ours == other:
+        ours, other = options.adapter, options.against
+
+    def count(done: int, total: int) -> None:
+        progress.count(f"Answers of {other}:", done, total)
+
+    decoding = Decoding(max_new_tokens=options.max_new_tokens)
+    return ours, other, against(evaluation, theirs, dataset.examples, decoding, count)
 
 
 def _commonest(adapter: str | None) -> "Commonest | None":

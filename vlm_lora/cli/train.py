@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _tell(result: "RunResult") -> None:
-    from vlm_lora.inference.verdict import counts, summary, tables_as_text
+    from vlm_lora.inference.verdict import counts, summary, tables_as_text, versus
 
     listed = f" ({result.folder / 'quarantined.jsonl'})" if result.bad else ""
     learnt, held_out = (
@@ -86,11 +86,12 @@ def _tell(result: "RunResult") -> None:
     say(f"Rows: trained {learnt:,}, held out {held_out:,}, quarantined {len(result.bad):,}{listed}.")
     if result.evaluation:
         scores = result.evaluation.scores
-        told = ", ".join(counts(task, of) for task, of in scores.tasks.items())
+        told = "; ".join(counts(task, of) for task, of in scores.tasks.items())
         print(f"Base against tuned, held out: {told}.\n")
         print("\n".join([tables_as_text(scores), "", *summary(scores), "", f"Report with pictures: {result.report}"]))
     if result.against_parent:
-        print("Against the run that it goes on from: " + summary(result.against_parent)[0])
+        told = " ".join(versus(result.against_parent, "this run", "that one"))
+        print(f"Against the run that it goes on from: {told}")
     print(f"Adapter: {result.folder / 'adapter'} (its model card: README.md in there)")
     folder = shlex.quote(str(result.folder))
     say("Next:")

@@ -142,7 +142,7 @@ class Evaluations:
         evaluation = self.of(name)
         if evaluation is None or not evaluation.scores.tuned:
             return f"{name} was not evaluated: train it with held-out pictures (--val-split or --val)."
-        text = "\n".join([*evaluation.verdict, f"{evaluation.changes()} All scores are in the run's report."])
+        text = "\n".join([*evaluation.verdict(), f"{evaluation.changes()} All scores are in the run's report."])
         shown = sum(bool(row.images) for row in evaluation.answered)
         if not shown:
             return text + " The pictures are no longer where they were when it was trained."

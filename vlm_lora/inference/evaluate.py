@@ -145,11 +145,6 @@ class Evaluation:
     """For each of `WHO` and each metric that has one: the score of each answer of ``answered``. It is that among the
     answers of the same task, and no number where there is no answer, or the metric is none of its task."""
 
-    @property
-    def verdict(self) -> list[str]:
-        """What the scores come to, in sentences: `summary`."""
-        return summary(self.scores)
-
     def write(self, folder: Path) -> None:
         """``predictions.jsonl`` and ``scores.json``."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -211,6 +206,10 @@ class Evaluation:
             worse=[i for i in reversed(places) if gains[i] < (0.0,) * len(gains[i])],
             same=[i for i in places if not any(gains[i])],
         )
+
+    def verdict(self) -> list[str]:
+        """What the scores come to, in sentences."""
+        return summary(self.scores)
 
     def still_wrong(self) -> list[int]:
         """Places in ``answered`` where tuned is wrong; of what is never quite right, those below its mean, the lowest
@@ -337,15 +336,28 @@ def against(
     progress: Progress = lambda done, total: None,
 ) -> Scores:
     """The scores of an evaluation with what the speaker's adapter answers now in the place of the base: so two
-    adapters are compared.
+    adapters are compared, on the examples that both could answer.
 
-    ``examples`` are those that the evaluation is of.
+    ``examples`` are those that the evaluation is of; where the adapter was trained with another prompt for captions,
+    with that one.
+
+    Raises:
+        DataError: there is no such example.
     """
     questions = [_questions(example, "") for example in examples]
     answers, failed = _ask(speaker, examples, {"tuned": questions}, decoding, progress)
-    texts = [text for i in range(len(examples)) if i not in failed for text in answers["tuned"][i]]
-    pairs = zip(evaluation.answered, texts, strict=True)
-    answered = [replace(row, base=text, blanked=None, one_word=None, commonest=None) for row, text in pairs]
+    said = {example.id: answers["tuned"][i] for i, example in enumerate(examples) if i not in failed}
+    rows_of: dict[str, list[Answered]] = {}
+    for row in evaluation.answered:
+        rows_of.setdefault(row.example, []).append(row)
+    answered = [
+        replace(row, base=text, blanked=None, one_word=None, commonest=None)
+        for example, rows in rows_of.items()
+        if len(said.get(example, ())) == len(rows)
+        for row, text in zip(rows, said[example], strict=True)
+    ]
+    if not answered:
+        raise DataError(f"None of the {len(rows_of):,} examples that one adapter answered could the other answer.")
     level = _level_of(evaluation.scores.tokens)
     return _score(answered, _values(answered, level), level)
 

@@ -21,9 +21,18 @@ from vlm_lora.inference.losses import Losses, read_losses
 from vlm_lora.inference.metrics.tokens import LONE, tokenize
 from vlm_lora.inference.pages import render
 from vlm_lora.inference.plots import line_plot
-from vlm_lora.inference.scores import TASKS
+from vlm_lora.inference.scores import TASKS, Scores
 from vlm_lora.inference.tasks import CAPTIONS, TEXTS
-from vlm_lora.inference.verdict import LEGEND, counts, part_tables, score_table, summary
+from vlm_lora.inference.verdict import (
+    COLUMNS,
+    LEGEND,
+    columns_of,
+    counts,
+    part_tables,
+    score_table,
+    summary,
+    versus,
+)
 from vlm_lora.version import __version__
 
 PICTURES = 24
@@ -36,12 +45,20 @@ CRISP = 128
 """Pictures up to this side are shown enlarged with their pixels sharp."""
 
 
-def write_report(folder: Path, evaluation: Evaluation, *, title: str, command: str | None = None) -> Path:
+def write_report(
+    folder: Path,
+    evaluation: Evaluation,
+    *,
+    title: str,
+    command: str | None = None,
+    other: tuple[str, str, Scores] | None = None,
+) -> Path:
     """Write ``report.html`` into a run folder and return its path.
 
     Args:
         folder: also where ``metrics.jsonl`` is looked for; without it the report has no loss curve.
         command: what the run was started with, shown at the end.
+        other: two adapters beside each other: the name of this one and of another, and the scores `against` that one.
     """
     scores = evaluation.scores
     asked = {row.question.strip() for row in evaluation.answered}
@@ -64,6 +81,10 @@ def write_report(folder: Path, evaluation: Evaluation, *, title: str, command: s
         changes=str(evaluation.changes()) if scores.tuned else "",
         gallery=_gallery(evaluation),
         mistakes=evaluation.mistakes(),
+        other=other[2] if other else None,
+        versus=versus(other[2], *other[:2]) if other else [],
+        titles=columns_of(*other[:2]) if other else COLUMNS,
+        columns=COLUMNS,
         most_mistakes=STILL_WRONG,
         uri_of=_uri,
         marked=_marked,

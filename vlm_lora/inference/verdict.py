@@ -4,7 +4,7 @@ Tuning has helped where the tuned model beats its base, and everything that need
 chance explains: the base that is asked for a short answer, and whatever the data says most.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +57,37 @@ def summary(scores: Scores) -> list[str]:
         ]
         sentences.append(f"Of the tuned model's answers, these stay the same: {'; '.join(shares)}.")
     return sentences
+
+
+def versus(scores: Scores, ours: str, theirs: str) -> list[str]:
+    """Of each task, which of two adapters is better, if that can be told.
+
+    Args:
+        scores: `against` one of them: tuned is ours, and base is theirs.
+    """
+    sentences = []
+    for task, of in scores.tasks.items():
+        key, metric = next(iter(of.metrics.items()))
+        gain, values = of.gains["base"][key], {who: metric.text(of.scores[who][key]) for who in ("base", "tuned")}
+        where = f"on {of.examples:,} held-out {'image' if of.examples == 1 else 'images'}"
+        had = f"{where}, {metric.name} {values['tuned']} against {values['base']}"
+        difference = (
+            f"difference {metric.text(gain.gain, points=True, sign=True)}; 95\u00a0% interval "
+            f"{metric.span(gain.low, gain.high)}{metric.unit(points=True)}"
+        )
+        if of.examples < FEW_IMAGES:
+            told = f"Too few images to tell {ours} from {theirs}: {had}"
+        elif gain.low > 0 or gain.high < 0:
+            told = f"{ours} is {'better' if gain.low > 0 else 'worse'} than {theirs}: {had} ({difference})"
+        else:
+            told = f"No difference between {ours} and {theirs} that chance could not explain: {had} ({difference})"
+        sentences.append(f"{TASKS[task].title}: {told}." if len(scores.tasks) > 1 else f"{told}.")
+    return sentences
+
+
+def columns_of(ours: str, theirs: str) -> dict[str, str]:
+    """`COLUMNS` of two adapters beside each other."""
+    return COLUMNS | {"base": theirs, "tuned": ours, "gain": "Difference"}
 
 
 def quoted(text: str) -> str:
@@ -181,17 +212,17 @@ def counts(task: str, of: TaskScores) -> str:
     return f"{of.examples:,} images, {of.answers:,} {TASKS[task].noun}"
 
 
-def tables_as_text(scores: Scores) -> str:
+def tables_as_text(scores: Scores, titles: Mapping[str, str] = COLUMNS) -> str:
     """For a console."""
     parts = []
     for task, of in scores.tasks.items():
         if len(scores.tasks) > 1:
             parts.append(f"{TASKS[task].title}: {counts(task, of)}")
-        parts += [table.to_text() for table in (score_table(of), *part_tables(of))]
+        parts += [table.to_text() for table in (score_table(of, titles), *part_tables(of, titles))]
     return "\n\n".join([*parts, f"In brackets: {LEGEND}."])
 
 
-def score_table(of: TaskScores) -> Table:
+def score_table(of: TaskScores, titles: Mapping[str, str] = COLUMNS) -> Table:
     """Base, what needs no tuning, tuned, the gain over base, and tuned with pictures greyed out; the notes are
     explained by `LEGEND`."""
     columns = [column for column in COLUMNS if column in of.scores or (column == "gain" and "base" in of.gains)]
@@ -207,7 +238,7 @@ def score_table(of: TaskScores) -> Table:
         return Cell("" if column == "gain" else form.format(of.scores[column][name]))
 
     return Table(
-        ["", *(COLUMNS[column] for column in columns)],
+        ["", *(titles[column] for column in columns)],
         [[Cell(metric.title), *(cell(key, column) for column in columns)] for key, metric in of.metrics.items()],
         [[Cell(title), *(figure(name, form, column) for column in columns)] for title, name, form in FIGURES],
     )
@@ -226,7 +257,7 @@ def _gain_cell(of: TaskScores, key: str) -> Cell:
     return Cell(text, f"{note}, p\u00a0{gain.p_value:.3f}", verdict)
 
 
-def part_tables(of: TaskScores) -> list[Table]:
+def part_tables(of: TaskScores, titles: Mapping[str, str] = COLUMNS) -> list[Table]:
     """By type of question, and by field of JSON, where there are any: the first metric, and the second as the note.
     The note of a name is how many answers, or fields, there are of it."""
     first = next(iter(of.metrics.values())).title
@@ -234,10 +265,11 @@ def part_tables(of: TaskScores) -> list[Table]:
         (f"{first} by type of question", of.types),
         (f"{first} by name", dict(list(of.fields.items())[:MOST_FIELDS])),
     )
-    return [_part_table(title, part, [who for who in COLUMNS if who in of.scores]) for title, part in parts if part]
+    columns = {who: title for who, title in titles.items() if who in of.scores}
+    return [_part_table(title, part, columns) for title, part in parts if part]
 
 
-def _part_table(title: str, part: dict[str, TypeScores], columns: list[str]) -> Table:
+def _part_table(title: str, part: dict[str, TypeScores], columns: dict[str, str]) -> Table:
     rows = []
     for name, row in part.items():
         rows.append([Cell(name, f"{row.answers:,}")])
@@ -245,4 +277,4 @@ def _part_table(title: str, part: dict[str, TypeScores], columns: list[str]) -> 
             (first, value), *more = row.scores[who].items()
             notes = [f"{METRICS[key].name} {METRICS[key].text(other)}" for key, other in more]
             rows[-1].append(Cell(METRICS[first].text(value), "; ".join(notes)))
-    return Table([title, *(COLUMNS[who] for who in columns)], rows, [])
+    return Table([title, *columns.values()], rows, [])
