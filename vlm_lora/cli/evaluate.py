@@ -85,12 +85,7 @@ def run(options: argparse.Namespace) -> int:
     from vlm_lora.model.adapters.base import find_adapter, write_json
 
     if options.output:
-        try:  # before the work, not after it
-            options.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"--output {options.output}: cannot be made a folder ({error.strerror}); give another name."
-            ) from error
+        _make(options.output)  # before the work, not after it
     decoding = Decoding(max_new_tokens=options.max_new_tokens)
     if options.against and (not options.adapter or options.endpoint or options.review):
         raise ConfigError("--against needs --adapter to compare with, and goes with neither --endpoint nor --review.")
@@ -155,6 +150,17 @@ def run(options: argparse.Namespace) -> int:
         say(f"{left_out:,} rows were left out of this.")
         return 3
     return 0
+
+
+def _make(output: Path) -> None:
+    from vlm_lora.errors import ConfigError
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--output {output}: cannot be made a folder ({error.strerror}); give another name."
+        ) from error
 
 
 def _speaker(options: argparse.Namespace) -> "tuple[Speaker, str, str, Captioner | None]":
