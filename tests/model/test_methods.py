@@ -24,6 +24,7 @@ from tests.model.test_exactness import (
     fast,
     gradients,
     load_in,
+    messages_of,
     naive,
     picture_of,
 )
@@ -76,12 +77,7 @@ def by_hand(backbone, examples, row_loss) -> torch.Tensor:
     for example in examples:
         for dialogue in example.dialogues:
             (turn,) = dialogue.turns
-            content = [*[{"type": "image"} for _ in example.images], {"type": "text", "text": turn.user}]
-            messages = [
-                {"role": "user", "content": content},
-                {"role": "assistant", "content": [{"type": "text", "text": turn.assistant}]},
-            ]
-            text = processor.apply_chat_template(messages, tokenize=False)
+            text = processor.apply_chat_template(messages_of(dialogue, len(example.images)), tokenize=False)
             inputs = processor(text=[text], images=[picture_of(i) for i in example.images] or None, return_tensors="pt")
             ids = inputs["input_ids"]
             answer = len(tokenizer(turn.assistant + "<|im_end|>")["input_ids"])

@@ -202,7 +202,7 @@ TrainingLoop.run = counting
         assert held == whole // 2 > 0
         planned = CostModel(TrainConfig(data="x", model=command[3]), torch.float32, "cpu").weight_bytes(2)
         assert abs((planned - 4 * whole) / base - 1) < 0.02  # this model has no more than two layers
-    assert "Base against tuned on 2 held-out images" in ended[0].out
+    assert "Base against tuned, held out: 2 images" in ended[0].out
     assert ended[1].out.count("\n") == 1
     assert (tmp_path / "run/report.html").exists()
 
