@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help install quickstart test bench engines lint easy-vqa
+.PHONY: help install quickstart test test-long bench engines lint easy-vqa
 help:
 	@echo "make quickstart   install, train the embedded model on sample pictures, compare, caption (4 minutes and the install)"
 	@echo "make install      make .venv with vlm-lora in it"
 	@echo "make test         install, check style and types, run the tests"
+	@echo "make test-long    the tests that take more than a minute each"
 	@echo "make easy-vqa     install, train and score on the whole of easy-VQA (12 minutes)"
 	@echo "make bench        install, training speed and memory beside a plain loop and ms-swift (45 minutes, 6 GB)"
 	@echo "make engines      install, what vLLM and llama.cpp say of what was trained (2 hours, 12 GB)"
@@ -44,6 +45,9 @@ test: lint
 	@$(if $(CHROMIUM),true,PLAYWRIGHT_DOWNLOAD_CONNECTION_TIMEOUT=10000 $(BIN)/playwright install chromium) \
 	  || echo "No Chromium here, and none to be fetched: the tests of the web demo in a browser are skipped."
 	$(BIN)/python -m pytest -rs -n $(WORKERS) --maxprocesses 4 --dist loadfile
+
+test-long: install
+	$(BIN)/python -m pytest -rs -m long
 
 easy-vqa: install
 	$(BIN)/python -m bench.easy_vqa

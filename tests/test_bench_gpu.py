@@ -17,6 +17,7 @@ def measured(capsys, monkeypatch, flags: str, code: int = 0) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.long
 def test_every_variant_has_the_same_loss_and_gradients(capsys, monkeypatch):
     """float32 as close as its rounding; bfloat16 and NF4, whose rounding is 2^16 times that, within what is stated."""
     (record,) = measured(capsys, monkeypatch, "--size small --base float32 bfloat16 nf4")

@@ -160,7 +160,11 @@ def test_a_step_without_an_image_gives_the_projector_no_gradient(forks, command,
 
 @pytest.mark.parametrize(
     ("family", "more"),
-    [("qwen3_vl", []), ("qwen3_5", []), ("qwen3_5", ["--gradient-checkpointing", "--variant", "dora"])],
+    [
+        ("qwen3_vl", []),
+        ("qwen3_5", []),
+        pytest.param("qwen3_5", ["--gradient-checkpointing", "--variant", "dora"], marks=pytest.mark.long),
+    ],
 )
 def test_what_a_family_has_of_its_own_reaches_layers_in_pieces(forks, command, checkpoints, tmp_path, family, more):
     """Qwen3-VL's DeepStack is added between layers that FSDP2 puts together and takes apart; Qwen3.5's forward runs
