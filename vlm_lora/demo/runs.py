@@ -113,7 +113,8 @@ class Evaluations:
         if not rows:
             return (
                 f"The captions that {name} was trained on were not reviewed yet: "
-                f"vlm-lora eval DATA --adapter {name} --review --output {name}"
+                f"vlm-lora eval DATA --adapter {name} --review --output {name}, "
+                f"where DATA is what it was trained on, and {name} its run folder"
             )
         shown = len(self.reviewed(name, most))
         missing = "" if shown else " Their pictures are not where they were when it was trained."

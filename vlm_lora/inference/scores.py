@@ -289,7 +289,7 @@ class Scores:
         reference_words: how many words the data's answers have in the mean.
         intervals: of base, tuned and blanked, those of each metric. An earlier version gave none for BLEU.
         gain: of tuned over base, by metric.
-        base_in_four_bits: base and tuned are those of a base in four bits.
+        base_in_four_bits: base and tuned are those of a base in four bits, of QLoRA's or as --load-in-4bit has it.
         also: the scores on the other data.
         unmoved: answers that stay the same with the picture ``blanked``, and with an ``other`` one in its place.
         tasks: what the answers of each of `TASKS` scored; what is shown and judged.

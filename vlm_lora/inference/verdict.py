@@ -48,7 +48,7 @@ def summary(scores: Scores) -> list[str]:
             told[0] = f"{TASKS[task].title}: {told[0][0].lower()}{told[0][1:]}"
         sentences += told
     if scores.tuned and scores.base_in_four_bits:
-        sentences.append("Base here is the base in four bits, as QLoRA was trained on it; whole, it may do better.")
+        sentences.append("Base here is the base in four bits; whole, it may do better.")
     if scores.unmoved:
         how = {"blanked": "with the picture greyed out", "other": "with another picture in its place"}
         shares = [
