@@ -14,7 +14,8 @@ tolerances below (where plain itself runs out of memory, those of the first that
   live tower     the tower computes in every step
   full logits    logits for every token
   plain          none of the three
-  all, compiled  the language layers through torch.compile, with --compiled; the first step, not timed, compiles
+  all, again     as all, by turns with the next one alone, after the others
+  all, compiled  and the language layers by torch.compile, as with --compile yes; the first step, not timed, compiles
 
 The share of the matrix product is the arithmetic that the model's matrices need for the tokens of that variant (2
 operations a weight forward, 2 backward; the base's weights get no gradient), over what one large matrix product attains
@@ -110,7 +111,7 @@ VARIANTS = {  # (shared prefix, cached tower output, logits where there are labe
     "full logits": (True, True, False),
     "all": (True, True, True),
 }
-COMPILED = "all, compiled"
+COMPILED, AGAIN = "all, compiled", "all, again"
 TOLERANCES = {  # of the loss, and of the gradients' difference over their norm
     "float32": (1e-5, 1e-4),
     "bfloat16": (1e-3, 5e-2),
@@ -187,7 +188,7 @@ class Work:
         for (_, grid), texts in zip(self.patches, said, strict=True):
             dialogues = tuple(Dialogue((Turn(DEFAULT_PROMPT, text),)) for text in texts)
             self.items.append(encoder.encode(dialogues, grid))
-        self.compiled: list[Callable] = []
+        self.compiled = False
         self.num_answers = images * captions
         self.num_labels = sum(int((b.labels != IGNORE_INDEX).sum()) for item in self.items for b in item.branches)
 
@@ -203,19 +204,15 @@ class Work:
 
     @contextmanager
     def compiled_layers(self) -> Iterator[None]:
-        """Inside, the language layers compute by torch.compile, which knows the shapes."""
-        layers = self.backbone.language_model.layers
-        self.compiled = self.compiled or [torch.compile(layer.forward, dynamic=False) for layer in layers]
-        for layer, forward in zip(layers, self.compiled, strict=True):
-            layer.forward = forward
-        # Each layer may be compiled anew for each shape: what is beyond the limit would run as ever, in silence.
-        each = {"recompile_limit": 8 * len(layers), "fail_on_recompile_limit_hit": True}
+        """Inside, the language layers compute by torch.compile, as `--compile` has them."""
+        if not self.compiled:
+            self.backbone.compile_layers()
+            self.compiled = True
+        self.backbone.use_compiled(True)
         try:
-            with torch._dynamo.config.patch(**each):
-                yield
+            yield
         finally:
-            for layer in layers:
-                del layer.forward
+            self.backbone.use_compiled(False)
 
     def predicted_bytes(self, base: str, model: str) -> int:
         """Of the step with every technique, as `vlm-lora plan` counts them."""
@@ -297,93 +294,111 @@ def short_of_memory(error: torch.OutOfMemoryError) -> str:
     return "out of memory"
 
 
-def measure(backbone: Backbone, base: str, model: str, args: argparse.Namespace) -> dict:
-    """What the steps of every variant take and give, and captioning. Raises `torch.OutOfMemoryError` beside them."""
+def measure(backbone: Backbone, base: str, model: str, args: argparse.Namespace) -> Iterator[dict]:
+    """What the steps of every variant take and give, and captioning; again with the compiled layers, which take minutes
+    to make. Raises `torch.OutOfMemoryError` beside the steps."""
     device = backbone.device
     work = Work(backbone, args.images, args.captions, args.side, args.words, args.max_tokens)
     adapter = attach_adapter(backbone, TrainConfig(data="none", rank=RANK))
     predicted = work.predicted_bytes(base, model)
     product = attainable(device, backbone.dtype)
-    variants = VARIANTS | ({COMPILED: VARIANTS["all"]} if args.compiled else {})
-    rows = measure_training(work, variants, [p for _, p in adapter.named_parameters()], args.rounds)
-    reference = next((name for name, row in rows.items() if "failed" not in row), None)
     published = peak_rate(device_name(device)) if backbone.dtype == torch.bfloat16 else None
-    for name, row in rows.items():
-        if "failed" in row:
-            continue
-        median = statistics.median(row["seconds"])
-        rate = work.operations(*variants[name]) / median
-        row["answers_per_second"] = work.num_answers / median
-        row["share_of_matrix_product"] = rate / product
-        if published:
-            row["share_of_published_peak"] = rate / published
-        row["time_over_plain"] = statistics.median(
-            a / b for a, b in zip(row["seconds"], rows[reference]["seconds"], strict=True)
-        )
+    steps = Steps(work, [p for _, p in adapter.named_parameters()])
+    steps.measure(VARIANTS, args.rounds)
     result = {
-        "compared_with": reference,
-        "training": rows,
+        "training": steps.rows,
         "matrix_product_per_second": product,
         "published_peak_per_second": published,
         "predicted_bytes": predicted,
     }
-    measured = rows["all"].get("peak_bytes")
-    if measured:
-        result["predicted_over_measured"] = predicted / measured
-    backbone.model.eval()
-    captioner = Captioner(backbone, adapter, FeatureCache(backbone, None), DEFAULT_PROMPT)
+    result["captioning"] = measure_captioning(
+        Captioner(backbone, adapter, FeatureCache(backbone, None), DEFAULT_PROMPT), work, args
+    )
+    yield result | steps.summary(product, published, predicted)
+    if args.compiled and not backbone.family.recurrent:
+        steps.measure({AGAIN: VARIANTS["all"], COMPILED: VARIANTS["all"]}, args.rounds)
+        yield result | steps.summary(product, published, predicted)
+
+
+def measure_captioning(captioner: Captioner, work: Work, args: argparse.Namespace) -> dict:
+    captioner.backbone.model.eval()
     decoding = Decoding(max_new_tokens=args.new_tokens)
     try:
         list(captioner.caption(work.pictures[:2], decoding=decoding))
-        taken = seconds(device, lambda: list(captioner.caption(work.pictures, batch_size=16, decoding=decoding)))
-        result["captioning"] = {"images_per_second": len(work.pictures) / taken, "new_tokens": args.new_tokens}
+        taken = seconds(work.backbone.device, lambda: list(captioner.caption(work.pictures, decoding=decoding)))
     except torch.OutOfMemoryError as error:
-        result["captioning"] = {"failed": short_of_memory(error)}
-    return result
+        return {"failed": short_of_memory(error)}
+    return {"images_per_second": len(work.pictures) / taken, "new_tokens": args.new_tokens}
 
 
-def measure_training(
-    work: Work, variants: dict[str, tuple], tensors: list[torch.nn.Parameter], rounds: int
-) -> dict[str, dict]:
-    """Of each variant: seconds of its steps, loss, difference of its gradients, and on a GPU the peak of memory."""
-    device = work.backbone.device
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for tensor in tensors:  # LoRA starts at zero, where half of its gradients are: nothing would be compared
-            tensor.add_(0.02 * torch.randn_like(tensor))
-    optimizer = torch.optim.AdamW(tensors, lr=0.0, weight_decay=0.0, fused=True)
-    work.backbone.model.train()
-    rows: dict[str, dict] = {name: {"seconds": []} for name in variants}
-    reference = None
-    for number in range(rounds + 1):  # the first is the warm-up
-        for name, how in variants.items():
-            row = rows[name]
+class Steps:
+    """The steps of variants by turns: seconds of each, loss, difference of the gradients, and on a GPU the peak."""
+
+    def __init__(self, work: Work, tensors: list[torch.nn.Parameter]):
+        self.work, self.tensors = work, tensors
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for tensor in tensors:  # LoRA starts at zero, where half of its gradients are: nothing would be compared
+                tensor.add_(0.02 * torch.randn_like(tensor))
+        self.optimizer = torch.optim.AdamW(tensors, lr=0.0, weight_decay=0.0, fused=True)
+        self.rows: dict[str, dict] = {}
+        self.reference: torch.Tensor | None = None
+
+    def measure(self, variants: dict[str, tuple], rounds: int) -> None:
+        """Rounds of these, after one that warms up."""
+        self.work.backbone.model.train()
+        self.rows |= {name: {"seconds": []} for name in variants}
+        for number in range(rounds + 1):
+            for name, how in variants.items():
+                if "failed" not in self.rows[name]:
+                    self._step(name, how, number)
+
+    def _step(self, name: str, how: tuple, number: int) -> None:
+        work, row = self.work, self.rows[name]
+        device = work.backbone.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+        def step() -> None:
+            with work.compiled_layers() if name == COMPILED else nullcontext():
+                row["loss"] = work.loss(*how)
+            self.optimizer.step()
+
+        try:
+            took = seconds(device, step)
+        except torch.OutOfMemoryError as error:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.rows[name] = {"failed": short_of_memory(error)}
+            return
+        if device.type == "cuda":
+            row["peak_bytes"] = torch.cuda.max_memory_allocated()
+            row["reserved_bytes"] = torch.cuda.max_memory_reserved()
+        if number:
+            row["seconds"].append(took)
+        else:
+            row["first_seconds"] = took
+            gradient = torch.cat([t.grad.flatten() for t in self.tensors if t.grad is not None]).cpu()
+            self.reference = gradient if self.reference is None else self.reference
+            row["gradient_difference"] = float((gradient - self.reference).norm() / self.reference.norm())
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def summary(self, product: float, published: float | None, predicted: int) -> dict:
+        """What the rows come to, beside what a large product attains on the device, and what its maker publishes."""
+        reference = next((name for name, row in self.rows.items() if "failed" not in row), None)
+        for name, row in self.rows.items():
             if "failed" in row:
                 continue
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-
-            def step(name=name, how=how, row=row) -> None:
-                with work.compiled_layers() if name == COMPILED else nullcontext():
-                    row["loss"] = work.loss(*how)
-                optimizer.step()
-
-            try:
-                took = seconds(device, step)
-            except torch.OutOfMemoryError as error:
-                optimizer.zero_grad(set_to_none=True)
-                rows[name] = {"failed": short_of_memory(error)}
-                continue
-            if device.type == "cuda":
-                row["peak_bytes"] = torch.cuda.max_memory_allocated()
-            if number:
-                row["seconds"].append(took)
-            else:
-                gradient = torch.cat([t.grad.flatten() for t in tensors]).cpu()
-                reference = gradient if reference is None else reference
-                row["gradient_difference"] = float((gradient - reference).norm() / reference.norm())
-            optimizer.zero_grad(set_to_none=True)
-    return rows
+            median = statistics.median(row["seconds"])
+            rate = self.work.operations(*VARIANTS[name.split(",")[0]]) / median
+            row["answers_per_second"] = self.work.num_answers / median
+            row["share_of_matrix_product"] = rate / product
+            if published:
+                row["share_of_published_peak"] = rate / published
+            plain = self.rows[reference]["seconds"]
+            row["time_over_plain"] = statistics.median(a / b for a, b in zip(row["seconds"], plain, strict=True))
+        measured = self.rows["all"].get("peak_bytes")
+        more = {"predicted_over_measured": predicted / measured} if measured else {}
+        return {"compared_with": reference, **more}
 
 
 def faults(results: dict[str, dict]) -> list[str]:
@@ -435,28 +450,42 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def measure_size(size: str, device: torch.device, args: argparse.Namespace) -> dict[str, dict]:
-    """Of each base: what `measure` gives, or that it does not fit."""
+def measure_size(size: str, device: torch.device, args: argparse.Namespace) -> Iterator[dict[str, dict]]:
+    """Of each base: what `measure` gives, or that it does not fit; as often as there is more."""
     results: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder:
         say(f"{size}: writing random weights.")
         try:
             write_model(size, Path(folder), device, torch.float32 if args.base == ["float32"] else torch.bfloat16)
         except torch.OutOfMemoryError as error:
-            return {base: {"failed": short_of_memory(error)} for base in args.base}
+            yield {base: {"failed": short_of_memory(error)} for base in args.base}
+            return
         for base in args.base:
             say(f"{size}, {base}:")
             dtype = "bfloat16" if base == "nf4" else base
             try:
                 backbone = load_backbone(folder, dtype=dtype, device=device, quantise=base == "nf4")
-                results[base] = measure(backbone, base, folder, args)
+                for result in measure(backbone, base, folder, args):
+                    results[base] = result
+                    yield results
             except torch.OutOfMemoryError as error:
                 results[base] = {"failed": short_of_memory(error)}
             backbone = None
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    return results
+    yield results
+
+
+def versions() -> dict[str, str | None]:
+    kernels = {package: version(package) for package in KERNELS if importlib.util.find_spec(KERNELS[package])}
+    return {
+        "vlm-lora": __version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    } | kernels
 
 
 def main() -> int:
@@ -470,28 +499,28 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=8192, help="of a micro-batch")
     parser.add_argument("--new-tokens", type=int, default=64, help="of a generated caption")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compiled", action="store_true", help="also with torch.compile, which takes minutes first")
+    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+                        help="also with torch.compile; by default on a GPU")  # fmt: skip
     args = parser.parse_args()
     device = best_device()
     name, wrong = device_name(device), []
     for size in args.size:
-        results = measure_size(size, device, args)
+        results: dict[str, dict] = {}
+        for results in measure_size(size, device, args):
+            record = {
+                "command": "python -m bench.gpu" + "".join(f" {a}" for a in sys.argv[1:]),
+                "date": time.strftime("%Y-%m-%d"),
+                "device": name,
+                "versions": versions(),
+                "size": size,
+                "settings": vars(args),
+                "results": results,
+                "faults": faults(results),
+            }
+            if "small" not in size:  # written as it grows: what comes last may not fit the time
+                out = ROOT / "bench/results" / f"gpu-{size}.json"
+                out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         wrong += [f"{size}, {fault}" for fault in faults(results)]
-        record = {
-            "command": "python -m bench.gpu" + "".join(f" {a}" for a in sys.argv[1:]),
-            "date": time.strftime("%Y-%m-%d"),
-            "device": name,
-            "versions": {"vlm-lora": __version__, "torch": torch.__version__, "cuda": torch.version.cuda,
-                         "transformers": transformers.__version__, "python": platform.python_version()}
-            | {package: version(package) for package in KERNELS if importlib.util.find_spec(KERNELS[package])},
-            "size": size,
-            "settings": vars(args),
-            "results": results,
-            "faults": faults(results),
-        }  # fmt: skip
-        if "small" not in size:
-            out = ROOT / "bench/results" / f"gpu-{size}.json"
-            out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         print(f"{size} on {name}\n\n{table(results)}\n")
         print(json.dumps(record))
     for fault in wrong:

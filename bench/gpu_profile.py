@@ -184,7 +184,7 @@ def linears(tokens: int, width: int, outs: list[int]) -> dict:
         return tuple(F.linear(x, w) for w in weights)
 
     def today(x, *lora):
-        return tuple(_AddLowRank.apply(o, x, lora[i], lora[n + i], 2.0) for i, o in enumerate(base(x)))
+        return tuple(_AddLowRank.apply(o, x, lora[i], lora[n + i], 2.0, o.dtype) for i, o in enumerate(base(x)))
 
     def autograd(x, *lora):
         lora = [t.to(dtype) for t in lora]

@@ -240,6 +240,15 @@ class TrainConfig:
         False, "recompute the language layers in the backward pass: less memory, more time, equal result",
         "memory", identity=False,
     )  # fmt: skip
+    compile: str = knob(
+        "auto", "have torch.compile fuse the language layers' work while they train, which takes a minute or two "
+        "first; auto: on a GPU, if the run has 1000 steps or more", "memory",
+        choices=("auto", "yes", "no"), identity=False,
+    )  # fmt: skip
+    deterministic: bool = knob(
+        False, "have a GPU compute every sum in the same order each time, for bit-exact resume; up to a fifth slower",
+        "memory", identity=False,
+    )  # fmt: skip
     cache: bool = knob(
         True, "keep the frozen vision tower's output on disk, so that it runs once per image ever", "memory",
         identity=False,

@@ -76,6 +76,52 @@ def test_batched_and_shared_equal_one_by_one_equal_generate(captioner, files):
     assert len({text for row in wanted for text in row}) > 6  # a model that always says the same would pass too
 
 
+@pytest.mark.parametrize("captioner", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"], indirect=True)
+@pytest.mark.parametrize("how", [SHORT, Decoding(max_new_tokens=12, temperature=0.2), Decoding(max_new_tokens=1)])
+def test_a_step_that_a_gpu_records_says_the_same(captioner, files, monkeypatch, how):
+    """Here it is computed and not replayed, on the same memory of a fixed size; rows end one after the other."""
+    captioner.backbone.model.generation_config.eos_token_id = list(range(0, 8192, 9))
+    asked = [(captioner.features.get([_ref(file)]), [_asking(q) for q in QUESTIONS]) for file in files]
+    wanted = captioner.generate(asked, decoding=how)
+    lengths = {len(captioner.encoder.tokenize(text)) for row in wanted for text in row}
+    assert how.max_new_tokens == 1 or len(lengths) > 4
+    made = []
+    recorded = decoding._Recorded
+    monkeypatch.setattr(decoding, "_repays_recording", lambda *_: True)
+    monkeypatch.setattr(decoding, "_Recorded", lambda *given: made.append(recorded(*given)) or made[-1])
+    assert captioner.generate(asked, decoding=how) == wanted
+    assert len(made) == 1
+    shapes = {each.shape for layer in made[0].kept for each in layer}
+    assert len(shapes) == 1  # whatever was read
+    assert captioner.generate(asked[:1], decoding=how) == wanted[:1]
+
+
+@ONE_FAMILY
+@pytest.mark.parametrize("method", ["prefix", "prompt", "adapter"])
+def test_a_recorded_step_knows_other_methods(checkpoints, captioner, files, monkeypatch, method):
+    backbone = load_backbone(str(checkpoints["qwen2_vl"]))
+    adapter = attach_adapter(backbone, TrainConfig(data="none", method=method, seed=1))
+    for i, (_, parameter) in enumerate(adapter.named_parameters()):
+        torch.manual_seed(i)
+        parameter.data = torch.randn_like(parameter.data) * 0.3
+    backbone.model.eval()
+    other = Captioner(backbone, adapter, FeatureCache(backbone, None), DEFAULT_PROMPT)
+    asked = [(other.features.get([_ref(file)]), [_asking(q) for q in QUESTIONS]) for file in files]
+    wanted = [other.generate(asked, tuned=tuned, decoding=SHORT) for tuned in (True, False)]
+    assert wanted[0] != wanted[1]
+    monkeypatch.setattr(decoding, "_repays_recording", lambda *_: True)
+    assert [other.generate(asked, tuned=tuned, decoding=SHORT) for tuned in (True, False)] == wanted
+
+
+@pytest.mark.parametrize(
+    ("device", "recurrent", "tokens", "recorded"),
+    [("cuda", False, 64, True), ("cpu", False, 64, False), ("cuda", True, 64, False), ("cuda", False, 8, False)],
+)
+def test_what_is_recorded(device, recurrent, tokens, recorded):
+    backbone = SimpleNamespace(device=torch.device(device), family=SimpleNamespace(recurrent=recurrent))
+    assert decoding._repays_recording(backbone, Decoding(max_new_tokens=tokens)) == recorded
+
+
 @pytest.mark.parametrize("captioner", ["qwen3_5"], indirect=True)
 @pytest.mark.parametrize("fault", ["padding", "left", "states"])
 def test_a_state_that_meets_padding_would_be_noticed(captioner, files, monkeypatch, fault):

@@ -37,7 +37,7 @@ from vlm_lora.training.prepare import read_data
 from vlm_lora.training.run import train_adapter as train
 from vlm_lora.training.schedule import Schedule
 from vlm_lora.training.step import loss_sum
-from vlm_lora.training.trace import Kernel, MicroShape, Traced, micro_batch
+from vlm_lora.training.trace import ATTENTION_OPERATIONS, Kernel, MicroShape, Traced, micro_batch
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -502,3 +502,13 @@ def test_images_of_a_large_micro_batch_have_room_in_its_rows(checkpoints):
     placed = micro_batch(adapter.backbone, shape).input_ids == adapter.backbone.image_token_id
     assert (int(placed.sum()), int(placed.sum(1).max())) == (639, 16)
     assert CostModel(settings, torch.float32, "cpu").trace(shape).operations > 0
+
+
+def test_attention_is_counted_as_torch_counts_it_also_where_keys_have_fewer_heads():
+    """Which torch's own formulas refuse before 2.13."""
+    queries, keys, fewer = torch.empty(2, 6, 50, 32), torch.empty(2, 6, 80, 32), torch.empty(2, 2, 80, 32)
+    forward, backward = ATTENTION_OPERATIONS.values()
+    assert forward(queries, keys, keys) == sdpa_flop(queries, keys, keys)
+    assert backward(queries, queries, keys, keys) == sdpa_backward_flop(queries, queries, keys, keys)
+    assert forward(queries, fewer, fewer) == forward(queries.shape, keys.shape, keys.shape)
+    assert backward(queries, queries, fewer, fewer) == backward(queries, queries, keys, keys)

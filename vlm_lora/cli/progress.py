@@ -61,6 +61,9 @@ class TrainReport(Events):
             if imbalance > 1.25:
                 say("The others wait for it. A larger --batch-size spreads more evenly.")
 
+    def compiling(self) -> None:
+        say("torch.compile is at work, for a minute or two; --compile no begins at once.")
+
     def step(self, *, step, num_steps, loss, lr, answers_per_second, seconds_left, **_) -> None:
         rate = f"{answers_per_second:,.0f}" if answers_per_second >= 10 else f"{answers_per_second:.2g}"
         text = f"step {step:,}/{num_steps:,}  loss {loss:.4f}  lr {lr:.1e}  {rate} answers/s"

@@ -6,11 +6,12 @@ which are then decoded together, as one batch.
 
 import copy
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import psutil
 import torch
+import torch.nn.functional as F
 
 from vlm_lora.inference.caption import Decoding
 from vlm_lora.inference.control import Processor, apply, processors
@@ -24,6 +25,9 @@ MOST_ROWS = 32
 """Captions decoded together at most; beyond it little is gained."""
 MEMORY_SHARE = 0.4
 """Of the free memory, for keys, values and activations of a batch whose size is not given."""
+
+FEW_TOKENS = 8
+"""Answers of no more tokens do not repay recording a step."""
 
 Step = list[tuple[int, int]]
 """(row, token) of all rows that do not end with this token."""
@@ -46,6 +50,8 @@ def decode(
         yield _search(_prefill(backbone, encoded, images, short=1), encoded, decoding, steering, begun)
         return
     rows = _prefill(backbone, encoded, images)
+    if _repays_recording(backbone, decoding):
+        rows = _Recorded(rows, decoding.max_new_tokens)
     said = torch.tensor([list(begun)] * len(rows.mask), dtype=torch.long, device=backbone.device)
     numbers = _random_numbers(encoded, images, decoding.seed) if decoding.temperature > 0 else []
     left = torch.arange(len(rows.mask), device=backbone.device)
@@ -63,6 +69,11 @@ def decode(
             rows.select(kept)
         said = torch.cat([said, token[:, None]], dim=1)
         rows.read(token[:, None], torch.ones_like(token[:, None]), (rows.position + 1).expand(3, -1, -1))
+
+
+def _repays_recording(backbone: Backbone, decoding: Decoding) -> bool:
+    on_gpu = backbone.device.type == "cuda"
+    return on_gpu and not backbone.family.recurrent and decoding.max_new_tokens > FEW_TOKENS
 
 
 def rows_that_fit(backbone: Backbone, patches: int, decoding: Decoding) -> int:
@@ -119,6 +130,73 @@ class _Rows:
         if self.mask.shape[1]:
             self.cache.reorder_cache(rows)  # linear attention has this and not `batch_select_indices`
             self.hidden, self.position = self.hidden[rows], self.position[rows]
+
+
+class _Recorded:
+    """The rows of a `_Rows`, of which a GPU reads one more token each by a graph (``torch.cuda.graph``): the work of a
+    step is recorded once, and then started as one piece, where the host would take longer to start its thousands of
+    kernels than the device to run them.
+
+    A graph works on the same memory each time. So keys and values have room for ``room`` tokens from the start, and
+    rows that have ended stay in it, unseen.
+    """
+
+    all_hidden: torch.Tensor
+
+    def __init__(self, rows: _Rows, room: int):
+        self.backbone, self.cache, self.hidden, self.position = rows.backbone, rows.cache, rows.hidden, rows.position
+        count, self.read_so_far = rows.mask.shape
+        self.rows = torch.arange(count, device=rows.mask.device)
+        self.ids = torch.zeros(count, 1, dtype=torch.long, device=rows.mask.device)
+        self.positions = torch.zeros(3, count, 1, dtype=torch.long, device=rows.mask.device)
+        self.mask = F.pad(rows.mask.bool(), (0, room))[:, None, None]
+        before = self.cache.get_seq_length() - self.read_so_far  # of a trained prefix, which the mask leaves out
+        self.place = torch.tensor([before + self.read_so_far - 1], device=rows.mask.device)
+        self.kept = [
+            [F.pad(each, (0, 0, 0, room)) for each in (layer.keys, layer.values)] for layer in self.cache.layers
+        ]
+        for layer in self.cache.layers:
+            layer.keys, layer.values = (each[:, :, :1].clone() for each in (layer.keys, layer.values))
+        self.cache.update = self._update
+        self.replay: Callable[[], object] | None = None
+
+    def _update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any) -> list[torch.Tensor]:
+        for kept, new in zip(self.kept[layer], (keys, values), strict=True):
+            kept.index_copy_(2, self.place, new)
+        return self.kept[layer]
+
+    def read(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> None:
+        """One more token of every row that has not ended; arguments as of `_Rows`."""
+        self.ids[self.rows], self.positions[:, self.rows] = ids, positions
+        self.mask[self.rows, :, :, self.read_so_far] = mask.bool()[:, None]
+        self.read_so_far += 1
+        self.place += 1
+        if self.replay is None:
+            self.replay = self._record()
+        self.replay()
+        self.hidden, self.position = self.all_hidden[self.rows], positions[0]
+
+    def _record(self) -> Callable[[], object]:
+        """What computes ``all_hidden`` ``(B, hidden)`` of what is to be read."""
+
+        def step() -> None:
+            self.all_hidden = self.backbone.forward(self.ids, self.mask, self.positions, None, self.cache)[:, -1]
+
+        if self.backbone.device.type != "cuda":
+            return step
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            step()  # libraries set themselves up, which cannot be recorded; it writes what will be written again
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Have these rows alone, by number."""
+        self.rows, self.hidden, self.position = self.rows[rows], self.hidden[rows], self.position[rows]
 
 
 def _prefill(

@@ -45,8 +45,12 @@ def packed_attention(
     causal = None  # that is, by the kernel; it aligns queries with the first keys
     if seen > count:
         causal = torch.ones(1, 1, count, seen, dtype=torch.bool, device=key.device).tril(seen - count)
-    prefix, _ = sdpa_attention_forward(
-        module, query[:, :, :count], key[:, :, :seen], value[:, :, :seen], causal, **kwargs
-    )
-    branches, _ = sdpa_attention_forward(module, query[:, :, count:], key, value, attention_mask, **kwargs)
+    parts = [query[:, :, :count], key[:, :, :seen], value[:, :, :seen], query[:, :, count:]]
+    if torch.compiler.is_compiling():
+        # Written apart from the start, which costs nothing there. Compiled for any shape, the backward pass expects
+        # parts of one tensor as far apart as in the first shape that it has seen.
+        parts = [part.contiguous() for part in parts]
+    *before, after = parts
+    prefix, _ = sdpa_attention_forward(module, *before, causal, **kwargs)
+    branches, _ = sdpa_attention_forward(module, after, key, value, attention_mask, **kwargs)
     return torch.cat([prefix, branches], dim=1), None

@@ -179,6 +179,23 @@ class Backbone(Preprocessor):
     def language_model(self) -> Any:
         return self.model.model.language_model
 
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """From here on the language layers train by `torch.compile`: what stands between their matrix products is
+        computed in few kernels, and the host starts a layer and not each of its operators.
+
+        Layers of a kind share one compilation, which holds for all numbers of rows and tokens (but of one row it is
+        another). Without gradients they compute as ever. Call it before `checkpoint_layers`.
+        """
+        for layer in self.language_model.layers:
+            compiled = torch.compile(type(layer).forward, dynamic=True, fullgraph=True, backend=backend)
+            layer.forward = partial(_while_training, layer, compiled, layer.forward)
+        self.use_compiled(True)
+
+    def use_compiled(self, on: bool) -> None:
+        """Whether what `compile_layers` has made is used."""
+        for layer in self.language_model.layers:
+            layer.uses_compiled = on
+
     def checkpoint_layers(self) -> None:
         """From here on the language layers keep no activations while training, and run again in the backward pass
         (arXiv:1604.06174)."""
@@ -267,16 +284,17 @@ class Backbone(Preprocessor):
         parts = zip(self.family.mergers_of(self.model), features.split(self._tower_width, 1), strict=True)
         merged, *inner = (merger(part.contiguous()).to(vectors.dtype) for merger, part in parts)
         # The stock forward would ask the device how many they are, and its backward pass again.
-        places = (input_ids == self.image_token_id).flatten().nonzero()[:, 0].to(self.device, non_blocking=True)
-        vectors = vectors.flatten(0, 1).index_copy(0, places, merged).view_as(vectors)
+        where = (input_ids == self.image_token_id).nonzero().T.to(self.device, non_blocking=True)
+        places = tuple(where)  # row and column of each
+        vectors = vectors.index_put(places, merged)
         if not inner:
             return vectors, {}
         # All rows, with zeros for all that is no image: from a mask of places, the stock forward would have the device
         # count them in each layer.
-        empty = torch.zeros_like(vectors).flatten(0, 1)
+        empty = torch.zeros_like(vectors)
         return vectors, {
             "visual_pos_masks": torch.arange(len(vectors), device=vectors.device),
-            "deepstack_visual_embeds": [empty.index_copy(0, places, each).view_as(vectors) for each in inner],
+            "deepstack_visual_embeds": [empty.index_put(places, each) for each in inner],
         }
 
     def shard(self, group: Any, device: torch.device) -> None:
@@ -303,6 +321,12 @@ class Backbone(Preprocessor):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``(..., hidden)`` to ``(..., vocabulary)``."""
         return self.model.lm_head(hidden)
+
+
+def _while_training(layer: Any, compiled: Callable, plain: Callable, *args: Any, **kwargs: Any) -> Any:
+    if layer.uses_compiled and layer.training and torch.is_grad_enabled():
+        return compiled(layer, *args, **kwargs)
+    return plain(*args, **kwargs)
 
 
 def _run_again(layer: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,9 @@
 """What a device can do: the number format it computes in, and whether it ran out of memory."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from vlm_lora.errors import ConfigError
@@ -17,6 +21,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device had no room left. The CPU's says so as a plain RuntimeError."""
     told = ("DefaultCPUAllocator", "MPS backend out of memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in told)
+
+
+@contextmanager
+def in_one_order() -> Iterator[None]:
+    """Inside, every sum is computed in the same order each time, also by a GPU, whose gradients of attention are not by
+    default: 384 of 396 tensors of a step differ in their last bits from those of the same step again
+    (bench/results/gpu-profile.json)."""
+    before = torch.are_deterministic_algorithms_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU's library is set up
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -49,6 +49,9 @@ class Events:
     ) -> None:
         """The steps begin, after ``step`` of them; ``answers`` is of an epoch."""
 
+    def compiling(self) -> None:
+        """The layers are compiled now, which takes a minute or two."""
+
     def step(  # arguments: the numbers of a line of metrics.jsonl
         self,
         *,

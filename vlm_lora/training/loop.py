@@ -16,6 +16,7 @@ from vlm_lora.errors import Stopped, TrainingError
 from vlm_lora.model.adapters.base import ADAPTED, Adapter
 from vlm_lora.training.batches import EncodedExample, Fetched, Loader, imbalance, largest_micro_batch
 from vlm_lora.training.checkpoint import Progress, load_checkpoint, load_optimizer, load_weights, save_checkpoint
+from vlm_lora.training.compiled import COMPILER_ERRORS, difference, in_short, shaken
 from vlm_lora.training.events import Events
 from vlm_lora.training.folder import RunFolder
 from vlm_lora.training.prepare import Prepared
@@ -50,6 +51,7 @@ class TrainingLoop:
 
     Attributes:
         progress: what the run has come to.
+        compiled: whether the language layers are, which is checked before the first step.
         step_ends: `time.perf_counter` at the end of each of the first three steps of this process.
     """
 
@@ -74,6 +76,7 @@ class TrainingLoop:
         num_answers = [len(each.encoded.branches) for each in self.examples]
         self.schedule = loader.techniques.schedule(config, num_answers)
         self.progress = Progress(micro_batch_tokens=config.tokens_at_once)
+        self.compiled = False
         self.step_ends: list[float] = []
         self.losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
 
@@ -89,6 +92,8 @@ class TrainingLoop:
         self._start(first)
         if self._is_due():  # a checkpoint is written before its held-out loss is known: a kill in between lost nothing
             self._evaluate()
+        if self.compiled:
+            self._check_compiled(first)
         self._try_largest_step(first)
         batches = _ahead(self._fetch, range(first, last))
         started, answers_done = time.perf_counter(), 0
@@ -151,6 +156,31 @@ class TrainingLoop:
         self._warn_of_frozen_tensors()
         self.folder.begin(self.config, first)  # only now: if the checkpoint is of other settings, its files stay
 
+    def _check_compiled(self, first: int) -> None:
+        """Compute a step with compiled layers and without, from an adapter that is zero nowhere: where the gradients
+        are not the same, or nothing can be compiled here, the run goes on without."""
+        self.events.compiling()
+        examples, wrong = self._examples(first), None
+        with shaken(self.tensors):
+            self.backbone.use_compiled(False)
+            accumulate_gradients(self.loader, examples, None, 0, self.progress, self.events.warning)
+            expected = [tensor.grad for tensor in self.tensors]
+            self.optimizer.zero_grad(set_to_none=True)
+            self.backbone.use_compiled(True)
+            try:
+                accumulate_gradients(self.loader, examples, None, 0, self.progress, self.events.warning)
+                wrong = difference([tensor.grad for tensor in self.tensors], expected, self.backbone.dtype)
+            except COMPILER_ERRORS as error:
+                wrong = f"{in_short(error)}. It needs a C compiler and Python's headers"
+            self.optimizer.zero_grad(set_to_none=True)
+        if self.processes.highest(wrong is not None):
+            self._do_without_compiled(wrong or "another process says so")
+
+    def _do_without_compiled(self, why: str) -> None:
+        self.compiled = False
+        self.backbone.use_compiled(False)
+        self.events.warning(f"torch.compile cannot be used here: {why}. Training goes on without it, and is slower.")
+
     def _try_largest_step(self, first: int) -> None:
         """Out of memory is found out here and not hours later: the step with the largest micro-batch is computed first,
         and its gradients are dropped."""
@@ -183,6 +213,12 @@ class TrainingLoop:
 
     def _gradients(self, step: int, examples: Sequence[EncodedExample], fetched) -> torch.Tensor:
         seed = _step_seed(self.config.seed, step)
+        if self.compiled and self.processes.count == 1:
+            try:
+                return accumulate_gradients(self.loader, examples, fetched, seed, self.progress, self.events.warning)
+            except COMPILER_ERRORS as error:  # one that is not the compiler's comes again below
+                self._do_without_compiled(in_short(error))
+            self.optimizer.zero_grad(set_to_none=True)
         return accumulate_gradients(self.loader, examples, fetched, seed, self.progress, self.events.warning)
 
     def _skip_or_stop(self, result: StepResult, examples: Sequence[EncodedExample]) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from vlm_lora.data.readers import BadRow
 from vlm_lora.errors import TrainingError
 from vlm_lora.model.adapters.base import Adapter, find_adapter
 from vlm_lora.model.backbone import Backbone, load_backbone, require_bitsandbytes
-from vlm_lora.model.device import is_out_of_memory, resolve_dtype
+from vlm_lora.model.device import in_one_order, is_out_of_memory, resolve_dtype
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.training.batches import Loader
+from vlm_lora.training.compiled import is_compiled
 from vlm_lora.training.cost import Measured, Prediction, cost_model, predict
 from vlm_lora.training.events import Events
 from vlm_lora.training.folder import (
@@ -99,7 +100,7 @@ def train_adapter(
     events.data(data.taken_for, data.train, data.held_out, data.bad_rows)
     config = config.replace(system=_system(config, data.systems, events))
 
-    with ExitStack() as held, _memory_advice():
+    with ExitStack() as held, _memory_advice(), in_one_order() if config.deterministic else nullcontext():
         path = processes.on_main(lambda: _open_folder(path, resume, held, events))
         events.folder(path)
         processes.on_main(lambda: held.enter_context(tracked(config, processes.accelerator, path, resume)))
@@ -119,6 +120,8 @@ def train_adapter(
         kept, started = _share_kept(features, prepared), time.perf_counter()
         loader = Loader(adapter.backbone, features, processes, techniques)
         loop = TrainingLoop(config, adapter, loader, prepared, folder, events, stop)
+        loop.compiled = is_compiled(config, adapter.backbone, processes.sharded, loop.schedule.num_steps, events)
+        _prepare_layers(config, adapter.backbone, loop.compiled)
         steps = loop.run(allow_change)
 
         def save() -> None:
@@ -172,11 +175,17 @@ def _attached(config: TrainConfig, processes: Processes, attach: Callable[[Backb
     adapter = attach(backbone, config)
     if config.from_:
         adapter = adapter.going_on_from(Path(config.from_).resolve().name, find_adapter(config.from_))
-    if config.gradient_checkpointing:
-        backbone.checkpoint_layers()
     if processes.sharded:
         backbone.shard(processes.group, processes.device)
     return adapter
+
+
+def _prepare_layers(config: TrainConfig, backbone: Backbone, compiled: bool) -> None:
+    """Have the language layers compute as they are to in training."""
+    if compiled:
+        backbone.compile_layers()
+    if config.gradient_checkpointing:  # around what is compiled
+        backbone.checkpoint_layers()
 
 
 def _feature_cache(config: TrainConfig, adapter: Adapter, techniques: Techniques, events: Events) -> FeatureCache:

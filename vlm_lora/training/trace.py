@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import flop_registry
 
 from vlm_lora.config import TrainConfig
 from vlm_lora.model.adapters.base import Adapter
@@ -148,10 +148,17 @@ def _as_shape(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.is_meta else torch.empty_like(tensor, device="meta")
 
 
+def _attention_operations(queries: Any, keys: Any, products: int) -> int:
+    """Of so many matrix products of attention, from tensors or their shapes. torch's own formula, before 2.13, refuses
+    keys of fewer heads than queries."""
+    rows, heads, length, width = getattr(queries, "shape", queries)
+    return 2 * products * rows * heads * length * getattr(keys, "shape", keys)[2] * width
+
+
 ATTENTION_OPERATIONS: dict[Any, Callable[..., int]] = {
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop(q, k, v),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop(
-        grad, q, k, v
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: _attention_operations(q, k, 2),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, *__, **___: _attention_operations(
+        q, k, 5
     ),
 }
 """Of the CPU's kernel, which torch's own table of operations leaves out."""

@@ -11,7 +11,7 @@ half frozen, which is what PEFT itself converts such an adapter to.
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -102,8 +102,8 @@ def _adapter(backbone: Backbone, peft_model: PeftModel, contract: Contract | Non
 
     for layer in _lora_layers(peft_model):
         linear = isinstance(layer.get_base_layer(), torch.nn.Linear)
-        if linear and not layer.lora_variant and not layer.lora_bias["default"]:
-            layer.forward = partial(_plain_lora, layer)  # no DoRA, no other tool's extras
+        if linear and not layer.lora_variant and not layer.lora_bias["default"]:  # no DoRA, no other tool's extras
+            layer.__class__ = _computed_plainly(type(layer))
     return Adapter(backbone, contract, peft_model.disable_adapter, write, partial(_fill, backbone, peft_model))
 
 
@@ -128,21 +128,32 @@ def _lora_layers(peft_model: PeftModel) -> list[Any]:
 def compute_products_in(backbone: Backbone, dtype: torch.dtype) -> None:
     """Have LoRA's products computed in ``dtype``, and not in what suits the device."""
     for layer in backbone.model.modules():
-        if isinstance(layer, LoraLayer) and "forward" in vars(layer):
-            layer.forward = partial(_plain_lora, layer, products=dtype)
+        if isinstance(layer, _PlainLora):
+            layer.products = dtype
 
 
-def _plain_lora(layer: Any, x: torch.Tensor, products: torch.dtype | None = None) -> torch.Tensor:
-    """What PEFT's forward computes for one LoRA, by `_AddLowRank`."""
-    out = layer.base_layer(x)
-    if layer.disable_adapters:
-        return out
-    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    dropout, kind = layer.lora_dropout["default"], products or _product_dtype(out, up)
-    # Without dropout the input itself is kept for the backward pass, which several linears share, not a copy of it.
-    seen = x if isinstance(dropout, torch.nn.Identity) else dropout(x.to(kind))
-    scaling = layer.scaling["default"]
-    return _AddLowRank.apply(out.flatten(0, -2), seen.flatten(0, -2), down, up, scaling, kind).view_as(out)
+class _PlainLora:
+    """A layer of PEFT's that computes what its own forward does for one LoRA, by `_AddLowRank`. By its class, as each
+    layer with a forward of its own would be compiled by itself."""
+
+    products: torch.dtype | None = None
+    """What LoRA's products are computed in; None: what suits the device."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        out = self.base_layer(x)
+        if self.disable_adapters:
+            return out
+        down, up = self.lora_A["default"].weight, self.lora_B["default"].weight
+        dropout, kind = self.lora_dropout["default"], self.products or _product_dtype(out, up)
+        # Without dropout the input itself is kept for the backward pass, which several linears share, not a copy.
+        seen = x if isinstance(dropout, torch.nn.Identity) else dropout(x.to(kind))
+        scaling = self.scaling["default"]
+        return _AddLowRank.apply(out.flatten(0, -2), seen.flatten(0, -2), down, up, scaling, kind).view_as(out)
+
+
+@cache
+def _computed_plainly(kind: type) -> type:
+    return type(kind.__name__, (_PlainLora, kind), {})
 
 
 def _product_dtype(out: torch.Tensor, up: torch.Tensor) -> torch.dtype:
@@ -168,7 +179,8 @@ class _AddLowRank(torch.autograd.Function):
         ctx.scaling, ctx.kind = scaling, kind
         total = out.to(kind)
         total = torch.addmm(out, narrow, up.to(kind).T) if total is out else total.addmm_(narrow, up.T)
-        return total.to(out.dtype)
+        # Not by a `to` that does nothing: compiled by torch 2.11, its result has no gradient.
+        return total if kind == out.dtype else total.to(out.dtype)
 
     @staticmethod
     @once_differentiable
