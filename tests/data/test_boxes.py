@@ -15,6 +15,7 @@ from vlm_lora.check.clean import write_clean
 from vlm_lora.cli import main
 from vlm_lora.data.example import Box, Dialogue, Turn
 from vlm_lora.data.readers import read_dataset
+from vlm_lora.errors import ConfigError
 
 SIZE = (8, 6)  # of the fixture's pictures
 BOX = (1.0, 2.0, 5.0, 6.0)
@@ -85,7 +86,8 @@ TRAPS = {
     "a name too many": (found(BOX, refs=("a", "b")), "has 1 <ref-object> mark(s) but 2 ref in its objects"),
     "no name": (found(BOX, refs=("",)), "expected a list of names"),
     "width and height": (found((5, 4, 2, 2)), "which has 8x6 pixels, is empty; expected x1, y1, x2, y2 with x1 < x2"),
-    "a line": (found((1, 2, 1, 5)), "is empty"),
+    "an upright line": (found((1, 2, 1, 5)), "is empty"),
+    "a flat line": (found((1, 2, 5, 2)), "is empty"),
     "outside": (
         found((1, 2, 10, 5)),
         "the box [1, 2, 10, 5] (real) of 'a.png', which has 8x6 pixels, reaches",
@@ -173,6 +175,20 @@ def test_what_reaches_out_by_a_rounding_is_cut_off_and_counted(read, pictures, c
     assert json.loads(capsys.readouterr().out)["boxes"] == {"read": 3, "clipped": 2}
 
 
+def test_a_box_may_reach_out_of_a_large_image_by_a_hundredth(tmp_path):
+    Image.new("RGB", (2000, 10)).save(tmp_path / "a.png")
+    rows = [found((-19.5, 0, 2019.5, 10.9)), found((-21, 0, 2000, 10)), found((0, 0, 2000, 11.5))]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = read_dataset(tmp_path / "x.jsonl")
+    assert [bad.line for bad in dataset.bad] == [2, 3]
+    assert dialogues(dataset)[0].boxes[0].points == (0, 0, 2000, 10)
+
+
+def test_each_image_has_a_size_of_its_own(read):
+    row = found((10, 10, 20, 30), image_id=[1], width=[8, 80], height=[6, 60]) | TWO
+    assert dialogues(read(row))[0].boxes[0].points == (1, 1, 2, 3)
+
+
 def test_a_photo_that_is_turned_has_its_boxes_as_one_sees_it(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -253,6 +269,11 @@ def test_what_is_wrong_with_json_that_is_to_be_converted_is_a_bad_row(trap, read
     assert bad.place == "x.jsonl:1"
 
 
+def test_a_kind_of_numbers_that_nobody_knows_is_refused(read):
+    with pytest.raises(ConfigError, match="--json-boxes pixels: unknown; expected one of as-is, real, norm1, norm1000"):
+        read(chat("a", "b"), json_boxes="pixels")
+
+
 def test_json_with_marks_is_not_looked_at_twice(read):
     row = chat("Find it.", '{"bbox_2d": <bbox>}', objects={"bbox": [BOX]})
     assert dialogues(read(row, json_boxes="norm1000")) == dialogues(read(row))
@@ -265,6 +286,7 @@ def test_a_clean_copy_has_the_boxes_again(read, tmp_path):
         chat("Find <ref-object>  in this <image> at <bbox>", " <bbox> ", "Sure?", "yes")
         | {"objects": {"ref": ["x"], "bbox": [BOX, (-0.2, 1)]}},
         {"image": "c.png", "caption": "<ref-object> at <bbox>", "objects": {"ref": ["x"], "bbox": [BOX]}},
+        {"image": "c.png", "caption": "<bbox>: <ref-object>", "objects": {"ref": ["x"], "bbox": [BOX]}},
         chat("Find it.", ANSWER),
     ]
     dataset = read(*rows, json_boxes="real")
@@ -277,7 +299,7 @@ def test_a_clean_copy_has_the_boxes_again(read, tmp_path):
         wanted = [(d.refs, d.boxes, len(d.turns), d.turns[0].images) for d in example.dialogues]
         wanted[0] = wanted[0] if wanted[0][0][:1] != ("a \u0065\u0301lk",) else (("a \u00e9lk",), *wanted[0][1:])
         assert [(d.refs, d.boxes, len(d.turns)) for d in by_name[example.id].dialogues] == [each[:3] for each in wanted]
-    assert again.boxes["read"] == 7
+    assert again.boxes["read"] == 8
 
 
 def test_the_fingerprint_knows_boxes_names_and_sizes(read):

@@ -9,9 +9,10 @@ Qwen3-VL    thousandths of the image, JSON                  the same; ``{"point_
 
 Sources: ``convert_to_qwen2vl_format`` and ``convert_to_qwen25vl_format`` of QwenLM/Qwen3-VL,
 ``qwen-vl-finetune/tools/process_bbox.ipynb``, for the numbers and their rounding; issue 721 there for the frame of the
-first two families, issues 1427 and 1486 for Qwen3-VL, which is to use the former again. The tokens are those of
-ms-swift's ``Qwen2VLTemplate.replace_ref`` and ``replace_bbox``. Of Qwen3.5 no source says anything: it is taken for
-Qwen3-VL.
+first two families, issues 1427 and 1486 for Qwen3-VL, which is to use the former again; 1427 has a box among words as
+``[x1, y1, x2, y2]`` too. The tokens are those of ms-swift's ``Qwen2VLTemplate.replace_ref`` and ``replace_bbox``; JSON
+for the others is what it calls ``QWENVL_BBOX_FORMAT=new`` (its pull request 6178). Of Qwen3.5 no source says anything:
+it is taken for Qwen3-VL.
 """
 
 import json

@@ -15,7 +15,7 @@ from vlm_lora.data.example import Example
 from vlm_lora.data.fetch import fetch_image
 from vlm_lora.data.locate import Find, Finder, folders_beside
 from vlm_lora.data.readers import coco, folders, hub
-from vlm_lora.data.readers.boxes import AS_IS, BoxReader
+from vlm_lora.data.readers.boxes import AS_IS, TYPES, BoxReader
 from vlm_lora.data.readers.detect import FORMATS, READERS, Layout, detect
 from vlm_lora.data.readers.fields import Ledger, require_plain
 from vlm_lora.data.readers.gather import BadRow, Dataset, Entry, Rows, gather, with_ids
@@ -51,7 +51,7 @@ class DataSettings:
     train_on: str = "all"
     """Which answers of a conversation are learnt: "last" or "all"."""
     json_boxes: str = AS_IS
-    """What the numbers of `bbox_2d` and `point_2d` in texts are: one of `TYPES`, or "as-is"."""
+    """What the numbers of `bbox_2d` and `point_2d` in texts are: "real", "norm1", "norm1000", or not known, "as-is"."""
 
     @property
     def column_names(self) -> dict[str, str]:
@@ -89,6 +89,9 @@ def read_dataset(
             raise ConfigError(f"--columns {key}={name}: unknown {key!r}; expected one of {', '.join(NAMES)}")
     if settings.format is not None and settings.format not in FORMATS:
         raise ConfigError(f"--format {settings.format}: unknown; expected one of {', '.join(FORMATS)}")
+    if settings.json_boxes not in (AS_IS, *TYPES):
+        expected = ", ".join((AS_IS, *TYPES))
+        raise ConfigError(f"--json-boxes {settings.json_boxes}: unknown; expected one of {expected}")
     if settings.images is not None and not Path(settings.images).is_dir():
         raise ConfigError(f"--images {settings.images}: there is no such folder; check the name")
     sources = [_weighed(source) for source in ([data] if isinstance(data, str | Path) else data)]
