@@ -502,3 +502,23 @@ def test_images_of_a_large_micro_batch_have_room_in_its_rows(checkpoints):
     placed = micro_batch(adapter.backbone, shape).input_ids == adapter.backbone.image_token_id
     assert (int(placed.sum()), int(placed.sum(1).max())) == (639, 16)
     assert CostModel(settings, torch.float32, "cpu").trace(shape).operations > 0
+
+
+def test_images_in_branches_have_room_there_and_are_counted_in_each(checkpoints, tmp_path):
+    """Rows with a system message and without differ before their image: each conversation has it for itself."""
+    for i in range(2):
+        picture(i, (64, 64)).save(tmp_path / f"{i}.png")
+    rows = [{"image": f"{i}.png", "question": "What?", "answer": "A cat."} for i in range(2)]
+    rows += [row | {"system": "Be terse.", "question": "Where?"} for row in rows]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = config(checkpoints, tmp_path / "x.jsonl", tmp_path / "run", val_split=0.0)
+    train(run)  # which ends with the prediction
+    adapter = attach_adapter(load_backbone(run.model), run)
+    encoder, grid = Encoder(adapter.backbone), torch.tensor([[1, 8, 8]])
+    example = read_data(run, run.sources).examples[0]
+    lesson = EncodedExample(example, encoder.encode(example.dialogues, grid))
+    ((shape,),) = micro_shapes([lesson], {example.images[0]: 64}, 10_000)
+    assert shape.patches == (64, 64)
+    assert shape.prefix < 16
+    placed = micro_batch(adapter.backbone, shape).input_ids == adapter.backbone.image_token_id
+    assert placed.sum() == 32
