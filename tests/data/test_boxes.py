@@ -151,6 +151,14 @@ def test_what_is_wrong_with_objects_is_a_bad_row(trap, read):
     assert dialogues(dataset) == [made(BOX)]
 
 
+def test_objects_of_nothing_are_no_objects(read):
+    """As Arrow has them, where other rows of the table have some."""
+    nothing = {"ref": [], "bbox": [], "bbox_type": None}
+    dataset = read({"image": "a.png", "captions": ["x", "y"], "objects": nothing}, chat("a", "b", objects=nothing))
+    assert (dataset.bad, dataset.boxes) == ((), {})
+    assert [d.turns[0].assistant for d in dialogues(dataset)] == ["x", "y", "b"]
+
+
 def test_names_of_tokens_beside_boxes_are_refused_as_they_are_too(read):
     """They could not be told from those that a rendered box has."""
     rows = [found(BOX, said="<ref-object><bbox> <|box_start|>"), found(BOX, refs=("<|object_ref_end|>",))]

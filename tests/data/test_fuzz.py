@@ -55,7 +55,7 @@ def test_a_field_that_gets_lost_is_found(monkeypatch):
         patched.setattr(Ledger, "close", lambda self, fields, whose="", has_images=True: None)
         assert lost() > 3
     told = "boxes in rows that are good"
-    monkeypatch.setattr(BoxReader, "with_objects", lambda self, dialogue, objects, images: dialogue)
+    monkeypatch.setattr(BoxReader, "with_objects", lambda self, said, objects, images: said)
     monkeypatch.setattr(sources, "require_plain", lambda dialogue: None)
     assert lost() > 3
 

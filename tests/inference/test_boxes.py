@@ -220,6 +220,15 @@ def test_what_is_no_box_is_scored_as_before(backbones, tmp_path):
     assert [len(row.frames) for row in evaluation.answered] == [0, 0, 0, 1]
 
 
+def test_two_points_of_qwen2_vl_are_no_box_though_they_look_like_one(backbones, tmp_path):
+    truth, (example, *_) = examples_of(tmp_path, 1)
+    points = (Box((1.0, 2.0), 0, (180, 90)), Box((90.0, 45.0), 0, (180, 90)))
+    talk = Dialogue((Turn("Where?", "<bbox>,<bbox>"),), boxes=points)
+    speaker = Seer(backbones["qwen2_vl"], truth, {False: said}, tuned=False)
+    (row,) = evaluate(speaker, [replace(example, dialogues=(talk,))]).answered
+    assert (row.references, row.task) == (("(6,22),(500,500)",), "answers")
+
+
 def test_an_evaluation_is_read_again_as_it_was_written(backbones, tmp_path):
     truth, examples = examples_of(tmp_path)
     evaluation = evaluate(Seer(backbones["qwen2_5_vl"], truth, {False: said, True: said}), examples)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.conftest import VISION, picture
 from tests.model.test_exactness import messages_of
-from vlm_lora.data.example import Box, Dialogue, Example, Turn
+from vlm_lora.data.example import Box, Dialogue, Turn
 from vlm_lora.errors import ModelError
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.boxes import Convention, Frame, in_pixels, rendered
@@ -148,16 +148,6 @@ def test_marks_without_boxes_and_names_of_tokens_stay_letters(backbones):
     learnt = encoded.branches[0].labels[encoded.branches[0].labels != IGNORE_INDEX].tolist()
     assert backbone.tokenizer.decode(learnt[:-1]) == hostile
     assert not set(backbone.tokenizer.all_special_ids) & set(learnt[:-1])
-
-
-def test_texts_tokenised_ahead_are_none_of_those_with_boxes(backbones):
-    encoder, grid = Encoder(backbones["qwen2_vl"]), torch.tensor([[1, 4, 6]])
-    mixed = (FOUND, Dialogue((Turn("Find the <ref-object>.", "<bbox><bbox>"),)))
-    alone = [encoder.encode([dialogue], grid).branches[0].input_ids.tolist() for dialogue in mixed]
-    ahead = Encoder(backbones["qwen2_vl"])
-    ahead.tokenize_ahead([Example("x", (), mixed, "x")])
-    assert [ahead.encode([dialogue], grid).branches[0].input_ids.tolist() for dialogue in mixed] == alone
-    assert alone[0] != alone[1]
 
 
 def test_a_tokenizer_without_the_tokens_is_refused(backbones, monkeypatch):

@@ -113,8 +113,7 @@ class Encoder:
 
     def tokenize_ahead(self, examples: Sequence[Example]) -> None:
         """Tokenise the texts of these examples together, on all cores, for the `encode` of each that follows."""
-        dialogues = [dialogue for e in examples for dialogue in e.dialogues if not dialogue.has_marks]
-        texts = {text for dialogue in dialogues for turn in dialogue.turns for text in _said(turn)}
+        texts = {text for e in examples for d in e.dialogues for turn in d.turns for text in _said(turn)}
         ordered = sorted(texts)
         self._ahead = dict(zip(ordered, map(tuple, self._tokenize(ordered)), strict=True)) if ordered else {}
 

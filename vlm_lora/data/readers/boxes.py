@@ -40,8 +40,10 @@ class BoxReader:
     in_json: str = AS_IS
     _sizes: dict[ImageRef, tuple[int, int]] = field(default_factory=dict)
 
-    def with_objects(self, dialogue: Dialogue, objects: Any, images: Sequence[ImageRef]) -> Dialogue:
-        """The dialogue with the boxes of its row's `objects`.
+    def with_objects(
+        self, said: Sequence[Dialogue | DataError], objects: Any, images: Sequence[ImageRef]
+    ) -> list[Dialogue | DataError]:
+        """What a row says, with the boxes of its `objects`.
 
         Raises DataError where these are of another shape, do not go with the texts, or are not in their image.
         """
@@ -63,7 +65,11 @@ class BoxReader:
         if kind not in TYPES:
             raise DataError(f"its objects have the bbox_type {kind!r}; expected one of {', '.join(TYPES)}")
         if not refs and not boxes:
-            return dialogue
+            return list(said)
+        if len(said) != 1:
+            raise DataError("has objects, and several texts that they may belong to; write a row for each text")
+        if isinstance(said[0], DataError):
+            raise said[0]
         which = filled.get("image_id", [])
         which = which if isinstance(which, list) else [which] * len(boxes)
         which = [*which, *[0] * (len(boxes) - len(which))]
@@ -77,7 +83,7 @@ class BoxReader:
             self._box(box, i, images, kind, _size_of(stated, i, len(images)))
             for box, i in zip(boxes, which, strict=True)
         ]
-        return _with_marks(dialogue, tuple(ref.strip() for ref in refs), tuple(made))
+        return [_with_marks(said[0], tuple(ref.strip() for ref in refs), tuple(made))]
 
     def with_json(self, dialogue: Dialogue, images: Sequence[ImageRef]) -> Dialogue:
         """The dialogue with the boxes of its texts' JSON, where it is said what their numbers are; else as it is.

@@ -143,10 +143,7 @@ class RowReader:
             dialogue, images = self._of_chat(fields, shape, images)
             dialogues = [dialogue]
         if (objects := fields.take("objects")) not in (None, "", [], {}):
-            if len(dialogues) > 1:
-                raise DataError("has objects, and several texts that they may belong to; write a row for each text")
-            if isinstance(dialogues[0], Dialogue):
-                dialogues = [self.boxes.with_objects(dialogues[0], objects, images)]
+            dialogues = self.boxes.with_objects(dialogues, objects, images)
         self.ledger.close(fields, has_images=bool(images))
         # Words alone are learnt too, but not where an image was to be
         described = shape == "captions" or (shape == "qa" and (image_names or self._caption_beside_question(fields)))
