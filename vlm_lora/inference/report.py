@@ -199,15 +199,16 @@ def _uri(image: ImageRef, row: Answered) -> str | None:
 
 
 def _draw_boxes(picture: Image.Image, row: Answered) -> None:
-    pen = ImageDraw.Draw(picture)
+    pen, large = ImageDraw.Draw(picture), max(picture.size) > CRISP
     for who, (_, colour) in BOXED.items():
+        width = 1 + large * (3 if who == "references" else 1)  # a rim of the data's is seen around one that is right
         texts = row.references if who == "references" else (getattr(row, who) or "",)
         for box in (box for text in texts for box in boxes_in(text)):
             corners = [share * picture.size[i % 2] for i, share in enumerate(shares(box, row.frames[0]))]
             # What a model says may be upside down, or miles away
             x1, y1, x2, y2 = (min(max(round(v), 0), picture.size[i % 2] - 1) for i, v in enumerate(corners))
             if x1 <= x2 and y1 <= y2:
-                pen.rectangle((x1, y1, x2, y2), outline=colour, width=2 if max(picture.size) > CRISP else 1)
+                pen.rectangle((x1, y1, x2, y2), outline=colour, width=width)
 
 
 _PIECE = re.compile(rf"\s+|[{LONE}]|[^\s{LONE}]+")  # kana and Han are compared one by one
