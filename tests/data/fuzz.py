@@ -59,6 +59,8 @@ EXTRA = {
         {"bbox": [[1, 2, 3, 4]], "categories": [3]},
         {"ref": [], "bbox": []},
         '{"ref": ["a"], "bbox": [[1, 2]], "image_id": [7]}',
+        {"ref": ["\ud800\0"], "bbox": [["1\n2"]], "bbox_type": ["real"]},
+        {"ref": ["\ud800\0"], "bbox": [[1, 2, 9, 9]], "image_id": "0\n"},
         [7],
     ),
     "videos": (["a.mp4"], [], None),

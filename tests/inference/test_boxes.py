@@ -35,6 +35,7 @@ from vlm_lora.inference.served import Trained
 from vlm_lora.inference.verdict import summary
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.encode import Encoder
+from vlm_lora.model.packing import IGNORE_INDEX
 
 SQUARE = "[0, 0, 10, 10]"
 
@@ -116,6 +117,7 @@ class Seer:
         self.asked = []
 
     def respond(self, asked, *, tuned, decoding=None):
+        self.room = decoding and decoding.max_new_tokens
         self.asked += [request for _, requests in asked for request in requests]
         return [
             [self.say[tuned](self.encoder, self.truth[images[0].name]) for _ in requests] for images, requests in asked
@@ -227,6 +229,27 @@ def test_two_points_of_qwen2_vl_are_no_box_though_they_look_like_one(backbones, 
     speaker = Seer(backbones["qwen2_vl"], truth, {False: said}, tuned=False)
     (row,) = evaluate(speaker, [replace(example, dialogues=(talk,))]).answered
     assert (row.references, row.task) == (("(6,22),(500,500)",), "answers")
+
+
+def test_long_answers_with_boxes_are_not_cut_off(backbones, tmp_path):
+    """Ten boxes in JSON are 300 tokens, and the usual limit is 64."""
+    truth, examples = examples_of(tmp_path, 2)
+    long = replace(examples[0].dialogues[0], boxes=examples[0].dialogues[0].boxes * 10)
+    long = replace(long, turns=(replace(long.turns[0], assistant="<bbox>" * 10),))
+    many = [replace(examples[0], dialogues=(long,)), examples[1]]
+    for family in VISION:
+        speaker = Seer(backbones[family], truth, {False: said, True: said})
+        answer = speaker.encoder.rendered(long).turns[0].assistant
+        evaluation = evaluate(speaker, many)
+        tokens = speaker.encoder.encode([long], torch.tensor([[1, 8, 16]])).branches[0].labels
+        assert speaker.room > int((tokens != IGNORE_INDEX).sum()), answer
+        against(evaluation, speaker, many)
+        assert speaker.room > int((tokens != IGNORE_INDEX).sum())
+        evaluate(speaker, many, decoding=Decoding(max_new_tokens=7))
+        assert speaker.room == 7
+    plain = replace(examples[0], dialogues=(Dialogue((Turn("What?", "a cat"),)),))
+    evaluate(speaker, [plain])
+    assert speaker.room is None
 
 
 def test_an_evaluation_is_read_again_as_it_was_written(backbones, tmp_path):

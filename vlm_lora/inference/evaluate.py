@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from PIL import Image
 
-from vlm_lora.config import DEFAULT_PROMPT
+from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT
 from vlm_lora.data.example import BBOX, REF, Dialogue, Example, ImageRef
 from vlm_lora.data.images import image_size, load_image
 from vlm_lora.errors import ConfigError, DataError
@@ -55,6 +55,9 @@ from vlm_lora.model.boxes import Frame
 
 ROWS_AT_ONCE = 96
 """Questions decoded together."""
+
+MOST_ROOM = 1024
+"""Tokens that answers with boxes may have at most, where nothing is said of it."""
 
 ONE_WORD = "Answer the question using a single word or phrase."
 """What LLaVA-1.5 and the benchmarks after it ask for a short answer with (Liu et al. 2023, "Improved Baselines with
@@ -301,6 +304,7 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
         also: examples of something else, a check of what tuning made the model forget: their scores are apart.
         prompt: the instruction for captions.
         commonest: the commonest answers of the training data; without them those of the references take their place.
+        decoding: by default the usual one, with room for the longest answer with boxes.
         progress: called with the number of passes over a question done and their total.
     """
     if not examples:
@@ -310,6 +314,7 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
     with_adapter = ["tuned", "blanked"] if blanked or swapped else ["tuned"]
     passes = ["base", *(with_adapter if speaker.tuned else [])]
     questions = [_questions(example, prompt, speaker) for example in examples]
+    given, decoding = decoding, decoding or _with_room(questions)
     asked = dict.fromkeys(passes, questions)
     short = [[question.briefly() for question in of if question.task == ANSWERS] for of in questions]
     asked |= {"one_word": short} if any(short) else {}
@@ -321,14 +326,14 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
     for i, example in enumerate(examples):
         said = {who: iter(of[i]) for who, of in answers.items() if i in of}
         for question in questions[i] if i not in failed else ():
-            given: dict[str, str | None] = {
+            spoken: dict[str, str | None] = {
                 who: next(texts) for who, texts in said.items() if who != "one_word" or question.task == ANSWERS
             }
-            given["commonest"] = guesses.guess(question.task, question.kind, question.text)
+            spoken["commonest"] = guesses.guess(question.task, question.kind, question.text)
             references = tuple(question.references)
             row = Answered(example.id, example.images, question.text, question.kind, references, task=question.task)
             frames = _frames(speaker, example) if row.task == BOXES else ()
-            answered.append(replace(row, choices=question.asked.choices, frames=frames, **given))
+            answered.append(replace(row, choices=question.asked.choices, frames=frames, **spoken))
     if level == "auto":
         level = level_for(text for row in answered for text in row.references)
     values = _values(answered, level)
@@ -337,7 +342,7 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
         base_in_four_bits=speaker.quantised,
         failed=tuple(FailedExample(examples[i].place, failed[i]) for i in sorted(failed)),
         unmoved=_unmoved(speaker, examples, questions, answers, decoding) if swapped and speaker.tuned else None,
-        also=evaluate(speaker, also, level=level, prompt=prompt, decoding=decoding, progress=progress).scores
+        also=evaluate(speaker, also, level=level, prompt=prompt, decoding=given, progress=progress).scores
         if also
         else None,
     )
@@ -362,6 +367,7 @@ def against(
         ConfigError: boxes are in coordinates of several images each, and not the same of both adapters.
     """
     questions = [_questions(example, "", speaker) for example in examples]
+    decoding = decoding or _with_room(questions)
     answers, failed = _ask(speaker, examples, {"tuned": questions}, decoding, progress)
     said = {example.id: answers["tuned"][i] for i, example in enumerate(examples) if i not in failed}
     by_id = {example.id: example for example in examples}
@@ -425,6 +431,15 @@ def _questions(example: Example, prompt: str, speaker: Speaker) -> list[Question
         question = gathered.setdefault(asked, new)
         question.references.extend(dialogue.accepted or (said.assistant,))
     return list(gathered.values())
+
+
+def _with_room(questions: Sequence[Sequence[Question]]) -> Decoding | None:
+    """Greedy decoding that cuts off no answer with boxes of the data, as a box that is cut off is a miss; None where
+    there are no boxes. No token is less than a byte; those around names and boxes are beside their texts."""
+    asked = (question for of_example in questions for question in of_example if question.task == BOXES)
+    longest = max((len(text.encode()) for each in asked for text in each.references), default=0)
+    room = min(max(DEFAULT_MAX_NEW_TOKENS, 2 * longest), MOST_ROOM)
+    return Decoding(max_new_tokens=room) if longest else None
 
 
 def _frames(speaker: Speaker, example: Example) -> tuple[Corners, ...]:

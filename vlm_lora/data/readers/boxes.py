@@ -62,7 +62,7 @@ class BoxReader:
             raise DataError(f"its objects have a ref that is {str(refs)[:60]!r}; expected a list of names")
         if not isinstance(boxes, list):
             raise DataError(f"its objects have a bbox that is {str(boxes)[:60]!r}; expected a list of boxes")
-        if kind not in TYPES:
+        if not isinstance(kind, str) or kind not in TYPES:
             raise DataError(f"its objects have the bbox_type {kind!r}; expected one of {', '.join(TYPES)}")
         if not refs and not boxes:
             return list(said)
@@ -75,7 +75,7 @@ class BoxReader:
         which = [*which, *[0] * (len(boxes) - len(which))]
         if len(which) > len(boxes) or not all(type(i) is int and 0 <= i < len(images) for i in which):
             raise DataError(
-                f"its objects have the image_id {str(filled.get('image_id', 0))[:60]}, for {len(boxes)} box(es) in "
+                f"its objects have the image_id {repr(filled.get('image_id', 0))[:60]}, for {len(boxes)} box(es) in "
                 f"{len(images)} image(s); expected for each box the number of its image, from 0"
             )
         stated = [filled.get(side) for side in ("width", "height")]
@@ -130,7 +130,7 @@ class BoxReader:
         """The box in pixels of its image; ``stated`` is the size of the image that its numbers are of."""
         numbers = [each for each in box if _is_number(each)] if isinstance(box, list) else []
         if not isinstance(box, list) or len(numbers) != len(box) or len(box) not in (2, 4):
-            raise DataError(f"has the box {str(box)[:60]}; expected x1, y1, x2, y2, or x, y of a point")
+            raise DataError(f"has the box {repr(box)[:60]}; expected x1, y1, x2, y2, or x, y of a point")
         ref = images[image]
         if ref not in self._sizes:
             self._sizes[ref] = image_size(ref.read_bytes(), ref.name)
@@ -176,8 +176,8 @@ def _size_of(stated: list[Any], image: int, num_images: int) -> tuple[float, flo
     sides = [side if isinstance(side, list) else [side] for side in stated]
     if any(len(side) != num_images or not all(_is_number(n) and n > 0 for n in side) for side in sides):
         raise DataError(
-            f"its objects have the width {str(stated[0])[:60]} and the height {str(stated[1])[:60]}; expected those of "
-            f"each of its {num_images} image(s)"
+            f"its objects have the width {repr(stated[0])[:60]} and the height {repr(stated[1])[:60]}; expected those "
+            f"of each of its {num_images} image(s)"
         )
     return sides[0][image], sides[1][image]
 

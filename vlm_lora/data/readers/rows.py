@@ -144,6 +144,8 @@ class RowReader:
             dialogues = [dialogue]
         if (objects := fields.take("objects")) not in (None, "", [], {}):
             dialogues = self.boxes.with_objects(dialogues, objects, images)
+            for ref in (ref for each in dialogues if isinstance(each, Dialogue) for ref in each.refs):
+                text_of(ref, "ref of its objects")
         self.ledger.close(fields, has_images=bool(images))
         # Words alone are learnt too, but not where an image was to be
         described = shape == "captions" or (shape == "qa" and (image_names or self._caption_beside_question(fields)))
