@@ -16,11 +16,10 @@ from PIL import Image
 
 from tests.conftest import VISION, picture
 from tests.test_report import Page
-from vlm_lora import Dialogue, Evaluation, Example, ImageRef, TrainConfig, Turn, evaluate, read_dataset, train
+from vlm_lora import Box, Dialogue, Evaluation, Example, ImageRef, TrainConfig, Turn, evaluate, read_dataset, train
 from vlm_lora.check.dataset import check_dataset
 from vlm_lora.check.sheet import write_sheet
 from vlm_lora.cli import main
-from vlm_lora.data.example import Box
 from vlm_lora.errors import ConfigError
 from vlm_lora.inference.caption import Decoding
 from vlm_lora.inference.captioner import Captioner
@@ -313,6 +312,13 @@ def test_boxes_are_drawn_in_the_report_where_they_are(backbones, tmp_path):
     speaker = Seer(backbones["qwen2_5_vl"], truth, {False: wild, True: off})
     page = Page(write_report(tmp_path, evaluate(speaker, examples), title="x"))
     assert colours(page.named("img")[0]["src"]) >= {WHITE, GREEN, BLUE}
+    alone = evaluate(Seer(backbones["qwen2_5_vl"], truth, {False: off}, tuned=False), examples)
+    page = Page(write_report(tmp_path, alone, title="x"))
+    assert "Boxes in the pictures: green the data's, orange base's." in page.text
+    large, pictured = examples_of(tmp_path, 1, size=(800, 400))
+    right = evaluate(Seer(backbones["qwen2_5_vl"], large, {False: off, True: said}), pictured)
+    image = Page(write_report(tmp_path, right, title="x")).named("img")[0]["src"]
+    assert sum(g > r + 60 and g > b + 60 for r, g, b in colours(image)) > 3  # a rim of the data's around tuned's
 
 
 def test_boxes_are_drawn_on_the_contact_sheet(tmp_path):

@@ -324,16 +324,19 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
     guesses = commonest or Commonest.of(examples, prompt, "the held-out data", partial(_read, speaker))
     answered = []
     for i, example in enumerate(examples):
+        if i in failed:
+            continue
         said = {who: iter(of[i]) for who, of in answers.items() if i in of}
-        for question in questions[i] if i not in failed else ():
+        frames = _frames(speaker, example) if any(question.task == BOXES for question in questions[i]) else ()
+        for question in questions[i]:
             spoken: dict[str, str | None] = {
                 who: next(texts) for who, texts in said.items() if who != "one_word" or question.task == ANSWERS
             }
             spoken["commonest"] = guesses.guess(question.task, question.kind, question.text)
             references = tuple(question.references)
             row = Answered(example.id, example.images, question.text, question.kind, references, task=question.task)
-            frames = _frames(speaker, example) if row.task == BOXES else ()
-            answered.append(replace(row, choices=question.asked.choices, frames=frames, **spoken))
+            places = frames if row.task == BOXES else ()
+            answered.append(replace(row, choices=question.asked.choices, frames=places, **spoken))
     if level == "auto":
         level = level_for(text for row in answered for text in row.references)
     values = _values(answered, level)

@@ -91,7 +91,7 @@ def write_report(
         columns=COLUMNS,
         most_mistakes=STILL_WRONG,
         uri_of=_uri,
-        boxes=", ".join(f"{colour} {name}" for name, colour in BOXED.values()) if BOXES in scores.tasks else "",
+        boxes=_colours(evaluation) if BOXES in scores.tasks else "",
         marked=_marked,
     )
     path = folder / "report.html"
@@ -196,6 +196,12 @@ def _uri(image: ImageRef, row: Answered) -> str | None:
     buffer = io.BytesIO()
     picture.save(buffer, kind, quality=82)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _colours(evaluation: Evaluation) -> str:
+    """Whose boxes have which colour, in words."""
+    there = ("references", *evaluation.values)
+    return ", ".join(f"{colour} {name}" for who, (name, colour) in BOXED.items() if who in there)
 
 
 def _draw_boxes(picture: Image.Image, row: Answered) -> None:
