@@ -59,6 +59,10 @@ READ = {
         {"image": "a.png", "question": "What is at <bbox>?", "answer": "a fox", "objects": {"bbox": [BOX]}},
         Dialogue((Turn("What is at <bbox>?", "a fox"),), boxes=(Box(BOX, 0, SIZE),)),
     ),
+    "a choice about a box": (
+        {"image": "a.png", "question": "At <bbox>?", "choices": ["a", "b"], "answer": "b", "objects": {"bbox": [BOX]}},
+        None,
+    ),
     "ms-swift's query": (
         {"images": ["a.png"], "query": "<image>Find it.", "response": "<bbox>", "objects": {"bbox": [BOX]}},
         made(BOX, refs=(), said="<bbox>"),
@@ -74,6 +78,8 @@ def test_objects_are_boxes_in_pixels(case, read):
     (dialogue,) = dialogues(dataset)
     if wanted:
         assert dialogue == wanted
+    elif dialogue.choices:
+        assert (dialogue.boxes, dialogue.turns[0].user[:11]) == ((Box(BOX, 0, SIZE),), "At <bbox>?\n")
     else:  # 17x12 is 8x6 but for a rounding
         assert dialogue.boxes[0].points == pytest.approx((2 * 8 / 17, 2, 10 * 8 / 17, 6))
     assert not any(box.clipped for box in dialogue.boxes)
@@ -126,6 +132,12 @@ TRAPS = {
         found((1, 2, 5, 6), width=[6], height=[8]),
         "its boxes are of an image of 6x8, and 'a.png' has 8x6 pixels, another shape",
     ),
+    "another shape by more than a pixel": (found((1, 2, 50, 60), width=[800], height=[490]), "of 800x490, and 'a.png'"),
+    "one size that is no number": (found(BOX, width=[8, "x"], height=[6, 6]) | TWO, "the width [8, 'x']"),
+    "no question": (
+        {"image": "a.png", "question": "", "answer": "<bbox>", "objects": {"bbox": [BOX]}},
+        "has an empty question",
+    ),
     "COCO's objects": (
         chat("?", "x", objects={"bbox": [BOX], "categories": [3]}),
         "has objects of a shape that is not known ('bbox', 'categories'); expected those of ms-swift",
@@ -139,6 +151,10 @@ TRAPS = {
     "several answers": (
         {"image": "a.png", "question": "?", "answers": ["<bbox>", "x"], "objects": {"bbox": [BOX]}},
         "has objects and several answers to one question",
+    ),
+    "a box to choose": (
+        {"image": "a.png", "question": "?", "choices": ["<bbox>", "no"], "answer": "A", "objects": {"bbox": [BOX]}},
+        "has a box or a name of its objects among its options",
     ),
     "an image that cannot be read": (found(BOX) | {"images": ["x.jsonl"]}, "is not an image that can be read"),
     "a mark in a name": (found(BOX, refs=("<bbox>",)), "has '<bbox>' in a text"),
@@ -201,6 +217,8 @@ def test_a_box_may_reach_out_of_a_large_image_by_a_hundredth(tmp_path):
 def test_each_image_has_a_size_of_its_own(read):
     row = found((10, 10, 20, 30), image_id=[1], width=[8, 80], height=[6, 60]) | TWO
     assert dialogues(read(row))[0].boxes[0].points == (1, 1, 2, 3)
+    within_a_pixel = found((100, 100, 200, 250), width=[800], height=[500])  # 8x5 would be that shape
+    assert dialogues(read(within_a_pixel))[0].boxes[0].points == pytest.approx((1, 1.2, 2, 3))
 
 
 def test_a_photo_that_is_turned_has_its_boxes_as_one_sees_it(tmp_path):

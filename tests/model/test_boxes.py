@@ -34,7 +34,7 @@ NAMED = of("Find all.", "<ref-object><bbox>, <ref-object><bbox><bbox>", CAT, DOG
 TOLD = of("What is at <bbox>?", "<ref-object><bbox> beside <ref-object><bbox>", SPOT, CAT, DOG, refs=("A cat", "a dog"))
 POINT = of("Where?", " <ref-object>: <bbox>\n", SPOT, refs=("the spot",))
 ACTION = of("Open it", "click(start_box='<bbox>')", SPOT)
-JSON = of("Find.", 'So: [{"bbox_2d": <bbox>, "label": "<ref-object>"}]', CAT, refs=('a "cat"',))
+JSON = of("Find.", 'So: [{"bbox_2d": <bbox>, "label": "<ref-object>"}]', CAT, refs=('ü "cat"',))
 
 REF, BOX = "<|object_ref_start|>{}<|object_ref_end|>", "<|box_start|>{}<|box_end|>"
 RENDERED = {  # question and answer: Qwen2-VL; Qwen2.5-VL; Qwen3-VL and Qwen3.5
@@ -89,9 +89,9 @@ RENDERED = {  # question and answer: Qwen2-VL; Qwen2.5-VL; Qwen3-VL and Qwen3.5
     ),
     "JSON": (
         JSON,
-        ("Find.", r'So: [{"bbox_2d": [50, 200, 505, 900], "label": "a \"cat\""}]'),
-        ("Find.", r'So: [{"bbox_2d": [6, 13, 65, 58], "label": "a \"cat\""}]'),
-        ("Find.", r'So: [{"bbox_2d": [50, 200, 505, 900], "label": "a \"cat\""}]'),
+        ("Find.", r'So: [{"bbox_2d": [50, 200, 505, 900], "label": "ü \"cat\""}]'),
+        ("Find.", r'So: [{"bbox_2d": [6, 13, 65, 58], "label": "ü \"cat\""}]'),
+        ("Find.", r'So: [{"bbox_2d": [50, 200, 505, 900], "label": "ü \"cat\""}]'),
     ),
 }  # fmt: skip
 PLACE = {"qwen2_vl": 1, "qwen2_5_vl": 2, "qwen3_vl": 3, "qwen3_5": 3}

@@ -164,6 +164,8 @@ def _with_marks(dialogue: Dialogue, refs: tuple[str, ...], boxes: tuple[Box, ...
             raise DataError(f"has {marks} {mark} mark(s) but {len(given)} {name} in its objects; make them equal")
     if dialogue.accepted:
         raise DataError("has objects and several answers to one question; write a row for each answer")
+    if any(REF in option or BBOX in option for option in dialogue.choices):
+        raise DataError("has a box or a name of its objects among its options, which are compared as texts; name them")
     if found := next(filter(None, map(_TOKENS.search, (*texts, *refs))), None):
         raise DataError(f"has {found[0]!r} in a text beside objects; write it as {REF} or {BBOX}, or take it out")
     return replace(dialogue, refs=refs, boxes=boxes)
