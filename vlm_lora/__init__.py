@@ -10,7 +10,7 @@ from vlm_lora.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from vlm_lora.config import TrainConfig
-    from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
+    from vlm_lora.data.example import Box, Dialogue, Example, ImageRef, Turn
     from vlm_lora.data.images import load_image
     from vlm_lora.data.readers import Dataset, DataSettings, read_dataset
     from vlm_lora.errors import VlmLoraError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "TrainConfig": "config",
+    "Box": "data.example",
     "Dialogue": "data.example",
     "Example": "data.example",
     "ImageRef": "data.example",
@@ -48,9 +49,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "Caption", "Captioner", "DataSettings", "Dataset", "Decoding", "Dialogue", "Evaluation", "Example", "ImageRef",
-    "Losses", "Merged", "RunResult", "Scores", "TrainConfig", "Turn", "VlmLoraError", "evaluate", "load_image",
-    "merge", "read_dataset", "read_losses", "train",
+    "Box", "Caption", "Captioner", "DataSettings", "Dataset", "Decoding", "Dialogue", "Evaluation", "Example",
+    "ImageRef", "Losses", "Merged", "RunResult", "Scores", "TrainConfig", "Turn", "VlmLoraError", "evaluate",
+    "load_image", "merge", "read_dataset", "read_losses", "train",
 ]  # fmt: skip
 
 

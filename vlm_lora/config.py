@@ -134,6 +134,10 @@ class TrainConfig:
         None, "system prompt of rows that have none of their own; also what captions are asked for with"
     )
     train_on: str = _data("all", "which answers of a conversation are learnt", choices=("last", "all"))
+    json_boxes: str = _data(
+        "as-is", "what the numbers of bbox_2d and point_2d in texts are, to convert them to the model's; real: pixels",
+        choices=("as-is", "real", "norm1", "norm1000"),
+    )  # fmt: skip
     val: str | None = _data(None, "held-out data of its own, instead of a part split off", reads=False)
     val_split: float = _data(
         0.1, "fraction of the images held out when --val is not given; 0 holds out none", bounds=PROBABILITY,

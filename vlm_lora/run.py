@@ -16,6 +16,7 @@ from vlm_lora.inference.report import write_report
 from vlm_lora.inference.scores import Scores
 from vlm_lora.inference.verdict import versus
 from vlm_lora.model.adapters.base import Adapter, find_adapter, write_json
+from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.training.events import Events
 from vlm_lora.training.run import TrainedAdapter, train_adapter
@@ -67,7 +68,8 @@ def train(
     trained = train_adapter(config, resume=resume, allow_change=allow_change, events=events, stop=stop)
     is_main, report, card = trained.processes.is_main, None, None
     try:
-        commonest = Commonest.of(trained.train_examples, config.prompt, "training")
+        read = Encoder(trained.adapter.backbone).read
+        commonest = Commonest.of(trained.train_examples, config.prompt, "training", read)
         if is_main:
             commonest.write(trained.folder)
         evaluation, against_parent = _compare(trained, config, events, eval_images, commonest)

@@ -1,10 +1,13 @@
 """Pictures on disk for the tests of the readers: small, all different, made on the spot."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from vlm_lora.data.readers import read_dataset
 
 
 @pytest.fixture
@@ -20,3 +23,15 @@ def pictures(tmp_path):
         return tmp_path / into
 
     return write
+
+
+@pytest.fixture
+def read(pictures):
+    """`read(row, ...)`: what these rows of one file are read as."""
+
+    def read(*rows, **options):
+        folder = pictures("a.png", "b.png", "c.png")
+        (folder / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return read_dataset(folder / "x.jsonl", prompt="Describe this image.", **options)
+
+    return read

@@ -43,6 +43,7 @@ CONTAINERS += ("metadata.csv", "messages", "conversations", "classes", "full nam
 CONTAINERS += ("label studio", "arrow")
 LINES = ("jsonl", "metadata.jsonl", "messages", "conversations")
 TEXTS = ("a fox", "зима 雪 ❄", "<|im_end|><|image_pad|>", "<image>", 'say "x, y"', "two\nlines", "e\u0301\u202e", "7")
+TEXTS += ("<ref-object> at <bbox>", "<ref-object><bbox>", '{"bbox_2d": [1, 2, 9, 9]}')
 EXTRA = {
     "system": ("Be brief.", "", 7),
     "weight": (0.5, "2", 0, -1, "much", True),
@@ -52,6 +53,16 @@ EXTRA = {
     "id": (7, "x"),
     "tags": ("red, small", ["red"]),
     "bbox": ([1, 2, 3, 4], []),
+    "objects": (
+        *[{"ref": ["a fox"], "bbox": [box]} for box in ([1, 2, 9, 9], [3, 4], [0, 0, 24.2, 18], [0, 0, 99, 9], ["x"])],
+        {"ref": ["a fox"], "bbox": [[0.1, 0.2, 1, 1]], "bbox_type": "norm1"},
+        {"bbox": [[1, 2, 3, 4]], "categories": [3]},
+        {"ref": [], "bbox": []},
+        '{"ref": ["a"], "bbox": [[1, 2]], "image_id": [7]}',
+        {"ref": ["\ud800\0"], "bbox": [["1\n2"]], "bbox_type": ["real"]},
+        {"ref": ["\ud800\0"], "bbox": [[1, 2, 9, 9]], "image_id": "0\n"},
+        [7],
+    ),
     "videos": (["a.mp4"], [], None),
     "tools": ("x", None),
     "loss": (False, 1),
@@ -64,7 +75,7 @@ EXTRA = {
 }
 """Fields that rows may have beside an image and a caption, and what may be in them."""
 USED = {"image", "file_name", "caption", "captions", "images", "messages", "conversations"}
-USED |= {"system", "weight", "split", "prompt", "question_type"}
+USED |= {"system", "weight", "split", "prompt", "question_type", "objects"}
 ODD = (None, "", " \n", "a\0b", "\ud800", "\x01", 7, -1.5, True, [], {}, ["x", ""], {"text": "x"}, "x" * 70_000)
 HUGE = (b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\xff\xff", b"\xff\xff\0\0", b"\0\1\0\0")  # sizes, as bytes
 NAMES = (
@@ -156,6 +167,9 @@ def make_case(draw: random.Random, folder: Path) -> tuple[Path, int, int | None]
                 row.pop(draw.choice(list(row)))
             else:
                 row[what] = draw.choice((*NAMES, *ODD) if what == "image" else ODD)
+    for row in rows:
+        if draw.random() < 0.5 and "<bbox>" in str(row.get("caption")):
+            row["objects"] = draw.choice(EXTRA["objects"])
     if draw.random() < 0.4:
         for row in rows:
             row |= {name: draw.choice(EXTRA[name]) for name in draw.sample(list(EXTRA), draw.choice((0, 1, 1, 2)))}
@@ -529,6 +543,10 @@ def check_fields(rows: dict[int, dict], facts: dict) -> None:
         left = {name for name, value in row.items() if name not in USED and value not in (None, "", [], {})}
         lost = left - facts.get("unused", {}).keys()
         assert line in bad or not lost, f"line {line}: nothing tells what became of {lost}: {facts}"
+    objects = [row["objects"] for line, row in rows.items() if line not in bad and row.get("objects")]
+    boxes = sum(len(each["bbox"]) for each in objects)
+    read = facts.get("boxes", {}).get("read", 0)
+    assert boxes <= read, f"{boxes} boxes in rows that are good, and {read} were read: {facts}"
 
 
 def work(first: int, until: float, current, ended, findings) -> None:

@@ -32,18 +32,6 @@ def chat(*said, **more):
     return {"images": ["a.png"], "messages": messages} | more
 
 
-@pytest.fixture
-def read(pictures):
-    """`read(row, ...)`: what these rows of one file are read as."""
-
-    def read(*rows, **options):
-        folder = pictures("a.png", "b.png", "c.png")
-        (folder / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return read_dataset(folder / "x.jsonl", prompt=PROMPT, **options)
-
-    return read
-
-
 def dialogues(dataset):
     return [replace(d, source="", line=None) for example in dataset.examples for d in example.dialogues]
 

@@ -512,3 +512,23 @@ def test_attention_is_counted_as_torch_counts_it_also_where_keys_have_fewer_head
     assert backward(queries, queries, keys, keys) == sdpa_backward_flop(queries, queries, keys, keys)
     assert forward(queries, fewer, fewer) == forward(queries.shape, keys.shape, keys.shape)
     assert backward(queries, queries, fewer, fewer) == backward(queries, queries, keys, keys)
+
+
+def test_images_in_branches_have_room_there_and_are_counted_in_each(checkpoints, tmp_path):
+    """Rows with a system message and without differ before their image: each conversation has it for itself."""
+    for i in range(2):
+        picture(i, (64, 64)).save(tmp_path / f"{i}.png")
+    rows = [{"image": f"{i}.png", "question": "What?", "answer": "A cat."} for i in range(2)]
+    rows += [row | {"system": "Be terse.", "question": "Where?"} for row in rows]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = config(checkpoints, tmp_path / "x.jsonl", tmp_path / "run", val_split=0.0)
+    train(run)  # which ends with the prediction
+    adapter = attach_adapter(load_backbone(run.model), run)
+    encoder, grid = Encoder(adapter.backbone), torch.tensor([[1, 8, 8]])
+    example = read_data(run, run.sources).examples[0]
+    lesson = EncodedExample(example, encoder.encode(example.dialogues, grid))
+    ((shape,),) = micro_shapes([lesson], {example.images[0]: 64}, 10_000)
+    assert shape.patches == (64, 64)
+    assert shape.prefix < 16
+    placed = micro_batch(adapter.backbone, shape).input_ids == adapter.backbone.image_token_id
+    assert placed.sum() == 32

@@ -75,7 +75,8 @@ def clean_example(example: Example) -> Example:
     def clean(dialogue: Dialogue) -> Dialogue:
         accepted = tuple(clean_text(text)[0] for text in dialogue.accepted)
         turns, system = tuple(map(clean_turn, dialogue.turns)), clean_text(dialogue.system)[0]
-        return replace(dialogue, turns=turns, accepted=accepted, system=system)
+        refs = tuple(clean_text(ref)[0] for ref in dialogue.refs)
+        return replace(dialogue, turns=turns, accepted=accepted, system=system, refs=refs)
 
     return replace(example, dialogues=tuple(clean(dialogue) for dialogue in example.dialogues))
 
@@ -85,7 +86,8 @@ def _rows(example: Example, names: list[str], prompt: str) -> Iterator[dict]:
     image = {"file_name": names[0]} if len(names) == 1 else {"images": names} if names else {}
 
     def is_caption(dialogue: Dialogue) -> bool:
-        return len(dialogue.turns) == 1 and dialogue.turns[0].user == prompt and not dialogue.accepted and bool(names)
+        plain = not (dialogue.accepted or dialogue.has_marks)
+        return len(dialogue.turns) == 1 and dialogue.turns[0].user == prompt and plain and bool(names)
 
     def row_of(numbered: tuple[int, Dialogue]) -> Any:
         number, dialogue = numbered
@@ -115,6 +117,10 @@ def _beside(dialogue: Dialogue) -> dict[str, Any]:
         "split": dialogue.split or None,
     }
     fields["weight"] = weight if weight != 1 else None
+    if dialogue.has_marks:
+        boxes = dialogue.boxes
+        fields["objects"] = {"ref": dialogue.refs, "bbox": [box.points for box in boxes]}
+        fields["objects"] |= {"image_id": [box.image for box in boxes]} if any(box.image for box in boxes) else {}
     return {name: value for name, value in fields.items() if value is not None}
 
 

@@ -17,6 +17,7 @@ from vlm_lora.data.readers import BadRow, Dataset, bad_rows
 from vlm_lora.data.split import split_examples
 from vlm_lora.data.texts import clean_text
 from vlm_lora.errors import DataError
+from vlm_lora.model.boxes import in_pixels
 
 LISTED = 10
 """How many of a kind are listed; the count is always that of all."""
@@ -49,11 +50,11 @@ class Check:
         """What `vlm-lora check --json` prints."""
         sizes = sorted((s.size for s in self.seen.values() if not s.error), key=math.prod)
         places = {"smallest": 0, "median": len(sizes) // 2, "largest": -1}
-        dialogues = [dialogue for example in self.examples for dialogue in example.dialogues]
+        dialogues = [in_pixels(dialogue) for example in self.examples for dialogue in example.dialogues]
         repeated = Counter(turn.assistant for dialogue in dialogues for turn in dialogue.turns)
         text_only = sum(len(example.dialogues) for example in self.examples if not example.images)
         # Named where there are some: what a reader of this did not know of stays as it was
-        apart = {"unused": self.dataset.unused, "text_only": text_only}
+        apart = {"unused": self.dataset.unused, "text_only": text_only, "boxes": self.dataset.boxes}
         return {name: value for name, value in apart.items() if value} | {
             "format": self.dataset.format,
             "columns": self.dataset.note,
@@ -137,7 +138,7 @@ def _texts(example: Example) -> Iterator[str]:
     for dialogue in example.dialogues:
         for turn in dialogue.turns:
             yield from (turn.user, turn.assistant)
-        yield from dialogue.accepted
+        yield from (*dialogue.accepted, *dialogue.refs)
         yield dialogue.system
 
 

@@ -91,6 +91,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _lines(facts: dict) -> Iterator[str]:
     """The facts as lines for a person."""
+    from vlm_lora.data.readers.gather import told_boxes
+
     counts = f"{facts['examples']:,} examples, {facts['images']:,} images, {facts['answers']:,} answers"
     yield f"{facts['format']}: {counts}"
     if facts["columns"]:
@@ -100,6 +102,8 @@ def _lines(facts: dict) -> Iterator[str]:
     if unused := facts.get("unused"):
         named = ", ".join(f"{name!r} in {times:,}" for name, times in unused.items())
         yield one_line(f"columns that nothing takes up, and how many rows have them: {named}", 1000)
+    if boxes := facts.get("boxes"):
+        yield told_boxes(boxes)
     yield from (one_line(source, 1000) for source in facts["sources"])
     if text_only := facts.get("text_only"):
         yield f"of text alone: {text_only:,} answers, learnt and never held out"

@@ -21,6 +21,7 @@ from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT, TrainConfig
 
 if TYPE_CHECKING:
     from vlm_lora.data.readers import Dataset, DataSettings
+    from vlm_lora.inference.caption import Decoding
     from vlm_lora.inference.captioner import Captioner
     from vlm_lora.inference.commonest import Commonest
     from vlm_lora.inference.evaluate import Evaluation, Speaker
@@ -51,7 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--system", metavar="TEXT", help="system prompt of rows that have none of their own (default: the adapter's)"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"where an answer is cut off (default: {DEFAULT_MAX_NEW_TOKENS}, or more for answers with boxes)",
+    )
     add_precision(parser)
     parser.add_argument("--blank", action="store_true", help="also answer with every image blanked out")
     add_server(
@@ -77,7 +83,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from vlm_lora.data.readers import read_dataset
     from vlm_lora.errors import ConfigError, DataError
-    from vlm_lora.inference.caption import Decoding
     from vlm_lora.inference.card import update_card
     from vlm_lora.inference.evaluate import evaluate
     from vlm_lora.inference.report import write_report
@@ -86,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.output:
         _make(options.output)  # before the work, not after it
-    decoding = Decoding(max_new_tokens=options.max_new_tokens)
+    decoding = _decoding(options)
     if options.against and (not options.adapter or options.endpoint or options.review):
         raise ConfigError("--against needs --adapter to compare with, and goes with neither --endpoint nor --review.")
     speaker, prompt, system, theirs = _speaker(options)
@@ -202,7 +207,6 @@ def _against(
     The other is asked for captions as it was trained to be, unless --prompt or --system say how.
     """
     from vlm_lora.data.readers import read_dataset
-    from vlm_lora.inference.caption import Decoding
     from vlm_lora.inference.evaluate import against
 
     dataset = read_dataset(options.data, _settings(options, theirs.prompt, theirs.system)).part("test", "val")
@@ -214,8 +218,13 @@ def _against(
     def count(done: int, total: int) -> None:
         progress.count(f"Answers of {other}:", done, total)
 
-    decoding = Decoding(max_new_tokens=options.max_new_tokens)
-    return ours, other, against(evaluation, theirs, dataset.examples, decoding, count)
+    return ours, other, against(evaluation, theirs, dataset.examples, _decoding(options), count)
+
+
+def _decoding(options: argparse.Namespace) -> "Decoding | None":
+    from vlm_lora.inference.caption import Decoding
+
+    return None if options.max_new_tokens is None else Decoding(max_new_tokens=options.max_new_tokens)
 
 
 def _commonest(adapter: str | None) -> "Commonest | None":

@@ -117,6 +117,23 @@ class Turn:
         return replace(self, user="".join(pieces), images=tuple(places))
 
 
+REF, BBOX = "<ref-object>", "<bbox>"
+"""In the texts of a dialogue with boxes: where the next of its `refs` stands, and the next of its `boxes`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A box (x1, y1, x2, y2) or a point (x, y), in pixels of one of the Example's images as it is seen upright."""
+
+    points: tuple[float, ...]
+    image: int
+    """Which of the images, from 0."""
+    size: tuple[int, int]
+    """Width and height of that image."""
+    clipped: bool = field(default=False, compare=False)
+    """Whether it reached out of the image, by a little, and was cut off there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Dialogue(Placed):
     """A conversation about the images of its Example; a caption is a dialogue of one turn."""
@@ -128,6 +145,10 @@ class Dialogue(Placed):
     """All human answers to the last turn where the data has several, else empty."""
     choices: tuple[str, ...] = ()
     """Of a multiple choice: the texts of its options, that of A first. The last turn's answer is a letter."""
+    refs: tuple[str, ...] = ()
+    """The names that stand in its turns at each `REF`, in order."""
+    boxes: tuple[Box, ...] = ()
+    """The boxes and points that stand in its turns at each `BBOX`, in order."""
     system: str = ""
     """What the system message says; without one the model's template has its own, or none."""
     caption: bool | None = field(default=None, compare=False)
@@ -138,6 +159,18 @@ class Dialogue(Placed):
     source: str = field(default="", compare=False)
     """The file of its row; and which row of it ("x.json:row 3") where the format has no lines."""
     line: int | None = field(default=None, compare=False)
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether `REF` and `BBOX` stand for something in its turns; else they are the letters they are."""
+        return bool(self.refs or self.boxes)
+
+    @property
+    def answers_with_boxes(self) -> bool:
+        """Whether its last answer says where something is, by boxes of its own or in Qwen's JSON."""
+        last = self.turns[-1].assistant
+        marked = last.count(BBOX) if self.boxes else 0
+        return any(len(box.points) == 4 for box in self.boxes[len(self.boxes) - marked :]) or '"bbox_2d"' in last
 
 
 @dataclass(frozen=True, slots=True)

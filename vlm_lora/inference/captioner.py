@@ -18,6 +18,7 @@ from vlm_lora.inference.decode import MOST_ROWS, decode, rows_that_fit
 from vlm_lora.model.adapters.base import Adapter, Contract, base_of, find_adapter, read_contract
 from vlm_lora.model.adapters.methods import load_adapter
 from vlm_lora.model.backbone import Backbone, load_backbone
+from vlm_lora.model.boxes import Frame
 from vlm_lora.model.device import is_out_of_memory
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, ImageEntry
@@ -256,6 +257,14 @@ class Captioner:
         ]
         answers = iter(self.generate(usable, tuned=tuned, decoding=decoding) if usable else ())
         return [entry if isinstance(entry, DataError) else next(answers) for entry in entries]
+
+    def read(self, dialogue: Dialogue) -> Dialogue:
+        """As `Encoder.read`."""
+        return self.encoder.read(dialogue)
+
+    def frame(self, width: int, height: int) -> Frame:
+        """As `Preprocessor.frame`."""
+        return self.backbone.frame(width, height)
 
     # -- inside --------------------------------------------------------------------------------------------------
 

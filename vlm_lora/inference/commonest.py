@@ -5,11 +5,11 @@ A run keeps those of its training data beside its adapter, for `vlm-lora eval`; 
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vlm_lora.data.example import Example
+from vlm_lora.data.example import Dialogue, Example
 from vlm_lora.errors import DataError
 from vlm_lora.inference.tasks import task_of
 
@@ -33,14 +33,21 @@ class Commonest:
     of_question: dict[str, dict[str, str]]
 
     @classmethod
-    def of(cls, examples: Iterable[Example], prompt: str, source: str) -> "Commonest":
-        """Of the last answers of all dialogues about images; ``prompt`` is the instruction for captions."""
+    def of(
+        cls,
+        examples: Iterable[Example],
+        prompt: str,
+        source: str,
+        read: Callable[[Dialogue], Dialogue] = lambda dialogue: dialogue,
+    ) -> "Commonest":
+        """Of the last answers of all dialogues about images; ``prompt`` is the instruction for captions, ``read`` gives
+        a dialogue with boxes as the model reads it (`Encoder.read`)."""
         said: dict[str, Counter[str]] = defaultdict(Counter)
         by_type: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         by_question: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         for dialogue in (each for example in examples if example.images for each in example.dialogues):
-            last = dialogue.turns[-1]
-            task = task_of(dialogue, [last.assistant], prompt)
+            last = read(dialogue).turns[-1]
+            task = task_of(dialogue, [last.assistant], prompt, boxes=dialogue.answers_with_boxes)
             said[task][last.assistant] += 1
             by_question[task, last.user][last.assistant] += 1
             if dialogue.kind:

@@ -21,6 +21,7 @@ from vlm_lora.data.images import load_image
 from vlm_lora.data.readers.beside import prompt_for
 from vlm_lora.errors import ConfigError, DataError, ModelError
 from vlm_lora.inference.caption import Caption, Decoding, ImageSource, name_of, source_of
+from vlm_lora.model.boxes import Frame
 
 if TYPE_CHECKING:
     from vlm_lora.inference.served import Trained  # it brings torch, which a server alone does without
@@ -176,8 +177,9 @@ class Endpoint:
         def answer(images: Sequence[ImageSource], requests: Sequence[Dialogue]) -> list[str] | DataError:
             try:
                 if self.trained:
-                    for turn in (turn for request in requests for turn in request.turns):
-                        self.trained.require_plain(turn.user)
+                    for request in requests:
+                        for text in (*(turn.user for turn in request.turns), *request.refs):
+                            self.trained.require_plain(text)
                 return [self._answer(images, request, model, decoding) for request in requests]
             except _OtherTokens as error:
                 return error
@@ -196,7 +198,23 @@ class Endpoint:
                     raise ModelError(f"--endpoint {self.url}: {each}.")
         return answers
 
+    def read(self, dialogue: Dialogue) -> Dialogue:
+        """As `Encoder.read`. Raises ConfigError where nothing tells of which family the model is."""
+        return self._known().encoder.read(dialogue)
+
+    def frame(self, width: int, height: int) -> Frame | None:
+        """As `Preprocessor.frame`; None where nothing tells of which family the model is."""
+        return self.trained.preprocessor.frame(width, height) if self.trained else None
+
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _known(self) -> "Trained":
+        if self.trained is None:
+            raise ConfigError(
+                f"--endpoint {self.url}: the data has boxes, and in which coordinates the model speaks of them depends "
+                "on its family: say what it was trained with by --adapter RUN."
+            )
+        return self.trained
 
     def _served(self) -> dict[str, str | None]:
         """The names of what is served, and of those that are adapters the name of their base."""
@@ -251,7 +269,7 @@ class Endpoint:
         pictures = [_picture(source_of(image), self.trained) for image in images]
         body = {
             "model": model,
-            "messages": _messages(request, [url for _, url in pictures]),
+            "messages": _messages(self._rendered(request), [url for _, url in pictures]),
             "max_tokens": decoding.max_new_tokens,
             "temperature": decoding.temperature,
             "seed": decoding.seed,
@@ -280,6 +298,9 @@ class Endpoint:
                     f"{self.trained.limits}"
                 )
         return decoding.finished(text.strip(), cut=choice.get("finish_reason") == "length")
+
+    def _rendered(self, request: Dialogue) -> Dialogue:
+        return self._known().encoder.rendered(request) if request.has_marks else request
 
     def _send(self, method: str, path: str, body: dict | None, attempts: int = ATTEMPTS) -> httpx.Response:
         """The server's answer. Raises httpx.HTTPError if the last attempt fails too."""

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from string import ascii_uppercase
@@ -17,15 +18,16 @@ from typing import Literal, NamedTuple, Protocol
 
 from PIL import Image
 
-from vlm_lora.config import DEFAULT_PROMPT
-from vlm_lora.data.example import Dialogue, Example, ImageRef
-from vlm_lora.data.images import load_image
+from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT
+from vlm_lora.data.example import BBOX, REF, Dialogue, Example, ImageRef
+from vlm_lora.data.images import image_size, load_image
 from vlm_lora.errors import ConfigError, DataError
 from vlm_lora.inference.caption import Decoding
 from vlm_lora.inference.captioner import Request
 from vlm_lora.inference.commonest import Commonest, commonest_of
 from vlm_lora.inference.metrics import captions
 from vlm_lora.inference.metrics.answers import exact_match, plain
+from vlm_lora.inference.metrics.boxes import Corners, moved
 from vlm_lora.inference.metrics.choices import chosen
 from vlm_lora.inference.metrics.intervals import Bootstrap, Gain, Interval
 from vlm_lora.inference.metrics.structured import field_scores, fields_of
@@ -47,11 +49,15 @@ from vlm_lora.inference.scores import (
     TypeScores,
     Unmoved,
 )
-from vlm_lora.inference.tasks import ANSWERS, task_of
+from vlm_lora.inference.tasks import ANSWERS, BOXES, task_of
 from vlm_lora.inference.verdict import summary
+from vlm_lora.model.boxes import Frame
 
 ROWS_AT_ONCE = 96
 """Questions decoded together."""
+
+MOST_ROOM = 1024
+"""Tokens that answers with boxes may have at most, where nothing is said of it."""
 
 ONE_WORD = "Answer the question using a single word or phrase."
 """What LLaVA-1.5 and the benchmarks after it ask for a short answer with (Liu et al. 2023, "Improved Baselines with
@@ -83,6 +89,15 @@ class Speaker(Protocol):
         """The answers to several requests about each of several (lists of) images, or why there are none."""
         ...
 
+    def read(self, dialogue: Dialogue) -> Dialogue:
+        """The dialogue as the model reads and answers it, its boxes in the coordinates that it speaks in. Asked of
+        dialogues with boxes alone."""
+        ...
+
+    def frame(self, width: int, height: int) -> Frame | None:
+        """Where a picture of this size lies in these coordinates, if that is known."""
+        ...
+
 
 Progress = Callable[[int, int], None]
 """Called with how much is done and how much there is to do."""
@@ -108,6 +123,8 @@ class Answered:
     commonest: str | None = None
     task: str = ANSWERS
     choices: tuple[str, ...] = ()
+    frames: tuple[Corners, ...] = ()
+    """Of answers with boxes: where each image lies in the coordinates of these (left, top, width, height), if known."""
 
     def answer(self, who: str) -> str:
         """That of one of `WHO` that has one."""
@@ -152,7 +169,7 @@ class Evaluation:
         for row in self.answered:
             fields = {name: getattr(row, name) for name in ("example", "question", "kind", "task", *WHO)}
             fields |= {"images": [image.name for image in row.images], "references": list(row.references)}
-            fields |= {"choices": row.choices or None}
+            fields |= {"choices": row.choices or None, "frames": row.frames or None}
             lines.append(json.dumps({k: v for k, v in fields.items() if v is not None}, ensure_ascii=False) + "\n")
         (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
         (folder / "scores.json").write_text(json.dumps(self.scores.to_json(), indent=2) + "\n", encoding="utf-8")
@@ -173,6 +190,7 @@ class Evaluation:
                 images, references = pictures.get(row["example"], ()), tuple(row["references"])
                 answers = {name: row.get(name) for name in WHO} | {"task": row.get("task", "")}
                 answers["choices"] = tuple(row.get("choices", ()))
+                answers["frames"] = tuple(map(tuple, row.get("frames", ())))
                 answered.append(
                     Answered(row["example"], images, row["question"], row.get("kind"), references, **answers)
                 )
@@ -286,6 +304,7 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
         also: examples of something else, a check of what tuning made the model forget: their scores are apart.
         prompt: the instruction for captions.
         commonest: the commonest answers of the training data; without them those of the references take their place.
+        decoding: by default the usual one, with room for the longest answer with boxes.
         progress: called with the number of passes over a question done and their total.
     """
     if not examples:
@@ -294,25 +313,30 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
         )
     with_adapter = ["tuned", "blanked"] if blanked or swapped else ["tuned"]
     passes = ["base", *(with_adapter if speaker.tuned else [])]
-    questions = [_questions(example, prompt) for example in examples]
+    questions = [_questions(example, prompt, speaker) for example in examples]
+    given, decoding = decoding, decoding or _with_room(questions)
     asked = dict.fromkeys(passes, questions)
     short = [[question.briefly() for question in of if question.task == ANSWERS] for of in questions]
     asked |= {"one_word": short} if any(short) else {}
     answers, failed = _ask(speaker, examples, asked, decoding, progress)
     if len(failed) == len(examples):
         raise DataError(f"None of the {len(examples):,} held-out images can be used; the first: {failed[0]}.")
-    guesses = commonest or Commonest.of(examples, prompt, "the held-out data")
+    guesses = commonest or Commonest.of(examples, prompt, "the held-out data", partial(_read, speaker))
     answered = []
     for i, example in enumerate(examples):
+        if i in failed:
+            continue
         said = {who: iter(of[i]) for who, of in answers.items() if i in of}
-        for question in questions[i] if i not in failed else ():
-            given: dict[str, str | None] = {
+        frames = _frames(speaker, example) if any(question.task == BOXES for question in questions[i]) else ()
+        for question in questions[i]:
+            spoken: dict[str, str | None] = {
                 who: next(texts) for who, texts in said.items() if who != "one_word" or question.task == ANSWERS
             }
-            given["commonest"] = guesses.guess(question.task, question.kind, question.text)
+            spoken["commonest"] = guesses.guess(question.task, question.kind, question.text)
             references = tuple(question.references)
             row = Answered(example.id, example.images, question.text, question.kind, references, task=question.task)
-            answered.append(replace(row, choices=question.asked.choices, **given))
+            places = frames if row.task == BOXES else ()
+            answered.append(replace(row, choices=question.asked.choices, frames=places, **spoken))
     if level == "auto":
         level = level_for(text for row in answered for text in row.references)
     values = _values(answered, level)
@@ -321,7 +345,7 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
         base_in_four_bits=speaker.quantised,
         failed=tuple(FailedExample(examples[i].place, failed[i]) for i in sorted(failed)),
         unmoved=_unmoved(speaker, examples, questions, answers, decoding) if swapped and speaker.tuned else None,
-        also=evaluate(speaker, also, level=level, prompt=prompt, decoding=decoding, progress=progress).scores
+        also=evaluate(speaker, also, level=level, prompt=prompt, decoding=given, progress=progress).scores
         if also
         else None,
     )
@@ -343,15 +367,18 @@ def against(
 
     Raises:
         DataError: there is no such example.
+        ConfigError: boxes are in coordinates of several images each, and not the same of both adapters.
     """
-    questions = [_questions(example, "") for example in examples]
+    questions = [_questions(example, "", speaker) for example in examples]
+    decoding = decoding or _with_room(questions)
     answers, failed = _ask(speaker, examples, {"tuned": questions}, decoding, progress)
     said = {example.id: answers["tuned"][i] for i, example in enumerate(examples) if i not in failed}
+    by_id = {example.id: example for example in examples}
     rows_of: dict[str, list[Answered]] = {}
     for row in evaluation.answered:
         rows_of.setdefault(row.example, []).append(row)
     answered = [
-        replace(row, base=text, blanked=None, one_word=None, commonest=None)
+        replace(row, base=_as_in(row, text, speaker, by_id), blanked=None, one_word=None, commonest=None)
         for example, rows in rows_of.items()
         if len(said.get(example, ())) == len(rows)
         for row, text in zip(rows, said[example], strict=True)
@@ -370,14 +397,14 @@ class Question(NamedTuple):
     references: list[str]
     prompt: str
     """The instruction for captions."""
-
-    @property
-    def text(self) -> str:
-        return self.asked.turns[-1].user
+    text: str
+    """Of the last turn, as the model reads it."""
+    boxes: bool
+    """Whether the data answers with boxes."""
 
     @property
     def task(self) -> str:
-        return task_of(self.asked, self.references, self.prompt)
+        return task_of(self.asked, self.references, self.prompt, boxes=self.boxes)
 
     def briefly(self) -> "Question":
         """The same, and to be answered in a word; as it is where it asks for that itself."""
@@ -388,16 +415,61 @@ class Question(NamedTuple):
         return self._replace(asked=replace(self.asked, turns=(*self.asked.turns[:-1], last)))
 
 
-def _questions(example: Example, prompt: str) -> list[Question]:
+def _questions(example: Example, prompt: str, speaker: Speaker) -> list[Question]:
     """What is asked about an example, dialogues that ask the same put together."""
     gathered: dict[Dialogue, Question] = {}
     for dialogue in example.dialogues:
-        last = dialogue.turns[-1]
+        last, said = dialogue.turns[-1], _read(speaker, dialogue).turns[-1]
         turns = [replace(turn, weight=1.0) for turn in (*dialogue.turns[:-1], replace(last, assistant=""))]
-        asked = Dialogue(tuple(turns), system=dialogue.system, caption=dialogue.caption, choices=dialogue.choices)
-        question = gathered.setdefault(asked, Question(asked, dialogue.kind, [], prompt))
-        question.references.extend(dialogue.accepted or (last.assistant,))
+        asked = Dialogue(
+            tuple(turns),
+            system=dialogue.system,
+            caption=dialogue.caption,
+            choices=dialogue.choices,
+            # Those of the answer are the last ones, and not given away
+            refs=dialogue.refs[: len(dialogue.refs) - last.assistant.count(REF)] if dialogue.refs else (),
+            boxes=dialogue.boxes[: len(dialogue.boxes) - last.assistant.count(BBOX)] if dialogue.boxes else (),
+        )
+        new = Question(asked, dialogue.kind, [], prompt, said.user, dialogue.answers_with_boxes)
+        question = gathered.setdefault(asked, new)
+        question.references.extend(dialogue.accepted or (said.assistant,))
     return list(gathered.values())
+
+
+def _with_room(questions: Sequence[Sequence[Question]]) -> Decoding | None:
+    """Greedy decoding that cuts off no answer with boxes of the data, as a box that is cut off is a miss; None where
+    there are no boxes. No token is less than a byte; those around names and boxes are beside their texts."""
+    asked = (question for of_example in questions for question in of_example if question.task == BOXES)
+    longest = max((len(text.encode()) for each in asked for text in each.references), default=0)
+    room = min(max(DEFAULT_MAX_NEW_TOKENS, 2 * longest), MOST_ROOM)
+    return Decoding(max_new_tokens=room) if longest else None
+
+
+def _frames(speaker: Speaker, example: Example) -> tuple[Corners, ...]:
+    """`Answered.frames`."""
+    try:
+        sizes = [image_size(image.read_bytes(), image.name) for image in example.images]
+    except DataError:  # it was there a moment ago
+        return ()
+    frames = [speaker.frame(*size) for size in sizes]
+    return tuple(frame[:4] for frame in frames if frame) if all(frames) else ()
+
+
+def _as_in(row: Answered, text: str, speaker: Speaker, examples: Mapping[str, Example]) -> str:
+    """What another adapter says in place of those of the row, its boxes in the row's coordinates: pixels of an image
+    are other ones where the two see it in another size."""
+    if row.task != BOXES or row.frames == (frames := _frames(speaker, examples[row.example])):
+        return text
+    if len(row.frames) != 1 or len(frames) != 1:
+        raise ConfigError(
+            f"{row.example}: the two adapters speak of boxes in other coordinates, as they see images in other sizes, "
+            "and which of several images is meant is not known; compare each with its base alone."
+        )
+    return moved(text, frames[0], row.frames[0])
+
+
+def _read(speaker: Speaker, dialogue: Dialogue) -> Dialogue:
+    return speaker.read(dialogue) if dialogue.has_marks else dialogue
 
 
 def _ask(

@@ -12,17 +12,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from markupsafe import Markup, escape
+from PIL import Image, ImageDraw
 
 from vlm_lora.data.example import ImageRef
 from vlm_lora.data.images import load_image
 from vlm_lora.errors import DataError
 from vlm_lora.inference.evaluate import Answered, Evaluation
 from vlm_lora.inference.losses import Losses, read_losses
+from vlm_lora.inference.metrics.boxes import boxes_in, shares
 from vlm_lora.inference.metrics.tokens import LONE, tokenize
 from vlm_lora.inference.pages import render
 from vlm_lora.inference.plots import line_plot
 from vlm_lora.inference.scores import TASKS, Scores
-from vlm_lora.inference.tasks import CAPTIONS, TEXTS
+from vlm_lora.inference.tasks import BOXES, CAPTIONS, TEXTS
 from vlm_lora.inference.verdict import (
     COLUMNS,
     LEGEND,
@@ -41,6 +43,8 @@ STILL_WRONG = 12
 """Cards, and mistakes in the table, of what is still wrong."""
 THUMBNAIL = 256
 """Longest side of a picture in the report, in pixels."""
+BOXED = {"references": ("the data's", "green"), "base": ("base's", "orange"), "tuned": ("tuned's", "blue")}
+"""Whose boxes are drawn into a picture, in this order, by their fields of `Answered`."""
 CRISP = 128
 """Pictures up to this side are shown enlarged with their pixels sharp."""
 
@@ -87,6 +91,7 @@ def write_report(
         columns=COLUMNS,
         most_mistakes=STILL_WRONG,
         uri_of=_uri,
+        boxes=_colours(evaluation) if BOXES in scores.tasks else "",
         marked=_marked,
     )
     path = folder / "report.html"
@@ -175,17 +180,41 @@ def _said(row: Answered) -> tuple:
     return (said,) if row.task in (CAPTIONS, TEXTS) else (said, row.base, row.question, row.references)
 
 
-def _uri(image: ImageRef) -> str | None:
-    """A small copy of an image, in a data URI: a PNG if its pixels are to be seen; None if it can no longer be read."""
+def _uri(image: ImageRef, row: Answered) -> str | None:
+    """A small copy of an image, in a data URI: a PNG if its pixels are to be seen; None if it can no longer be read.
+
+    The boxes of the row are drawn into it, where the image is the only one that they can be of.
+    """
     try:
         picture = load_image(image)
     except DataError:
         return None
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    if len(row.images) == len(row.frames) == 1:
+        _draw_boxes(picture, row)
     kind = "png" if max(picture.size) <= CRISP else "jpeg"
     buffer = io.BytesIO()
     picture.save(buffer, kind, quality=82)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _colours(evaluation: Evaluation) -> str:
+    """Whose boxes have which colour, in words."""
+    there = ("references", *evaluation.values)
+    return ", ".join(f"{colour} {name}" for who, (name, colour) in BOXED.items() if who in there)
+
+
+def _draw_boxes(picture: Image.Image, row: Answered) -> None:
+    pen, large = ImageDraw.Draw(picture), max(picture.size) > CRISP
+    for who, (_, colour) in BOXED.items():
+        width = 1 + large * (3 if who == "references" else 1)  # a rim of the data's is seen around one that is right
+        texts = row.references if who == "references" else (getattr(row, who) or "",)
+        for box in (box for text in texts for box in boxes_in(text)):
+            corners = [share * picture.size[i % 2] for i, share in enumerate(shares(box, row.frames[0]))]
+            # What a model says may be upside down, or miles away
+            x1, y1, x2, y2 = (min(max(round(v), 0), picture.size[i % 2] - 1) for i, v in enumerate(corners))
+            if x1 <= x2 and y1 <= y2:
+                pen.rectangle((x1, y1, x2, y2), outline=colour, width=width)
 
 
 _PIECE = re.compile(rf"\s+|[{LONE}]|[^\s{LONE}]+")  # kana and Han are compared one by one

@@ -61,9 +61,10 @@ def review(
 
 def _of_example(captioner: Captioner, example: Example) -> Iterator[Reviewed]:
     name = "+".join(image.name for image in example.images)
+    last = [captioner.read(dialogue).turns[-1] for dialogue in example.dialogues]
     plain = [
-        Reviewed(name, dialogue.place, dialogue.turns[-1].user, dialogue.turns[-1].assistant)
-        for dialogue in example.dialogues
+        Reviewed(name, dialogue.place, turn.user, turn.assistant)
+        for dialogue, turn in zip(example.dialogues, last, strict=True)
     ]
     try:
         seen = _mean_log_probabilities(captioner, example, example.images)

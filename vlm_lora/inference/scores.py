@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Protocol
 
 from vlm_lora.inference.metrics.answers import anls, exact_match, vqa_accuracy
+from vlm_lora.inference.metrics.boxes import found
 from vlm_lora.inference.metrics.captions import References, cider_d, rouge_l
 from vlm_lora.inference.metrics.choices import right_option
 from vlm_lora.inference.metrics.intervals import Gain, Interval
 from vlm_lora.inference.metrics.structured import compared
 from vlm_lora.inference.metrics.tokens import Level
-from vlm_lora.inference.tasks import ANSWERS, CAPTIONS, CHOICES, JSON, TEXTS
+from vlm_lora.inference.tasks import ANSWERS, BOXES, CAPTIONS, CHOICES, JSON, TEXTS
 
 FEW_IMAGES = 20
 """Below this, an interval over images says little."""
@@ -117,6 +118,11 @@ def _of_json(name: str) -> PerAnswer:
     return _each(lambda answer, references: getattr(compared(answer, references), name))
 
 
+def _of_boxes(name: str) -> PerAnswer:
+    """That attribute of `Found`."""
+    return _each(lambda answer, references: getattr(found(answer, references), name))
+
+
 OTHER_METRICS = {
     "option": Metric("right option", "the share of answers that name it, by its letter or its text", _right_options),
     "letter": Metric("exact letter", "the share of answers that are its letter, and nothing else", _each(exact_match)),
@@ -130,6 +136,14 @@ OTHER_METRICS = {
     "json_extra": Metric(
         "fields made up", "of the answer's fields, those not in the reference", _of_json("extra"), lower_is_better=True
     ),
+    "box_hit": Metric(
+        "boxes right (IoU 0.5)",
+        "of the boxes, those that half or more of lies on the right place (intersection over union, whatever they are "
+        "called); where an answer has more boxes than the reference, of these",
+        _of_boxes("right"),
+    ),
+    "box_iou": Metric("mean IoU", "the mean intersection over union of the same, 0 of a miss", _of_boxes("overlap")),
+    "box_read": Metric("has a box", "the share of answers in which a box can be read", _of_boxes("read")),
 }
 """Of some tasks alone."""
 METRICS = ANSWER_METRICS | CAPTION_METRICS | OTHER_METRICS
@@ -152,6 +166,7 @@ TASKS = {
     CAPTIONS: Task("Captions", "captions", ("cider_d", "bleu_4", "rouge_l"), ("cider_d",)),
     ANSWERS: Task("Questions", "questions", ("exact_match", "vqa_accuracy", "anls"), ("exact_match", "anls"), True),
     CHOICES: Task("Multiple choice", "questions", ("option", "letter"), ("option",), True),
+    BOXES: Task("Boxes", "answers with boxes", ("box_hit", "box_iou", "box_read"), ("box_hit", "box_iou")),
     JSON: Task(
         "Answers in JSON",
         "answers in JSON",

@@ -16,6 +16,7 @@ import torch
 from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
 from vlm_lora.data.readers import BadRow
 from vlm_lora.errors import ModelError
+from vlm_lora.model.boxes import TOKEN, TOKENS, as_decoded, rendered
 from vlm_lora.model.packing import IGNORE_INDEX, Branch, Encoded, mrope_positions
 from vlm_lora.model.preprocess import Preprocessor
 
@@ -133,6 +134,21 @@ class Encoder:
         apart = any(branch.num_images for branch in together.branches)
         return [self._encode([each], image_grid_thw) for each in asked] if apart else [together]
 
+    def rendered(self, dialogue: Dialogue) -> Dialogue:
+        """The dialogue with its boxes in its texts, as a server is to be sent them; itself where it has none."""
+        return rendered(dialogue, self.backbone.family.boxes, self.backbone.frame)
+
+    def read(self, dialogue: Dialogue) -> Dialogue:
+        """`rendered` as `decode` gives answers: to be compared with them, and shown."""
+        if not dialogue.has_marks:
+            return dialogue
+        said = self.rendered(dialogue)
+        turns = [
+            replace(turn.asking(list(map(as_decoded, turn.pieces))), assistant=as_decoded(turn.assistant))
+            for turn in said.turns
+        ]
+        return replace(said, turns=tuple(turns))
+
     def tokenize(self, text: str) -> tuple[int, ...]:
         """A text's tokens, as those of an answer that is learnt; none for none."""
         return self._text_ids(text) if text.strip() else ()
@@ -206,6 +222,18 @@ class Encoder:
     def _tokenize_text(self, text: str) -> tuple[int, ...]:
         return self._ahead[text] if text in self._ahead else tuple(self._tokenize([text])[0])
 
+    def _tokenize_rendered(self, text: str) -> tuple[int, ...]:
+        """The tokens of a text with boxes in it; what marks these are the special tokens, and not their letters."""
+        ids: list[int] = []
+        for part in filter(None, TOKEN.split(text)):
+            if part in TOKENS:
+                ids.append(self.tokenizer.convert_tokens_to_ids(part))
+                if ids[-1] in (None, self.tokenizer.unk_token_id):
+                    raise ModelError(f"The model's tokenizer has no {part}; it cannot be trained on boxes.")
+            else:
+                ids += self._text_ids(part)
+        return tuple(ids)
+
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
@@ -213,7 +241,8 @@ class Encoder:
         self, dialogue: Dialogue, num_images: int, end: int | None = None, *, without_last_answer: bool = False
     ) -> _Conversation:
         """The dialogue up to its turn ``end``; where `_answers_apart`, the last answer alone has labels."""
-        turns = dialogue.turns[:end]
+        tokens_of = self._tokenize_rendered if dialogue.has_marks else self._text_ids
+        turns = self.rendered(dialogue).turns[:end]
         in_front = 0 if any(turn.images for turn in dialogue.turns) else num_images
         shapes = tuple(_shape(turn, in_front if number == 0 else 0) for number, turn in enumerate(turns))
         system = [dialogue.system.strip()] if dialogue.system else []
@@ -227,7 +256,7 @@ class Encoder:
         skeleton = self._skeleton(bool(dialogue.system), shapes)
         # The last answer stands before the last part: the end-of-turn token.
         for part in skeleton[:-2] if without_last_answer else skeleton:
-            new = self._text_ids(next(texts)) if isinstance(part, str) else part
+            new = tokens_of(next(texts)) if isinstance(part, str) else part
             ids += new
             # The end-of-turn token after an answer is learnt with it: it is how the model stops.
             learnt = len(new) if part == ANSWER_TEXT else 1

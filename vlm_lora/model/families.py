@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm_lora.model.boxes import Convention
+
 
 class QwenVL(nn.Module):
     """What is used here of transformers' classes: a declaration for readers and type checkers. No object is of it."""
@@ -36,6 +38,8 @@ class Family:
     linears: dict[str, str]
     """Patterns of the linears that LoRA adapts, by part: language, projector, vision. Whole names, as PEFT's
     "all-linear" would adapt the tower too."""
+    boxes: Convention
+    """How it says where in an image something is (`model.boxes` has the sources)."""
     tower: tuple[str, ...] = ("patch_embed", "rotary_pos_emb", "blocks")
     """The parts of the vision tower, which ends before the mergers."""
     mergers: tuple[str, ...] = ("merger",)
@@ -104,11 +108,13 @@ FAMILIES = {
     "qwen2_vl": Family(
         class_name="Qwen2VLForConditionalGeneration",
         linears=_linears(projector=r"merger\.mlp\.[02]", vision_mlp="fc[12]"),  # merger.mlp.1 is the activation
+        boxes=Convention(in_pixels=False, by_tokens=True),
     ),
     "qwen2_5_vl": Family(
         class_name="Qwen2_5_VLForConditionalGeneration",
         linears=_linears(projector=r"merger\.mlp\.[02]", vision_mlp="(?:gate|up|down)_proj"),
         features=_out_of_windows,
+        boxes=Convention(in_pixels=True),
     ),
     # Shows its language layers some of the tower's inner layers too (DeepStack, arXiv:2406.04334): each goes through a
     # merger of its own, and is added to what one of the first language layers gives.
@@ -117,6 +123,7 @@ FAMILIES = {
         linears=_linears(projector=r"(?:merger|deepstack_merger_list\.\d+)\.linear_fc[12]", vision_mlp="linear_fc[12]"),
         tower=("patch_embed", "pos_embed", "rotary_pos_emb", "blocks"),
         mergers=("merger", "deepstack_merger_list"),
+        boxes=Convention(in_pixels=False),
         features=_inner_layers_too,
         shorten=_show_no_inner_layers,
     ),
@@ -129,6 +136,7 @@ FAMILIES = {
             vision_mlp="linear_fc[12]",
             recurrent=r"|linear_attn\.(?:in_proj_(?:qkv|z|b|a)|out_proj)",
         ),
+        boxes=Convention(in_pixels=False),  # taken for Qwen3-VL's: it has no source of its own
         tower=("patch_embed", "pos_embed", "rotary_pos_emb", "blocks"),
         recurrent=True,
         template_options={"enable_thinking": False},

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from vlm_lora.errors import ModelError
+from vlm_lora.model.boxes import Frame
 from vlm_lora.model.families import FAMILIES, Family
 from vlm_lora.model.folder import cannot_be_loaded, check_model_folder, find_model
 
@@ -101,6 +102,16 @@ class Preprocessor:
         patch = self.processor.image_processor.patch_size
         return 1, high // patch, wide // patch
 
+    def frame(self, width: int, height: int) -> Frame:
+        """Where a picture of this size lies in the coordinates that the family speaks of boxes in; what the model sees
+        of it may be wider than the picture, by a white border."""
+        wide, high, padded = self._fit(width, height)
+        corner, size = _placed((width, height), padded, (wide, high)) if padded else ((0, 0), (wide, high))
+        if self.family.boxes.in_pixels:
+            return Frame(*corner, *size, (wide - 1, high - 1))
+        x, y = 1000 / wide, 1000 / high
+        return Frame(corner[0] * x, corner[1] * y, size[0] * x, size[1] * y, (1000, 1000))
+
     def _fit(self, width: int, height: int) -> tuple[int, int, tuple[int, int] | None]:
         """Width and height that a picture is resized to, and the size it is first padded to, or None.
 
@@ -183,8 +194,15 @@ def _smart_resize():
 
 def _on_white(image: Image.Image, padded: tuple[int, int], target: tuple[int, int]) -> Image.Image:
     """The image as if padded with white and then resized; the padded one, perhaps terabytes, is not made."""
-    size = [max(1, round(side * t / p)) for side, p, t in zip(image.size, padded, target, strict=True)]
+    corner, size = _placed(image.size, padded, target)
     canvas = Image.new("RGB", target, "white")
-    corner = ((target[0] - size[0]) // 2, (target[1] - size[1]) // 2)
     canvas.paste(image.resize(size, Image.Resampling.BICUBIC), corner)
     return canvas
+
+
+def _placed(
+    image: tuple[int, int], padded: tuple[int, int], target: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Where an image of this size stands on its white: the upper left corner, and the size it has there."""
+    wide, high = (max(1, round(side * t / p)) for side, p, t in zip(image, padded, target, strict=True))
+    return ((target[0] - wide) // 2, (target[1] - high) // 2), (wide, high)

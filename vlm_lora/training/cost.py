@@ -262,7 +262,7 @@ def micro_shapes(
         [
             micro_shape(
                 [row.encoded for row in group],
-                tuple(patches[image] for row in group for image in row.example.images),
+                tuple(patches[image] for row in group for image in row.images),
             )
             for group in group_rows(rows, max_tokens)
         ]

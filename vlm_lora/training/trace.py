@@ -326,6 +326,7 @@ def micro_batch(backbone: Backbone, shape: MicroShape) -> MicroBatch:
     for shown in images:
         prefix = torch.zeros(shape.prefix, dtype=torch.long)
         prefix[:shown] = token
+        shown -= min(shown, shape.prefix)  # what stands after the first difference is in branches
         tails = []
         for start in range(branches):
             length = lengths // branches + (start < lengths % branches)
@@ -333,7 +334,10 @@ def micro_batch(backbone: Backbone, shape: MicroShape) -> MicroBatch:
             learnt = min(labels, length - 1)
             answer[length - learnt :] = 0
             labels -= learnt
-            tails.append(Branch(torch.zeros(length, dtype=torch.long), answer))
+            said = torch.zeros(length, dtype=torch.long)
+            said[:shown] = token
+            shown -= min(shown, length)
+            tails.append(Branch(said, answer))
         rows.append(Encoded(prefix, torch.arange(shape.prefix).expand(3, -1), tuple(tails)))
     packed = pack_apart(rows, 0)
     width = backbone.feature_width

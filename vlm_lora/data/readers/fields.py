@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlm_lora.data.example import Dialogue, ImageRef
+from vlm_lora.data.example import BBOX, REF, Dialogue, ImageRef
 from vlm_lora.errors import DataError
 
 _GROUPS = {
@@ -124,7 +124,9 @@ def split_of(value: object) -> str:
 def require_plain(dialogue: Dialogue) -> None:
     """Raises DataError for a text with a mark of another tool in it, which would be learnt as the letters it is."""
     texts = [text for turn in dialogue.turns for text in (turn.user, turn.assistant)]
-    for text in (dialogue.system, *texts, *dialogue.accepted):
+    if dialogue.has_marks:  # of which there are as many as refs and boxes
+        texts = [text.replace(REF, "").replace(BBOX, "") for text in texts]
+    for text in (dialogue.system, *texts, *dialogue.accepted, *dialogue.refs):
         if mark := MARKS.search(text):
             raise DataError(
                 f"has {mark[0][:60]!r} in a text, and nothing that goes with it: it would be learnt as these letters; "

@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from vlm_lora.data.example import Dialogue, Example, ImageRef, Placed
+from vlm_lora.data.readers.boxes import has_numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +69,22 @@ class Dataset:
             for name, side in (("val", self.val), ("test", self.test))
             if side
         ]
-        details = "; ".join(filter(None, (self.note, self.named_unused, *apart, self.unread)))
+        details = "; ".join(filter(None, (self.note, self.named_unused, told_boxes(self.boxes), *apart, self.unread)))
         return f"{self.format} ({details})" if details else self.format
+
+    @property
+    def boxes(self) -> dict[str, int]:
+        """How many boxes and points were "read", and "clipped" as they reached out of their image; and how many texts
+        have such as numbers in their JSON, "as_is". Those that are none are left out."""
+        dialogues = [d for e in (*self.examples, *self.val, *self.test) for d in e.dialogues]
+        boxes = [box for dialogue in dialogues for box in dialogue.boxes]
+        texts = [text for dialogue in dialogues for turn in dialogue.turns for text in (turn.user, turn.assistant)]
+        counts = {
+            "read": len(boxes),
+            "clipped": sum(box.clipped for box in boxes),
+            "as_is": sum(map(has_numbers, texts)),
+        }
+        return {name: count for name, count in counts.items() if count}
 
     @property
     def named_unused(self) -> str:
@@ -99,7 +114,21 @@ class Dataset:
             later = [(d.system, [(t.images, t.weight) for t in d.turns]) for d in example.dialogues]
             if any(system or any(turn != ((), 1.0) for turn in turns) for system, turns in later):
                 digest.update(json.dumps(later).encode() + b"\n")
+            if any(d.has_marks for d in example.dialogues):
+                marks = [(d.refs, [(box.points, box.image, box.size) for box in d.boxes]) for d in example.dialogues]
+                digest.update(json.dumps(marks).encode() + b"\n")
         return digest.hexdigest()
+
+
+def told_boxes(counts: Mapping[str, int]) -> str:
+    """`Dataset.boxes` in words; "" where there are none."""
+    form = {
+        "read": "{:,} boxes and points",
+        "clipped": "{:,} of them cut off at the edge of their image",
+        "as_is": "{:,} texts with bbox_2d or point_2d, whose numbers are learnt as they stand unless --json-boxes says "
+        "what they are",
+    }
+    return ", ".join(form[name].format(count) for name, count in counts.items())
 
 
 def gather(format: str, entries: Iterable[Entry | BadRow]) -> Dataset:

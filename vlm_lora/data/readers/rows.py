@@ -7,7 +7,8 @@ query-response  `query`, `response`, `images`, perhaps `history: [[query, respon
 qa              an image, `question`, `answer` or `answers`, perhaps a `caption` too, or `choices` to choose from
 captions        an image, `caption`, `captions`, `text`, ..., perhaps the `prompt` that it answers
 
-A row of any shape may have a `system` prompt, a `weight` of its loss and the `split` that it belongs to.
+A row of any shape may have a `system` prompt, a `weight` of its loss, the `split` that it belongs to, and `objects`:
+the boxes of `<bbox>` in its texts (`boxes`).
 """
 
 import json
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 
 from vlm_lora.data.example import Dialogue, ImageRef, Turn
 from vlm_lora.data.locate import Find
+from vlm_lora.data.readers.boxes import BoxReader
 from vlm_lora.data.readers.choices import letter_of, options_of, rendered
 from vlm_lora.data.readers.fields import Fields, Ledger, split_of
 from vlm_lora.data.readers.gather import BadRow, ClassName, Entry, Row, Rows
@@ -78,6 +80,7 @@ class RowReader:
     """One of SHAPES; None: each row shows its own."""
     ledger: Ledger = field(default_factory=Ledger)
     """Of the fields that nothing takes up."""
+    boxes: BoxReader = field(default_factory=BoxReader)
 
     def read_all(self, source: str, rows: Rows) -> tuple[list[Entry | BadRow], str]:
         """What all rows say, those of other shapes than the first too; and how the first one was understood.
@@ -139,6 +142,10 @@ class RowReader:
         else:
             dialogue, images = self._of_chat(fields, shape, images)
             dialogues = [dialogue]
+        if (objects := fields.take("objects")) not in (None, "", [], {}):
+            dialogues = self.boxes.with_objects(dialogues, objects, images)
+            for ref in (ref for each in dialogues if isinstance(each, Dialogue) for ref in each.refs):
+                text_of(ref, "ref of its objects")
         self.ledger.close(fields, has_images=bool(images))
         # Words alone are learnt too, but not where an image was to be
         described = shape == "captions" or (shape == "qa" and (image_names or self._caption_beside_question(fields)))

@@ -15,6 +15,7 @@ from vlm_lora.data.example import Example
 from vlm_lora.data.fetch import fetch_image
 from vlm_lora.data.locate import Find, Finder, folders_beside
 from vlm_lora.data.readers import coco, folders, hub
+from vlm_lora.data.readers.boxes import AS_IS, TYPES, BoxReader
 from vlm_lora.data.readers.detect import FORMATS, READERS, Layout, detect
 from vlm_lora.data.readers.fields import Ledger, require_plain
 from vlm_lora.data.readers.gather import BadRow, Dataset, Entry, Rows, gather, with_ids
@@ -49,6 +50,8 @@ class DataSettings:
     """The system prompt of rows that have none of their own."""
     train_on: str = "all"
     """Which answers of a conversation are learnt: "last" or "all"."""
+    json_boxes: str = AS_IS
+    """What the numbers of `bbox_2d` and `point_2d` in texts are: "real", "norm1", "norm1000", or not known, "as-is"."""
 
     @property
     def column_names(self) -> dict[str, str]:
@@ -86,6 +89,9 @@ def read_dataset(
             raise ConfigError(f"--columns {key}={name}: unknown {key!r}; expected one of {', '.join(NAMES)}")
     if settings.format is not None and settings.format not in FORMATS:
         raise ConfigError(f"--format {settings.format}: unknown; expected one of {', '.join(FORMATS)}")
+    if settings.json_boxes not in (AS_IS, *TYPES):
+        expected = ", ".join((AS_IS, *TYPES))
+        raise ConfigError(f"--json-boxes {settings.json_boxes}: unknown; expected one of {expected}")
     if settings.images is not None and not Path(settings.images).is_dir():
         raise ConfigError(f"--images {settings.images}: there is no such folder; check the name")
     sources = [_weighed(source) for source in ([data] if isinstance(data, str | Path) else data)]
@@ -238,7 +244,9 @@ def _read_tables(
 
 
 def _settled(entries: Iterable[Entry | BadRow], settings: DataSettings) -> Iterator[Entry | BadRow]:
-    """What holds for dialogues of every format: their system prompt, what of them is learnt, and no foreign marks."""
+    """What holds for dialogues of every format: their system prompt, what of them is learnt, the boxes in their JSON,
+    and no foreign marks."""
+    boxes = BoxReader(settings.json_boxes)
     for entry in entries:
         if not isinstance(entry, BadRow):
             images, dialogue = entry
@@ -246,8 +254,8 @@ def _settled(entries: Iterable[Entry | BadRow], settings: DataSettings) -> Itera
             if settings.train_on == "last":
                 earlier = tuple(replace(turn, weight=0.0) for turn in dialogue.turns[:-1])
                 dialogue = replace(dialogue, turns=(*earlier, dialogue.turns[-1]))
-            entry = images, dialogue
             try:
+                entry = images, (dialogue := boxes.with_json(dialogue, images))
                 if not settings.text_as_is:
                     require_plain(dialogue)
                 if not any(turn.weight for turn in dialogue.turns):
