@@ -124,6 +124,7 @@ class FeatureCache:
         self._failing = False  # the disk is full, or read only
         self._memory = _Recent(IN_MEMORY_BYTES if in_memory else 0)
         self._known: dict[ImageRef, tuple[str, tuple[int, int, int]]] = {}
+        self._hashes: dict[ImageRef, bytes] = {}
 
     @property
     def folder(self) -> Path | None:
@@ -195,6 +196,11 @@ class FeatureCache:
         """How many the image has, before the 2x2 merge, from its header alone."""
         return math.prod(self._identify(image)[1])
 
+    def content_hash(self, image: ImageRef) -> str:
+        """Of the image's bytes, in hex, as they were when first looked at."""
+        self._identify(image)
+        return self._hashes[image].hex()
+
     def complete(self, images: Iterable[ImageRef]) -> bool:
         """Whether all of these images can do without the tower."""
         return all(self._is_there(self._identify(image)[0]) for image in images)
@@ -224,8 +230,10 @@ class FeatureCache:
 
     def _look_at(self, image: ImageRef, data: bytes) -> tuple[str, tuple[int, int, int]]:
         """The same for the bytes that the file holds now."""
-        key = f"{LAYOUT}:{content_hash(data)}:{self.backbone.tower_fingerprint}"
+        content = content_hash(data)
+        key = f"{LAYOUT}:{content}:{self.backbone.tower_fingerprint}"
         name, grid = hashlib.sha256(key.encode()).hexdigest(), self.backbone.grid(*image_size(data, image.name))
+        self._hashes.setdefault(image, bytes.fromhex(content))
         self._known.setdefault(image, (name, grid))
         if self.store:
             self.store.own.add(name)

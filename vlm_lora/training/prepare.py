@@ -125,12 +125,12 @@ def see_images(
 ) -> Prepared:
     """Have every image's features in the cache, if they are to be there; examples with a damaged image are left out.
 
-    Held-out images are seen again and again, at every save; training images, if ``seen_once``, are not kept.
+    Held-out images are seen again and again, at every save, and so come first; training images, if ``seen_once``, are
+    not kept.
     """
-    bad = list(prepared.bad_rows)
 
-    def usable(examples: Sequence[EncodedExample], keep: bool) -> list[EncodedExample]:
-        features.write = keep
+    def usable(examples: Sequence[EncodedExample], keep: bool) -> tuple[list[EncodedExample], list[BadRow]]:
+        features.write, bad = keep, []
         if images := [image for each in examples for image in each.example.images]:
             events.survey(features.survey(images), features.folder, not keep)
         result = []
@@ -146,11 +146,12 @@ def see_images(
                 else:
                     result.append(each)
             events.cache(start + len(some), len(examples))
-        return result
+        return result, bad
 
-    train, held_out = usable(prepared.train, not seen_once), usable(prepared.held_out, True)
+    held_out, bad_held_out = usable(prepared.held_out, True)
+    train, bad = usable(prepared.train, not seen_once)
     features.write = not seen_once
-    return Prepared(train, held_out, tuple(bad))
+    return Prepared(train, held_out, (*prepared.bad_rows, *bad, *bad_held_out))
 
 
 def _what_is_wrong(features: FeatureCache, example: Example) -> str:
