@@ -1,6 +1,7 @@
 """The held-out loss at checkpoints is of a sample: what it costs, of which images it is, and where that is said."""
 
 import json
+import shutil
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -15,6 +16,7 @@ from vlm_lora.errors import ConfigError, Stopped
 from vlm_lora.inference.losses import read_losses
 from vlm_lora.inference.report import _loss_plot
 from vlm_lora.model.packing import Branch, Encoded
+from vlm_lora.model.store import Store
 from vlm_lora.training import checkpoint, loop, step
 from vlm_lora.training.held_out import FORWARD, LEAST, SHARE, HeldOut
 from vlm_lora.training.run import train_adapter as train
@@ -291,6 +293,41 @@ def test_where_all_are_scored_nothing_is_said_of_a_sample(checkpoints, photo_fol
     losses = read_losses(result.folder)
     assert (losses.sample, losses.of_all) == (None, None)
     assert "sample" not in _loss_plot(losses)[1]
+
+
+def test_with_little_room_held_out_images_are_kept_first_and_the_folder_is_looked_at_once(
+    checkpoints, photo_folder, tmp_path, monkeypatch
+):
+    """The later run reads its pictures in another order, and finds what the first one kept."""
+    looked, real = [], Store._entries
+    monkeypatch.setattr(Store, "_entries", lambda self: looked.append(self) or real(self))
+
+    def run(name, data):
+        told = Told()
+        settings = config(checkpoints, data, tmp_path / name, cache_gb=60_000 / 1e9, epochs=2)
+        result = train(settings, events=told)
+        features = result.features
+        assert len(looked) == 1
+        looked.clear()
+        (survey,) = told.of("survey")
+        assert survey["survey"].images == 12
+        kept = {path.stem for path in features.store.folder.rglob("*.safetensors")}
+        held_out = {features._identify(image)[0] for example in result.held_out for image in example.images}
+        assert len(held_out) == 2
+        assert held_out < kept
+        return features, kept
+
+    features, kept = run("first", photo_folder)
+    assert 2 < len(kept) < 12
+    assert features.computed == 12  # main memory has the others
+    turned = tmp_path / "turned"
+    turned.mkdir()
+    for i, path in enumerate(sorted(photo_folder.glob("*.png"), reverse=True)):
+        shutil.copy(path, turned / f"{i:02}.png")
+        shutil.copy(path.with_suffix(".txt"), turned / f"{i:02}.txt")
+    again, still = run("again", turned)
+    assert still == kept
+    assert again.computed == 12 - len(kept)
 
 
 def test_a_sample_for_early_stopping_needs_held_out_images():

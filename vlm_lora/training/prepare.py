@@ -131,8 +131,6 @@ def see_images(
 
     def usable(examples: Sequence[EncodedExample], keep: bool) -> tuple[list[EncodedExample], list[BadRow]]:
         features.write, bad = keep, []
-        if images := [image for each in examples for image in each.example.images]:
-            events.survey(features.survey(images), features.folder, not keep)
         result = []
         at_once = 32 * processes.count if processes.count > 1 else 1
         for start in range(0, len(examples), at_once):
@@ -148,10 +146,34 @@ def see_images(
             events.cache(start + len(some), len(examples))
         return result, bad
 
+    kept = (prepared.held_out,) if seen_once else (prepared.held_out, prepared.train)
+    _survey(features, kept, processes, events)
     held_out, bad_held_out = usable(prepared.held_out, True)
+    if seen_once:
+        features.write = False
+        events.survey(features.survey(_images(prepared.train), evict=False), features.folder, True)
     train, bad = usable(prepared.train, not seen_once)
     features.write = not seen_once
     return Prepared(train, held_out, (*prepared.bad_rows, *bad, *bad_held_out))
+
+
+def _images(examples: Sequence[EncodedExample]) -> list[ImageRef]:
+    return [image for each in examples for image in each.example.images]
+
+
+def _survey(
+    features: FeatureCache, kept: Sequence[Sequence[EncodedExample]], processes: Processes, events: Events
+) -> None:
+    """Make room in the cache for these, the first group before the next: one process of each machine does."""
+    images, first = [_images(examples) for examples in kept], processes.accelerator.is_local_main_process
+    features.write = True
+    if first:
+        survey = features.survey(*images)
+    processes.gather(None)
+    if not first:
+        survey = features.survey(*images, evict=False)
+    if survey.images:
+        events.survey(survey, features.folder, False)
 
 
 def _what_is_wrong(features: FeatureCache, example: Example) -> str:
