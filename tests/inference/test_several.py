@@ -151,6 +151,7 @@ def test_an_evaluation_by_several_processes_is_that_of_one(forks, adapters, pict
         assert all(e.out == "" and "Report" not in e.err for e in ended[1:])
         outs.append([ended[0].out, *((output / name).read_bytes() for name in ("predictions.jsonl", "scores.json"))])
         given.append(sum(answered(ended)))
+        assert len(re.findall(r"^Answers: (\d+) of \1$", ended[0].err, re.MULTILINE)) == 1 + ("--also" in how)
     assert outs[1] == outs[0]
     assert outs[2] == outs[0]
     assert given == given[:1] * 3

@@ -440,9 +440,10 @@ def _ask(
                     failed[i] = str(text)
                 else:
                     answers[who][i] = text
-            progress(done, total)
+            if done < total:
+                progress(done, total)
     shares = team.gather((answers, failed))
-    progress(total, total)
+    progress(total, total)  # not before all have answered
     gathered = {who: {i: text for own, _ in shares for i, text in own[who].items()} for who in asked_of}
     failures = {i: error for _, own in shares for i, error in own.items()}
     return {who: dict(sorted(of.items())) for who, of in gathered.items()}, dict(sorted(failures.items()))
