@@ -179,7 +179,7 @@ def train_one(
     progress = Progress()
 
     class Timed(Events):
-        def held_out(self, step, loss):
+        def held_out(self, *, loss, **_):
             losses.append(loss)
 
         def start(self, **values):

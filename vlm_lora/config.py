@@ -220,6 +220,14 @@ class TrainConfig:
         1.0, "gradients are clipped to this norm", "training", bounds=Bounds(0, above=True, below=False)
     )
     seed: int = knob(0, "seed of the split, the order, the adapter's start and dropout", "training")
+    val_images: int | None = knob(
+        None,
+        "held-out images that the loss at a checkpoint is of, always the same; by default as many as take 2 % of the "
+        "work of the steps between two. All of them are scored once, at the end",
+        "training",
+        bounds=COUNT,
+        identity=False,
+    )
     patience: int | None = knob(
         None, "stop after N checkpoints without a lower held-out loss, and end with the best adapter", "training",
         bounds=COUNT, identity=False,
@@ -315,6 +323,8 @@ class TrainConfig:
                 raise self._wrong("patience", "none with --val-split 0: there is no held-out loss")
             if self.load_best_at_end:
                 raise self._wrong("load_best_at_end", "no with --val-split 0: nothing is held out")
+            if self.val_images:
+                raise self._wrong("val_images", "none with --val-split 0: nothing is held out")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise ConfigError(f"--min-pixels {self.min_pixels} is above --max-pixels {self.max_pixels}.")
 

@@ -14,6 +14,7 @@ from vlm_lora.inference.commonest import Commonest
 from vlm_lora.inference.evaluate import Evaluation, against, evaluate
 from vlm_lora.inference.report import write_report
 from vlm_lora.inference.scores import Scores
+from vlm_lora.inference.team import ALONE
 from vlm_lora.inference.verdict import versus
 from vlm_lora.model.adapters.base import Adapter, find_adapter, write_json
 from vlm_lora.model.encode import Encoder
@@ -119,23 +120,24 @@ def train(
 def _compare(
     trained: TrainedAdapter, config: TrainConfig, events: Events, eval_images: int | None, commonest: Commonest
 ) -> tuple[Evaluation | None, Scores | None]:
-    """Base against tuned on held-out images, and tuned against the adapter that it goes on from, if any; None in a
-    process that is not needed for it. The processes part here."""
+    """Base against tuned on held-out images, and tuned against the adapter that it goes on from, if any; by all
+    processes together, which part here."""
     processes, held_out = trained.processes, trained.held_out[:eval_images]
     evaluation, against_parent = None, None
-    if not processes.sharded:  # then the main process can answer alone
-        processes.leave()
-    if held_out and (processes.sharded or processes.is_main):
+    processes.end_steps()
+    # Where the base is in pieces, each pass is made by all, and each hears all answers.
+    team = ALONE if processes.sharded else processes
+    if held_out:
         contract = trained.adapter.contract
         assert contract is not None, "an adapter that was trained here has one"
         captioner = Captioner(
             trained.adapter.backbone, trained.adapter, trained.features, config.prompt, contract.system
         )
         evaluation = evaluate(
-            captioner, held_out, prompt=config.prompt, commonest=commonest, progress=events.comparison
+            captioner, held_out, prompt=config.prompt, commonest=commonest, progress=events.comparison, team=team
         )
         if config.from_:
             with trained.adapter.as_in(find_adapter(config.from_)):
-                against_parent = against(evaluation, captioner, held_out, progress=events.comparison)
+                against_parent = against(evaluation, captioner, held_out, progress=events.comparison, team=team)
     processes.leave()
     return evaluation, against_parent

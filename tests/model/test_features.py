@@ -194,7 +194,8 @@ def test_what_main_memory_still_holds_is_foretold(backbone, monkeypatch, tmp_pat
 
 
 def test_a_running_run_keeps_its_own(backbone, images, tmp_path):
-    """With no room for a second half, the first half stays, and the second goes through the tower each time."""
+    """With no room for a second half, the first half by name stays, and the other goes through the tower each time."""
+    images = sorted(images, key=lambda image: FeatureCache(backbone, None)._identify(image))
     half = sum(entry.values.nbytes + 400 for entry in FeatureCache(backbone, None).get(images[:3]))
     cache = fill(backbone, tmp_path, images, limit_gb=half / 1e9)
     assert cache_use(tmp_path).entries == cache.computed == 3
@@ -203,6 +204,47 @@ def test_a_running_run_keeps_its_own(backbone, images, tmp_path):
     assert equal(cache.get(images), FeatureCache(backbone, None).get(images))
     cache.survey(images)  # as a second process of the same run does
     assert cache_use(tmp_path).entries == 3
+
+
+def test_what_is_kept_follows_from_the_images_alone(backbone, tmp_path):
+    """Not from their order: a run on the same pictures, on some of them or on more, finds what another one kept."""
+    images = []
+    for i in range(40):
+        picture(i).save(tmp_path / f"{i}.png")
+        images.append(ImageRef(path=tmp_path / f"{i}.png", name=f"{i}.png"))
+    each = FeatureCache(backbone, None).get(images[:1])[0].values.nbytes + 400
+    limit = 15.5 * each / 1e9
+
+    def names(folder) -> set[str]:
+        return {path.stem for path in entries(folder)}
+
+    def run(folder, *groups) -> FeatureCache:
+        """Two epochs, nothing of which main memory keeps."""
+        cache = FeatureCache(backbone, folder, limit_gb=limit, in_memory=False)
+        cache.survey(*groups)
+        for image in [image for group in groups for image in group]:
+            cache.prepare(image)
+        assert cache.computed <= 15
+        cache.computed = cache.read = 0
+        for group in groups:
+            cache.get(group)
+        return cache
+
+    held_out, train = images[30:], images[:30]
+    first = run(tmp_path / "a", held_out, train)
+    assert (first.read, first.computed) == (15, 25)
+    assert {first._identify(image)[0] for image in held_out} < names(tmp_path / "a")
+    chosen = sorted(first._identify(image)[0] for image in train)[:5]
+    assert set(chosen) < names(tmp_path / "a")
+    run(tmp_path / "b", held_out[::-1], train[::-1])
+    assert names(tmp_path / "b") == names(tmp_path / "a")
+
+    again = run(tmp_path / "a", held_out[::-1], train[::-1])
+    assert (again.read, again.computed) == (15, 25)
+    most = [image for image in train if again._identify(image)[0] != chosen[0]]
+    other = run(tmp_path / "a", held_out, most)
+    assert (other.read, other.computed) == (15, 24)  # the one that went made room for the next
+    assert set(chosen[1:]) < names(tmp_path / "a")
 
 
 def test_two_runs_in_one_folder_keep_its_limit(backbone, images, tmp_path):

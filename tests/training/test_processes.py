@@ -177,6 +177,28 @@ def test_what_a_family_has_of_its_own_reaches_layers_in_pieces(forks, command, c
         assert_same_run(tmp_path / name, tmp_path / "one")
 
 
+def test_a_sample_of_the_held_out_images_is_the_same_on_several_and_one_looks_at_the_cache(forks, command, tmp_path):
+    sabotage = """
+import sys
+from vlm_lora.model.store import Store
+entries = Store._entries
+def telling(self):
+    print("LOOKED", file=sys.stderr)
+    return entries(self)
+Store._entries = telling
+"""
+    flags = [*command, "--val-split", "0.5", "--val-images", "3"]
+    for name, count, env in (("one", 1, {}), ("two", 2, {}), ("pieces", 2, FSDP2)):
+        ended = forks.run(count, *flags, "--output", tmp_path / name, env=env, sabotage=sabotage)
+        assert [e.code for e in ended] == [0] * count, ended
+        assert [e.err.count("LOOKED") for e in ended] == [1, 0][:count]
+        assert_same_run(tmp_path / name, tmp_path / "one")
+    of_all = [[x["held_out_loss_of_all"] for x in lines(tmp_path / name)[-1:]] for name in ("one", "two", "pieces")]
+    torch.testing.assert_close(torch.tensor(of_all[1:]), torch.tensor(of_all[:1] * 2), rtol=1e-4, atol=1e-5)
+    sizes = {(x["held_out_images"], x["held_out_of"]) for x in lines(tmp_path / "one") if "held_out_loss" in x}
+    assert sizes == {(3, 6)}
+
+
 def test_gradients_that_are_not_added_up_give_another_adapter(forks, command, alone, tmp_path):
     """Negative control."""
     sabotage = TEXT_ONLY + "import vlm_lora.training.processes as p; p.Processes.add_up = lambda self, each: list(each)"
@@ -317,9 +339,9 @@ prepare.read_data = read
     unlike = forks.run(2, *command, "--output", tmp_path / "run", sabotage=sabotage)
     assert [e.code for e in unlike] == [1, 1]
     assert "All machines of a run need the same data" in unlike[0].err
-    other = forks.run(2, "eval", "x")
+    other = forks.run(2, "check", "x")
     assert [e.code for e in other] == [2, 2]
-    assert "runs in one process" in other[0].err
+    assert "runs in one process, only train, caption, eval in several" in other[0].err
 
 
 @pytest.mark.parametrize(

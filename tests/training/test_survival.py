@@ -360,7 +360,7 @@ def test_early_stopping_ends_with_the_best_adapter(checkpoints, straight, tmp_pa
     assert result.steps == 4
     inside = {name: parameter.detach() for name, parameter in result.adapter.named_parameters()}
     assert_same(inside, tensors_of(tmp_path / "run/checkpoints/step-000002"))
-    assert told.of("best") == [{"step": 2, "loss": 1.0, "last": 4, "num_steps": 8}]
+    assert told.of("best") == [{"step": 2, "loss": 1.0, "images": 2, "of": 2, "last": 4, "num_steps": 8}]
     kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert kept == ["step-000002", "step-000004"]
     scripted(monkeypatch, [2.0])
@@ -484,7 +484,7 @@ def test_a_closed_stderr_ends_the_printing_and_nothing_else(monkeypatch, termina
         report = TrainReport(console.StopSignals())
         report.progress.terminal = terminal
         for step in range(1, 4):
-            report.held_out(step=step, loss=1.0)
+            report.held_out(step=step, loss=1.0, images=1, of=1)
             report.warning(text="still here")
         assert os.readlink(f"/proc/self/fd/{writer}") == os.devnull
 

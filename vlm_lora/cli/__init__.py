@@ -16,6 +16,9 @@ from vlm_lora.errors import ConfigError, Stopped, VlmLoraError
 
 VERBS = (train, caption, evaluate, check, plan, merge, push, demo, cache)
 
+SHARED = ("train", "caption", "eval")
+"""What several processes of a launcher do together."""
+
 DESCRIPTION = """\
 Teach a Qwen-VL vision-language model your own pictures.
 
@@ -46,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sub.set_defaults(run=verb.run)
     options = parser.parse_args(arguments)
     try:
-        if launched() and options.verb != "train":
-            raise ConfigError(f"{options.verb} runs in one process, only train in several. Leave the launcher out.")
+        if launched() and options.verb not in SHARED:
+            raise ConfigError(
+                f"{options.verb} runs in one process, only {', '.join(SHARED)} in several. Leave the launcher out."
+            )
         return options.run(options)
     except VlmLoraError as error:
         if os.environ.get("VLM_LORA_TRACEBACK"):

@@ -8,6 +8,7 @@ have a caption in --output, or a sidecar file, are not captioned twice.
   vlm-lora caption ./more --adapter runs/photos --format sidecar        writes cat.txt beside cat.jpg
   vlm-lora caption ./more --adapter base --adapter runs/photos          base and tuned side by side
   find . -name '*.jpg' | vlm-lora caption - --endpoint http://127.0.0.1:8000/v1      through a server's model
+  torchrun --nproc-per-node 8 -m vlm_lora caption ./more --adapter runs/photos --output captions.txt      on eight GPUs
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 import re
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -23,12 +25,19 @@ from typing import TYPE_CHECKING
 
 from vlm_lora.cli.console import Progress, say
 from vlm_lora.cli.flags import add_precision, add_server
+from vlm_lora.cli.several import team_of
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT, flag_of
 from vlm_lora.errors import ConfigError
 from vlm_lora.inference.sinks import NotWritten, Rows, Sidecars, Stdout, one_line, printable
+from vlm_lora.inference.team import share_of
 
 if TYPE_CHECKING:
-    from vlm_lora.inference.caption import Decoding
+    from vlm_lora.inference.caption import Caption, Decoding
+    from vlm_lora.inference.team import Team
+
+GATHER_SECONDS = 2.0
+"""How long a process captions before the main one hears of it, and what it was at when that is over: so much is lost
+where they are killed."""
 
 BASE = "base"
 """What to give as --adapter for the base alone."""
@@ -124,44 +133,94 @@ def run(options: argparse.Namespace) -> int:
     adapters = list(dict.fromkeys(options.adapter or []))
     batch_size = _checked(options, adapters)
     decoding = _decoding(options)
-    paths = list(dict.fromkeys(_images(options)))
-    if not paths:
-        raise ConfigError(f"No image in {', '.join(options.paths) or options.list}.")
-    alone = [Path(given) for given in options.paths] == paths and len(paths) == 1
-    sink = _sink(options, adapters, paths, alone, decoding)
-    left = [path for path in paths if not sink.has(path)]
-    if len(left) < len(paths):
-        say(f"{len(paths) - len(left):,} images have a caption already; --overwrite captions them anew.")
-    if options.dry_run:
-        for path in left:
-            print(printable(one_line(path)))
-        say(f"{len(left):,} images would be captioned.")
-        return 0
+    team = team_of(options)
+    work = _Work()
+    # Folders, stdin and what has a caption already are looked at once: all have to caption parts of the same.
+    found, left = team.on_main(lambda: work.begin(options, adapters, decoding))
     if not left:
+        team.leave()
         return 0
-    columns = _captions(options, adapters, batch_size, left, decoding)
+    columns = _captions(options, adapters, batch_size, share_of(team, left), decoding)
     if len(columns) > 1 and options.format == "text":
         say("Columns: image, " + ", ".join(adapters))
-    progress, started, failed = Progress(), time.monotonic(), 0
-    with closing(sink):
-        for done, results in enumerate(zip(*columns, strict=True), start=1):
-            image = results[0].image
-            error = next((result.error for result in results if result.error is not None), None)
-            texts = None if error is not None else [f"{options.prefix}{r.text}{options.suffix}" for r in results]
-            try:
-                sink.write(Path(image), texts, error)
-            except NotWritten as reason:
-                error = str(reason)
-            failed += error is not None
-            if error is not None and not sink.holds_errors:
-                say(f"{one_line(image)}: {error}")
-            if not alone:
-                rate = done / (time.monotonic() - started)
-                progress.show(f"{done:,} of {len(left):,} images, {rate:.1f} a second", last=done == len(left))
+    work.write(options, _in_order(zip(*columns, strict=True), team), len(left))
+    failed = team.on_main(lambda: work.failed)
+    team.leave()
     if failed:
         say(f"{failed:,} of {len(left):,} images could not be captioned.")
-        return 1 if failed == len(paths) else 3
+        return 1 if failed == found else 3
     return 0
+
+
+class _Work:
+    """What the main process does alone: find the images, and write their captions."""
+
+    def __init__(self) -> None:
+        self.sink: Stdout | Rows | Sidecars | None = None
+        self.alone = False
+        self.failed = 0
+
+    def begin(self, options: argparse.Namespace, adapters: list[str], decoding: "Decoding") -> tuple[int, list[Path]]:
+        """How many images there are, and those that are to be captioned; none where they are only listed."""
+        paths = list(dict.fromkeys(_images(options)))
+        if not paths:
+            raise ConfigError(f"No image in {', '.join(options.paths) or options.list}.")
+        self.alone = [Path(given) for given in options.paths] == paths and len(paths) == 1
+        self.sink = sink = _sink(options, adapters, paths, self.alone, decoding)
+        left = [path for path in paths if not sink.has(path)]
+        if len(left) < len(paths):
+            say(f"{len(paths) - len(left):,} images have a caption already; --overwrite captions them anew.")
+        if options.dry_run:
+            for path in left:
+                print(printable(one_line(path)))
+            say(f"{len(left):,} images would be captioned.")
+            left = []
+        return len(paths), left
+
+    def write(self, options: argparse.Namespace, rows: "Iterator[tuple[Caption, ...]]", total: int) -> None:
+        """Each image's captions as they come, in the main process; the others only help."""
+        if self.sink is None:
+            deque(rows, maxlen=0)  # it is given none
+            return
+        progress, started = Progress(), time.monotonic()
+        with closing(self.sink) as sink:
+            for done, results in enumerate(rows, start=1):
+                image = results[0].image
+                error = next((result.error for result in results if result.error is not None), None)
+                texts = None if error is not None else [f"{options.prefix}{r.text}{options.suffix}" for r in results]
+                try:
+                    sink.write(Path(image), texts, error)
+                except NotWritten as reason:
+                    error = str(reason)
+                self.failed += error is not None
+                if error is not None and not sink.holds_errors:
+                    say(f"{one_line(image)}: {error}")
+                if not self.alone:
+                    rate = done / (time.monotonic() - started)
+                    progress.show(f"{done:,} of {total:,} images, {rate:.1f} a second", last=done == total)
+
+
+def _in_order(rows: "Iterator[tuple[Caption, ...]]", team: "Team") -> "Iterator[tuple[Caption, ...]]":
+    """The rows of all processes, which have one image after the other in turn, in the order of the images; to the main
+    process alone."""
+    if team.count == 1:
+        yield from rows
+        return
+    waiting: list[deque] = [deque() for _ in range(team.count)]
+    turn, ended = 0, False
+    while not ended:
+        own, began = [], time.monotonic()
+        while (row := next(rows, None)) is not None:
+            own.append(row)
+            if time.monotonic() - began > GATHER_SECONDS:
+                break
+        shares = team.gather((own, row is None))
+        ended = all(last for _, last in shares)
+        for queue, (share, _) in zip(waiting, shares, strict=True):
+            queue.extend(share)
+        while team.is_main and waiting[turn % team.count]:
+            yield waiting[turn % team.count].popleft()
+            turn += 1
 
 
 def _checked(options: argparse.Namespace, adapters: list[str]) -> int | None:

@@ -5,6 +5,7 @@ vlm-lora eval ./test.jsonl --adapter runs/photos --blank --json
 vlm-lora eval ./test.jsonl --adapter runs/photos --against runs/photos-2      which of two is better
 vlm-lora eval ./test.jsonl --adapter runs/photos --endpoint http://127.0.0.1:8000/v1      what a server makes of it
 vlm-lora eval ./photos --adapter runs/photos --review > review.jsonl      its captions, the most doubtful first
+torchrun --nproc-per-node 8 -m vlm_lora eval ./test.jsonl --adapter runs/photos      on eight GPUs
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_lora.cli.console import Progress, one_line, say
 from vlm_lora.cli.flags import READING, add_flags, add_precision, add_server, given
+from vlm_lora.cli.several import team_of
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT, TrainConfig
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from vlm_lora.inference.commonest import Commonest
     from vlm_lora.inference.evaluate import Evaluation, Speaker
     from vlm_lora.inference.scores import Scores
+    from vlm_lora.inference.team import Team
 
 ASKED = ("prompt", "system")
 """Of the flags that say how data is read, those whose default is the adapter's."""
@@ -83,13 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from vlm_lora.data.readers import read_dataset
     from vlm_lora.errors import ConfigError, DataError
-    from vlm_lora.inference.card import update_card
     from vlm_lora.inference.evaluate import evaluate
-    from vlm_lora.inference.report import write_report
-    from vlm_lora.inference.verdict import columns_of, counts, summary, tables_as_text, versus
-    from vlm_lora.model.adapters.base import find_adapter, write_json
 
-    if options.output:
+    team = team_of(options)
+    if options.output and team.is_main:
         _make(options.output)  # before the work, not after it
     decoding = _decoding(options)
     if options.against and (not options.adapter or options.endpoint or options.review):
@@ -104,9 +104,11 @@ def run(options: argparse.Namespace) -> int:
             say(one_line(f"Left out: {row.place}: {row.reason}."))
         if not read.examples:
             raise DataError(f"{path}: no usable example in it ({len(read.bad)} rows cannot be used).")
+    if team.count > 1:  # else each would answer questions of its own
+        team.require_same({"data": [read.fingerprint() for read in (dataset, *also)]})
     progress = Progress()
     if options.review:
-        return _review(options, speaker, dataset, progress)
+        return _review(options, speaker, dataset, progress, team)
     evaluation = evaluate(
         speaker,
         dataset.examples,
@@ -118,14 +120,34 @@ def run(options: argparse.Namespace) -> int:
         commonest=_commonest(options.adapter),
         decoding=decoding,
         progress=lambda done, total: progress.count("Answers:", done, total),
+        team=team,
     )
-    other = _against(options, theirs, evaluation, progress) if theirs else None
+    other = _against(options, theirs, evaluation, progress, team) if theirs else None
+    team.leave()
+    failed = [example for part in (evaluation.scores, evaluation.scores.also) if part for example in part.failed]
+    for example in failed:
+        say(one_line(f"Left out: {example.source}: {example.reason}."))
+    if team.is_main:
+        _tell(options, evaluation, other, dataset.taken_for)
+    left_out = sum(len(read.bad) for read in (dataset, *also)) + len(failed)
+    if left_out:
+        say(f"{left_out:,} rows were left out of this.")
+        return 3
+    return 0
+
+
+def _tell(
+    options: argparse.Namespace, evaluation: "Evaluation", other: "tuple[str, str, Scores] | None", taken_for: str
+) -> None:
+    """Into files, and on stdout."""
+    from vlm_lora.inference.card import update_card
+    from vlm_lora.inference.report import write_report
+    from vlm_lora.inference.verdict import columns_of, counts, summary, tables_as_text, versus
+    from vlm_lora.model.adapters.base import find_adapter, write_json
+
     scores = evaluation.scores
     hub = options.data.startswith("hf:")
     name = options.data if hub else os.path.basename(os.path.abspath(options.data)) or options.data
-    failed = [example for part in (scores, scores.also) if part for example in part.failed]
-    for example in failed:
-        say(one_line(f"Left out: {example.source}: {example.reason}."))
     if options.output:
         evaluation.write(options.output)
         command = shlex.join(["vlm-lora", *sys.argv[1:]])
@@ -139,7 +161,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(scores.to_json() | ({"against": {"run": other[1], **other[2].to_json()}} if other else {})))
     else:
         told = "; ".join(counts(task, of) for task, of in scores.tasks.items())
-        print(f"{told}, {dataset.taken_for}\n")
+        print(f"{told}, {taken_for}\n")
         print(tables_as_text(scores))
         print("\n" + "\n".join(summary(scores)))
         if other:
@@ -150,11 +172,6 @@ def run(options: argparse.Namespace) -> int:
             print(f"\nOn {options.also}, to see what was forgotten:\n")
             print(tables_as_text(scores.also))
             print("\n" + "\n".join(summary(scores.also)))
-    left_out = sum(len(read.bad) for read in (dataset, *also)) + len(failed)
-    if left_out:
-        say(f"{left_out:,} rows were left out of this.")
-        return 3
-    return 0
 
 
 def _make(output: Path) -> None:
@@ -200,7 +217,7 @@ def _settings(options: argparse.Namespace, prompt: str, system: str) -> "DataSet
 
 
 def _against(
-    options: argparse.Namespace, theirs: "Captioner", evaluation: "Evaluation", progress: Progress
+    options: argparse.Namespace, theirs: "Captioner", evaluation: "Evaluation", progress: Progress, team: "Team"
 ) -> "tuple[str, str, Scores]":
     """The names of --adapter and --against, and the scores of the one against the other.
 
@@ -218,7 +235,7 @@ def _against(
     def count(done: int, total: int) -> None:
         progress.count(f"Answers of {other}:", done, total)
 
-    return ours, other, against(evaluation, theirs, dataset.examples, _decoding(options), count)
+    return ours, other, against(evaluation, theirs, dataset.examples, _decoding(options), count, team)
 
 
 def _decoding(options: argparse.Namespace) -> "Decoding | None":
@@ -235,7 +252,9 @@ def _commonest(adapter: str | None) -> "Commonest | None":
     return Commonest.read(find_adapter(adapter).parent) if adapter else None
 
 
-def _review(options: argparse.Namespace, captioner: "Speaker", dataset: "Dataset", progress: Progress) -> int:
+def _review(
+    options: argparse.Namespace, captioner: "Speaker", dataset: "Dataset", progress: Progress, team: "Team"
+) -> int:
     from vlm_lora.errors import ConfigError
     from vlm_lora.inference.captioner import Captioner
     from vlm_lora.inference.review import review
@@ -244,9 +263,12 @@ def _review(options: argparse.Namespace, captioner: "Speaker", dataset: "Dataset
         raise ConfigError("--review answers nothing: leave out --blank, --swap, --also and --json.")
     if not isinstance(captioner, Captioner):
         raise ConfigError("--review needs the model's probabilities, which --endpoint does not give: leave it out.")
-    rows = review(captioner, dataset.examples, lambda done, total: progress.count("Reviewed:", done, total))
+    rows = review(captioner, dataset.examples, lambda done, total: progress.count("Reviewed:", done, total), team)
+    team.leave()
     lines = "".join(row.to_json() + "\n" for row in rows)
-    if options.output:
+    if not team.is_main:
+        lines = ""
+    elif options.output:
         (options.output / "review.jsonl").write_text(lines, encoding="utf-8")
         say(f"{len(rows):,} answers, the most doubtful first: {options.output / 'review.jsonl'}")
     else:

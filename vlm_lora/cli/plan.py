@@ -17,6 +17,7 @@ from vlm_lora.cli.console import Progress, duration, size
 from vlm_lora.cli.flags import add_config, config_of
 from vlm_lora.config import TrainConfig
 from vlm_lora.errors import ConfigError
+from vlm_lora.inference.losses import sample_of
 from vlm_lora.training.devices import DEVICES, RESERVED, Device
 
 if TYPE_CHECKING:
@@ -85,10 +86,19 @@ def _accelerator(options: argparse.Namespace) -> Device | None:
 
 def _time(plan: "Estimate", options: argparse.Namespace) -> Iterator[str]:
     cost = plan.cost
-    steps, tower = cost.operations / 1e12, cost.tower_operations / 1e12
-    yield f"operations: {steps:,.3g} TFLOP in the steps, {tower:,.3g} in the vision tower"
-    tower = duration(plan.tower_seconds)
-    yield f"time:       {duration(plan.step_seconds + plan.tower_seconds)}, {tower} of it in the tower"
+    steps, tower, held_out = (n / 1e12 for n in (cost.operations, cost.tower_operations, cost.held_out_operations))
+    parts = f"{steps:,.3g} TFLOP in the steps, {tower:,.3g} in the vision tower"
+    yield f"operations: {parts}, {held_out:,.3g} in the held-out losses"
+    if plan.sample < plan.scored:
+        at_end = cost.all_held_out_operations / 1e12
+        yield (
+            f"            ({plan.checkpoints:,} of a {sample_of(plan.sample, plan.scored)}, and, with {at_end:,.3g}, "
+            "one of all at the end)"
+        )
+    parts = (
+        f"{duration(plan.tower_seconds)} of it in the tower, {duration(plan.held_out_seconds)} in the held-out losses"
+    )
+    yield f"time:       {duration(plan.step_seconds + plan.tower_seconds + plan.held_out_seconds)}, {parts}"
     waits = f"; the busiest has {cost.imbalance:.2f} times the mean to do, and the others wait"
     shared = f", shared by {options.gpus}{waits}" if options.gpus and options.gpus > 1 else ""
     whose = "priced" if plan.price else "given" if options.tflops else "measured with one layer here"

@@ -1,6 +1,7 @@
 """What `vlm-lora train` prints while it trains."""
 
 from vlm_lora.cli.console import Progress, StopSignals, duration, say, size
+from vlm_lora.inference.losses import sample_of
 from vlm_lora.training.events import Events
 
 
@@ -10,6 +11,7 @@ class TrainReport(Events):
     def __init__(self, signals: StopSignals):
         self.progress = Progress()
         self.signals = signals
+        self.sampled = False
 
     def data(self, format, train, held_out, bad) -> None:
         answers = sum(example.weight * len(example.dialogues) for example in train)
@@ -69,19 +71,33 @@ class TrainReport(Events):
         text = f"step {step:,}/{num_steps:,}  loss {loss:.4f}  lr {lr:.1e}  {rate} answers/s"
         self.progress.show(f"{text}  {duration(seconds_left)} left", last=step == num_steps)
 
-    def held_out(self, step, loss) -> None:
-        self.progress.show(f"step {step:,}  held-out loss {loss:.4f}", last=True)
+    def sample(self, *, images, of, share, steps) -> None:
+        self.sampled = True
+        say(
+            f"Held-out loss at each checkpoint: {sample_of(images, of)}, always the same, {share:.1%} of the work of "
+            f"the steps between two; of all once at the end, the work of {steps:,.0f} steps. --val-images N changes it."
+        )
 
-    def best(self, *, step, loss, last, num_steps) -> None:
+    def held_out(self, *, step, loss, images, of) -> None:
+        whole = f", all {of:,} images" if self.sampled else ""
+        told = f", {sample_of(images, of)}" if images < of else whole
+        self.progress.show(f"step {step:,}  held-out loss {loss:.4f}{told}", last=True)
+
+    def scoring(self, done, total) -> None:
+        self.progress.count("Held-out images scored:", done, total)
+
+    def best(self, *, step, loss, images, of, last, num_steps) -> None:
         early = f"Stopped early after step {last:,} of {num_steps:,}. " if last < num_steps else ""
-        say(f"{early}The held-out loss was lowest, {loss:.4f}, after step {step:,}: the adapter is that step's.")
+        told = f" ({sample_of(images, of)})" if images < of else ""
+        say(f"{early}The held-out loss{told} was lowest, {loss:.4f}, after step {step:,}: the adapter is that step's.")
 
     def cost(self, predicted, seconds, measured) -> None:
-        work, taken = predicted.operations + predicted.tower_operations, measured.seconds
+        work = predicted.operations + predicted.tower_operations + predicted.held_out_operations
+        taken = measured.seconds
         rate = work / taken / measured.devices / 1e12
         say(f"{work / 1e12:,.3g} TFLOP were planned, and took {duration(taken)}: {rate:,.3g} TFLOP/s a device.")
         if seconds is not None:
-            say(f"{duration(seconds)} were predicted from steps 2 and 3, with nothing for held-out losses and saving.")
+            say(f"{duration(seconds)} were predicted from steps 2 and 3, with nothing for saving.")
         if measured.memory_bytes is not None:
             peak, planned = measured.memory_bytes / 1e9, predicted.memory / 1e9
             say(f"Memory at its highest: {peak:,.1f} GB; {planned:,.1f} GB were planned.")

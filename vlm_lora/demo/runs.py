@@ -54,13 +54,14 @@ def find_runs(adapter: str | Path | None, beside: str | Path = "runs") -> dict[s
 
 
 def read_losses(run: Path | None) -> list[tuple[int, float, str]]:
-    """(step, loss, "training" or "held out") of a run, thinned."""
+    """(step, loss, "training" or "held out") of a run, thinned; where the latter is of a sample, it says so."""
     if run is None:
         return []
     losses = vlm_lora.read_losses(run)
+    held_out = f"held out, {losses.held_out_of}" if losses.sample else "held out"
     return [
         (step, loss, name)
-        for name, points in (("training", losses.training), ("held out", losses.held_out))
+        for name, points in (("training", losses.training), (held_out, losses.held_out))
         for step, loss in points[:: max(1, len(points) // POINTS)]
     ]
 

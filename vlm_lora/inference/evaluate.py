@@ -50,6 +50,7 @@ from vlm_lora.inference.scores import (
     Unmoved,
 )
 from vlm_lora.inference.tasks import ANSWERS, BOXES, task_of
+from vlm_lora.inference.team import ALONE, Team
 from vlm_lora.inference.verdict import summary
 from vlm_lora.model.boxes import Frame
 
@@ -285,6 +286,7 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
     commonest: Commonest | None = None,
     decoding: Decoding | None = None,
     progress: Progress = lambda done, total: None,
+    team: Team = ALONE,
 ) -> Evaluation:
     """Answer every question of every example with base and tuned model, and score both.
 
@@ -306,6 +308,7 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
         commonest: the commonest answers of the training data; without them those of the references take their place.
         decoding: by default the usual one, with room for the longest answer with boxes.
         progress: called with the number of passes over a question done and their total.
+        team: the processes that share the questions; each gives the same evaluation, to the bit that of one.
     """
     if not examples:
         raise ConfigError(
@@ -318,7 +321,7 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
     asked = dict.fromkeys(passes, questions)
     short = [[question.briefly() for question in of if question.task == ANSWERS] for of in questions]
     asked |= {"one_word": short} if any(short) else {}
-    answers, failed = _ask(speaker, examples, asked, decoding, progress)
+    answers, failed = _ask(speaker, examples, asked, decoding, progress, team)
     if len(failed) == len(examples):
         raise DataError(f"None of the {len(examples):,} held-out images can be used; the first: {failed[0]}.")
     guesses = commonest or Commonest.of(examples, prompt, "the held-out data", partial(_read, speaker))
@@ -344,8 +347,8 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
         _score(answered, values, level, guesses.source),
         base_in_four_bits=speaker.quantised,
         failed=tuple(FailedExample(examples[i].place, failed[i]) for i in sorted(failed)),
-        unmoved=_unmoved(speaker, examples, questions, answers, decoding) if swapped and speaker.tuned else None,
-        also=evaluate(speaker, also, level=level, prompt=prompt, decoding=given, progress=progress).scores
+        unmoved=_unmoved(speaker, examples, questions, answers, decoding, team) if swapped and speaker.tuned else None,
+        also=evaluate(speaker, also, level=level, prompt=prompt, decoding=given, progress=progress, team=team).scores
         if also
         else None,
     )
@@ -358,6 +361,7 @@ def against(
     examples: Sequence[Example],
     decoding: Decoding | None = None,
     progress: Progress = lambda done, total: None,
+    team: Team = ALONE,
 ) -> Scores:
     """The scores of an evaluation with what the speaker's adapter answers now in the place of the base: so two
     adapters are compared, on the examples that both could answer.
@@ -371,7 +375,7 @@ def against(
     """
     questions = [_questions(example, "", speaker) for example in examples]
     decoding = decoding or _with_room(questions)
-    answers, failed = _ask(speaker, examples, {"tuned": questions}, decoding, progress)
+    answers, failed = _ask(speaker, examples, {"tuned": questions}, decoding, progress, team)
     said = {example.id: answers["tuned"][i] for i, example in enumerate(examples) if i not in failed}
     by_id = {example.id: example for example in examples}
     rows_of: dict[str, list[Answered]] = {}
@@ -478,14 +482,23 @@ def _ask(
     asked_of: Mapping[str, Sequence[Sequence[Question]]],
     decoding: Decoding | None,
     progress: Progress,
+    team: Team,
 ) -> tuple[dict[str, dict[int, list[str]]], dict[int, str]]:
     """What each of `WHO` in ``asked_of`` answers to the questions there, which are by place in examples, and what is
-    wrong with images that cannot be used; by place too."""
+    wrong with images that cannot be used; by place too.
+
+    What is decoded together is so by one process as by several: rounding, and so each answer, is the same.
+    """
     answers: dict[str, dict[int, list[str]]] = {who: {} for who in asked_of}
     failed: dict[int, str] = {}
     done, total = 0, sum(len(of_example) for questions in asked_of.values() for of_example in questions)
+    turn = 0
     for who, questions in asked_of.items():
         for group in _groups(questions, ROWS_AT_ONCE):
+            done += sum(len(questions[i]) for i in group)
+            turn += 1
+            if turn % team.count != team.index:
+                continue
             asked = {}
             for i in group:
                 try:
@@ -493,15 +506,19 @@ def _ask(
                     asked[i] = (images, [question.asked for question in questions[i]])
                 except DataError as error:
                     failed[i] = str(error)
-                done += len(questions[i])
             texts = speaker.respond(list(asked.values()), tuned=who not in ("base", "one_word"), decoding=decoding)
             for i, text in zip(asked, texts, strict=True):
                 if isinstance(text, DataError):
                     failed[i] = str(text)
                 else:
                     answers[who][i] = text
-            progress(done, total)
-    return answers, failed
+            if done < total:
+                progress(done, total)
+    shares = team.gather((answers, failed))
+    progress(total, total)  # not before all have answered
+    gathered = {who: {i: text for own, _ in shares for i, text in own[who].items()} for who in asked_of}
+    failures = {i: error for _, own in shares for i, error in own.items()}
+    return {who: dict(sorted(of.items())) for who, of in gathered.items()}, dict(sorted(failures.items()))
 
 
 def _unmoved(
@@ -510,6 +527,7 @@ def _unmoved(
     questions: Sequence[Sequence[Question]],
     answers: dict[str, dict[int, list[str]]],
     decoding: Decoding | None,
+    team: Team,
 ) -> dict[str, Unmoved]:
     """How many of the tuned model's answers stay the same without their picture: ``blanked``, and ``other``, with that
     of the next example that has as many."""
@@ -522,7 +540,7 @@ def _unmoved(
     moved = [i for i in seen if partner[i] is not None]
     shown = [replace(examples[i], images=examples[partner[i]].images) for i in moved]
     asked = {"tuned": [questions[i] for i in moved]}
-    others, failed = _ask(speaker, shown, asked, decoding, lambda done, total: None)
+    others, failed = _ask(speaker, shown, asked, decoding, lambda done, total: None, team)
     other = {i: others["tuned"][place] for place, i in enumerate(moved) if place not in failed}
     told = {}
     for who, texts in (("blanked", answers["blanked"]), ("other", other)):

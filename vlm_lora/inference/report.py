@@ -116,10 +116,15 @@ def _loss_plot(losses: Losses) -> tuple[Markup, str]:
     if held_out:
         start = f"from {held_out[0][1]:.3g} to " if len(held_out) > 1 else ""
         text += f"; held-out loss {start}{held_out[-1][1]:.3g}"
+    held_out_name = "held-out sample" if losses.sample else "held out"
+    if losses.sample:
+        text += f" ({losses.held_out_of})"
+    if losses.of_all is not None:
+        text += f", and {losses.of_all:.3g} on all of them by the final adapter"
     lines = {"each step": _thin(train, 600), "smoothed": _thin(smooth, 300)}
     if held_out:
-        lines["held out"] = _thin(held_out, 60)
-    return line_plot(lines, title=text, shown=(min(shown), max(shown)), dots={"held out"}), text
+        lines[held_out_name] = _thin(held_out, 60)
+    return line_plot(lines, title=text, shown=(min(shown), max(shown)), dots={held_out_name}), text
 
 
 def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

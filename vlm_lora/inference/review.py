@@ -16,6 +16,7 @@ from vlm_lora.data.example import Dialogue, Example
 from vlm_lora.errors import DataError
 from vlm_lora.inference.captioner import Captioner
 from vlm_lora.inference.evaluate import blank
+from vlm_lora.inference.team import ALONE, Team, put_together, share_of
 from vlm_lora.model.features import together
 from vlm_lora.model.packing import IGNORE_INDEX, pack
 
@@ -49,13 +50,16 @@ def review(
     captioner: Captioner,
     examples: Sequence[Example],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    team: Team = ALONE,
 ) -> list[Reviewed]:
-    """Every answer about images, lowest score first; those of images that cannot be used at the end."""
-    rows: list[Reviewed] = []
+    """Every answer about images, lowest score first; those of images that cannot be used at the end. ``team``: the
+    processes that share the work, each of which gives all of them."""
+    own: list[list[Reviewed]] = []
     pictured = [example for example in examples if example.images]
-    for done, example in enumerate(pictured, start=1):
-        rows += _of_example(captioner, example)
-        progress(done, len(pictured))
+    for example in share_of(team, pictured):
+        own.append(list(_of_example(captioner, example)))
+        progress(min(len(own) * team.count, len(pictured)), len(pictured))
+    rows = [row for of_example in put_together(team.gather(own)) for row in of_example]
     return sorted(rows, key=lambda row: (row.error is not None, row.score))
 
 

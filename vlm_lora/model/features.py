@@ -9,10 +9,13 @@ import hashlib
 import math
 import threading
 import zlib
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
@@ -120,10 +123,12 @@ class FeatureCache:
         self.write = write
         self.warn = warn
         self.computed = self.read = self.damaged = 0
+        self._left_out: set[str] = set()  # names of entries for which there is no room
         self._parked = False  # the tower, but for an entry that is missing
         self._failing = False  # the disk is full, or read only
         self._memory = _Recent(IN_MEMORY_BYTES if in_memory else 0)
         self._known: dict[ImageRef, tuple[str, tuple[int, int, int]]] = {}
+        self._hashes: dict[ImageRef, bytes] = {}
 
     @property
     def folder(self) -> Path | None:
@@ -152,22 +157,36 @@ class FeatureCache:
             self._park(all(image.name is not None and self._is_there(image.name) for image in computed))
         return seen
 
-    def survey(self, images: Iterable[ImageRef]) -> Survey:
-        """Find out from file names and image headers what is there and what is missing; make room for the latter.
+    def survey(self, *groups: Iterable[ImageRef], evict: bool = True) -> Survey:
+        """Find out from file names and image headers what is there and what is missing, and make room for the latter.
+
+        Where not all fit, the first group comes before the next, and of a group those are kept whose names, which are
+        hashes of all that an entry is made of, come first: so any run on these images, in whatever order, keeps and
+        finds the same ones.
 
         Images that cannot be opened are left out: `prepare` says what is wrong with them.
+
+        Args:
+            evict: whether others' entries go; False where another process of this run has seen to it.
         """
         sizes: dict[str, int] = {}
-        for image in images:
-            try:
-                name, grid = self._identify(image)
-            except DataError:
-                continue
-            sizes[name] = self.backbone.feature_bytes(grid)
-        missing = [name for name in sizes if not self._is_there(name)]
+        order: list[str] = []
+        for images in groups:
+            found = self._sizes(images)
+            order += sorted(found.keys() - sizes.keys())
+            sizes |= found
+        missing = [name for name in order if not self._is_there(name)]
         missing_bytes = sum(sizes[name] for name in missing)
-        room = self._on_disk(lambda store: store.make_room(missing_bytes + HEADER_BYTES * len(missing)), 0)
+        needed = list(accumulate(sizes[name] + HEADER_BYTES for name in missing))
+        wanted = needed[-1] if needed else 0
+        room = self._on_disk(lambda store: store.make_room(wanted) if evict else store.room(), 0)
+        self._left_out = set(missing[bisect_right(needed, room) :]) if self.write else set()
         return Survey(len(sizes), sum(sizes.values()), len(missing), missing_bytes, room)
+
+    def share_on_disk(self, images: Iterable[ImageRef]) -> float:
+        """The share of these images' features that is on disk; 1 for none."""
+        sizes = self._sizes(images)
+        return 1 - sum(size for name, size in sizes.items() if not self._is_there(name)) / max(1, sum(sizes.values()))
 
     def grid(self, image: ImageRef) -> torch.Tensor:
         """Its ``grid_thw`` ``(3,)``, from its header alone. Raises DataError where that cannot be read."""
@@ -185,7 +204,7 @@ class FeatureCache:
         name, grid = self._identify(image)
         if not self._is_there(name):
             size = self.backbone.feature_bytes(grid) + HEADER_BYTES
-            if self._on_disk(lambda store: store.fits(size), False):
+            if name not in self._left_out and self._on_disk(lambda store: store.fits(size), False):
                 self.compute([self._fetch(image)])
             else:
                 load_image(image)
@@ -194,6 +213,11 @@ class FeatureCache:
     def patches(self, image: ImageRef) -> int:
         """How many the image has, before the 2x2 merge, from its header alone."""
         return math.prod(self._identify(image)[1])
+
+    def content_hash(self, image: ImageRef) -> str:
+        """Of the image's bytes, in hex, as they were when first looked at."""
+        self._identify(image)
+        return self._hashes[image].hex()
 
     def complete(self, images: Iterable[ImageRef]) -> bool:
         """Whether all of these images can do without the tower."""
@@ -218,14 +242,25 @@ class FeatureCache:
         if complete:
             self.backbone.park_tower()
 
+    def _sizes(self, images: Iterable[ImageRef]) -> dict[str, int]:
+        """Bytes of the features of those that can be opened, by the name of their entry."""
+        sizes = {}
+        for image in images:
+            with suppress(DataError):
+                name, grid = self._identify(image)
+                sizes[name] = self.backbone.feature_bytes(grid)
+        return sizes
+
     def _identify(self, image: ImageRef) -> tuple[str, tuple[int, int, int]]:
         """The name of its entry, and its grid, as they were when the file was first looked at."""
         return self._known.get(image) or self._look_at(image, image.read_bytes())
 
     def _look_at(self, image: ImageRef, data: bytes) -> tuple[str, tuple[int, int, int]]:
         """The same for the bytes that the file holds now."""
-        key = f"{LAYOUT}:{content_hash(data)}:{self.backbone.tower_fingerprint}"
+        content = content_hash(data)
+        key = f"{LAYOUT}:{content}:{self.backbone.tower_fingerprint}"
         name, grid = hashlib.sha256(key.encode()).hexdigest(), self.backbone.grid(*image_size(data, image.name))
+        self._hashes.setdefault(image, bytes.fromhex(content))
         self._known.setdefault(image, (name, grid))
         if self.store:
             self.store.own.add(name)
@@ -268,7 +303,7 @@ class FeatureCache:
         else:
             features = self.backbone.tower(image.values, image.grid_thw[None])
             entry = ImageFeatures(features.cpu(), image.grid_thw)
-            if name := image.name:
+            if (name := image.name) and name not in self._left_out:
                 size, write = features.nbytes + HEADER_BYTES, partial(_write, name, entry)
                 self._on_disk(lambda store: store.put(name, size, write), None)
         if image.name:

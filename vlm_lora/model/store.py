@@ -109,9 +109,14 @@ class Store:
     def make_room(self, wanted: int) -> int:
         """Evict until ``wanted`` bytes fit, or nothing is left that is not one's own; the bytes that do."""
         used = self.shrink(self.limit - wanted)
-        free = self._free()
-        self._left_free = free - int(DISK_SHARE * free)
-        return max(0, min(self.limit - used, free - self._left_free))
+        self._leave_free()
+        return self._room(used)
+
+    def room(self) -> int:
+        """The bytes that fit as it is. Nothing is evicted, and no entry looked at."""
+        self._leave_free()
+        with self._locked():
+            return self._room(self._counted())
 
     def room_for(self, wanted: int) -> int:
         """The bytes that `make_room` would give if none of what is there is one's own. Nothing is evicted."""
@@ -124,7 +129,9 @@ class Store:
 
         Any number of processes may do so at a time: a reader finds its entry gone, as if it had never been there.
         """
-        if not os.access(self.folder, os.W_OK):  # not there, or read only: nothing can go
+        if not self.folder.exists():
+            return 0
+        if not os.access(self.folder, os.W_OK):  # nothing can go
             return self.use().num_bytes
         with self._locked():
             for path in self.folder.glob("*/*.tmp"):
@@ -159,6 +166,12 @@ class Store:
         finally:
             self._lock.release()
 
+    def _leave_free(self) -> None:
+        self._left_free = (free := self._free()) - int(DISK_SHARE * free)
+
+    def _room(self, used: int) -> int:
+        return max(0, min(self.limit - used, self._free() - (self._left_free or 0)))
+
     def _entries(self) -> list[tuple[float, int, Path]]:
         """Time of last use, bytes and path of each; one that another process deletes meanwhile is left out."""
         entries = []
@@ -169,11 +182,15 @@ class Store:
         return entries
 
     def _counted(self) -> int:
-        """The bytes of all entries; added up where nobody has counted, or was killed while writing the count."""
+        """The bytes of all entries, under the lock; added up where nobody has counted, or was killed while writing the
+        count."""
         for name in (COUNT, COPY):
             with suppress(OSError, ValueError):
                 return int((self.folder / name).read_text())
-        return self.use().num_bytes
+        used = self.use().num_bytes
+        with suppress(OSError):  # or each entry would be looked at for the next one too
+            self._note(used)
+        return used
 
     def _note(self, num_bytes: int) -> None:
         (self.folder / COPY).write_text(str(num_bytes))

@@ -25,8 +25,8 @@ from vlm_lora.errors import CheckpointError, ConfigError
 
 MANIFEST = "manifest.json"
 ADAPTER, OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
-FORMAT = 1
-"""Of the manifest; one more with every change that an older release would misread."""
+FORMAT = 2
+"""Of the manifest; one more with every change that an older release would misread. 1 has no ``val_images``."""
 
 NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
 
@@ -44,6 +44,8 @@ class Progress:
     best_loss: float | None = None
     since_best: int = 0
     """Evaluations on held-out data since the best one."""
+    val_images: int | None = None
+    """Held-out images that the losses so far are of; None: all there are."""
 
     def note_held_out_loss(self, loss: float) -> None:
         """The held-out loss after ``step``: the best so far, or one more since."""
@@ -231,7 +233,7 @@ def _read(path: Path) -> tuple[Progress, dict, dict[str, bytes]]:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if manifest.pop("sha256") != _digest(manifest):
             raise _Damaged(f"{MANIFEST} is not what was written")
-        if manifest.get("format") != FORMAT:
+        if manifest.get("format") not in (1, FORMAT):
             raise CheckpointError(
                 f"{path}: was written by another release of vlm-lora (format {manifest.get('format')!r}; this one "
                 f"reads {FORMAT}). Go on with that release, or begin anew with another --output."

@@ -22,8 +22,9 @@ from vlm_lora.model.features import found_again
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded, padded_tokens
 from vlm_lora.model.recurrent import CHUNK
 from vlm_lora.training.batches import EncodedExample, group_rows, share_out
+from vlm_lora.training.held_out import HeldOut
 from vlm_lora.training.schedule import Schedule
-from vlm_lora.training.step import LOGITS_AT_ONCE
+from vlm_lora.training.step import LOGITS_AT_ONCE, SCORED_AT_ONCE
 from vlm_lora.training.trace import MicroShape, Traced, TracedModel
 
 STEPS_LOOKED_AT = 2000
@@ -53,6 +54,8 @@ class Prediction:
     backward pass, but stands beside what is: logits, or what the gradients of a layer need.
     ``imbalance`` is how much more the steps' busiest devices compute than the mean of all: the others wait for them.
     ``found`` is the share of images whose features main memory still holds when they come again.
+    ``sample_operations`` are those of the held-out losses at all checkpoints, ``all_held_out_operations`` of the one
+    loss of all held-out images at the end, 0 where the last checkpoint's is of all.
     ``first`` are the operations of each of the first three steps, with the tower's where it runs in them.
     """
 
@@ -69,6 +72,12 @@ class Prediction:
     found: float
     largest: MicroShape
     first: tuple[float, ...]
+    sample_operations: float = 0.0
+    all_held_out_operations: float = 0.0
+
+    @property
+    def held_out_operations(self) -> float:
+        return self.sample_operations + self.all_held_out_operations
 
     @property
     def memory(self) -> int:
@@ -81,7 +90,7 @@ class Prediction:
         A rate of the run's own: it has this machine, this model and all that is not counted in it, and costs no time to
         measure. The first step is not in it, as much is set up in there.
         """
-        left = self.operations + self.tower_operations - sum(self.first)
+        left = self.operations + self.tower_operations + self.held_out_operations - sum(self.first)
         return second_and_third * left / sum(self.first[1:])
 
 
@@ -102,12 +111,17 @@ class CostModel:
         """Of a forward and backward pass after the tower."""
         return float(self._rates @ _sizes(shape))
 
+    def forward_operations(self, shape: MicroShape) -> float:
+        """Of a pass that only scores, after the tower."""
+        return float(self._forward_rates @ _sizes(shape))
+
     @cached_property
     def _rates(self) -> np.ndarray:
-        """Operations for each of `_sizes`. All of them are sums of these, so as many traces tell them."""
-        sizes = np.array([_sizes(shape) for shape in SAMPLES])
-        operations = np.array([self.trace(shape).operations for shape in SAMPLES])
-        return np.linalg.solve(sizes, operations)
+        return _rates([self.trace(shape).operations for shape in SAMPLES])
+
+    @cached_property
+    def _forward_rates(self) -> np.ndarray:
+        return _rates([self.traced.step(shape, learns=False).operations for shape in SAMPLES])
 
     def tower_operations(self, patches: int) -> float:
         """Of one image's forward pass, and of the backward pass where LoRA sits in the tower."""
@@ -178,6 +192,11 @@ SAMPLES = (
 TOWER_SAMPLES = (256, 4096)
 
 
+def _rates(operations: Sequence[float]) -> np.ndarray:
+    """Operations for each of `_sizes`, from those of `SAMPLES`. All are sums of these, so as many traces tell them."""
+    return np.linalg.solve(np.array([_sizes(shape) for shape in SAMPLES]), np.array(operations))
+
+
 def predict(  # arguments: what is trained, on what, and three facts of the machines and the cache
     config: TrainConfig,
     cost: CostModel,
@@ -187,15 +206,18 @@ def predict(  # arguments: what is trained, on what, and three facts of the mach
     gpus: int = 1,
     sharded: bool = False,
     kept: float = 1.0,
+    held_out: HeldOut | None = None,
+    held_patches: Mapping[ImageRef, int] | None = None,
 ) -> Prediction:
     """The cost of all steps over these examples; filling the cache comes before them.
 
     Args:
-        patches: of every image, before the 2x2 merge.
+        patches: of every image to learn from, before the 2x2 merge.
         gpus: devices that share each step.
         sharded: whether FSDP2 keeps the language layers in pieces over them.
         kept: the share of the images whose features are kept on disk; the others go through the tower whenever they
             are not in main memory.
+        held_out: what is scored at each checkpoint, and at the end, with ``held_patches`` of their images.
     """
     schedule = Schedule.of(config, [len(each.encoded.branches) for each in examples])
 
@@ -222,6 +244,9 @@ def predict(  # arguments: what is trained, on what, and three facts of the mach
         first.append(sum(map(cost.step_operations, own)) + (1 - kept) * live)
         met.update(images)
 
+    sampled = whole = 0.0
+    if held_out and held_patches is not None:
+        sampled, whole = _held_out_operations(config, cost, held_out, held_patches, schedule.num_steps, gpus)
     return Prediction(
         steps=schedule.num_steps,
         answers=min(schedule.total_answers, schedule.num_steps * schedule.batch_size),
@@ -236,7 +261,36 @@ def predict(  # arguments: what is trained, on what, and three facts of the mach
         found=again,
         largest=largest,
         first=tuple(first),
+        sample_operations=sampled,
+        all_held_out_operations=whole,
     )
+
+
+def _held_out_operations(  # arguments: those of predict
+    config: TrainConfig,
+    cost: CostModel,
+    held_out: HeldOut,
+    patches: Mapping[ImageRef, int],
+    num_steps: int,
+    gpus: int,
+) -> tuple[float, float]:
+    """Of the losses at all checkpoints, and of the one of all held-out images at the end, if there is one."""
+
+    def scoring(examples: Sequence[EncodedExample]) -> float:
+        at_once, total = SCORED_AT_ONCE * gpus, 0.0
+        for start in range(0, len(examples), at_once):
+            shares = micro_shapes(examples[start : start + at_once], patches, config.tokens_at_once, gpus)
+            total += sum(cost.forward_operations(shape) for share in shares for shape in share)
+        return total
+
+    everything = len(held_out.examples)
+    at_end = scoring(held_out.examples) if held_out.size < everything else 0.0
+    return num_checkpoints(config, num_steps) * scoring(held_out.sample(held_out.size)), at_end
+
+
+def num_checkpoints(config: TrainConfig, num_steps: int) -> int:
+    """Each with a held-out loss."""
+    return math.ceil(num_steps / config.save_every)
 
 
 def _passes(turns: float, found: float, gpus: int) -> float:

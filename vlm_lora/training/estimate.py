@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,10 +22,12 @@ from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import store_in
 from vlm_lora.model.preprocess import Preprocessor, load_preprocessor
 from vlm_lora.model.shapes import load_sample
-from vlm_lora.training.cost import CostModel, Prediction, cost_model, predict
+from vlm_lora.training.cost import CostModel, Prediction, cost_model, num_checkpoints, predict
 from vlm_lora.training.devices import Device, Price, price
+from vlm_lora.training.held_out import HeldOut
 from vlm_lora.training.prepare import Prepared, encode, read_and_split, sees_each_image_once
 from vlm_lora.training.processes import require_shardable
+from vlm_lora.training.schedule import Schedule
 from vlm_lora.training.step import loss_sum
 from vlm_lora.training.trace import ATTENTION_OPERATIONS, MicroShape, micro_batch
 
@@ -38,12 +41,16 @@ class Estimate:
 
     ``cost.features`` are those that the run wants to keep, of the ``held_out`` images too; there is ``room`` for so
     much, and so for the share ``kept`` of the images to learn from. All as for a cache that has none of them yet: which
-    of the ``cached`` images are this run's, only the base's weights tell.
+    of the ``cached`` images are this run's, only the base's weights tell. ``sample`` of the held-out examples, which
+    are ``scored``, are scored at each of the ``checkpoints``.
     """
 
     cost: Prediction
     images: int
     held_out: int
+    scored: int
+    sample: int
+    checkpoints: int
     unusable: int
     seen_once: bool
     kept: float
@@ -55,6 +62,7 @@ class Estimate:
     rate: float
     step_seconds: float
     tower_seconds: float
+    held_out_seconds: float
     price: Price | None
     """What one of the largest micro-batches takes, where the time is priced and not measured."""
     kernels: int
@@ -119,38 +127,37 @@ def estimate_run(
     model = cost_model(config, dtype := resolve_dtype(config.dtype, device), target)
     prepared, headers = _prepare(config, progress)
     examples = prepared.weighted
-    patches, held_patches = headers.of(prepared.train), headers.once(headers.of(prepared.held_out))
+    patches, held = headers.of(prepared.train), headers.of(prepared.held_out)
+    steps = Schedule.of(config, [len(each.encoded.branches) for each in examples]).num_steps
+    held_out = HeldOut.of(config, examples, prepared.held_out, steps, headers.hashes.__getitem__)
 
     can_be_kept = config.cache and "vision" not in config.lora_targets
     seen_once = sees_each_image_once(config, [each.example for each in prepared.train])
     learnt = headers.once(patches) if can_be_kept and not seen_once else {}
-    held = held_patches if can_be_kept else {}
-    learnt_bytes, held_bytes = (sum(n.values()) * model.traced.feature_bytes for n in (learnt, held))
+    held_once, of_patch = headers.once(held), model.traced.feature_bytes
+    learnt_bytes, held_bytes = sum(learnt.values()) * of_patch, sum(held_once.values()) * of_patch * can_be_kept
     store = store_in(cache_folder(), config.cache_gb)
     room = store.room_for(learnt_bytes + held_bytes)
-    kept = min(1.0, room / learnt_bytes) if learnt else 0.0  # these come first
+    kept = min(1.0, max(0, room - held_bytes) / learnt_bytes) if learnt else 0.0  # held-out ones come first
 
     def cost_of(config: TrainConfig, model: CostModel | None = None, sharded: bool = sharded) -> Prediction:
         model = model or cost_model(config, resolve_dtype(config.dtype, device), target)
-        return predict(config, model, examples, patches, gpus=gpus, sharded=sharded, kept=kept)
+        how: dict[str, Any] = {"gpus": gpus, "sharded": sharded, "kept": kept}
+        return predict(config, model, examples, patches, **how, held_out=held_out, held_patches=held)
 
     cost = cost_of(config, model)
     tower = cost.tower_operations + kept * sum(map(model.tower_operations, learnt.values()))
-    tower += sum(map(model.tower_operations, held_patches.values()))
+    tower += sum(map(model.tower_operations, held_once.values()))
     cost = replace(cost, features=learnt_bytes + held_bytes, tower_operations=tower)
-    step = model.trace(cost.largest)
-    priced = share = None
-    if accelerator:
-        priced, through_tower = _price(model, cost.largest, accelerator)
-        rates = step.operations / priced.seconds, through_tower
-        share = model.useful_operations(cost.largest) / priced.seconds / accelerator.tensor
-    else:
-        rates = (tflops * 1e12,) * 2 if tflops else measure_rates(config, cost.largest, device)
+    rates, priced, share = _rates(config, model, cost.largest, accelerator, tflops, device)
     memory = device_memory or (accelerator.memory if accelerator else device_memory_of(device))
     return Estimate(
         cost=cost,
         images=len(patches),
-        held_out=len(held_patches),
+        held_out=len(held_once),
+        scored=len(held_out.examples),
+        sample=held_out.size,
+        checkpoints=num_checkpoints(config, steps),
         unusable=len(prepared.bad_rows),
         seen_once=seen_once,
         kept=kept,
@@ -162,11 +169,30 @@ def estimate_run(
         rate=rates[0],
         step_seconds=cost.operations * cost.imbalance / rates[0] / gpus,
         tower_seconds=cost.tower_operations / rates[1] / gpus,
+        held_out_seconds=cost.held_out_operations / rates[0] / gpus,
         price=priced,
-        kernels=round(step.num_kernels),
+        kernels=round(model.trace(cost.largest).num_kernels),
         peak_share=share,
         advice=tuple(_advice(config, model, cost, memory, cost_of, can_shard=gpus > 1 and not sharded)),
     )
+
+
+def _rates(
+    config: TrainConfig,
+    model: CostModel,
+    largest: MicroShape,
+    accelerator: Device | None,
+    tflops: float | None,
+    device: torch.device,
+) -> tuple[tuple[float, float], Price | None, float | None]:
+    """Operations a second of the steps and of the tower; where they are priced, the price of a pass, and the share of
+    the accelerator's rate that the base's own products get."""
+    if not accelerator:
+        rates = (tflops * 1e12, tflops * 1e12) if tflops else measure_rates(config, largest, device)
+        return rates, None, None
+    priced, through_tower = _price(model, largest, accelerator)
+    share = model.useful_operations(largest) / priced.seconds / accelerator.tensor
+    return (model.trace(largest).operations / priced.seconds, through_tower), priced, share
 
 
 def _price(model: CostModel, largest: MicroShape, accelerator: Device) -> tuple[Price, float]:

@@ -68,11 +68,18 @@ class Events:
     ) -> None:
         """A step is done, the ``step``-th counted from 1; ``seconds`` since the first one of this process began."""
 
-    def held_out(self, step: int, loss: float) -> None:
-        """The held-out loss after ``step``."""
+    def sample(self, *, images: int, of: int, share: float, steps: float) -> None:
+        """The held-out loss at a checkpoint will be of so many ``images`` of all, and take this share of the work of
+        the steps between two; that of all, once at the end, the work of so many steps."""
 
-    def best(self, *, step: int, loss: float, last: int, num_steps: int) -> None:
-        """The adapter of the lowest held-out loss was taken, though ``last`` was the last step."""
+    def held_out(self, *, step: int, loss: float, images: int, of: int) -> None:
+        """The loss after ``step`` of ``images`` held-out ones, ``of`` so many: at checkpoints, and all at the end."""
+
+    def scoring(self, done: int, total: int) -> None:
+        """So many of all held-out examples are scored, at the end."""
+
+    def best(self, *, step: int, loss: float, images: int, of: int, last: int, num_steps: int) -> None:
+        """The adapter of the lowest held-out loss (of ``images``) was taken, though ``last`` was the last step."""
 
     def cost(self, predicted: "Prediction", seconds: float | None, measured: "Measured") -> None:
         """What was predicted beside what the steps took; ``seconds`` were predicted from steps 2 and 3."""

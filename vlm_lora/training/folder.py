@@ -150,13 +150,14 @@ def require_room(folder: Path, adapter: Adapter, config: TrainConfig) -> None:
 
 def _open_log(path: Path, first: int) -> TextIO:
     """Open for writing after step ``first``: lines of what is done again are dropped, those of later steps and of the
-    held-out loss after this one."""
+    held-out losses after this one."""
     kept = []
     if first and path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 read = json.loads(line)
-                if read["step"] < first or (read["step"] == first and "held_out_loss" not in read):
+                done_again = any(name.startswith("held_out_loss") for name in read)
+                if read["step"] < first or (read["step"] == first and not done_again):
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue  # the last line of a killed run may be cut off

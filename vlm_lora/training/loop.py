@@ -19,6 +19,7 @@ from vlm_lora.training.checkpoint import Progress, load_checkpoint, load_optimiz
 from vlm_lora.training.compiled import COMPILER_ERRORS, difference, in_short, shaken
 from vlm_lora.training.events import Events
 from vlm_lora.training.folder import RunFolder
+from vlm_lora.training.held_out import HeldOut
 from vlm_lora.training.prepare import Prepared
 from vlm_lora.training.processes import Processes
 from vlm_lora.training.step import (
@@ -52,6 +53,7 @@ class TrainingLoop:
     Attributes:
         progress: what the run has come to.
         compiled: whether the language layers are, which is checked before the first step.
+        held_out: the held-out examples, and how samples of them are taken.
         step_ends: `time.perf_counter` at the end of each of the first three steps of this process.
     """
 
@@ -75,7 +77,11 @@ class TrainingLoop:
         self.examples = data.weighted
         num_answers = [len(each.encoded.branches) for each in self.examples]
         self.schedule = loader.techniques.schedule(config, num_answers)
-        self.progress = Progress(micro_batch_tokens=config.tokens_at_once)
+        self.held_out = HeldOut.of(
+            config, self.examples, data.held_out, self.schedule.num_steps, loader.features.content_hash
+        )
+        self.progress = Progress(micro_batch_tokens=config.tokens_at_once, val_images=self.held_out.size)
+        self.sample = data.held_out
         self.compiled = False
         self.step_ends: list[float] = []
         self.losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
@@ -89,6 +95,7 @@ class TrainingLoop:
         """
         first = self._resume(allow_change)
         last = self.schedule.num_steps
+        self._take_sample()
         self._start(first)
         if self._is_due():  # a checkpoint is written before its held-out loss is known: a kill in between lost nothing
             self._evaluate()
@@ -122,8 +129,9 @@ class TrainingLoop:
             self._warn_of_spike(result, examples)
             self._save_and_evaluate_now_and_then()
 
-        self.folder.close_log()
         self._take_best()
+        self._score_all_held_out()
+        self.folder.close_log()
         self.backbone.model.eval()
         return self.progress.step
 
@@ -139,6 +147,29 @@ class TrainingLoop:
         )  # fmt: skip
         _start_alike(self.tensors, self.optimizer, self.progress.step, self.processes)
         return self.progress.step
+
+    def _take_sample(self) -> None:
+        """The held-out examples that are scored at each checkpoint: those of before, for what was the best so far was
+        so on them, unless --val-images says other ones."""
+        held_out, progress, wanted = self.held_out, self.progress, self.config.val_images
+        everything = len(held_out.examples)
+        before = everything if progress.val_images is None else min(progress.val_images, everything)
+        if wanted is not None and min(wanted, everything) != before:
+            self.events.warning(
+                f"--val-images {wanted}: the held-out losses before were of {before:,} images, and cannot be compared "
+                "with those from here on: which checkpoint is the best is found anew."
+            )
+            progress.best_step, progress.best_loss, progress.since_best = None, None, 0
+            before = min(wanted, everything)
+        elif progress.val_images is None and held_out.size < everything:
+            self.events.warning(
+                f"The held-out losses of this run, which an earlier release began, are of all {everything:,} images at "
+                f"each checkpoint, and stay so. --val-images {held_out.size} takes a sample, as a new run does."
+            )
+        progress.val_images, self.sample = before, held_out.sample(before)
+        if before < everything:
+            steps = held_out.share(everything) * min(self.config.save_every, self.schedule.num_steps)
+            self.events.sample(images=before, of=everything, share=held_out.share(before), steps=steps)
 
     def _start(self, first: int) -> None:
         soon = range(first, min(first + 100, self.schedule.num_steps)) if self.processes.count > 1 else ()
@@ -282,6 +313,9 @@ class TrainingLoop:
         if self._is_due() and not signal_number:
             self._evaluate()
             signal_number = self.processes.highest(self.stop() or 0)  # it may have come meanwhile
+        self._end_on(signal_number)
+
+    def _end_on(self, signal_number: int) -> None:
         if signal_number:
             raise Stopped(
                 f"stopped after step {self.progress.step:,} and saved; resume it with --resume.", signal_number
@@ -299,15 +333,33 @@ class TrainingLoop:
         )  # fmt: skip
 
     def _evaluate(self) -> None:
-        """The held-out loss, and whether it is the best so far."""
+        """The loss of the held-out sample, and whether it is the best so far."""
         if not self.data.held_out:
             return
         progress = self.progress
-        loss = mean_loss(self.loader, self.data.held_out, progress.micro_batch_tokens)
-        self.events.held_out(progress.step, loss)
+        loss = mean_loss(self.loader, self.sample, progress.micro_batch_tokens)
+        self._report_held_out("held_out_loss", loss, len(self.sample))
         progress.note_held_out_loss(loss)
+
+    def _score_all_held_out(self) -> None:
+        """The loss of all held-out examples by the adapter that the run ends with, where the checkpoints' losses were
+        of a sample."""
+        everything = len(self.data.held_out)
+        if len(self.sample) == everything:
+            return
+
+        def progress(done: int) -> None:  # this takes a while, and a signal does not wait for it
+            self.events.scoring(done, everything)
+            self._end_on(self.processes.highest(self.stop() or 0))
+
+        loss = mean_loss(self.loader, self.data.held_out, self.progress.micro_batch_tokens, progress)
+        self._report_held_out("held_out_loss_of_all", loss, everything)
+
+    def _report_held_out(self, name: str, loss: float, images: int) -> None:
+        step, everything = self.progress.step, len(self.data.held_out)
+        self.events.held_out(step=step, loss=loss, images=images, of=everything)
         if math.isfinite(loss):
-            self.folder.log({"step": progress.step, "held_out_loss": loss})
+            self.folder.log({"step": step, name: loss, "held_out_images": images, "held_out_of": everything})
 
     def _take_best(self) -> None:
         """End with the adapter of the lowest held-out loss, where that is asked for."""
@@ -319,7 +371,8 @@ class TrainingLoop:
         best, loss = progress.best_step, progress.best_loss
         self.processes.on_main(lambda: load_weights(self.folder.checkpoints, best, self.parameters))
         self.processes.copy_from_main(self.tensors)
-        self.events.best(step=best, loss=loss, last=progress.step, num_steps=self.schedule.num_steps)
+        sizes = {"images": len(self.sample), "of": len(self.data.held_out)}
+        self.events.best(step=best, loss=loss, **sizes, last=progress.step, num_steps=self.schedule.num_steps)
 
     def _imbalance(self, examples: Sequence[EncodedExample]) -> float:
         return imbalance(examples, self.progress.micro_batch_tokens, self.processes.count)

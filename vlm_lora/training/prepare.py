@@ -125,14 +125,12 @@ def see_images(
 ) -> Prepared:
     """Have every image's features in the cache, if they are to be there; examples with a damaged image are left out.
 
-    Held-out images are seen again and again, at every save; training images, if ``seen_once``, are not kept.
+    Held-out images are seen again and again, at every save, and so come first; training images, if ``seen_once``, are
+    not kept.
     """
-    bad = list(prepared.bad_rows)
 
-    def usable(examples: Sequence[EncodedExample], keep: bool) -> list[EncodedExample]:
-        features.write = keep
-        if images := [image for each in examples for image in each.example.images]:
-            events.survey(features.survey(images), features.folder, not keep)
+    def usable(examples: Sequence[EncodedExample], keep: bool) -> tuple[list[EncodedExample], list[BadRow]]:
+        features.write, bad = keep, []
         result = []
         at_once = 32 * processes.count if processes.count > 1 else 1
         for start in range(0, len(examples), at_once):
@@ -146,11 +144,36 @@ def see_images(
                 else:
                     result.append(each)
             events.cache(start + len(some), len(examples))
-        return result
+        return result, bad
 
-    train, held_out = usable(prepared.train, not seen_once), usable(prepared.held_out, True)
+    kept = (prepared.held_out,) if seen_once else (prepared.held_out, prepared.train)
+    _survey(features, kept, processes, events)
+    held_out, bad_held_out = usable(prepared.held_out, True)
+    if seen_once:
+        features.write = False
+        events.survey(features.survey(_images(prepared.train), evict=False), features.folder, True)
+    train, bad = usable(prepared.train, not seen_once)
     features.write = not seen_once
-    return Prepared(train, held_out, tuple(bad))
+    return Prepared(train, held_out, (*prepared.bad_rows, *bad, *bad_held_out))
+
+
+def _images(examples: Sequence[EncodedExample]) -> list[ImageRef]:
+    return [image for each in examples for image in each.example.images]
+
+
+def _survey(
+    features: FeatureCache, kept: Sequence[Sequence[EncodedExample]], processes: Processes, events: Events
+) -> None:
+    """Make room in the cache for these, the first group before the next: one process of each machine does."""
+    images, first = [_images(examples) for examples in kept], processes.accelerator.is_local_main_process
+    features.write = True
+    if first:
+        survey = features.survey(*images)
+    processes.gather(None)
+    if not first:
+        survey = features.survey(*images, evict=False)
+    if survey.images:
+        events.survey(survey, features.folder, False)
 
 
 def _what_is_wrong(features: FeatureCache, example: Example) -> str:

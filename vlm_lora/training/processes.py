@@ -112,7 +112,8 @@ class Processes:
             )
         timeout = InitProcessGroupKwargs(timeout=LOADING)
         self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[timeout], **settings)
-        self.index, self.count = self.accelerator.process_index, self.accelerator.num_processes
+        self.index: int = self.accelerator.process_index
+        self.count: int = self.accelerator.num_processes
         self.device = self.accelerator.device
         self.sharded = wants_shards and self.count > 1
         group = dist.new_group(timeout=STEP) if self.count > 1 else None
@@ -127,6 +128,10 @@ class Processes:
     def begin_steps(self) -> None:
         """From here on none waits for another longer than `STEP`: all have loaded what they need."""
         self._loading = False
+
+    def end_steps(self) -> None:
+        """From here on they wait for each other as long as before the steps: their answers may take unlike time."""
+        self._loading = True
 
     def on_main(self, work: Callable[[], T]) -> T:
         """What ``work`` gives in the main process, in all of them; its `VlmLoraError` is raised in all too."""
@@ -206,5 +211,5 @@ class Processes:
                 raise  # gloo's errors have no class of their own, but name its source file
             raise TrainingError(
                 f"Process {self.index} of {self.count} lost the others: one has ended, and its own message says why "
-                f"({' '.join(str(error).split())[:160]}). Start again with --resume."
+                f"({' '.join(str(error).split())[:160]}). Start again, a training with --resume."
             ) from error

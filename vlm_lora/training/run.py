@@ -16,7 +16,7 @@ from vlm_lora.errors import TrainingError
 from vlm_lora.model.adapters.base import Adapter, find_adapter
 from vlm_lora.model.backbone import Backbone, load_backbone, require_bitsandbytes
 from vlm_lora.model.device import in_one_order, is_out_of_memory, resolve_dtype
-from vlm_lora.model.encode import Encoder
+from vlm_lora.model.encode import EncodedExample, Encoder
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.training.batches import Loader
 from vlm_lora.training.compiled import is_compiled
@@ -132,10 +132,12 @@ def train_adapter(
                     config,
                     cost_model(config, adapter.backbone.dtype, adapter.backbone.device.type),
                     prepared.weighted,
-                    _patches(features, prepared),
+                    _patches(features, prepared.train),
                     gpus=processes.count,
                     sharded=processes.sharded,
                     kept=kept,
+                    held_out=loop.held_out,
+                    held_patches=_patches(features, prepared.held_out),
                 )
                 _report_cost(config, folder, loop, predicted, measured, started)
 
@@ -224,14 +226,13 @@ def _identity(config: TrainConfig, data: SplitData, adapter: Adapter) -> dict:
     return config.identity | {f"{name}_fingerprint": value for name, value in fingerprints.items()}
 
 
-def _patches(features: FeatureCache, prepared: Prepared) -> dict[ImageRef, int]:
-    return {image: features.patches(image) for each in prepared.train for image in each.example.images}
+def _patches(features: FeatureCache, examples: Sequence[EncodedExample]) -> dict[ImageRef, int]:
+    return {image: features.patches(image) for each in examples for image in each.example.images}
 
 
 def _share_kept(features: FeatureCache, prepared: Prepared) -> float:
     """The share of the images' features that are on disk by now, and cost the steps nothing more."""
-    survey = features.survey(_patches(features, prepared))
-    return 1 - survey.missing_bytes / max(1, survey.num_bytes)
+    return features.share_on_disk(image for each in prepared.train for image in each.example.images)
 
 
 def _measured(loop: TrainingLoop, started: float) -> Measured:

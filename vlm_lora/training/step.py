@@ -32,6 +32,9 @@ from vlm_lora.training.batches import (
 from vlm_lora.training.checkpoint import Progress
 from vlm_lora.training.processes import Processes
 
+SCORED_AT_ONCE = 64
+"""Held-out examples of each process that are fetched together."""
+
 LOGITS_AT_ONCE = 1024
 """Labelled tokens whose logits are held at a time; more are computed in chunks and again in the backward pass."""
 
@@ -89,16 +92,26 @@ def _cross_entropy(
 
 
 @torch.no_grad()
-def mean_loss(loader: Loader, examples: Sequence[EncodedExample], max_tokens: int) -> float:
-    """Loss per labelled token over all examples; leaves weights and random state as they are."""
+def mean_loss(
+    loader: Loader,
+    examples: Sequence[EncodedExample],
+    max_tokens: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> float:
+    """Loss per labelled token over all examples; leaves weights and random state as they are.
+
+    ``progress`` is called in every process with how many are done, after each `SCORED_AT_ONCE`; it may raise.
+    """
     backbone, processes = loader.backbone, loader.processes
     training = backbone.model.training
     backbone.model.eval()
     total = torch.zeros((), dtype=torch.float64)
-    at_once = 64 * processes.count
+    at_once = SCORED_AT_ONCE * processes.count
     for start in range(0, len(examples), at_once):
-        for fetched in loader.fetch(examples[start : start + at_once], max_tokens):
+        some = examples[start : start + at_once]
+        for fetched in loader.fetch(some, max_tokens):
             total += loss_sum(backbone, loader.place(fetched)).item()
+        progress(start + len(some))
     backbone.model.train(training)
     (total,) = processes.add_up([total.to(backbone.device)])
     return total.item() / max(1, count_labels(examples))

@@ -227,9 +227,9 @@ class TracedModel:
         self.feature_bytes = base.backbone.feature_width * dtype.itemsize
         """Of a patch."""
 
-    def step(self, shape: MicroShape) -> Traced:
-        """The forward and backward pass of a micro-batch, after the tower."""
-        return weighted_sum((times, trace_step(adapter, shape)) for times, adapter in self._cut)
+    def step(self, shape: MicroShape, learns: bool = True) -> Traced:
+        """The forward pass of a micro-batch, after the tower, and the backward pass where it ``learns``."""
+        return weighted_sum((times, trace_step(adapter, shape, learns)) for times, adapter in self._cut)
 
     @cached_property
     def trained(self) -> int:
@@ -282,11 +282,11 @@ def _attached(config: TrainConfig, dtype: torch.dtype, device: str, layers: Sequ
     return adapter
 
 
-def trace_step(adapter: Adapter, shape: MicroShape) -> Traced:
-    """The pass of a micro-batch of this shape by the model that is there."""
+def trace_step(adapter: Adapter, shape: MicroShape, learns: bool = True) -> Traced:
+    """The pass of a micro-batch of this shape by the model that is there; forward alone unless it ``learns``."""
     backbone = adapter.backbone
     batch = micro_batch(backbone, shape)
-    with Trace() as trace:
+    with Trace() as trace, torch.set_grad_enabled(learns):
         loss = loss_sum(backbone, batch)
         kept = trace.live
         if loss.requires_grad:

@@ -1,0 +1,92 @@
+"""Which held-out images the loss at a checkpoint is of, so that the work of a run grows as its data does.
+
+All of them at each checkpoint would be quadratic: twice the data is twice the checkpoints and twice the images at each.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+from vlm_lora.config import TrainConfig
+from vlm_lora.data.example import Example, ImageRef
+from vlm_lora.model.encode import EncodedExample
+
+SHARE = 0.02
+"""The most that the loss at a checkpoint may take of the work of the steps before it."""
+
+FORWARD = 0.5
+"""The work of a token that is only scored, over that of one that is learnt from: its backward pass takes as much again
+at the least, as gradients go through the whole frozen base."""
+
+LEAST = 16
+"""Fewer images say too little, however short the steps between two checkpoints are."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out examples, and the order in which samples of them are taken.
+
+    The sample of n is the first n by the hash of the seed and the images' bytes. So it depends on nothing else, one is
+    within the next larger one, and data that is added only moves its border.
+    """
+
+    examples: Sequence[EncodedExample]
+    order: Sequence[int]
+    tokens_of_steps: float
+    """Of the steps between two checkpoints."""
+    val_images: int | None
+    one_checkpoint: bool
+
+    @classmethod
+    def of(
+        cls,
+        config: TrainConfig,
+        train: Sequence[EncodedExample],
+        held_out: Sequence[EncodedExample],
+        num_steps: int,
+        hash_of: Callable[[ImageRef], str],
+    ) -> "HeldOut":
+        """Those of a run of ``num_steps`` steps over ``train``.
+
+        Args:
+            hash_of: of an image's bytes, in hex.
+        """
+
+        def rank(i: int) -> bytes:
+            return hashlib.sha256(f"{config.seed}:{_content(held_out[i].example, hash_of)}".encode()).digest()
+
+        answers = sum(len(each.encoded.branches) for each in train)
+        per_step = config.batch_size * sum(each.num_tokens for each in train) / answers
+        between = min(config.save_every, num_steps)
+        order = sorted(range(len(held_out)), key=rank)
+        return cls(held_out, order, per_step * between, config.val_images, num_steps <= config.save_every)
+
+    @cached_property
+    def size(self) -> int:
+        """How many a run that begins scores at each checkpoint. All of them, where the only one is at the end."""
+        if self.val_images is not None:
+            return min(self.val_images, len(self.order))
+        if self.one_checkpoint:
+            return len(self.order)
+        taken = accumulate(self.examples[i].num_tokens for i in self.order)
+        within = sum(tokens * FORWARD <= SHARE * self.tokens_of_steps for tokens in taken)
+        return min(max(within, LEAST), len(self.order))
+
+    def sample(self, size: int) -> list[EncodedExample]:
+        """The sample of so many, in the order of the data."""
+        return [self.examples[i] for i in sorted(self.order[:size])]
+
+    def share(self, size: int) -> float:
+        """The work of scoring the sample of so many, over that of the steps between two checkpoints."""
+        return FORWARD * sum(self.examples[i].num_tokens for i in self.order[:size]) / self.tokens_of_steps
+
+
+def _content(example: Example, hash_of: Callable[[ImageRef], str]) -> str:
+    """What the example is ranked by: its images' bytes; of one without images its texts."""
+    if example.images:
+        return ":".join(map(hash_of, example.images))
+    asked = [[(turn.user, turn.assistant) for turn in dialogue.turns] for dialogue in example.dialogues]
+    return json.dumps(asked)
