@@ -112,6 +112,16 @@ def test_what_a_compiler_gets_wrong_is_not_used(checkpoints, photo_folder, tmp_p
     assert_same(adapter_of(run.folder), adapter_of(plain.folder))
 
 
+def test_a_run_that_is_resumed_at_its_end_has_nothing_to_compile(checkpoints, photo_folder, tmp_path, monkeypatch):
+    settings = config(checkpoints, photo_folder, tmp_path / "run", dropout=0.0, compile="yes", max_steps=3)
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
+    train(settings, events=(heard := Heard()))
+    assert heard.compiled == 1
+    train(settings, resume=True, events=(heard := Heard()))
+    assert heard.compiled == 0
+    assert heard.warnings == []
+
+
 def test_dead_tensors_are_wrong_however_small_they_are():
     large, small = torch.full((9,), 100.0), torch.full((9,), 1e-6)
     assert difference([large, small], [large, small], torch.float32) is None

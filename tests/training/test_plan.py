@@ -284,6 +284,11 @@ def test_what_was_predicted_is_kept_beside_what_was_measured(checkpoints, photo_
     assert cost["seconds"] is None
     TrainReport(None).cost(**cost)
     assert "predicted" not in capsys.readouterr().err
+    train(short.replace(output=str(tmp_path / "job")), resume=True, events=(told := Told()))  # as scripts say it
+    assert len(told.of("cost")) == 1
+    train(short.replace(output=str(tmp_path / "job"), max_steps=4), resume=True, allow_change=["max_steps"],
+          events=(told := Told()))  # fmt: skip
+    assert told.of("cost") == []
 
 
 def test_a_long_run_is_looked_at_in_parts(checkpoints, photo_folder, tmp_path, monkeypatch):

@@ -54,6 +54,7 @@ class TrainingLoop:
         progress: what the run has come to.
         compiled: whether the language layers are, which is checked before the first step.
         held_out: the held-out examples, and how samples of them are taken.
+        first: how many steps were done before, in the run that is resumed.
         step_ends: `time.perf_counter` at the end of each of the first three steps of this process.
     """
 
@@ -83,6 +84,7 @@ class TrainingLoop:
         self.progress = Progress(micro_batch_tokens=config.tokens_at_once, val_images=self.held_out.size)
         self.sample = data.held_out
         self.compiled = False
+        self.first = 0
         self.step_ends: list[float] = []
         self.losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
 
@@ -93,13 +95,13 @@ class TrainingLoop:
             Stopped: a signal came, and the run is saved.
             TrainingError: numbers are not finite, or memory is not enough.
         """
-        first = self._resume(allow_change)
+        first = self.first = self._resume(allow_change)
         last = self.schedule.num_steps
         self._take_sample()
         self._start(first)
         if self._is_due():  # a checkpoint is written before its held-out loss is known: a kill in between lost nothing
             self._evaluate()
-        if self.compiled:
+        if self.compiled and first < last:
             self._check_compiled(first)
         self._try_largest_step(first)
         batches = _ahead(self._fetch, range(first, last))

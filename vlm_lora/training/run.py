@@ -126,7 +126,7 @@ def train_adapter(
 
         def save() -> None:
             folder.save_adapter(adapter)
-            if steps == loop.schedule.num_steps and not resume:  # else not all that is predicted was timed
+            if steps == loop.schedule.num_steps and not loop.first:  # else not all that is predicted was timed
                 measured = _measured(loop, started)
                 predicted = predict(
                     config,
