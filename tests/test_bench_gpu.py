@@ -50,6 +50,7 @@ def test_linear_attention_is_measured_too(capsys, monkeypatch):
     assert max(row["gradient_difference"] for row in rows.values()) < 1e-4
 
 
+@pytest.mark.long
 def test_a_wrong_technique_and_a_wrong_prediction_are_faults(capsys, monkeypatch):
     """Negative control."""
     right = gpu.loss_sum

@@ -348,7 +348,9 @@ def rows(folder, count=12):
     return folder / "x.jsonl"
 
 
-@pytest.mark.parametrize("family", VISION)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[pytest.mark.long] * (f not in ("qwen2_vl", "qwen2_5_vl"))) for f in VISION]
+)
 def test_a_run_learns_boxes_and_says_what_came_of_it(checkpoints, tmp_path, family, capsys):
     """The whole way: training, comparison, report, `eval` again, `check` with tokens, `--review`."""
     data, run = rows(tmp_path), tmp_path / "run"

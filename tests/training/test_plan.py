@@ -85,10 +85,15 @@ def off(predicted: float, real: float) -> float:
     return abs(predicted / real - 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("changes", [
+CHANGES = [
     {}, {"variant": "rslora", "rank": 8}, {"targets": "projector"}, {"projector_rank": 9},
     {"gradient_checkpointing": True}, {"targets": "language,vision"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "changes"), [
+    pytest.param(family, changes, marks=[pytest.mark.long] * (family == "qwen3_5" and changes not in CHANGES[::4]))
+    for changes in CHANGES for family in FAMILIES
 ], ids=str)  # fmt: skip
 def test_operations_are_those_that_torch_counts(checkpoints, photo_folder, tmp_path, family, changes):
     settings, backbone, _, features, lessons, _ = prepared(checkpoints, photo_folder, tmp_path, family, **changes)
