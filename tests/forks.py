@@ -19,6 +19,18 @@ from pathlib import Path
 LIMIT = 300.0  # seconds that a run may take before it counts as hanging; machines may be busy
 
 
+def fewer_rows(module: str, reader: str) -> str:
+    """Sabotage: a process whose ``reader`` gives it one example less for each process before it."""
+    return f"""
+import dataclasses, os, {module} as module
+real = module.{reader}
+def read(*given, **options):
+    dataset = real(*given, **options)
+    return dataclasses.replace(dataset, examples=dataset.examples[int(os.environ["RANK"]):])
+module.{reader} = read
+"""
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a process ended: its exit code, or the signal's negative number, and what it said.

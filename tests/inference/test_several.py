@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import picture
-from tests.forks import Forks
+from tests.forks import Forks, fewer_rows
 from vlm_lora.config import TrainConfig
 from vlm_lora.inference.team import put_together
 from vlm_lora.model.adapters.methods import attach_adapter
@@ -203,15 +203,8 @@ def test_what_several_processes_cannot_share_is_refused(forks, adapters, picture
     missing = forks.run(2, "caption", tmp_path / "nowhere", "--adapter", adapters[0])
     assert [e.code for e in missing] == [2, 2]
     assert "there is no such file or folder" in missing[0].err
-    sabotage = """
-import dataclasses, os, vlm_lora.data.readers as readers
-real = readers.read_dataset
-def read(*given, **options):
-    dataset = real(*given, **options)
-    return dataclasses.replace(dataset, examples=dataset.examples[int(os.environ["RANK"]):])
-readers.read_dataset = read
-"""
-    unlike = forks.run(2, "eval", pictures / "rows.jsonl", "--adapter", adapters[0], sabotage=sabotage)
+    fewer = fewer_rows("vlm_lora.data.readers", "read_dataset")
+    unlike = forks.run(2, "eval", pictures / "rows.jsonl", "--adapter", adapters[0], sabotage=fewer)
     assert [e.code for e in unlike] == [1, 1]
     assert "need the same data" in unlike[0].err
 

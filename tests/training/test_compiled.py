@@ -9,9 +9,9 @@ from torch._dynamo.utils import counters
 
 from tests.model.test_exactness import FAMILIES, examples, fast, load  # noqa: F401  # examples is a fixture
 from tests.training.test_train import adapter_of, assert_same, config
-from vlm_lora.config import TrainConfig
+from vlm_lora.config import COMPILED_FROM, TrainConfig
 from vlm_lora.model.backbone import Backbone
-from vlm_lora.training.compiled import REPAID_AFTER, difference, is_compiled
+from vlm_lora.training.compiled import difference, is_compiled
 from vlm_lora.training.events import Events
 from vlm_lora.training.run import train_adapter as train
 
@@ -136,16 +136,16 @@ def test_dead_tensors_are_wrong_however_small_they_are():
 @pytest.mark.parametrize(
     ("changes", "device", "steps", "compiled", "warned"),
     [
-        ({}, "cuda", REPAID_AFTER, True, ""),
-        ({}, "cuda", REPAID_AFTER - 1, False, ""),
-        ({}, "cpu", REPAID_AFTER, False, ""),
-        ({"compile": "no"}, "cuda", REPAID_AFTER, False, ""),
+        ({}, "cuda", COMPILED_FROM, True, ""),
+        ({}, "cuda", COMPILED_FROM - 1, False, ""),
+        ({}, "cpu", COMPILED_FROM, False, ""),
+        ({"compile": "no"}, "cuda", COMPILED_FROM, False, ""),
         ({"compile": "yes"}, "cpu", 1, True, ""),
         ({"compile": "yes", "method": "prefix"}, "cuda", 1, False, "--method prefix"),
         ({"compile": "yes", "variant": "dora"}, "cuda", 1, False, "dora"),
         ({"compile": "yes", "dropout": 0.1}, "cuda", 1, False, "--dropout"),
         ({"compile": "yes", "deterministic": True}, "cuda", 1, False, "--deterministic"),
-        ({"method": "prefix"}, "cuda", REPAID_AFTER, False, ""),
+        ({"method": "prefix"}, "cuda", COMPILED_FROM, False, ""),
     ],
 )
 def test_what_is_compiled(changes, device, steps, compiled, warned):

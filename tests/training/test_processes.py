@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, picture
-from tests.forks import Forks
+from tests.forks import Forks, fewer_rows
 from vlm_lora.config import TrainConfig
 from vlm_lora.errors import ConfigError, TrainingError
 from vlm_lora.model.packing import IGNORE_INDEX, Branch, Encoded
@@ -328,15 +328,9 @@ def test_what_is_wrong_for_all_is_said_once(forks, command, alone, tmp_path):
     again = forks.run(2, *command, "--output", alone)
     assert [e.code for e in again] == [1, 1]
     assert "holds a run already" in again[0].err
-    sabotage = """
-import dataclasses, os, vlm_lora.training.prepare as prepare
-real = prepare.read_data
-def read(*given, **options):
-    dataset = real(*given, **options)
-    return dataclasses.replace(dataset, examples=dataset.examples[int(os.environ["RANK"]):])
-prepare.read_data = read
-"""
-    unlike = forks.run(2, *command, "--output", tmp_path / "run", sabotage=sabotage)
+    unlike = forks.run(
+        2, *command, "--output", tmp_path / "run", sabotage=fewer_rows("vlm_lora.training.prepare", "read_data")
+    )
     assert [e.code for e in unlike] == [1, 1]
     assert "All machines of a run need the same data" in unlike[0].err
     other = forks.run(2, "check", "x")

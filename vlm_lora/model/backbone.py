@@ -191,6 +191,11 @@ class Backbone(Preprocessor):
             layer.forward = partial(_while_training, layer, compiled, layer.forward)
         self.use_compiled(True)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether the language layers train by `torch.compile` now."""
+        return getattr(self.language_model.layers[0], "uses_compiled", False)
+
     def use_compiled(self, on: bool) -> None:
         """Whether what `compile_layers` has made is used."""
         for layer in self.language_model.layers:

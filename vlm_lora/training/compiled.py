@@ -6,13 +6,9 @@ from contextlib import contextmanager
 
 import torch
 
-from vlm_lora.config import TrainConfig
+from vlm_lora.config import COMPILED_FROM, TrainConfig
 from vlm_lora.model.backbone import Backbone
 from vlm_lora.training.events import Events
-
-REPAID_AFTER = 1000
-"""Steps of a run that repay what compiling takes: 89 seconds on the host of an H200, where a step of 2B took 0.37
-seconds after it, and 0.56 before (bench/results/gpu-2b.json)."""
 
 
 def is_compiled(config: TrainConfig, backbone: Backbone, sharded: bool, steps: int, events: Events) -> bool:
@@ -23,7 +19,7 @@ def is_compiled(config: TrainConfig, backbone: Backbone, sharded: bool, steps: i
     obstacle = _obstacle(config, backbone, sharded)
     if config.compile == "yes" and obstacle:
         events.warning(f"--compile yes does not go with {obstacle}. Nothing is compiled.")
-    long = backbone.device.type == "cuda" and steps >= REPAID_AFTER
+    long = backbone.device.type == "cuda" and steps >= COMPILED_FROM
     return not obstacle and (config.compile == "yes" or long)
 
 

@@ -52,7 +52,6 @@ class TrainingLoop:
 
     Attributes:
         progress: what the run has come to.
-        compiled: whether the language layers are, which is checked before the first step.
         held_out: the held-out examples, and how samples of them are taken.
         first: how many steps were done before, in the run that is resumed.
         step_ends: `time.perf_counter` at the end of each of the first three steps of this process.
@@ -83,7 +82,6 @@ class TrainingLoop:
         )
         self.progress = Progress(micro_batch_tokens=config.tokens_at_once, val_images=self.held_out.size)
         self.sample = data.held_out
-        self.compiled = False
         self.first = 0
         self.step_ends: list[float] = []
         self.losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
@@ -101,7 +99,7 @@ class TrainingLoop:
         self._start(first)
         if self._is_due():  # a checkpoint is written before its held-out loss is known: a kill in between lost nothing
             self._evaluate()
-        if self.compiled and first < last:
+        if self.backbone.compiled and first < last:
             self._check_compiled(first)
         self._try_largest_step(first)
         batches = _ahead(self._fetch, range(first, last))
@@ -210,7 +208,6 @@ class TrainingLoop:
             self._do_without_compiled(wrong or "another process says so")
 
     def _do_without_compiled(self, why: str) -> None:
-        self.compiled = False
         self.backbone.use_compiled(False)
         self.events.warning(f"torch.compile cannot be used here: {why}. Training goes on without it, and is slower.")
 
@@ -246,7 +243,7 @@ class TrainingLoop:
 
     def _gradients(self, step: int, examples: Sequence[EncodedExample], fetched) -> torch.Tensor:
         seed = _step_seed(self.config.seed, step)
-        if self.compiled and self.processes.count == 1:
+        if self.backbone.compiled and self.processes.count == 1:
             try:
                 return accumulate_gradients(self.loader, examples, fetched, seed, self.progress, self.events.warning)
             except COMPILER_ERRORS as error:  # one that is not the compiler's comes again below

@@ -120,8 +120,7 @@ def train_adapter(
         kept, started = _share_kept(features, prepared), time.perf_counter()
         loader = Loader(adapter.backbone, features, processes, techniques)
         loop = TrainingLoop(config, adapter, loader, prepared, folder, events, stop)
-        loop.compiled = is_compiled(config, adapter.backbone, processes.sharded, loop.schedule.num_steps, events)
-        _prepare_layers(config, adapter.backbone, loop.compiled)
+        _prepare_layers(config, adapter.backbone, processes.sharded, loop.schedule.num_steps, events)
         steps = loop.run(allow_change)
 
         def save() -> None:
@@ -182,9 +181,9 @@ def _attached(config: TrainConfig, processes: Processes, attach: Callable[[Backb
     return adapter
 
 
-def _prepare_layers(config: TrainConfig, backbone: Backbone, compiled: bool) -> None:
+def _prepare_layers(config: TrainConfig, backbone: Backbone, sharded: bool, steps: int, events: Events) -> None:
     """Have the language layers compute as they are to in training."""
-    if compiled:
+    if is_compiled(config, backbone, sharded, steps, events):
         backbone.compile_layers()
     if config.gradient_checkpointing:  # around what is compiled
         backbone.checkpoint_layers()
