@@ -128,7 +128,7 @@ def train_adapter(
             if steps == loop.schedule.num_steps and not loop.first:  # else not all that is predicted was timed
                 measured = _measured(loop, started)
                 predicted = predict(
-                    config,
+                    config.replace(micro_batch_tokens=loop.progress.micro_batch_tokens),
                     cost_model(config, adapter.backbone.dtype, adapter.backbone.device.type),
                     prepared.weighted,
                     _patches(features, prepared.train),
