@@ -76,8 +76,16 @@ TESTS: dict[str, tuple[str, ...]] = {
         f"{MODEL}/test_exactness.py",
         f"{TRAINING}/test_survival.py",
     ),
-    "vlm_lora/training/prepare.py": (f"{TRAINING}/test_train.py", f"{DATA}/test_fuzz.py"),
-    "vlm_lora/training/loop.py": (f"{TRAINING}/test_train.py", f"{TRAINING}/test_survival.py"),
+    "vlm_lora/training/prepare.py": (
+        f"{TRAINING}/test_schedule.py",
+        f"{TRAINING}/test_train.py",
+        f"{DATA}/test_fuzz.py",
+    ),
+    "vlm_lora/training/loop.py": (
+        f"{TRAINING}/test_train.py",
+        f"{TRAINING}/test_survival.py",
+        f"{TRAINING}/test_processes.py::test_stopped_and_gone_on_with_by_another_number_of_processes",
+    ),
 }
 LOADED_ONCE = ("torch", "torchvision", "transformers", "transformers.models.qwen2_vl.modeling_qwen2_vl", "peft")
 LOADED_ONCE += ("datasets", "hypothesis", "pytest")

@@ -6,16 +6,19 @@ Run: pytest tests/training/test_fitting.py
 import json
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from tests.training.test_train import _stop_behind, adapter_of, assert_same, config
 from vlm_lora.cli import main
+from vlm_lora.cli.console import StopSignals, size
+from vlm_lora.cli.progress import TrainReport
 from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Example
 from vlm_lora.model.encode import EncodedExample
 from vlm_lora.model.packing import Branch, Encoded
-from vlm_lora.training import fitting, loop
+from vlm_lora.training import fitting, loop, run
 from vlm_lora.training.cost import TRAINED, CostModel
 from vlm_lora.training.devices import DEVICES, RESERVED, Device, device_named
 from vlm_lora.training.fitting import FILLED, fitting_tokens
@@ -128,3 +131,32 @@ def test_a_run_keeps_what_was_decided_also_where_it_resumes_elsewhere(checkpoint
     train(other)
     assert [tokens(each) for each in (straight, stopped, given, other)] == [256, 256, 128, 64]
     assert_same(adapter_of(tmp_path / "straight"), adapter_of(tmp_path / "run"))
+
+
+def test_the_peaks_of_a_gpus_memory_are_logged_and_shown_beside_what_was_planned(
+    checkpoints, photo_folder, tmp_path, monkeypatch, capsys
+):
+    """With a stand-in of the allocator's counters."""
+    peaks = iter([(10, 20), (10, 20), (30, 20), (30, 40)])
+    monkeypatch.setattr(loop, "peak_memory", lambda device: next(peaks, (30, 40)))
+    monkeypatch.setattr(run, "peak_memory", lambda device: (30_000_000, 40_000_000))
+    settings = config(checkpoints, photo_folder, tmp_path / "run", max_steps=5)
+    train(settings, events=TrainReport(StopSignals()))
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    told = [(line["step"], line["memory_used"], line["memory_reserved"]) for line in lines if "memory_used" in line]
+    assert told == [(1, 10, 20), (3, 30, 20), (4, 30, 40)]
+    planned, measured = lines[-1]["predicted"], lines[-1]["measured"]
+    assert (measured["memory_bytes"], measured["reserved_bytes"]) == (30_000_000, 40_000_000)
+    assert "process_bytes" not in measured
+    err = capsys.readouterr().err
+    assert "Memory at its highest: 30.0 MB used, 40.0 MB reserved by torch; " in err
+    assert f"base weights {size(planned['weights'])}, " in err
+
+
+def test_on_a_cpu_the_peak_is_the_processs(checkpoints, photo_folder, tmp_path, capsys):
+    train(config(checkpoints, photo_folder, tmp_path / "run", max_steps=1), events=TrainReport(StopSignals()))
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert "memory_used" not in lines[0]
+    peak = lines[-1]["measured"]["process_bytes"]
+    assert 0.9 * psutil.Process().memory_info().rss < peak < psutil.virtual_memory().total
+    assert f"Memory at its highest: {size(peak)}, of the whole process" in capsys.readouterr().err

@@ -3,8 +3,13 @@
 Run: pytest tests/training/test_schedule.py
 """
 
+from dataclasses import replace
+
 import pytest
 
+from vlm_lora.config import TrainConfig
+from vlm_lora.data.example import Dialogue, Example, Turn
+from vlm_lora.training.prepare import sees_each_image_once
 from vlm_lora.training.schedule import Schedule
 
 
@@ -71,3 +76,22 @@ def test_every_epoch_has_an_order_of_its_own_of_images_and_of_their_answers():
     assert len({tuple(example for example, _ in epoch) for epoch in epochs}) == 3
     assert len({dict(epoch)[0] for epoch in epochs}) > 1
     assert len({dialogues for _, dialogues in epochs[0]}) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "once"),
+    [
+        ({"epochs": 1}, True),
+        ({"epochs": 1.1}, False),
+        ({"epochs": 3, "max_steps": 3, "batch_size": 4}, True),
+        ({"epochs": 3, "max_steps": 2, "batch_size": 7}, False),
+        ({"epochs": 3, "max_steps": 13, "batch_size": 1}, False),
+    ],
+)
+def test_whether_a_run_sees_an_image_twice_follows_from_its_steps(changes, once):
+    """Of twelve answers about four images."""
+    answer = Dialogue((Turn("Q", "A"),))
+    examples = [Example(str(i), (), (answer,) * 3, "x.jsonl") for i in range(4)]
+    config = TrainConfig(data="x", **changes)
+    assert sees_each_image_once(config, examples) == once
+    assert not sees_each_image_once(config, [*examples[1:], replace(examples[0], weight=2)])

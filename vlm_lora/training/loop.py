@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from vlm_lora.config import TrainConfig
 from vlm_lora.errors import Stopped, TrainingError
 from vlm_lora.model.adapters.base import ADAPTED, Adapter
+from vlm_lora.model.device import peak_memory
 from vlm_lora.training.batches import EncodedExample, Fetched, Loader, imbalance, largest_micro_batch
 from vlm_lora.training.checkpoint import Progress, load_checkpoint, load_optimizer, load_weights, save_checkpoint
 from vlm_lora.training.compiled import COMPILER_ERRORS, difference, in_short, shaken
@@ -87,6 +88,7 @@ class TrainingLoop:
         self.first = 0
         self.step_ends: list[float] = []
         self.losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        self.peak: tuple[int, int] | None = None
 
     def run(self, allow_change: Collection[str] = ()) -> int:
         """Train from the newest checkpoint, if there is one, to the end; the number of steps.
@@ -303,6 +305,10 @@ class TrainingLoop:
             "seconds": round(seconds, 3),
         }
         shares = {"imbalance": round(self._imbalance(examples), 4)} if self.processes.count > 1 else {}
+        peak = peak_memory(self.backbone.device)
+        if peak and peak != self.peak:
+            self.peak, (used, reserved) = peak, peak
+            shares |= {"memory_used": used, "memory_reserved": reserved}
         self.folder.log({"step": step} | (numbers if result.finite else {"skipped": True}) | work | shares)
         left = (num_steps - step) * seconds / (step - first)
         self.events.step(step=step, num_steps=num_steps, seconds_left=left, **numbers, **work)
