@@ -306,8 +306,13 @@ BAD = {
     ),
     "no results": (
         ("a.png",),
-        {"x.json": [{"data": {"image": "a.png"}, "annotations": [each]} for each in ("x", {"result": "x"}, {})]},
-        0,
+        {
+            "x.json": [
+                label_studio_task("a.png", [typed("x")]),
+                *({"data": {"image": "a.png"}, "annotations": [each]} for each in ("x", {"result": "x"}, {})),
+            ]
+        },
+        1,
         ["has an annotation without a list of results"] * 3,
     ),
     "skipped": (
