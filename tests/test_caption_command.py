@@ -328,4 +328,4 @@ def test_an_adapter_from_the_hub(adapters, tmp_path, monkeypatch, capsys):
     assert main([*command, "me/gone"]) == 1
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert "--adapter me/gone: there is no such folder, and the model hub gave no adapter" in err
+    assert "--adapter me/gone: there is no such folder, and HF_HUB_OFFLINE forbids a download" in err

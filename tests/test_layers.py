@@ -91,7 +91,10 @@ def test_import_is_light():
     assert loaded_by("import vlm_lora; vlm_lora.__version__") == set()
 
 
-@pytest.mark.parametrize("verb", ["", "train", "caption", "eval", "check", "plan", "merge", "demo", "cache"])
+VERBS = ("", "train", "caption", "eval", "check", "plan", "merge", "push", "demo", "cache", "doctor", "completion")
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_is_light(verb):
     code = "import contextlib, vlm_lora.cli as c\nwith contextlib.suppress(SystemExit): c.main(sys.argv[1:])"
     assert loaded_by(code, *([verb] if verb else []), "--help") == set()

@@ -36,6 +36,37 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 """What may be the name of a model or adapter on the hub: two words with a slash."""
 GROUPS = ("data", "model", "method", "training", "memory", "run")
 """The headings of ``--help``."""
+EVERYDAY = ("data", "prompt", "val", "val_split", "on_bad_row", "model", "max_pixels", "from_", "method", "rank")
+EVERYDAY += (
+    "epochs",
+    "max_steps",
+    "batch_size",
+    "lr",
+    "load_best_at_end",
+    "micro_batch_tokens",
+    "output",
+    "save_every",
+)
+"""The knobs that ``--help`` shows; ``--help-all`` shows all of them."""
+ELSEWHERE = {
+    "adapter_name_or_path": "from_", "base_model": "model", "bf16": "dtype", "cutoff_len": "max_tokens",
+    "data_path": "data", "dataset": "data", "dataset_name": "data", "early_stopping_patience": "patience",
+    "finetuning_type": "method", "fp16": "dtype", "gradient_accumulation_steps": "batch_size",
+    "image_max_pixels": "max_pixels", "instruction": "prompt", "learning_rate": "lr",
+    "load_best_model_at_end": "load_best_at_end", "load_in_4bit": "method", "lora_alpha": "alpha",
+    "lora_dropout": "dropout", "lora_r": "rank", "lora_rank": "rank", "lora_target": "targets",
+    "lr_warmup_steps": "warmup", "max_length": "max_tokens", "max_seq_length": "max_tokens",
+    "max_train_epochs": "epochs", "max_train_steps": "max_steps", "mixed_precision": "dtype",
+    "model_id": "model", "model_name_or_path": "model", "network_alpha": "alpha", "network_dim": "rank",
+    "num_train_epochs": "epochs", "output_dir": "output", "peft_type": "method",
+    "per_device_train_batch_size": "batch_size", "pretrained_model_name_or_path": "model",
+    "quantization_bit": "method", "r": "rank", "resolution": "max_pixels", "save_steps": "save_every",
+    "save_total_limit": "keep_checkpoints", "split_dataset_ratio": "val_split", "system_prompt": "system",
+    "target_modules": "targets", "torch_compile": "compile", "torch_dtype": "dtype", "train_data_dir": "data",
+    "train_type": "method", "tuner_type": "method", "val_dataset": "val", "val_size": "val_split",
+    "warmup_ratio": "warmup", "warmup_steps": "warmup",
+}  # fmt: skip
+"""What other tools call a knob: whoever uses their word is told ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +240,9 @@ class TrainConfig:
     )  # fmt: skip
 
     epochs: float = knob(3.0, "passes over the training answers", "training", bounds=POSITIVE)
-    max_steps: int | None = knob(None, "stop after N optimizer steps, whatever --epochs says", "training", bounds=COUNT)
+    max_steps: int | None = knob(
+        None, "at most N optimizer steps; a run that --epochs ends earlier is not longer", "training", bounds=COUNT
+    )
     batch_size: int = knob(
         16, "answers per optimizer step, give or take: those of one image share its tokens, and stay in one step",
         "training", bounds=COUNT,
@@ -423,6 +456,13 @@ KNOBS: dict[str, Knob] = {
 """Every knob by name, in the order of ``--help``."""
 
 
+def nearest(name: str) -> str | None:
+    """The knob that is most probably meant by a name that none has: another tool's word for it, or one like it."""
+    words = ELSEWHERE | {each: each for each in KNOBS}
+    found = name if name in words else next(iter(get_close_matches(name, words, n=1, cutoff=0.7)), None)
+    return words[found] if found else None
+
+
 def parse_columns(text: str | None) -> dict[str, str]:
     """``image=bild,caption=text`` as a dictionary."""
     columns: dict[str, str] = {}
@@ -444,8 +484,8 @@ def config_from(values: dict[str, Any], source: str) -> TrainConfig:
     for name, value in values.items():
         name = name if name in KNOBS or f"{name}_" not in KNOBS else f"{name}_"
         if name not in KNOBS:
-            near = get_close_matches(str(name), KNOBS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            near = nearest(str(name))
+            hint = f" Did you mean {near.rstrip('_')!r}?" if near else ""
             raise ConfigError(f"{source}: unknown setting {name!r}.{hint}")
         if value is None and KNOBS[name].default is None and name != "data":
             checked[name] = None

@@ -35,6 +35,21 @@ if TYPE_CHECKING:
     from vlm_lora.inference.caption import Caption, Decoding
     from vlm_lora.inference.team import Team
 
+EVERYDAY = (
+    "paths",
+    "recursive",
+    "adapter",
+    "model",
+    "prompt",
+    "format",
+    "output",
+    "overwrite",
+    "endpoint",
+    "begin_with",
+)
+EVERYDAY += ("avoid", "words", "max_new_tokens", "temperature")
+"""What ``--help`` shows; ``--help-all`` shows every flag."""
+
 GATHER_SECONDS = 2.0
 """How long a process captions before the main one hears of it, and what it was at when that is over: so much is lost
 where they are killed."""

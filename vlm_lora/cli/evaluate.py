@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from vlm_lora.inference.scores import Scores
     from vlm_lora.inference.team import Team
 
+EVERYDAY = ("data", "adapter", "model", "against", "also", "blank", "swap", "review", "output", "json", "endpoint")
+"""What ``--help`` shows; ``--help-all`` shows every flag."""
+
 ASKED = ("prompt", "system")
 """Of the flags that say how data is read, those whose default is the adapter's."""
 

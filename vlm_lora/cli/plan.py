@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from vlm_lora.cli.console import Progress, duration, size
 from vlm_lora.cli.flags import add_config, config_of
+from vlm_lora.config import EVERYDAY as EVERYDAY_KNOBS
 from vlm_lora.config import TrainConfig
 from vlm_lora.errors import ConfigError
 from vlm_lora.inference.losses import sample_of
@@ -22,6 +23,9 @@ from vlm_lora.training.devices import DEVICES, RESERVED, Device
 
 if TYPE_CHECKING:
     from vlm_lora.training.estimate import Estimate
+
+EVERYDAY = (*EVERYDAY_KNOBS, "config", "gpus", "device", "json")
+"""What ``--help`` shows; ``--help-all`` shows every flag."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,10 +19,14 @@ from typing import TYPE_CHECKING
 from vlm_lora.cli.console import StopSignals, say
 from vlm_lora.cli.flags import add_config, config_of
 from vlm_lora.config import DEFAULT_EVAL_IMAGES
+from vlm_lora.config import EVERYDAY as EVERYDAY_KNOBS
 from vlm_lora.errors import ConfigError
 
 if TYPE_CHECKING:
     from vlm_lora.run import RunResult
+
+EVERYDAY = (*EVERYDAY_KNOBS, "config", "resume", "no_eval")
+"""What ``--help`` shows; ``--help-all`` shows every flag."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
