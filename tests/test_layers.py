@@ -11,7 +11,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "vlm_lora"
 
 # Lowest first. A module may import from its own wing and from the wings below it.
-ORDER = ["errors|version", "config", "data", "model", "check|inference|training", "run", "demo", "cli"]
+ORDER = ["errors|version|console", "config", "data", "model", "check|inference|training", "progress", "run"]
+ORDER += ["demo", "cli"]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "gradio", "datasets", "PIL", "numpy"}
 
 

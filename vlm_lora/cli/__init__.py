@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from vlm_lora import __version__
 from vlm_lora.cli import cache, caption, check, completion, demo, doctor, evaluate, merge, plan, push, train
-from vlm_lora.cli.console import launched, one_line, process_index, to_stderr
 from vlm_lora.cli.parser import Parser
+from vlm_lora.console import launched, one_line, process_index, to_stderr
 from vlm_lora.errors import ConfigError, Stopped, VlmLoraError
 
 VERBS = (train, caption, evaluate, check, plan, merge, push, demo, cache, doctor, completion)

@@ -23,10 +23,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm_lora.cli.console import Progress, say
 from vlm_lora.cli.flags import add_precision, add_server
 from vlm_lora.cli.several import team_of
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT, flag_of
+from vlm_lora.console import Progress, say
 from vlm_lora.errors import ConfigError
 from vlm_lora.inference.sinks import NotWritten, Rows, Sidecars, Stdout, one_line, printable
 from vlm_lora.inference.team import share_of

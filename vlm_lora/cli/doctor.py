@@ -20,8 +20,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from vlm_lora import __version__
-from vlm_lora.cli.console import one_line, size
 from vlm_lora.config import CACHE_VARIABLE, TrainConfig, cache_folder
+from vlm_lora.console import one_line, size
 from vlm_lora.errors import VlmLoraError
 
 PACKAGES = ("torch", "torchvision", "transformers", "peft", "accelerate", "datasets", "gradio", "pillow", "safetensors")

@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_lora.cli.console import Progress, one_line, say
 from vlm_lora.cli.flags import READING, add_flags, add_precision, add_server, given
 from vlm_lora.cli.several import team_of
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT, TrainConfig
+from vlm_lora.console import Progress, one_line, say
 
 if TYPE_CHECKING:
     from vlm_lora.data.readers import Dataset, DataSettings

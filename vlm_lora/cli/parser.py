@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
-from vlm_lora.cli.console import to_stderr
 from vlm_lora.config import KNOBS, nearest
+from vlm_lora.console import to_stderr
 from vlm_lora.errors import ConfigError
 
 WIDTH = 100

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from vlm_lora.cli.console import Progress, duration, size
 from vlm_lora.cli.flags import add_config, config_of
 from vlm_lora.config import EVERYDAY as EVERYDAY_KNOBS
 from vlm_lora.config import TrainConfig
+from vlm_lora.console import Progress, duration, size
 from vlm_lora.errors import ConfigError
 from vlm_lora.inference.losses import sample_of
 from vlm_lora.training.devices import DEVICES, RESERVED, Device

@@ -10,7 +10,7 @@ HF_TOKEN.
 
 import argparse
 
-from vlm_lora.cli.console import say
+from vlm_lora.console import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,10 +16,10 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from vlm_lora.cli.console import StopSignals, say
 from vlm_lora.cli.flags import add_config, config_of
 from vlm_lora.config import DEFAULT_EVAL_IMAGES
 from vlm_lora.config import EVERYDAY as EVERYDAY_KNOBS
+from vlm_lora.console import StopSignals, say
 from vlm_lora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     if allowed and not options.resume:
         raise ConfigError("--allow-change goes with --resume: it says what may differ from the checkpoint.")
 
-    from vlm_lora.cli.progress import TrainReport  # here, as they bring torch
+    from vlm_lora.progress import TrainReport  # here, as they bring torch
     from vlm_lora.run import train
 
     signals = StopSignals()

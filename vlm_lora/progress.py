@@ -1,14 +1,14 @@
-"""What `vlm-lora train` prints while it trains."""
+"""What a run prints while it trains, on the command line and in notebooks."""
 
-from vlm_lora.cli.console import Progress, StopSignals, duration, say, size
+from vlm_lora.console import Progress, StopSignals, duration, say, size
 from vlm_lora.inference.losses import sample_of
 from vlm_lora.training.events import Events
 
 
 class TrainReport(Events):
-    """Prints what happens, and catches signals from the first step on: before, nothing can be lost."""
+    """Prints what happens. Given ``signals``, catches them from the first step on: before, nothing can be lost."""
 
-    def __init__(self, signals: StopSignals):
+    def __init__(self, signals: StopSignals | None = None):
         self.progress = Progress()
         self.signals = signals
         self.sampled = False
@@ -54,7 +54,8 @@ class TrainReport(Events):
         self.progress.count("Images prepared:", done, total)
 
     def start(self, *, step, num_steps, answers, parameters, processes, sharded, imbalance) -> None:
-        self.signals.catch()
+        if self.signals:
+            self.signals.catch()
         say(f"{num_steps:,} steps over {answers:,} answers." + (f" Resumed from step {step:,}." if step else ""))
         if processes > 1:
             pieces = ", the base's layers in pieces (FSDP2)" if sharded else ""
@@ -69,7 +70,8 @@ class TrainReport(Events):
     def step(self, *, step, num_steps, loss, lr, answers_per_second, seconds_left, **_) -> None:
         rate = f"{answers_per_second:,.0f}" if answers_per_second >= 10 else f"{answers_per_second:.2g}"
         text = f"step {step:,}/{num_steps:,}  loss {loss:.4f}  lr {lr:.1e}  {rate} answers/s"
-        self.progress.show(f"{text}  {duration(seconds_left)} left", last=step == num_steps)
+        left = duration(seconds_left)
+        self.progress.show(f"{text}  {left} left", last=step == num_steps, share=step / num_steps)
 
     def sample(self, *, images, of, share, steps) -> None:
         self.sampled = True
