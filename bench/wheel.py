@@ -41,7 +41,7 @@ def check(what: str, path: Path, names: list[str], wanted: tuple[str, ...]) -> N
 
 def try_out(wheel: Path) -> None:
     """The wheel in an environment of its own, with this one's packages on its path."""
-    packages = next(path for path in sys.path if path.endswith("site-packages"))
+    packages = [path for path in sys.path if path.endswith("site-packages")]
     with tempfile.TemporaryDirectory() as place:
         venv.create(place, with_pip=True)
         python = Path(place) / "bin/python"
@@ -49,7 +49,7 @@ def try_out(wheel: Path) -> None:
         own = Path(
             subprocess.check_output([python, "-c", "import site; print(site.getsitepackages()[0])"], text=True).strip()
         )
-        (own / "zz_packages.pth").write_text(packages + "\n")  # after the wheel's own
+        (own / "zz_packages.pth").write_text("\n".join(packages) + "\n")  # after the wheel's own
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment["VLM_LORA_CACHE"] = f"{place}/cache"
         told = {"cwd": place, "env": environment, "check": True}

@@ -150,6 +150,7 @@ def _names_colours(place: Path) -> int:
 
     from vlm_lora.inference.captioner import Captioner
     from vlm_lora.run import train
+    from vlm_lora.training.events import Events
 
     data = place / "colours"
     data.mkdir()
@@ -158,6 +159,6 @@ def _names_colours(place: Path) -> int:
         (data / f"{name}.txt").write_text(name)
     settings = {"val_split": 0.0, "cache": False, "batch_size": len(COLOURS), "epochs": 25.0, "lr": 5e-3}
     config = TrainConfig(data=str(data), model="tiny", prompt="Which colour?", output=str(place / "run"), **settings)
-    train(config, eval_images=0)
+    train(config, events=Events(), eval_images=0)
     captioner = Captioner.load(adapter=str(place / "run"))
     return sum(answer.text == Path(str(answer.image)).stem for answer in captioner.caption(sorted(data.glob("*.png"))))
