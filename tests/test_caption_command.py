@@ -214,7 +214,7 @@ def test_a_file_is_gone_on_with(caption, folder, tmp_path, capsys):
     before = (tmp_path / "out.jsonl").read_text()
     capsys.readouterr()
     assert caption(*command) == 0
-    assert capsys.readouterr().err == "3 images have a caption already; --overwrite captions them anew.\n"
+    assert capsys.readouterr().err == "3 images have a caption already; --overwrite captions them again.\n"
     assert (tmp_path / "out.jsonl").read_text() == before
     assert caption(*command, "--num-beams", "2") == 2  # would be others
     assert "its captions were made with --num-beams 1, now it is 2" in capsys.readouterr().err

@@ -5,16 +5,18 @@ Run: pytest tests/test_docs.py
 """
 
 import ast
+import itertools
 import json
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
 
 from bench.speed_report import medians
 from tests.conftest import ROOT
-from vlm_lora.cli import VERBS
+from vlm_lora.cli import VERBS, command_line
 
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -66,6 +68,28 @@ def test_the_readme_names_every_command():
     for verb in VERBS:
         name = verb.__name__.rpartition(".")[2].replace("evaluate", "eval")
         assert f"`{name}`" in read(ENGLISH), name
+
+
+@pytest.mark.parametrize("path", [ENGLISH, *DOCS], ids=lambda path: path.stem)
+def test_every_documented_command_is_one(path):
+    """Its flags are there, and have values that may be."""
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", read(path), flags=re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        start = next((i for i, word in enumerate(words) if word in ("vlm-lora", "vlm_lora")), None)
+        if start is None or words[0] in ("pip", "python3"):
+            continue
+        words = list(itertools.takewhile(lambda word: word not in ("|", ">", "&&"), words[start + 1 :]))
+        options, unknown = command_line().parse_known_args(words)
+        assert unknown == [], line
+        assert options.verb, line
+
+
+@pytest.mark.parametrize("path", [ENGLISH, *DOCS], ids=lambda path: path.stem)
+def test_every_line_of_python_is_sound(path):
+    for block in re.findall(r"```python\n(.*?)```", read(path), flags=re.DOTALL):
+        compile(block, path.name, "exec")
 
 
 # -- the Chinese README --------------------------------------------------------------------------------------

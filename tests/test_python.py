@@ -3,13 +3,14 @@
 Run: pytest tests/test_python.py
 """
 
+import re
 import sys
 from types import SimpleNamespace
 
 import pytest
 
 import vlm_lora
-from tests.conftest import picture
+from tests.conftest import ROOT, picture
 from vlm_lora.console import Progress, say
 
 
@@ -45,6 +46,12 @@ def place(tmp_path_factory):
 def test_train_tells_what_it_does(place):
     assert any("Data: sidecar. 9 images" in text for text in place.told)
     assert any("step 2/2  loss" in text for text in place.told)
+
+
+def test_the_page_about_python_runs(place, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(code, {})
+    assert "<Dataset of sidecar: 10 examples, 10 answers>" in capsys.readouterr().out
 
 
 def test_results_are_short_in_text(place):

@@ -65,7 +65,7 @@ class TrainReport(Events):
                 say("The others wait for it. A larger --batch-size spreads more evenly.")
 
     def compiling(self) -> None:
-        say("torch.compile is at work, for a minute or two; --compile no begins at once.")
+        say("torch.compile runs now, for a minute or two; --compile no starts at once.")
 
     def step(self, *, step, num_steps, loss, lr, answers_per_second, seconds_left, **_) -> None:
         rate = f"{answers_per_second:,.0f}" if answers_per_second >= 10 else f"{answers_per_second:.2g}"
@@ -97,9 +97,9 @@ class TrainReport(Events):
         work = predicted.operations + predicted.tower_operations + predicted.held_out_operations
         taken = measured.seconds
         rate = work / taken / measured.devices / 1e12
-        say(f"{work / 1e12:,.3g} TFLOP were planned, and took {duration(taken)}: {rate:,.3g} TFLOP/s a device.")
+        say(f"{work / 1e12:,.3g} TFLOP were predicted, and took {duration(taken)}: {rate:,.3g} TFLOP/s a device.")
         if seconds is not None:
-            say(f"{duration(seconds)} were predicted from steps 2 and 3, with nothing for saving.")
+            say(f"{duration(seconds)} were predicted from steps 2 and 3, without saving.")
         parts = ", ".join(f"{name} {size(part)}" for name, part in predicted.memory_by_part.items())
         planned = f"{size(predicted.memory)} were planned: {parts}"
         if measured.memory_bytes is not None:

@@ -366,7 +366,7 @@ def test_early_stopping_ends_with_the_best_adapter(checkpoints, straight, tmp_pa
     assert kept == ["step-000002", "step-000004"]
     scripted(monkeypatch, [2.0])
     again = train(settings, resume=True)
-    assert again.steps == 4, "a run that has stopped early is not gone on with"
+    assert again.steps == 4, "a run that has stopped early is not resumed"
 
 
 def test_the_best_adapter_without_stopping_early(checkpoints, straight, tmp_path, monkeypatch):

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return error.exit_code
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
-        to_stderr("vlm-lora: stopped. What was written is kept; the same command begins again, or goes on from it.")
+        to_stderr("vlm-lora: stopped. What was written is kept; run the same command again (train: with --resume).")
         return 130
     except BrokenPipeError:  # the reader of stdout has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

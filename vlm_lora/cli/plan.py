@@ -147,6 +147,6 @@ def _disk(plan: "Estimate", config: TrainConfig) -> Iterator[str]:
         yield f"            {room} (--cache-gb {config.cache_gb:g}, free disk); of the rest, {in_memory}"
     if plan.cached:
         yield (
-            f"            {plan.cached:,} images are in the cache: those of this run spare it the tower "
-            "(only the base's weights tell which they are)"
+            f"            {plan.cached:,} images are in the cache already; those of this run need no vision tower "
+            "(which of them are of this run is known only once the weights are loaded)"
         )
