@@ -35,8 +35,7 @@ from vlm_lora.inference.metrics.intervals import Bootstrap, Gain, Interval
 from vlm_lora.inference.metrics.structured import field_scores, fields_of
 from vlm_lora.inference.metrics.tokens import TOKENIZER_ID, Level, level_for
 from vlm_lora.inference.scores import (
-    ANSWER_METRICS,
-    CAPTION_METRICS,
+    EVERYWHERE,
     FEW_IMAGES,
     METRICS,
     MODELS,
@@ -604,7 +603,7 @@ def _values(answered: Sequence[Answered], level: Level) -> dict[str, dict[str, l
             places = [i for i in of_task if answered[i].has(who)]
             answers = [answered[i].answer(who) for i in places]
             targets = [answered[i] for i in places]
-            for key in dict.fromkeys((*ANSWER_METRICS, *CAPTION_METRICS, *TASKS[task].metrics)) if places else ():
+            for key in dict.fromkeys((*EVERYWHERE, *TASKS[task].metrics)) if places else ():
                 if score := METRICS[key].per_answer:
                     line = of.setdefault(key, [math.nan] * len(answered))
                     for i, value in zip(places, score(answers, targets, level), strict=True):
@@ -625,8 +624,7 @@ def _score(
     models: dict[str, ModelScores] = {}
     intervals: dict[str, dict[str, Interval]] = {}
     bleu: dict[str, list[captions.BleuStats]] = {}
-    everywhere = {key for key in METRICS if key in ANSWER_METRICS or key in CAPTION_METRICS}
-    asked = {who: {k: v for k, v in of.items() if k in everywhere} for who, of in values.items() if who in MODELS}
+    asked = {who: {k: v for k, v in of.items() if k in EVERYWHERE} for who, of in values.items() if who in MODELS}
     for who, of_metric in asked.items():
         answers = [row.answer(who) for row in answered]
         bleu[who] = [captions.bleu_stats(row.answer(who), row.references, level=level) for row in answered]
