@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from html import escape
 from itertools import zip_longest
 from pathlib import Path
 from string import ascii_uppercase
@@ -21,6 +22,7 @@ from PIL import Image
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT
 from vlm_lora.data.example import BBOX, REF, Dialogue, Example, ImageRef
 from vlm_lora.data.images import image_size, load_image
+from vlm_lora.data.readers import Dataset
 from vlm_lora.errors import ConfigError, DataError
 from vlm_lora.inference.caption import Decoding
 from vlm_lora.inference.captioner import Request
@@ -50,7 +52,7 @@ from vlm_lora.inference.scores import (
 )
 from vlm_lora.inference.tasks import ANSWERS, BOXES, task_of
 from vlm_lora.inference.team import ALONE, Team
-from vlm_lora.inference.verdict import summary
+from vlm_lora.inference.verdict import part_tables, score_table, summary
 from vlm_lora.model.boxes import Frame
 
 ROWS_AT_ONCE = 96
@@ -152,7 +154,7 @@ class Changes:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Evaluation:
     """What was answered, and the scores."""
 
@@ -161,6 +163,15 @@ class Evaluation:
     values: dict[str, dict[str, list[float]]]
     """For each of `WHO` and each metric that has one: the score of each answer of ``answered``. It is that among the
     answers of the same task, and no number where there is no answer, or the metric is none of its task."""
+
+    def __repr__(self) -> str:
+        return f"<Evaluation of {self.scores.answers:,} answers. {' '.join(summary(self.scores))}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the verdict, and the tables of the report."""
+        tables = [table for of in self.scores.tasks.values() for table in (score_table(of), *part_tables(of))]
+        said = "".join(f"<p>{escape(sentence)}</p>" for sentence in summary(self.scores))
+        return said + "".join(table.to_html() for table in tables)
 
     def write(self, folder: Path) -> None:
         """``predictions.jsonl`` and ``scores.json``."""
@@ -275,7 +286,7 @@ class Evaluation:
 
 def evaluate(  # arguments: what is asked, of whom, and who hears of it
     speaker: Speaker,
-    examples: Sequence[Example],
+    examples: Sequence[Example] | Dataset,
     *,
     blanked: bool = False,
     swapped: bool = False,
@@ -298,6 +309,7 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
     An example with an image that cannot be used is left out, and named in the scores.
 
     Args:
+        examples: what to ask about; of a `Dataset` its test part, else its val part, else all of it.
         blanked: also answer with the tuned model and a plain grey image in each image's place: what the answer owes to
             the picture is the difference.
         swapped: the same, and with another example's image there: how many answers stay the same.
@@ -309,10 +321,9 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
         progress: called with the number of passes over a question done and their total.
         team: the processes that share the questions; each gives the same evaluation, to the bit that of one.
     """
+    examples = examples.part("test", "val").examples if isinstance(examples, Dataset) else examples
     if not examples:
-        raise ConfigError(
-            "There are no held-out examples to evaluate on. Give some with --val or a higher --val-split."
-        )
+        raise ConfigError("There are no held-out examples. Give some with --val or a higher --val-split.")
     with_adapter = ["tuned", "blanked"] if blanked or swapped else ["tuned"]
     passes = ["base", *(with_adapter if speaker.tuned else [])]
     questions = [_questions(example, prompt, speaker) for example in examples]
