@@ -109,6 +109,12 @@ def test_a_column_to_ignore_is_as_if_it_were_not_there(read):
     assert len(read(*rows, ignore_columns=["videos"]).bad) == 2
 
 
+@pytest.mark.parametrize(("number", "end"), [(12, "'c12' in 1)"), (13, "'c12' in 1 and 1 more)")])
+def test_of_many_unused_columns_twelve_are_named(number, end, read):
+    dataset = read(ASKED | {f"c{i:02}": 1 for i in range(1, number + 1)})
+    assert dataset.taken_for.endswith(end)
+
+
 def test_other_columns_are_named_once_with_counts(read, capsys, pictures):
     rows = [ASKED | {"id": 1, "license": "CC"}, ASKED | {"id": 2}, chat({"content": "a", "name": "Ann"}, "b")]
     dataset = read(*rows)
