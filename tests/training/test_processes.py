@@ -162,7 +162,7 @@ def test_a_step_without_an_image_gives_the_projector_no_gradient(forks, command,
     ("family", "more"),
     [
         ("qwen3_vl", []),
-        ("qwen3_5", []),
+        pytest.param("qwen3_5", [], marks=pytest.mark.long),
         pytest.param("qwen3_5", ["--gradient-checkpointing", "--variant", "dora"], marks=pytest.mark.long),
     ],
 )

@@ -182,17 +182,17 @@ def test_an_adapter_that_does_not_fit_is_refused(checkpoints, adapter_folder, da
 
 
 @pytest.mark.parametrize(
-    ("family", "changes"),
+    ("family", "changes", "stops"),
     [
-        ("qwen2_vl", {}),
-        ("qwen2_vl", {"micro_batch_tokens": 60, "cache": False}),
-        ("qwen3_5", {"micro_batch_tokens": 60, "gradient_checkpointing": True}),
+        ("qwen2_vl", {}, range(1, 9)),
+        ("qwen2_vl", {"micro_batch_tokens": 60, "cache": False}, (2, 5)),
+        ("qwen3_5", {"micro_batch_tokens": 60, "gradient_checkpointing": True}, (3,)),
     ],
     ids=["plain", "accumulated", "recurrent"],
 )
-def test_resuming_is_bitwise_exact(checkpoints, photo_folder, tmp_path, monkeypatch, family, changes):
+def test_resuming_is_bitwise_exact(checkpoints, photo_folder, tmp_path, monkeypatch, family, changes, stops):
+    """Stopped after these steps in turn, and each time resumed: the adapter is that of the run never stopped."""
     changes = changes | {"model": str(checkpoints[family])}
-    """Stopped after every step in turn, and each time resumed: the adapter is that of the run never stopped."""
     passes, real = [], one_step.loss_sum
     with monkeypatch.context() as patch:
         patch.setattr(one_step, "loss_sum", lambda *args: passes.append(1) or real(*args))
@@ -203,9 +203,9 @@ def test_resuming_is_bitwise_exact(checkpoints, photo_folder, tmp_path, monkeypa
     )
 
     settings = config(checkpoints, photo_folder, tmp_path / "stopped", save_every=1, val_split=0, **changes)
-    for stop in range(1, straight.steps):
+    for stop in stops:
         with pytest.raises(KeyboardInterrupt):
-            train(settings, resume=stop > 1, events=_stop_behind(stop))
+            train(settings, resume=stop > stops[0], events=_stop_behind(stop))
     shutil.rmtree(tmp_path / "straight/checkpoints")
     resumed = train(settings, resume=True)
     assert_same(adapter_of(resumed.folder), adapter_of(straight.folder))
