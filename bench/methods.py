@@ -154,7 +154,7 @@ def memory(result: run.TrainedAdapter, config: TrainConfig) -> dict:
         lessons.append(Lesson.of(some, encoder.sizes(some.dialogues, grids)))
     weights = kept(backbone.model)
     optimizer = torch.optim.AdamW([p for _, p in adapter.named_parameters()], lr=0.0, fused=True)
-    max_tokens = config.on(backbone.device.type).tokens_at_once
+    max_tokens = config.on(backbone.device.type).micro_batch_tokens or 4096
     loader = Loader(backbone, result.features, result.processes)
     backbone.model.train()
     with Alive(but=weights) as alive:

@@ -248,8 +248,8 @@ class TrainConfig:
     )  # fmt: skip
 
     micro_batch_tokens: int | None = knob(
-        None, "tokens, padding included, in one forward and backward pass; by default 4096 on a GPU, 1024 on a CPU",
-        "memory", bounds=COUNT,
+        None, "tokens, padding included, in one forward and backward pass; by default 1024 on a CPU, and on a GPU as "
+        "many as fit its memory and pay", "memory", bounds=COUNT,
     )  # fmt: skip
     gradient_checkpointing: bool = knob(
         False, "recompute the language layers in the backward pass: less memory, more time, equal result",
@@ -332,15 +332,17 @@ class TrainConfig:
             raise ConfigError(f"--min-pixels {self.min_pixels} is above --max-pixels {self.max_pixels}.")
 
     def on(self, device: str) -> "TrainConfig":
-        """The same run with what is decided by the type of its device, "cuda" or "cpu".
+        """The same run with what is decided by the type of its device, "cuda", "mps" or "cpu".
 
-        On a CPU small micro-batches are faster: memory for larger ones comes from the system anew each time.
+        On a CPU small micro-batches are faster: memory for larger ones comes from the system anew each time. Those of a
+        GPU follow from its memory and the data (training/fitting.py).
         """
-        return self.replace(micro_batch_tokens=self.micro_batch_tokens or (1024 if device == "cpu" else 4096))
+        usual = {"cpu": 1024, "mps": 4096}.get(device)
+        return self.replace(micro_batch_tokens=self.micro_batch_tokens or usual)
 
     @property
     def tokens_at_once(self) -> int:
-        """``micro_batch_tokens`` of a config that `on` has made."""
+        """``micro_batch_tokens``, where they are decided."""
         assert self.micro_batch_tokens is not None
         return self.micro_batch_tokens
 

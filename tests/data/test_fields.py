@@ -277,6 +277,11 @@ def test_prompt_and_completion_of_trl_learn_the_completion(read):
 
 PLACES = {
     "between words": (chat("Compare <image> with <image>.", "b", images=["a.png", "b.png"]), [(8, 14)]),
+    "between a question's words": (
+        {"images": ["a.png", "b.png"], "question": "<image>Compare with <image>.", "answer": "b"},
+        [(0, 13)],
+    ),
+    "before a question": ({"image": "a.png", "question": "<image>\nWhat?", "answer": "b"}, [()]),
     "in parts": (
         chat([{"type": "text", "text": "What is "}, {"type": "image", "image": "a.png"}, "?"], "b", images=[]),
         [(8,)],

@@ -117,13 +117,7 @@ def _memory(plan: "Estimate") -> Iterator[str]:
     cost, gb = plan.cost, 1e9
     device = f"{plan.device_memory / gb:,.1f} GB"
     yield f"memory:     {cost.memory / gb:,.2f} GB of {device}, besides what torch itself takes:"
-    rows = {
-        "base weights": cost.weights,
-        "adapter, its gradients, optimizer": cost.trained,
-        "kept for the backward pass": cost.activations - cost.passing,
-        "beside it at the peak (logits, or a layer)": cost.passing,
-    }
-    for name, size_ in rows.items():
+    for name, size_ in cost.memory_by_part.items():
         yield f"            {name:<44}{size_ / gb:>9,.2f} GB"
     shape = cost.largest
     yield f"            in a micro-batch of {shape.rows} rows of {shape.width:,} tokens, the largest"

@@ -101,9 +101,13 @@ class TrainReport(Events):
         say(f"{work / 1e12:,.3g} TFLOP were planned, and took {duration(taken)}: {rate:,.3g} TFLOP/s a device.")
         if seconds is not None:
             say(f"{duration(seconds)} were predicted from steps 2 and 3, with nothing for saving.")
+        parts = ", ".join(f"{name} {size(part)}" for name, part in predicted.memory_by_part.items())
+        planned = f"{size(predicted.memory)} were planned: {parts}"
         if measured.memory_bytes is not None:
-            peak, planned = measured.memory_bytes / 1e9, predicted.memory / 1e9
-            say(f"Memory at its highest: {peak:,.1f} GB; {planned:,.1f} GB were planned.")
+            reserved = f", {size(measured.reserved_bytes)} reserved" if measured.reserved_bytes else ""
+            say(f"Memory at its highest: {size(measured.memory_bytes)} used{reserved} by torch; {planned}.")
+        elif measured.process_bytes is not None:
+            say(f"Memory at its highest: {size(measured.process_bytes)}, of the whole process; {planned}.")
 
     def comparison(self, done, total) -> None:
         self.progress.count("Comparing base and tuned:", done, total)

@@ -180,6 +180,8 @@ def _check_identity(path: Path, before: dict, now: dict, allow_change: Collectio
     """What has changed, by the names that ``allow_change`` knows; an error if that holds not all of them, or if the
     tensors no longer fit."""
     before = {"pictures_fingerprint": now.get("pictures_fingerprint")} | before  # older checkpoints do not have it
+    if now.get("micro_batch_tokens") is None:  # decided by the GPU: the run keeps what it was decided by then
+        before = {**before, "micro_batch_tokens": None}
     changed = {key.removesuffix("_fingerprint"): key for key in now if before.get(key) != now[key]}
     known = {key.removesuffix("_fingerprint") for key in now}
     if unknown := sorted(set(allow_change) - known):
