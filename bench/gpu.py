@@ -50,20 +50,21 @@ import torch
 import transformers
 from PIL import Image
 
-from vlm_lora import Captioner, Dialogue, Turn, __version__
+from vlm_lora import Captioner, Dialogue, Example, Turn, __version__
 from vlm_lora.config import DEFAULT_PROMPT, TrainConfig
 from vlm_lora.console import say
 from vlm_lora.inference.captioner import Decoding
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import Backbone, load_backbone
 from vlm_lora.model.device import best_device
-from vlm_lora.model.encode import Encoder
+from vlm_lora.model.encode import Encoder, Sizes
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.model.folder import tiny_path
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded, pack_apart
-from vlm_lora.training.batches import MicroBatch, micro_batches
+from vlm_lora.training.batches import MicroBatch, micro_batches, split_long
 from vlm_lora.training.cost import TRAINED, CostModel, micro_shape
 from vlm_lora.training.devices import DEVICES
+from vlm_lora.training.lessons import Lesson
 from vlm_lora.training.step import loss_sum
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -185,9 +186,11 @@ class Work:
         self.features = [self._see(i).cpu() for i in range(images)]  # where training keeps them too
         encoder = Encoder(backbone)
         self.items: list[Encoded] = []
+        self.sizes: list[Sizes] = []
         for (_, grid), texts in zip(self.patches, said, strict=True):
             dialogues = tuple(Dialogue((Turn(DEFAULT_PROMPT, text),)) for text in texts)
             self.items.append(encoder.encode(dialogues, grid))
+            self.sizes.append(encoder.sizes(dialogues, grid))
         self.compiled = False
         self.num_answers = images * captions
         self.num_labels = sum(int((b.labels != IGNORE_INDEX).sum()) for item in self.items for b in item.branches)
@@ -199,8 +202,14 @@ class Work:
 
     def groups(self, shared: bool) -> tuple[list[tuple[int, Encoded]], list[list[int]]]:
         """The step's rows (image, tokens), and the indices of those in each micro-batch."""
-        rows = self.rows(shared)
-        return rows, micro_batches([item for _, item in rows], self.max_tokens)
+        lessons = self.lessons(shared)
+        groups = micro_batches(lessons, self.max_tokens)
+        return self.rows(shared), [[lessons.index(row) for row in group] for group in groups]
+
+    def lessons(self, shared: bool) -> list[Lesson]:
+        """The same rows, of which only the lengths are known."""
+        whole = [Lesson.of(Example(str(i), (), (), ""), sizes) for i, sizes in enumerate(self.sizes)]
+        return whole if shared else [row for lesson in whole for row in split_long(lesson, 0)]
 
     @contextmanager
     def compiled_layers(self) -> Iterator[None]:
@@ -218,9 +227,9 @@ class Work:
         """Of the step with every technique, as `vlm-lora plan` counts them."""
         config = TrainConfig(data="", model=model, method="qlora" if base == "nf4" else "lora", rank=RANK)
         cost = CostModel(config, self.backbone.dtype, self.backbone.device.type)
-        rows, groups = self.groups(shared=True)
+        lessons, (rows, groups) = self.lessons(shared=True), self.groups(shared=True)
         shapes = [
-            micro_shape([rows[i][1] for i in group], tuple(len(self.features[rows[i][0]]) for i in group))
+            micro_shape([lessons[i] for i in group], tuple(len(self.features[rows[i][0]]) for i in group))
             for group in groups
         ]
         return cost.weight_bytes() + TRAINED * cost.trained_numbers() + max(map(cost.activation_bytes, shapes))

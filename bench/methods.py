@@ -22,6 +22,7 @@ import platform
 import time
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,8 +39,9 @@ from vlm_lora.model.adapters.base import Adapter, new_contract
 from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.encode import Encoder
 from vlm_lora.training import run
-from vlm_lora.training.batches import EncodedExample, Loader
+from vlm_lora.training.batches import Loader
 from vlm_lora.training.events import Events
+from vlm_lora.training.lessons import Lesson
 from vlm_lora.training.run import train_adapter
 from vlm_lora.training.step import loss_sum
 from vlm_lora.training.techniques import Techniques
@@ -148,7 +150,8 @@ def memory(result: run.TrainedAdapter, config: TrainConfig) -> dict:
     lessons = []
     for example in result.train_examples[: config.batch_size // 8]:
         grids = torch.stack([entry.grid_thw for entry in result.features.get(example.images)])
-        lessons.append(EncodedExample(example, encoder.encode(example.dialogues[:8], grids)))
+        some = replace(example, dialogues=example.dialogues[:8])
+        lessons.append(Lesson.of(some, encoder.sizes(some.dialogues, grids)))
     weights = kept(backbone.model)
     optimizer = torch.optim.AdamW([p for _, p in adapter.named_parameters()], lr=0.0, fused=True)
     max_tokens = config.on(backbone.device.type).micro_batch_tokens or 4096

@@ -27,6 +27,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 from bench.origin import origin
 from bench.speed import cpu_name, parity, peer_job, run_once
 from bench.work import ending_with_its_turn
@@ -51,11 +53,11 @@ ORDERS = ("shared", "shuffled")
 class Shuffled(Schedule):
     """The answers of all images in a random order, each by itself in the step of its place."""
 
-    def _line(self, epoch: int) -> list[tuple[int, int, int]]:
+    def _line(self, epoch: int) -> np.ndarray:
         if epoch not in self._lines:
-            answers = [(example, dialogue) for example, dialogue, _ in super()._line(epoch)]
+            answers = super()._line(epoch)[:, :2].tolist()
             random.Random(f"{self.seed}/{epoch}/shuffled").shuffle(answers)
-            self._lines[epoch] = [(*answer, place) for place, answer in enumerate(answers)]
+            self._lines[epoch] = np.array([(*answer, place) for place, answer in enumerate(answers)])
         return self._lines[epoch]
 
 

@@ -247,8 +247,8 @@ def predicted(job: dict) -> dict[str, float]:
     from vlm_lora import TrainConfig, read_dataset
     from vlm_lora.model.encode import Encoder
     from vlm_lora.model.preprocess import load_preprocessor
-    from vlm_lora.training.batches import EncodedExample
     from vlm_lora.training.cost import CostModel, micro_shapes
+    from vlm_lora.training.lessons import Lesson
     from vlm_lora.training.schedule import Schedule
 
     base = load_preprocessor(job["model"])
@@ -262,12 +262,12 @@ def predicted(job: dict) -> dict[str, float]:
 
     def steps(examples, micro_batch_tokens):
         """The micro-batches of an epoch."""
-        encoded = [EncodedExample(e, encoder.encode(e.dialogues, grid)) for e in examples]
+        lessons = [Lesson.of(e, encoder.sizes(e.dialogues, grid)) for e in examples]
         patches = {image: side * side for e in examples for image in e.images}
         schedule = Schedule.of(config.replace(epochs=1.0), [len(e.dialogues) for e in examples])
         shapes = []
         for step in range(schedule.num_steps):
-            chosen = [encoded[i].with_branches(dialogues) for i, dialogues in schedule.step(step)]
+            chosen = [lessons[i].with_branches(dialogues) for i, dialogues in schedule.step(step)]
             (own,) = micro_shapes(chosen, patches, micro_batch_tokens)
             shapes += own
         return shapes

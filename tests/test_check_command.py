@@ -63,7 +63,7 @@ def test_tokens_are_those_of_training_without_the_tower(photo_folder, capsys):
         grids = torch.stack([entry.grid_thw for entry in features.get(example.images)])
         encoded = encoder.encode(example.dialogues, grids)
         packed += len(encoded.prefix_ids) + sum(len(branch.input_ids) for branch in encoded.branches)
-        longest = max(longest, encoded.longest_sequence)
+        longest = max(longest, *(len(encoded.prefix_ids) + len(branch.input_ids) for branch in encoded.branches))
     assert (facts["packed"], facts["longest"]) == (packed, longest)
     assert sum(facts["histogram"].values()) == 12
     learnt = [part["text"] for part in facts["sample"] if part["learnt"]]

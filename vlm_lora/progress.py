@@ -33,6 +33,9 @@ class TrainReport(Events):
         for part in adapter.parts():
             say(f"  {part.name:<22}{part.modules:>14,}{part.trained:>14,}{part.frozen:>16,}")
 
+    def looks(self, done, total) -> None:
+        self.progress.count("Images looked at:", done, total)
+
     def tokens(self, done, total) -> None:
         self.progress.count("Examples in tokens:", done, total)
 

@@ -251,13 +251,13 @@ def test_a_long_talk_is_left_out_as_a_whole_where_its_answers_are_learnt_apart(c
     talk = Dialogue((Turn("What is it?", "A cat."), Turn("And now?", "A dog. " * 30)), line=7)
     short = Dialogue((Turn("Colour?", "red"), Turn("Sure?", "yes")), line=8)
     example = Example("x", (), (talk, short, talk), "x:7")
-    fitting, bad = encoder.encode_fitting(example, GRID, 90)
+    fitting, sizes, bad = encoder.fitting(example, GRID, 90)
     assert fitting is not None
     assert [row.line for row in bad] == [7, 7]
-    assert fitting.example.dialogues == (short,)
-    assert len(fitting.encoded.branches) == 2
-    whole, bad = encoder.encode_fitting(example, GRID, 900)
-    assert (bad, len(whole.encoded.branches)) == ([], 6)
+    assert fitting.dialogues == (short,)
+    assert len(sizes.branches) == 2
+    whole, sizes, bad = encoder.fitting(example, GRID, 900)
+    assert (bad, len(sizes.branches), whole) == ([], 6, example)
 
 
 def test_tokenizer_and_config_of_different_checkpoints_are_refused(checkpoints, tmp_path):

@@ -19,10 +19,11 @@ from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache
-from vlm_lora.model.packing import pack, pack_apart, padded_tokens
+from vlm_lora.model.packing import Encoded, pack, pack_apart
 from vlm_lora.training import step
-from vlm_lora.training.batches import EncodedExample, Loader, MicroBatch
+from vlm_lora.training.batches import Loader, MicroBatch, padded
 from vlm_lora.training.checkpoint import Progress
+from vlm_lora.training.lessons import Lesson
 from vlm_lora.training.step import loss_sum
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
@@ -179,14 +180,19 @@ def picture_of(image: ImageRef):
     return load_image(image)
 
 
-def lessons_of(backbone, features, examples) -> list[EncodedExample]:
+def lessons_of(backbone, features, examples) -> list[Lesson]:
     encoder = Encoder(backbone)
-    lessons = []
-    for example in examples:
-        grids = [entry.grid_thw for entry in features.get(example.images)]
-        grid = torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
-        lessons.append(EncodedExample(example, encoder.encode(example.dialogues, grid)))
-    return lessons
+    return [Lesson.of(e, encoder.sizes(e.dialogues, grids_of(features, e))) for e in examples]
+
+
+def encoded_of(backbone, features, examples) -> list[Encoded]:
+    encoder = Encoder(backbone)
+    return [encoder.encode(e.dialogues, grids_of(features, e)) for e in examples]
+
+
+def grids_of(features, example: Example) -> torch.Tensor:
+    grids = [entry.grid_thw for entry in features.get(example.images)]
+    return torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
 
 
 def make_batches(backbone, features, lessons, max_tokens: int) -> list[MicroBatch]:
@@ -373,7 +379,7 @@ def test_a_step_equals_naive_however_it_is_cut_up(checkpoints, examples, family,
         loss, found = learnt(backbone, adapter, examples, max_tokens)
         torch.testing.assert_close(loss.double(), reference.detach(), rtol=1e-6, atol=0)  # the sum is float32
         assert_equal(found, expected, FP64[family])
-    monkeypatch.setattr(step, "count_labels", lambda lessons: sum(each.encoded.num_tokens for each in lessons))
+    monkeypatch.setattr(step, "count_labels", lambda lessons: sum(each.num_tokens for each in lessons))
     assert off_by(learnt(backbone, adapter, examples, 90)[1], expected) > 1e-3
     monkeypatch.undo()
     of_rows = step.loss_sum
@@ -468,8 +474,8 @@ def test_what_goes_to_a_gpu_is_pinned(checkpoints, examples, monkeypatch):
 def _one_row(backbone, examples, fault: str | None = None) -> torch.Tensor:
     """The loss with all examples in one row, under a mask of all tokens by all tokens."""
     features = FeatureCache(backbone, None)
-    lessons = lessons_of(backbone, features, examples)
-    packed = pack([[lesson.encoded for lesson in lessons]], backbone.pad_token_id)
+    lessons, encoded = lessons_of(backbone, features, examples), encoded_of(backbone, features, examples)
+    packed = pack([encoded], backbone.pad_token_id)
     length = packed.input_ids.shape[1]
     if fault == "mask":
         packed = replace(packed, attention_mask=torch.ones(1, 1, length, length, dtype=torch.bool).tril())
@@ -493,8 +499,8 @@ def _as_batch(packed, features, lessons) -> MicroBatch:
 def _rows_apart(backbone, examples, fault: str | None = None) -> torch.Tensor:
     """The loss with a row for each example, prefixes and branches in regions of their own."""
     features = FeatureCache(backbone, None)
-    lessons = lessons_of(backbone, features, examples)
-    packed = pack_apart([lesson.encoded for lesson in lessons], backbone.pad_token_id)
+    lessons, encoded = lessons_of(backbone, features, examples), encoded_of(backbone, features, examples)
+    packed = pack_apart(encoded, backbone.pad_token_id)
     mask = packed.attention_mask.clone()
     start = packed.input_ids.shape[1] - mask.shape[2]
     if fault == "padding":  # branches see what fills up the shorter prefixes
@@ -518,12 +524,13 @@ def test_rows_with_branches_apart_equal_naive(checkpoints, examples, family):
 
 def test_branches_apart_need_no_mask_of_all_tokens(checkpoints, examples):
     backbone, _ = load(checkpoints, "qwen2_vl")
-    encoded = [lesson.encoded for lesson in lessons_of(backbone, FeatureCache(backbone, None), examples)]
+    lessons = lessons_of(backbone, features := FeatureCache(backbone, None), examples)
+    encoded = encoded_of(backbone, features, examples)
     packed = pack_apart(encoded, backbone.pad_token_id)
     prefixes = [len(e.prefix_ids) for e in encoded]
     widest = max(e.num_tokens - prefix for e, prefix in zip(encoded, prefixes, strict=True))
     assert packed.attention_mask.shape == (len(encoded), 1, widest, max(prefixes) + widest)
-    assert padded_tokens(encoded) == packed.input_ids.numel()
+    assert padded(lessons) == packed.input_ids.numel()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -548,10 +555,11 @@ def test_loss_of_one_answer_is_transformers_own(checkpoints, examples, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_positions_are_the_models_own(checkpoints, examples, family):
     backbone, _ = load(checkpoints, family)
-    for lesson in lessons_of(backbone, FeatureCache(backbone, None), examples[:5]):
-        ids = lesson.encoded.prefix_ids[None]
-        grids = torch.stack([e.grid_thw for e in FeatureCache(backbone, None).get(lesson.example.images)])
+    features = FeatureCache(backbone, None)
+    for example, encoded in zip(examples, encoded_of(backbone, features, examples[:5]), strict=False):
+        ids = encoded.prefix_ids[None]
+        grids = torch.stack([e.grid_thw for e in FeatureCache(backbone, None).get(example.images)])
         theirs, _ = backbone.model.model.get_rope_index(
             ids, mm_token_type_ids=(ids == backbone.image_token_id).int(), image_grid_thw=grids
         )
-        assert torch.equal(lesson.encoded.prefix_positions, theirs[:, 0])
+        assert torch.equal(encoded.prefix_positions, theirs[:, 0])

@@ -15,13 +15,12 @@ from vlm_lora.cli import main
 from vlm_lora.config import TrainConfig
 from vlm_lora.console import StopSignals, size
 from vlm_lora.data.example import Example
-from vlm_lora.model.encode import EncodedExample
-from vlm_lora.model.packing import Branch, Encoded
 from vlm_lora.progress import TrainReport
 from vlm_lora.training import fitting, loop, run
 from vlm_lora.training.cost import TRAINED, CostModel
 from vlm_lora.training.devices import DEVICES, RESERVED, Device, device_named
 from vlm_lora.training.fitting import FILLED, fitting_tokens
+from vlm_lora.training.lessons import BranchSize, Lesson, Lessons
 from vlm_lora.training.run import train_adapter as train
 from vlm_lora.training.schedule import Schedule
 
@@ -29,12 +28,10 @@ FAST, SLOW = Device(1e18, 1e18, 1e15, 1e15), Device(1e9, 1e9, 1e15, 1e15)
 """Of endless memory, the one with a rate that the host cannot follow, the other with one that has it wait."""
 
 
-def texts(lengths) -> list[EncodedExample]:
+def texts(lengths) -> Lessons:
     """Examples of one answer without images, of so many tokens each."""
-    ids = [torch.zeros(length - 10, dtype=torch.long) for length in lengths]
-    branch = Branch(torch.zeros(10, dtype=torch.long), torch.tensor([-100] * 5 + [0] * 5))
     example = Example(id="x", images=(), dialogues=(), source="x.jsonl")
-    return [EncodedExample(example, Encoded(some, torch.arange(len(some)).expand(3, -1), (branch,))) for some in ids]
+    return Lessons.of(Lesson(example, length - 10, 0, (BranchSize(0, 10, 5, 0),)) for length in lengths)
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from vlm_lora.cli import main
 from vlm_lora.errors import ConfigError, Stopped
 from vlm_lora.inference.losses import read_losses
 from vlm_lora.inference.report import _loss_plot
-from vlm_lora.model.packing import Branch, Encoded
 from vlm_lora.model.store import Store
 from vlm_lora.progress import TrainReport
 from vlm_lora.training import checkpoint, loop, step
 from vlm_lora.training.held_out import FORWARD, LEAST, SHARE, HeldOut
+from vlm_lora.training.lessons import BranchSize, Lesson, Lessons
 from vlm_lora.training.run import train_adapter as train
 
 MANY = {"val_split": 2 / 3, "max_steps": 20, "epochs": 9, "save_every": 10, "batch_size": 10, "lr": 1e-3}
@@ -189,20 +189,16 @@ def test_a_run_of_an_earlier_release_scores_all_as_before_and_says_so(checkpoint
     assert not [line for line in log_of(resumed.folder) if "held_out_loss_of_all" in line]
 
 
-def of_tokens(lengths, names=None) -> list:
-    """Encoded examples of so many tokens."""
-    import torch
-
+def of_tokens(lengths, names=None):
+    """Lessons of so many tokens."""
     from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
-    from vlm_lora.model.encode import EncodedExample
 
     made = []
     for i, length in enumerate(lengths):
         name = names[i] if names else f"{i}.png"
         example = Example(name, (ImageRef(path=name, name=name),), (Dialogue((Turn("a", "b"),)),), name)
-        branch = Branch(torch.zeros(2, dtype=torch.long), torch.full((2,), -100))
-        made.append(EncodedExample(example, Encoded(torch.zeros(length - 2), torch.zeros(3, length - 2), (branch,))))
-    return made
+        made.append(Lesson(example, length - 2, 1, (BranchSize(0, 2, 0, 0),)))
+    return Lessons.of(made)
 
 
 def hash_of(image) -> str:
@@ -239,16 +235,16 @@ def test_the_sample_is_of_seed_and_bytes_alone_and_nested():
     assert held_out_of(held_out, val_images=3).size == 3
     assert held_out_of(held_out, val_images=10**6).size == 500
     assert held_out_of(held_out, steps=200).size == 500, "the only checkpoint is at the end"
-    assert held_out_of([]).size == 0
+    assert held_out_of(held_out[:0]).size == 0
 
 
 def test_one_without_images_is_ranked_by_its_texts():
     held_out = of_tokens([50] * 40)
     bare = [replace(each, example=replace(each.example, images=())) for each in held_out]
-    other = [
+    other = Lessons.of(
         replace(e, example=replace(e.example, dialogues=e.example.dialogues * (i + 1))) for i, e in enumerate(bare)
-    ]
-    assert held_out_of(other).order != list(range(40))
+    )
+    assert held_out_of(other).order.tolist() != list(range(40))
     assert [held_out_of(other[::-1]).order[i] for i in range(40)] == [39 - i for i in held_out_of(other).order]
 
 

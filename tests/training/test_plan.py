@@ -29,10 +29,11 @@ from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, store_in
 from vlm_lora.model.shapes import load_shapes
 from vlm_lora.progress import TrainReport
-from vlm_lora.training.batches import EncodedExample, Loader
+from vlm_lora.training.batches import Loader
 from vlm_lora.training.cost import CostModel, _passes, _waited_for, micro_shapes, predict
 from vlm_lora.training.devices import ATTAINED, DEVICES, LAUNCH, SMALLEST, Device, price
 from vlm_lora.training.estimate import estimate_run
+from vlm_lora.training.lessons import Lesson, Lessons
 from vlm_lora.training.prepare import read_data
 from vlm_lora.training.run import train_adapter as train
 from vlm_lora.training.schedule import Schedule
@@ -61,10 +62,9 @@ def prepared(checkpoints, photo_folder, tmp_path, family="qwen2_vl", **changes):
     features = FeatureCache(backbone, None)
     examples = read_data(settings, settings.data).examples
     encoder = Encoder(backbone)
-    lessons = [
-        EncodedExample(e, encoder.encode(e.dialogues, torch.stack([features.prepare(i) for i in e.images])))
-        for e in examples
-    ]
+    lessons = Lessons.of(
+        Lesson.of(e, encoder.sizes(e.dialogues, torch.stack([features.prepare(i) for i in e.images]))) for e in examples
+    )
     patches = {image: features.patches(image) for lesson in lessons for image in lesson.example.images}
     return settings, backbone, adapter, features, lessons, patches
 
@@ -78,7 +78,7 @@ def shape_of(fetched, branches: int = 0) -> MicroShape:
 
 
 def num_branches(lessons) -> int:
-    return sum(len(lesson.encoded.branches) for lesson in lessons)
+    return sum(len(lesson.branches) for lesson in lessons)
 
 
 def off(predicted: float, real: float) -> float:
@@ -541,7 +541,7 @@ def test_images_in_branches_have_room_there_and_are_counted_in_each(checkpoints,
     adapter = attach_adapter(load_backbone(run.model), run)
     encoder, grid = Encoder(adapter.backbone), torch.tensor([[1, 8, 8]])
     example = read_data(run, run.sources).examples[0]
-    lesson = EncodedExample(example, encoder.encode(example.dialogues, grid))
+    lesson = Lesson.of(example, encoder.sizes(example.dialogues, grid))
     ((shape,),) = micro_shapes([lesson], {example.images[0]: 64}, 10_000)
     assert shape.patches == (64, 64)
     assert shape.prefix < 16

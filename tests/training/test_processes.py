@@ -22,7 +22,6 @@ from tests.conftest import ROOT, picture
 from tests.forks import Forks, fewer_rows
 from vlm_lora.config import TrainConfig
 from vlm_lora.errors import ConfigError, TrainingError
-from vlm_lora.model.packing import IGNORE_INDEX, Branch, Encoded
 from vlm_lora.training.batches import deal
 from vlm_lora.training.cost import CostModel
 from vlm_lora.training.processes import Processes, require_possible
@@ -45,7 +44,7 @@ loop.TrainingLoop.run = telling
 accumulate = loop.accumulate_gradients
 def telling_what(loader, examples, fetched, *given):
     if fetched is not None:  # else it is the largest step, tried out before the first
-        sources = [(each.example.place, len(each.encoded.branches)) for each in examples]
+        sources = [(each.example.place, len(each.branches)) for each in examples]
         labels = sorted(int(row[row >= 0].sum()) for batch in fetched for row in batch.packed.labels)
         print("LEARNT", json.dumps([sources, labels]), file=sys.stderr)
     return accumulate(loader, examples, fetched, *given)
@@ -367,16 +366,12 @@ def test_settings_of_accelerate_that_cannot_be_followed_are_refused(settings, me
 
 def test_rows_are_dealt_out_evenly_and_each_once():
     sizes = torch.randint(20, 400, (64,), generator=torch.Generator().manual_seed(0)).tolist()
-    items = [
-        Encoded(torch.zeros(n - 4), torch.zeros(3, n - 4), (Branch(torch.zeros(4), torch.full((4,), IGNORE_INDEX)),))
-        for n in sizes
-    ]
-    shares = deal(items, 5)
+    shares = deal(sizes, 5)
     assert sorted(i for share in shares for i in share) == list(range(64))
     loads = [sum(sizes[i] for i in share) for share in shares]
     assert max(loads) * 5 / sum(loads) < 1.02
-    assert deal(items, 5) == shares
-    assert deal(items[:2], 4).count([]) == 2
+    assert deal(sizes, 5) == shares
+    assert deal(sizes[:2], 4).count([]) == 2
 
 
 RECIPES = (ROOT / "docs/distributed.md").read_text(encoding="utf-8")

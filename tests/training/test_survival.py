@@ -401,7 +401,7 @@ def test_evaluation_disturbs_nothing(checkpoints, straight, tmp_path):
     assert not backbone.model.training
     data = prepare.SplitData([], list(other.held_out), (), "", "", None)
     encoder = Encoder(backbone)
-    held_out = prepare.encode(every, data, encoder, other.features.grid, lambda *_: None).held_out
+    held_out = prepare.count_tokens(every, data, encoder, lambda *_: None).held_out
     again = step.mean_loss(Loader(backbone, other.features, other.processes), held_out, 1024)
     assert losses[-1] == pytest.approx(again, rel=1e-6), "it was computed with dropout"
 

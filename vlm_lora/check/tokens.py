@@ -13,12 +13,9 @@ from vlm_lora.check.dataset import Check
 from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Example, ImageRef
 from vlm_lora.data.readers import BadRow
-from vlm_lora.model.encode import Encoder
+from vlm_lora.model.encode import AT_ONCE, Encoder
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded
 from vlm_lora.model.preprocess import Preprocessor, load_preprocessor
-
-AT_ONCE = 256
-"""Examples whose texts are tokenised together."""
 
 
 def with_tokens(check: Check, config: TrainConfig, progress: Callable[[int, int], None]) -> Check:
@@ -34,14 +31,14 @@ def with_tokens(check: Check, config: TrainConfig, progress: Callable[[int, int]
 def count_tokens(
     base: Preprocessor,
     examples: Sequence[Example],
-    sizes: Mapping[ImageRef, tuple[int, int]],
+    image_sizes: Mapping[ImageRef, tuple[int, int]],
     max_tokens: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, Any], list[Example], list[BadRow]]:
-    """Encode every example as training does.
+    """Count the tokens of every example as training has them.
 
     Args:
-        sizes: width and height of every image, upright.
+        image_sizes: width and height of every image, upright.
 
     Returns:
         For ``--json``, numbers of tokens: a histogram of the longest sequence of each example (its images and one
@@ -55,21 +52,22 @@ def count_tokens(
     for done, example in enumerate(examples, start=1):
         if done % AT_ONCE == 1:
             encoder.tokenize_ahead(examples[done - 1 : done - 1 + AT_ONCE])
-        grids = torch.tensor([base.grid(*sizes[ref]) for ref in example.images], dtype=torch.long).reshape(-1, 3)
+        grids = torch.tensor([base.grid(*image_sizes[ref]) for ref in example.images], dtype=torch.long).reshape(-1, 3)
         images += (grids.prod(-1) // encoder.merge_size**2).tolist()
-        fitting, bad = encoder.encode_fitting(example, grids, max_tokens)
+        fitting, sizes, bad = encoder.fitting(example, grids, max_tokens)
         too_long += bad
         progress(done, len(examples))
         if fitting is None:
             continue
-        example, encoded = fitting.example, fitting.encoded
-        kept.append(example)
-        longest.append(encoded.longest_sequence)
-        prefix, branches = len(encoded.prefix_ids), [len(branch.input_ids) for branch in encoded.branches]
+        kept.append(fitting)
+        longest.append(sizes.longest_sequence)
+        prefix, branches = sizes.prefix, [tokens for tokens, _, _ in sizes.branches]
         sums["packed"] += example.weight * (prefix + sum(branches))
         sums["separate"] += example.weight * (prefix * len(branches) + sum(branches))
-        sums["learnt"] += example.weight * sum(int((b.labels != IGNORE_INDEX).sum()) for b in encoded.branches)
-        sample = sample or [{"text": text, "learnt": learnt} for text, learnt in _rendered(encoder, encoded)]
+        sums["learnt"] += example.weight * sum(labels for _, labels, _ in sizes.branches)
+        if not sample:
+            encoded = encoder.encode(fitting.dialogues, grids)
+            sample = [{"text": text, "learnt": learnt} for text, learnt in _rendered(encoder, encoded)]
     if not longest:
         return {}, kept, too_long
     longest.sort()

@@ -1,4 +1,4 @@
-"""Show the image features kept on disk, or delete them.
+"""Show what is kept on disk of images and data, or delete it.
 
 vlm-lora cache
 vlm-lora cache --limit 10     what was used longest ago goes, until 10 GB are left
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from vlm_lora.data.archives import archives_folder
+    from vlm_lora.data.index import index_folder
     from vlm_lora.model.features import store_in
 
     if options.limit is not None and options.limit < 0:
@@ -35,8 +36,12 @@ def run(options: argparse.Namespace) -> int:
     if archives_folder().is_dir():
         sizes = [path.stat().st_size for path in archives_folder().rglob("*") if path.is_file()]
         print(f"{archives_folder()}: what was unpacked of .zip files, {size(sum(sizes))}")
+    if index_folder().is_dir():
+        sizes = [path.stat().st_size for path in index_folder().iterdir()]
+        print(f"{index_folder()}: what was found out of data, {size(sum(sizes))}")
     if options.clear:
         store.clear()
         shutil.rmtree(archives_folder(), ignore_errors=True)
+        shutil.rmtree(index_folder(), ignore_errors=True)
         print("Cleared.")
     return 0

@@ -1,7 +1,7 @@
 """Train and validation by image, never by row: no picture is on both sides."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -11,12 +11,19 @@ from vlm_lora.data.readers import Dataset, bad_rows
 from vlm_lora.errors import ConfigError, DataError
 
 
-def split_examples(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+def bytes_hash(image: ImageRef) -> str:
+    """Of the image's bytes, hex: what its reader found, or else by reading it."""
+    return image.sha256 or content_hash(image.read_bytes())
+
+
+def split_examples(
+    examples: Sequence[Example], fraction: float, seed: int, hash_of: Callable[[ImageRef], str] = bytes_hash
+) -> tuple[list[Example], list[Example]]:
     """(train, validation), each in the order of `examples`; validation has `fraction` (0..1) of those with images.
 
     Examples that share an image, or a copy of it under another name, stay together. Which go to validation
     follows from the hash of (seed, image bytes) alone: order and names do not matter, and further images only
-    shift the border. Reads each image's bytes once. Raises DataError for fewer than two different images, or
+    shift the border. Asks ``hash_of`` each image once. Raises DataError for fewer than two different images, or
     one that cannot be read; ConfigError for a fraction that is not between 0 and 1.
     """
     if not 0 < fraction < 1:
@@ -34,7 +41,7 @@ def split_examples(examples: Sequence[Example], fraction: float, seed: int) -> t
     for example in pictured:
         for ref in example.images:
             if ref not in hashes:
-                hashes[ref] = ref.sha256 or content_hash(ref.read_bytes())
+                hashes[ref] = hash_of(ref)
         keys.append([hashes[ref] for ref in example.images])
         for key in keys[-1]:
             low, high = sorted((root(key), root(keys[-1][0])))
@@ -60,19 +67,28 @@ def split_examples(examples: Sequence[Example], fraction: float, seed: int) -> t
     return [e for e in examples if id(e) not in held], [e for e in examples if id(e) in held]
 
 
-def without_held_out(dataset: Dataset, held_out: Dataset, held_out_name: str) -> Dataset:
+def without_held_out(
+    dataset: Dataset, held_out: Dataset, held_out_name: str, hash_of: Callable[[ImageRef], str] = bytes_hash
+) -> Dataset:
     """The data set, where each example with an image of `held_out` is bad rows: its score would be worth nothing.
 
-    Images are the same where their bytes are. Reads those alone that have a size in bytes of the other side, once.
+    Images are the same where their bytes are. Asks for the hash of those alone that have a size in bytes of the other
+    side, once.
     """
 
     def images(side: Dataset) -> list[ImageRef]:
         return [ref for example in side.examples for ref in example.images]
 
     sizes = {ref.size for ref in images(held_out)}
-    held = {_hash(ref): ref.name for ref in _of_sizes(images(held_out), {ref.size for ref in images(dataset)})}
+
+    def hashed(ref: ImageRef) -> str:
+        with suppress(DataError):  # where it is decoded, it is reported
+            return hash_of(ref)
+        return ""
+
+    held = {hashed(ref): ref.name for ref in _of_sizes(images(held_out), {ref.size for ref in images(dataset)})}
     held.pop("", None)
-    twins = {ref: held.get(_hash(ref)) for ref in _of_sizes(images(dataset), sizes)} if held else {}
+    twins = {ref: held.get(hashed(ref)) for ref in _of_sizes(images(dataset), sizes)} if held else {}
     kept, bad = [], list(dataset.bad)
     for example in dataset.examples:
         if name := next(filter(None, map(twins.get, example.images)), None):
@@ -85,9 +101,3 @@ def without_held_out(dataset: Dataset, held_out: Dataset, held_out_name: str) ->
 
 def _of_sizes(refs: Sequence[ImageRef], sizes: set[int | None]) -> list[ImageRef]:
     return [ref for ref in dict.fromkeys(refs) if ref.size in sizes or None in sizes or ref.size is None]
-
-
-def _hash(ref: ImageRef) -> str:
-    with suppress(DataError):  # where it is decoded, it is reported
-        return ref.sha256 or content_hash(ref.read_bytes())
-    return ""

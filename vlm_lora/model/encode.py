@@ -5,17 +5,23 @@ and which tokens may be learnt. The prefix is whatever all dialogues begin with:
 where, as with captions, it is the same for all.
 """
 
+import hashlib
 import re
+import sys
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, lru_cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import transformers
 
-from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
+from vlm_lora.data.example import Dialogue, Example, Turn
 from vlm_lora.data.readers import BadRow
 from vlm_lora.errors import ModelError
+from vlm_lora.model import boxes
 from vlm_lora.model.boxes import TOKEN, TOKENS, as_decoded, rendered
 from vlm_lora.model.packing import IGNORE_INDEX, Branch, Encoded, mrope_positions
 from vlm_lora.model.preprocess import Preprocessor
@@ -23,30 +29,22 @@ from vlm_lora.model.preprocess import Preprocessor
 # Stand-ins for users' texts while the template is rendered: private-use characters no template contains.
 USER_TEXT, ANSWER_TEXT, SYSTEM_TEXT = TEXTS = ("\ue000", "\ue001", "\ue002")
 
+AT_ONCE = 256
+"""Examples whose texts are tokenised together where all are to be, by `Encoder.tokenize_ahead`."""
 
-@dataclass(frozen=True, slots=True)
-class EncodedExample:
-    """An example ready to learn from, and its tokens."""
 
-    example: Example
-    encoded: Encoded
+class Sizes(NamedTuple):
+    """How many tokens an `Encoded` has, without them."""
+
+    prefix: int
+    images_in_prefix: int
+    branches: list[tuple[int, int, int]]
+    """Of each its tokens, those of them that carry loss, and its images."""
 
     @property
-    def num_tokens(self) -> int:
-        return self.encoded.num_tokens
-
-    @property
-    def images(self) -> tuple[ImageRef, ...]:
-        """The images in the order of their tokens: those of the prefix, then those of each branch."""
-        images, first = self.example.images, self.encoded.images_in_prefix
-        if first is None:
-            return images
-        return images[:first] + tuple(i for b in self.encoded.branches for i in images[first : first + b.num_images])
-
-    def with_branches(self, dialogues: Sequence[int]) -> "EncodedExample":
-        """The same with these of its dialogues only."""
-        branches = tuple(self.encoded.branches[i] for i in dialogues)
-        return replace(self, encoded=replace(self.encoded, branches=branches))
+    def longest_sequence(self) -> int:
+        """Tokens of the prefix and the longest branch."""
+        return self.prefix + max(tokens for tokens, _, _ in self.branches)
 
 
 class _Conversation(NamedTuple):
@@ -72,7 +70,8 @@ class Encoder:
         self.merge_size = backbone.merge_size
         self._skeleton = lru_cache(maxsize=None)(self._render_skeleton)
         self._ahead: dict[str, tuple[int, ...]] = {}
-        self._text_ids = lru_cache(maxsize=2**16)(self._tokenize_text)  # questions and answers come again and again
+        self._text_ids = lru_cache(maxsize=2**13)(self._tokenize_text)  # questions and answers come again and again
+        self._lock = threading.Lock()  # a tokenizer of two threads at a time says "Already borrowed"
 
     def encode(self, dialogues: Sequence[Dialogue], image_grid_thw: torch.Tensor) -> Encoded:
         """Prefix and one branch a dialogue, or, where `_answers_apart`, one for each of its answers; labels are the
@@ -81,35 +80,54 @@ class Encoder:
         Args:
             image_grid_thw: ``(num_images, 3)``; no rows for an example of text only.
         """
-        conversations = [
-            self._tokens(dialogue, len(image_grid_thw), end) for dialogue in dialogues for end in self._ends(dialogue)
-        ]
-        return self._encode(conversations, image_grid_thw)
+        return self._encode(self._conversations(dialogues, len(image_grid_thw)), image_grid_thw)
 
-    def encode_fitting(
-        self, example: Example, image_grid_thw: torch.Tensor, max_tokens: int
-    ) -> tuple[EncodedExample | None, list[BadRow]]:
-        """The example with those of its dialogues that fit into ``max_tokens``, and the rows of the others.
+    def sizes(self, dialogues: Sequence[Dialogue], image_grid_thw: torch.Tensor) -> Sizes:
+        """Of what `encode` gives for the same, in a third of the time."""
+        conversations = self._conversations(dialogues, len(image_grid_thw))
+        cut, first, counts = self._cut(conversations, image_grid_thw)
+        branches = []
+        for ids, labels, _ in conversations:
+            num_images = ids.count(self.image_token_id) - first
+            tokens = len(ids) - cut - num_images + sum(counts[first : first + num_images])
+            branches.append((tokens, len(labels) - labels.count(IGNORE_INDEX), num_images))
+        return Sizes(self._num_vectors + cut - first + sum(counts[:first]), first, branches)
 
-        None instead of the example where nothing of it fits. ``image_grid_thw`` ``(num_images, 3)``.
+    def fitting(
+        self, example: Example, image_grid_thw: torch.Tensor, max_tokens: int, sizes: Sizes | None = None
+    ) -> tuple[Example | None, Sizes, list[BadRow]]:
+        """The example with those of its dialogues that fit into ``max_tokens``, its sizes, and the rows of the others.
+
+        None instead of the example where nothing of it fits. ``image_grid_thw`` ``(num_images, 3)``; ``sizes`` where
+        those of the whole example are known.
         """
-        encoded = self.encode(example.dialogues, image_grid_thw)
-        if encoded.longest_sequence <= max_tokens:
-            return EncodedExample(example, encoded), []
-        prefix, fit, bad = len(encoded.prefix_ids), [], []
-        lengths = iter([len(branch.input_ids) for branch in encoded.branches])
+        sizes = sizes or self.sizes(example.dialogues, image_grid_thw)
+        if sizes.longest_sequence <= max_tokens:
+            return example, sizes, []
+        fit, bad = [], []
+        lengths = iter([tokens for tokens, _, _ in sizes.branches])
         for dialogue in example.dialogues:
-            if (needed := prefix + max(next(lengths) for _ in self._ends(dialogue))) <= max_tokens:
+            if (needed := sizes.prefix + max(next(lengths) for _ in self._ends(dialogue))) <= max_tokens:
                 fit.append(dialogue)
                 continue
             reason = (
-                f"needs {needed} tokens, {prefix} of them for images and instruction; --max-tokens is {max_tokens}. "
-                f"Shorten its text, lower --max-pixels or raise --max-tokens"
+                f"needs {needed} tokens, {sizes.prefix} of them for images and instruction; --max-tokens is "
+                f"{max_tokens}. Shorten its text, lower --max-pixels or raise --max-tokens"
             )
             bad.append(BadRow(dialogue.source, dialogue.line, reason))
         if not fit:
-            return None, bad
-        return EncodedExample(replace(example, dialogues=tuple(fit)), self.encode(fit, image_grid_thw)), bad
+            return None, sizes, bad
+        return replace(example, dialogues=tuple(fit)), self.sizes(fit, image_grid_thw), bad
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that decides how many tokens a text, or a picture of some size, has."""
+        code = [Path(module.__file__ or "").read_bytes() for module in (sys.modules[__name__], boxes)]
+        image_processor, template = self.processor.image_processor, self.processor.chat_template
+        numbers = self.merge_size, image_processor.patch_size, self.backbone.pixel_limits, self._num_vectors
+        family, vocabulary = self.backbone.family, self.tokenizer.backend_tokenizer.to_str()
+        decide = (code, transformers.__version__, template, numbers, family.template_options, family.boxes, vocabulary)
+        return hashlib.sha256(repr(decide).encode()).hexdigest()
 
     def tokenize_ahead(self, examples: Sequence[Example]) -> None:
         """Tokenise the texts of these examples together, on all cores, for the `encode` of each that follows."""
@@ -158,6 +176,19 @@ class Encoder:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
+    def _conversations(self, dialogues: Sequence[Dialogue], num_images: int) -> list[_Conversation]:
+        return [self._tokens(dialogue, num_images, end) for dialogue in dialogues for end in self._ends(dialogue)]
+
+    @property
+    def _num_vectors(self) -> int:
+        return self.backbone.num_prompt_tokens if self.num_prompt_tokens is None else self.num_prompt_tokens
+
+    def _cut(self, conversations: Sequence[_Conversation], image_grid_thw: torch.Tensor) -> tuple[int, int, list[int]]:
+        """How many tokens the prefix takes of each conversation, the images in these, and the tokens of every image."""
+        cut = _shared_tokens(conversations)
+        counts: list[int] = (image_grid_thw.prod(-1) // self.merge_size**2).tolist()
+        return cut, conversations[0].ids[:cut].count(self.image_token_id), counts
+
     @cached_property
     def _answers_apart(self) -> bool:
         """Whether an earlier answer is opened otherwise than one that is asked for. Of models that think, the empty
@@ -204,10 +235,11 @@ class Encoder:
                 "one that is learnt: other tools would ask for what was never trained. "
                 "Of models that think before they answer take the 'Instruct' ones."
             )
-        skeleton = [
-            part if part in TEXTS else tuple(self.tokenizer(part, add_special_tokens=False)["input_ids"])
-            for part in parts
-        ]
+        with self._lock:
+            skeleton = [
+                part if part in TEXTS else tuple(self.tokenizer(part, add_special_tokens=False)["input_ids"])
+                for part in parts
+            ]
         if skeleton[-1] == ANSWER_TEXT or skeleton[0] in TEXTS:
             raise ModelError(
                 "The model's chat template has no mark before a turn or after it; it cannot be trained on."
@@ -235,7 +267,8 @@ class Encoder:
         return tuple(ids)
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        with self._lock:
+            return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def _tokens(
         self, dialogue: Dialogue, num_images: int, end: int | None = None, *, without_last_answer: bool = False
@@ -270,11 +303,8 @@ class Encoder:
     def _encode(self, conversations: list[_Conversation], image_grid_thw: torch.Tensor) -> Encoded:
         """Cut each conversation after what all begin with, and give every image as many tokens as it has."""
         ids = conversations[0].ids
-        cut = _shared_tokens(conversations)
-        counts: list[int] = (image_grid_thw.prod(-1) // self.merge_size**2).tolist()
-        first = ids[:cut].count(self.image_token_id)  # of the images in branches
-        count = self.backbone.num_prompt_tokens if self.num_prompt_tokens is None else self.num_prompt_tokens
-        prefix = [-1 - i for i in range(count)] + self._with_images(ids[:cut], ids[:cut], counts)
+        cut, first, counts = self._cut(conversations, image_grid_thw)
+        prefix = [-1 - i for i in range(self._num_vectors)] + self._with_images(ids[:cut], ids[:cut], counts)
         prefix_ids = torch.tensor(prefix, dtype=torch.long)
         positions = mrope_positions(prefix_ids, image_grid_thw, self.image_token_id, self.merge_size)
 

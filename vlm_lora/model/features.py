@@ -25,8 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vlm_lora.config import DEFAULT_CACHE_GB
-from vlm_lora.data.example import ImageRef
-from vlm_lora.data.images import content_hash, image_size, load_image
+from vlm_lora.data.example import Example, ImageRef
+from vlm_lora.data.images import content_hash, load_image
+from vlm_lora.data.index import Looks
 from vlm_lora.errors import DataError
 from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.preprocess import Pixels
@@ -101,6 +102,7 @@ class FeatureCache:
             this object's own.
         warn: called with a sentence when the disk fails and the run goes on without it.
         in_memory: whether features that were read lately stay in main memory.
+        looks: what is known of images without reading them.
 
     Attributes:
         computed, read: how many images went through the tower, and how many were in the cache, since the start.
@@ -116,7 +118,8 @@ class FeatureCache:
         limit_gb: float = DEFAULT_CACHE_GB,
         warn: Callable[[str], None] = lambda text: None,
         in_memory: bool = True,
-    ):
+        looks: Looks | None = None,
+    ):  # arguments: what it is for, where and how much it keeps, and what is known already
         self.backbone = backbone
         self.live = backbone.tower_adapted
         self.store = store_in(folder, limit_gb) if folder and not self.live else None
@@ -128,7 +131,7 @@ class FeatureCache:
         self._failing = False  # the disk is full, or read only
         self._memory = _Recent(IN_MEMORY_BYTES if in_memory else 0)
         self._known: dict[ImageRef, tuple[str, tuple[int, int, int]]] = {}
-        self._hashes: dict[ImageRef, bytes] = {}
+        self._looks = looks or Looks()
 
     @property
     def folder(self) -> Path | None:
@@ -192,6 +195,11 @@ class FeatureCache:
         """Its ``grid_thw`` ``(3,)``, from its header alone. Raises DataError where that cannot be read."""
         return torch.tensor(self._identify(image)[1])
 
+    def grids(self, example: Example) -> torch.Tensor:
+        """``(num_images, 3)``, of all its images."""
+        grids = [self.grid(image) for image in example.images]
+        return torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
+
     def prepare(self, image: ImageRef) -> torch.Tensor:
         """Its ``grid_thw`` ``(3,)``, once it is sure that it can be trained on.
 
@@ -206,9 +214,14 @@ class FeatureCache:
             size = self.backbone.feature_bytes(grid) + HEADER_BYTES
             if name not in self._left_out and self._on_disk(lambda store: store.fits(size), False):
                 self.compute([self._fetch(image)])
-            else:
-                load_image(image)
+            elif not self._looks.is_whole(image):
+                load_image(self._same_bytes(image), name=image.name)
+                self._looks.note_whole(image)
         return torch.tensor(grid)
+
+    def keep_looks(self) -> None:
+        """Have later runs know which images are whole."""
+        self._looks.save()
 
     def patches(self, image: ImageRef) -> int:
         """How many the image has, before the 2x2 merge, from its header alone."""
@@ -216,8 +229,7 @@ class FeatureCache:
 
     def content_hash(self, image: ImageRef) -> str:
         """Of the image's bytes, in hex, as they were when first looked at."""
-        self._identify(image)
-        return self._hashes[image].hex()
+        return self._looks.sha256(image)
 
     def complete(self, images: Iterable[ImageRef]) -> bool:
         """Whether all of these images can do without the tower."""
@@ -253,18 +265,24 @@ class FeatureCache:
 
     def _identify(self, image: ImageRef) -> tuple[str, tuple[int, int, int]]:
         """The name of its entry, and its grid, as they were when the file was first looked at."""
-        return self._known.get(image) or self._look_at(image, image.read_bytes())
+        if image not in self._known:
+            self._known[image] = self._named(self._looks.sha256(image)), self.backbone.grid(*self._looks.size(image))
+        return self._known[image]
 
-    def _look_at(self, image: ImageRef, data: bytes) -> tuple[str, tuple[int, int, int]]:
-        """The same for the bytes that the file holds now."""
-        content = content_hash(data)
+    def _named(self, content: str) -> str:
+        """The name of the entry of an image with this hash; it is not evicted from here on."""
         key = f"{LAYOUT}:{content}:{self.backbone.tower_fingerprint}"
-        name, grid = hashlib.sha256(key.encode()).hexdigest(), self.backbone.grid(*image_size(data, image.name))
-        self._hashes.setdefault(image, bytes.fromhex(content))
-        self._known.setdefault(image, (name, grid))
+        name = hashlib.sha256(key.encode()).hexdigest()
         if self.store:
             self.store.own.add(name)
-        return name, grid
+        return name
+
+    def _same_bytes(self, image: ImageRef) -> bytes:
+        """Its bytes, if they are those that were looked at: or another image's features would go by its name."""
+        data = image.read_bytes()
+        if content_hash(data) != self._looks.sha256(image):
+            raise DataError(f"{image.name!r} has changed since it was first read; put it back, or start anew")
+        return data
 
     def _fetch(self, image: ImageRef | Image.Image, as_it_is: bool = False) -> ImageEntry:
         """What is there of the image that was identified, or of the file ``as_it_is`` now; its pixels, if nothing is.
@@ -272,13 +290,10 @@ class FeatureCache:
         if not isinstance(image, ImageRef):
             return self._pixels(image, None)
         data = image.read_bytes() if as_it_is else None
-        name, _ = self._look_at(image, data) if data is not None else self._identify(image)
+        name = self._identify(image)[0] if data is None else self._named(content_hash(data))
         if entry := self._find(name):
             return entry
-        data = data if data is not None else image.read_bytes()
-        # The name must be that of the very bytes that are decoded, or another image's features would go by it.
-        if not as_it_is and self._look_at(image, data)[0] != name:
-            raise DataError(f"{image.name!r} has changed since it was first read; put it back, or start anew")
+        data = self._same_bytes(image) if data is None else data
         return self._pixels(load_image(data, name=image.name), name)
 
     def _find(self, name: str) -> ImageEntry | None:

@@ -64,11 +64,6 @@ class Encoded:
     def num_tokens(self) -> int:
         return len(self.prefix_ids) + sum(len(branch.input_ids) for branch in self.branches)
 
-    @property
-    def longest_sequence(self) -> int:
-        """Tokens of the prefix and the longest branch."""
-        return len(self.prefix_ids) + max(len(branch.input_ids) for branch in self.branches)
-
 
 @dataclass(frozen=True, slots=True)
 class Packed:
@@ -137,12 +132,10 @@ def pack_apart(examples: Sequence[Encoded], pad_token_id: int) -> Packed:
     return _pack([[encoded] for encoded in examples], pad_token_id, max(len(e.prefix_ids) for e in examples))
 
 
-def padded_tokens(examples: Sequence[Encoded]) -> int:
-    """Tokens of these examples as `pack_apart` lays them out, padding included."""
-    prefixes = [len(encoded.prefix_ids) for encoded in examples]
-    return len(examples) * (
-        max(prefixes) + max(e.num_tokens - prefix for e, prefix in zip(examples, prefixes, strict=True))
-    )
+def padded_tokens(prefixes: Sequence[int], num_tokens: Sequence[int]) -> int:
+    """Tokens of examples as `pack_apart` lays them out, padding included, from those of their prefixes and of all."""
+    rest = max(tokens - prefix for tokens, prefix in zip(num_tokens, prefixes, strict=True))
+    return len(prefixes) * (max(prefixes) + rest)
 
 
 def _pack(rows: Sequence[Sequence[Encoded]], pad_token_id: int, start: int) -> Packed:

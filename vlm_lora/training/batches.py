@@ -3,19 +3,22 @@
 What a process computes in a step is a pure function of the step's answers, so every process knows what the others do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar, cast
 
 import torch
 
+from vlm_lora.data.example import Example
 from vlm_lora.errors import ModelError
 from vlm_lora.model.backbone import Backbone
-from vlm_lora.model.encode import EncodedExample
+from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, ImageEntry, together
 from vlm_lora.model.packing import IGNORE_INDEX, Encoded, Packed, pack_apart, padded_tokens
 from vlm_lora.model.preprocess import Pixels
 from vlm_lora.model.recurrent import Forks
+from vlm_lora.training.lessons import Lesson
 from vlm_lora.training.processes import Processes
 from vlm_lora.training.techniques import ALL, Techniques
 
@@ -56,106 +59,110 @@ class MicroBatch:
 # ---- who computes what: pure functions of the step's answers ------------------------------------------------------
 
 
-def micro_batches(items: Sequence[Encoded], max_tokens: int) -> list[list[int]]:
-    """Group a step's items, one a row, so that with padding they stay within ``max_tokens``; indices of items.
+def padded(rows: Sequence[Lesson]) -> int:
+    """Tokens of a micro-batch of these rows, padding included."""
+    return padded_tokens([row.prefix for row in rows], [row.num_tokens for row in rows])
+
+
+def micro_batches(rows: Sequence[Lesson], max_tokens: int) -> list[list[Lesson]]:
+    """A process's rows in groups that with padding stay within ``max_tokens``.
 
     Rows of like length go together, so that little is padded. One image a row and not several: under a mask of several
-    images the empty part between them is computed too, which costs more than the padding does. An item that is longer
+    images the empty part between them is computed too, which costs more than the padding does. A row that is longer
     by itself is a group of its own; `split_long` keeps those rare.
     """
-    order = sorted(range(len(items)), key=lambda i: items[i].num_tokens, reverse=True)
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and padded_tokens([items[j] for j in (*groups[-1], i)]) <= max_tokens:
-            groups[-1].append(i)
+    groups: list[list[Lesson]] = []
+    for row in sorted(rows, key=lambda row: row.num_tokens, reverse=True):
+        if groups and padded([*groups[-1], row]) <= max_tokens:
+            groups[-1].append(row)
         else:
-            groups.append([i])
+            groups.append([row])
     return groups
 
 
-def deal(items: Sequence[Encoded], num_processes: int) -> list[list[int]]:
-    """A step's items dealt out to processes, as indices of items: the longest first, each to the one that has the
-    fewest tokens so far. A pure function, so every process knows what the others do."""
+def deal(num_tokens: Sequence[int], num_processes: int) -> list[list[int]]:
+    """A step's rows of so many tokens dealt out to processes, as indices of rows: the longest first, each to the one
+    that has the fewest tokens so far. A pure function, so every process knows what the others do."""
     shares: list[list[int]] = [[] for _ in range(num_processes)]
     loads = [0] * num_processes
-    for i in sorted(range(len(items)), key=lambda i: items[i].num_tokens, reverse=True):
+    for i in sorted(range(len(num_tokens)), key=num_tokens.__getitem__, reverse=True):
         least = loads.index(min(loads))
         shares[least].append(i)
-        loads[least] += items[i].num_tokens
+        loads[least] += num_tokens[i]
     return shares
 
 
-def split_long(encoded: Encoded, max_tokens: int) -> list[Encoded]:
+def split_long(lesson: Lesson, max_tokens: int) -> list[Lesson]:
     """The example in as many rows as it needs for each to fit in ``max_tokens``: branches are dealt out, never cut."""
+    if lesson.num_tokens <= max_tokens:
+        return [lesson]
     rows: list[list] = [[]]
-    length = prefix = len(encoded.prefix_ids)
-    for branch in encoded.branches:
-        if rows[-1] and length + len(branch.input_ids) > max_tokens:
+    length = lesson.prefix
+    for branch in lesson.branches:
+        if rows[-1] and length + branch.num_tokens > max_tokens:
             rows.append([])
-            length = prefix
+            length = lesson.prefix
         rows[-1].append(branch)
-        length += len(branch.input_ids)
-    return [replace(encoded, branches=tuple(row)) for row in rows]
+        length += branch.num_tokens
+    return [replace(lesson, branches=tuple(row)) for row in rows]
 
 
-def share_out(examples: Sequence[EncodedExample], max_tokens: int, num_processes: int) -> list[list[EncodedExample]]:
+def share_out(lessons: Sequence[Lesson], max_tokens: int, num_processes: int) -> list[list[Lesson]]:
     """Each process's part of a step, as rows of at most ``max_tokens`` tokens."""
-    rows = [replace(each, encoded=part) for each in examples for part in split_long(each.encoded, max_tokens)]
-    return [[rows[i] for i in sorted(dealt)] for dealt in deal([row.encoded for row in rows], num_processes)]
+    rows = [row for lesson in lessons for row in split_long(lesson, max_tokens)]
+    return [[rows[i] for i in sorted(dealt)] for dealt in deal([row.num_tokens for row in rows], num_processes)]
 
 
-def group_rows(rows: Sequence[EncodedExample], max_tokens: int) -> list[list[EncodedExample]]:
-    """A process's rows as micro-batches of at most ``max_tokens`` tokens each, padding included."""
-    return [[rows[i] for i in group] for group in micro_batches([row.encoded for row in rows], max_tokens)]
-
-
-def imbalance(examples: Sequence[EncodedExample], max_tokens: int, num_processes: int) -> float:
+def imbalance(lessons: Sequence[Lesson], max_tokens: int, num_processes: int) -> float:
     """Tokens of a step's busiest process over the mean of all: the others wait for it."""
-    loads = [sum(row.num_tokens for row in share) for share in share_out(examples, max_tokens, num_processes)]
+    loads = [sum(row.num_tokens for row in share) for share in share_out(lessons, max_tokens, num_processes)]
     return max(loads) * len(loads) / max(1, sum(loads))
 
 
-def largest_micro_batch(examples: Sequence[EncodedExample], max_tokens: int, num_processes: int) -> int:
+def largest_micro_batch(lessons: Sequence[Lesson], max_tokens: int, num_processes: int) -> int:
     """Tokens, padding included, of a step's largest micro-batch in any process."""
-    shares = share_out(examples, max_tokens, num_processes)
-    groups = [group for share in shares for group in group_rows(share, max_tokens)]
-    return max(padded_tokens([row.encoded for row in group]) for group in groups)
+    shares = share_out(lessons, max_tokens, num_processes)
+    return max(padded(group) for share in shares for group in micro_batches(share, max_tokens))
 
 
-def count_labels(examples: Sequence[EncodedExample]) -> int:
+def count_labels(lessons: Iterable[Lesson]) -> int:
     """Tokens that carry loss, whichever process has them."""
-    return sum(int((b.labels != IGNORE_INDEX).sum()) for each in examples for b in each.encoded.branches)
+    return sum(lesson.num_labels for lesson in lessons)
 
 
 # ---- rows to tensors ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Loader:
-    """Makes this process's micro-batches of a step."""
+    """Makes this process's micro-batches of a step, from texts and images to tensors."""
 
     backbone: Backbone
     features: FeatureCache
     processes: Processes
     techniques: Techniques = ALL
 
-    def rows(self, examples: Sequence[EncodedExample]) -> list[EncodedExample]:
-        """The examples as they are dealt out: whole, or in a row for each answer."""
+    def rows(self, lessons: Sequence[Lesson]) -> list[Lesson]:
+        """The lessons as they are dealt out: whole, or in a row for each answer."""
         if self.techniques.shared_prefix:
-            return list(examples)
-        return [replace(each, encoded=row) for each in examples for row in split_long(each.encoded, max_tokens=0)]
+            return list(lessons)
+        return [row for lesson in lessons for row in split_long(lesson, max_tokens=0)]
 
-    def fetch(self, examples: Sequence[EncodedExample], max_tokens: int) -> list[Fetched]:
-        """This process's share of a step. Needs no model, so it is done ahead, beside the step that computes.
+    def fetch(self, lessons: Sequence[Lesson], max_tokens: int) -> list[Fetched]:
+        """This process's share of a step, which alone is tokenised. Needs no model, so it is done ahead, beside the
+        step that computes.
 
         Where the base is sharded, all must make the same number of passes, as its pieces are put together in each: a
         process that has fewer repeats the shortest row, without a label.
+
+        Raises:
+            DataError: a text or an image is not the one any more that was counted, or cannot be read.
         """
-        shares = share_out(examples, max_tokens, self.processes.count)
-        groups = group_rows(shares[self.processes.index], max_tokens)
+        shares = share_out(lessons, max_tokens, self.processes.count)
+        groups = micro_batches(shares[self.processes.index], max_tokens)
         fetched = [self._fetch(group) for group in groups]
         if self.processes.sharded:
-            most = max(len(group_rows(share, max_tokens)) for share in shares)
+            most = max(len(micro_batches(share, max_tokens)) for share in shares)
             shortest = min((row for share in shares for row in share), key=lambda row: row.num_tokens)
             for _ in range(most - len(fetched)):
                 filler = self._fetch([shortest])
@@ -163,11 +170,18 @@ class Loader:
                 fetched.append(replace(filler, packed=replace(filler.packed, labels=unlabelled)))
         return fetched
 
-    def _fetch(self, rows: Sequence[EncodedExample]) -> Fetched:
-        packed = pack_apart([row.encoded for row in rows], self.backbone.pad_token_id)
+    def _fetch(self, rows: Sequence[Lesson]) -> Fetched:
+        encoded = [row.taken_from(self._encoded(row.example)) for row in rows]
+        packed = pack_apart(encoded, self.backbone.pad_token_id)
         images = self.features.fetch([image for row in rows for image in row.images])
         device = self.backbone.device
         return Fetched(_pinned(packed, device), [_pinned(image, device) for image in images])
+
+    @cached_property
+    def _encoded(self) -> Callable[[Example], Encoded]:
+        """The tokens of an example; of the last few they are kept, as one with many answers comes in several rows."""
+        encoder = Encoder(self.backbone)
+        return lru_cache(maxsize=16)(lambda example: encoder.encode(example.dialogues, self.features.grids(example)))
 
     def place(self, fetched: Fetched) -> MicroBatch:
         """The micro-batch on the device; images that are still pixels go through the tower first.

@@ -19,10 +19,10 @@ from vlm_lora.config import SHAPING, TrainConfig
 from vlm_lora.data.example import ImageRef
 from vlm_lora.model.families import PARTS
 from vlm_lora.model.features import found_again
-from vlm_lora.model.packing import IGNORE_INDEX, Encoded, padded_tokens
 from vlm_lora.model.recurrent import CHUNK
-from vlm_lora.training.batches import EncodedExample, group_rows, share_out
+from vlm_lora.training.batches import count_labels, micro_batches, padded, share_out
 from vlm_lora.training.held_out import HeldOut
+from vlm_lora.training.lessons import Lesson, Lessons
 from vlm_lora.training.schedule import Schedule
 from vlm_lora.training.step import LOGITS_AT_ONCE, SCORED_AT_ONCE
 from vlm_lora.training.trace import MicroShape, Traced, TracedModel
@@ -213,7 +213,7 @@ def _rates(operations: Sequence[float]) -> np.ndarray:
 def predict(  # arguments: what is trained, on what, and three facts of the machines and the cache
     config: TrainConfig,
     cost: CostModel,
-    examples: Sequence[EncodedExample],
+    examples: Lessons,
     patches: Mapping[ImageRef, int],
     *,
     gpus: int = 1,
@@ -232,7 +232,7 @@ def predict(  # arguments: what is trained, on what, and three facts of the mach
             are not in main memory.
         held_out: what is scored at each checkpoint, and at the end, with ``held_patches`` of their images.
     """
-    schedule = Schedule.of(config, [len(each.encoded.branches) for each in examples])
+    schedule = Schedule.of(config, examples.num_branches)
 
     def shapes_of(step: int) -> list[list[MicroShape]]:
         chosen = [examples[i].with_branches(dialogues) for i, dialogues in schedule.step(step)]
@@ -289,7 +289,7 @@ def _held_out_operations(  # arguments: those of predict
 ) -> tuple[float, float]:
     """Of the losses at all checkpoints, and of the one of all held-out images at the end, if there is one."""
 
-    def scoring(examples: Sequence[EncodedExample]) -> float:
+    def scoring(examples: Lessons) -> float:
         at_once, total = SCORED_AT_ONCE * gpus, 0.0
         for start in range(0, len(examples), at_once):
             shares = micro_shapes(examples[start : start + at_once], patches, config.tokens_at_once, gpus)
@@ -322,24 +322,19 @@ def _waited_for(cost: CostModel, shares: Sequence[Sequence[MicroShape]], sharded
 
 
 def micro_shapes(
-    examples: Sequence[EncodedExample], patches: Mapping[ImageRef, int], max_tokens: int, gpus: int = 1
+    lessons: Sequence[Lesson], patches: Mapping[ImageRef, int], max_tokens: int, gpus: int = 1
 ) -> list[list[MicroShape]]:
     """The micro-batches of a step on each device, as `Loader.fetch` makes them, without those that fill up."""
     return [
         [
-            micro_shape(
-                [row.encoded for row in group],
-                tuple(patches[image] for row in group for image in row.images),
-            )
-            for group in group_rows(rows, max_tokens)
+            micro_shape(group, tuple(patches[image] for row in group for image in row.images))
+            for group in micro_batches(rows, max_tokens)
         ]
-        for rows in share_out(examples, max_tokens, gpus)
+        for rows in share_out(lessons, max_tokens, gpus)
     ]
 
 
-def micro_shape(rows: Sequence[Encoded], patches: tuple[int, ...]) -> MicroShape:
+def micro_shape(rows: Sequence[Lesson], patches: tuple[int, ...]) -> MicroShape:
     """Of the micro-batch of these rows, with ``patches`` of each image in them."""
-    labels = sum(int((b.labels[1:] != IGNORE_INDEX).sum()) for row in rows for b in row.branches)
-    prefix = max(len(row.prefix_ids) for row in rows)
-    branches = sum(len(row.branches) for row in rows)
-    return MicroShape(len(rows), padded_tokens(rows) // len(rows), prefix, branches, labels, patches)
+    prefix, branches = max(row.prefix for row in rows), sum(len(row.branches) for row in rows)
+    return MicroShape(len(rows), padded(rows) // len(rows), prefix, branches, count_labels(rows), patches)

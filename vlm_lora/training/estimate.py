@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlm_lora.config import TrainConfig, cache_folder, flag_of
 from vlm_lora.data.example import ImageRef
-from vlm_lora.data.images import content_hash, image_size
+from vlm_lora.data.index import Looks
 from vlm_lora.errors import ConfigError, DataError
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.device import best_device, resolve_dtype
@@ -26,7 +26,8 @@ from vlm_lora.training.cost import CostModel, Prediction, cost_model, num_checkp
 from vlm_lora.training.devices import ATTAINED, Device, Price, price
 from vlm_lora.training.fitting import FILLED, device_here, fitting_tokens
 from vlm_lora.training.held_out import HeldOut
-from vlm_lora.training.prepare import Prepared, encode, read_and_split, sees_each_image_once
+from vlm_lora.training.lessons import Lessons
+from vlm_lora.training.prepare import Prepared, count_tokens, read_and_split, sees_each_image_once
 from vlm_lora.training.processes import require_shardable
 from vlm_lora.training.schedule import Schedule
 from vlm_lora.training.step import loss_sum
@@ -70,27 +71,21 @@ class Estimate:
     advice: tuple[str, ...]
 
 
+@dataclass(frozen=True)
 class _Headers:
-    """What images' headers and bytes tell, without a model: grids, patches and hashes by image."""
+    """What images' headers and bytes tell, without a model: patches and hashes by image."""
 
-    def __init__(self, base: Preprocessor):
-        self.base = base
-        self.patches: dict[ImageRef, int] = {}
-        self.hashes: dict[ImageRef, str] = {}
+    base: Preprocessor
+    looks: Looks
 
-    def grid(self, image: ImageRef) -> torch.Tensor:
-        data = image.read_bytes()
-        grid = self.base.grid(*image_size(data, image.name))
-        self.patches[image], self.hashes[image] = math.prod(grid), content_hash(data)
-        return torch.tensor(grid)
-
-    def of(self, examples) -> dict[ImageRef, int]:
+    def of(self, lessons: Lessons) -> dict[ImageRef, int]:
         """Patches of each image of these."""
-        return {ref: self.patches[ref] for each in examples for ref in each.example.images}
+        images = dict.fromkeys(ref for lesson in lessons for ref in lesson.example.images)
+        return {ref: math.prod(self.base.grid(*self.looks.size(ref))) for ref in images}
 
     def once(self, patches: dict[ImageRef, int]) -> dict[str, int]:
         """By content, as they are kept: copies once."""
-        return {self.hashes[ref]: number for ref, number in patches.items()}
+        return {self.looks.sha256(ref): number for ref, number in patches.items()}
 
 
 def estimate_run(
@@ -111,7 +106,7 @@ def estimate_run(
         accelerator: the device, one of `DEVICES` or another, whose figures price the traced passes.
         tflops: 10^12 operations a second of a device; by default measured here.
         device_memory: of a device, in bytes; by default this one's.
-        progress: called with the number of examples that are in tokens, and of all.
+        progress: called with the number of examples whose tokens are counted, and of all.
 
     Raises:
         VlmLoraError: data or model cannot be used, or there is no GPU here to be measured.
@@ -126,13 +121,13 @@ def estimate_run(
     prepared, headers = _prepare(config, progress)
     examples = prepared.weighted
     patches, held = headers.of(prepared.train), headers.of(prepared.held_out)
-    schedule = Schedule.of(config, [len(each.encoded.branches) for each in examples])
+    schedule = Schedule.of(config, examples.num_branches)
     memory = device_memory or (accelerator.memory if accelerator else device_memory_of(device))
     if not config.micro_batch_tokens:
         figures = replace(accelerator or _described(tflops, device), memory=memory)
         tokens = fitting_tokens(model, schedule, examples, patches, figures, gpus, sharded)
         config = config.replace(micro_batch_tokens=tokens)
-    held_out = HeldOut.of(config, examples, prepared.held_out, schedule.num_steps, headers.hashes.__getitem__)
+    held_out = HeldOut.of(config, examples, prepared.held_out, schedule.num_steps, headers.looks.sha256)
 
     seen_once = sees_each_image_once(config, [each.example for each in prepared.train])
     learnt, held_once = {} if seen_once else headers.once(patches), headers.once(held)
@@ -230,14 +225,14 @@ def _elsewhere(config: TrainConfig, gpus: int | None, accelerator: Device | None
 
 
 def _prepare(config: TrainConfig, progress: Callable[[int, int], None]) -> tuple[Prepared, _Headers]:
-    """The examples in tokens; no weight is read. Bad rows are counted, `check` says what is wrong with them."""
+    """The examples, their tokens counted; no weight is read. Bad rows are counted: `check` says why."""
     base = load_preprocessor(config.model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     encoder = Encoder(base, num_prompt_tokens=config.num_virtual_tokens if config.method == "prompt" else 0)
-    headers = _Headers(base)
-    prepared = encode(config, read_and_split(config), encoder, headers.grid, progress)
+    data = read_and_split(config)
+    prepared = count_tokens(config, data, encoder, progress)
     if not prepared.train:
         raise DataError(f"{', '.join(config.sources)}: no usable example in it; vlm-lora check says why.")
-    return prepared, headers
+    return prepared, _Headers(base, data.looks)
 
 
 def _advice(  # arguments: what was asked for, what it costs, and what may be tried instead

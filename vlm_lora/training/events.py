@@ -27,8 +27,11 @@ class Events:
     def parts(self, adapter: Adapter, model: str) -> None:
         """The base model is loaded and the adapter attached."""
 
+    def looks(self, done: int, total: int) -> None:
+        """So many images have been looked at, of those that no earlier run has looked at."""
+
     def tokens(self, done: int, total: int) -> None:
-        """So many examples are in tokens."""
+        """So many examples have their tokens counted."""
 
     def survey(self, survey: Survey, folder: Path | None, seen_once: bool) -> None:
         """What the images will take in the cache ``folder``, if there is one."""

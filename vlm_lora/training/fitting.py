@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from vlm_lora.data.example import ImageRef
-from vlm_lora.training.batches import EncodedExample
 from vlm_lora.training.cost import TRAINED, CostModel, micro_shapes
 from vlm_lora.training.devices import ATTAINED, RESERVED, Device, device_named
+from vlm_lora.training.lessons import Lesson
 from vlm_lora.training.schedule import Schedule
 from vlm_lora.training.trace import MicroShape
 
@@ -33,7 +33,7 @@ def device_here(device: torch.device) -> Device:
 def fitting_tokens(
     cost: CostModel,
     schedule: Schedule,
-    examples: Sequence[EncodedExample],
+    examples: Sequence[Lesson],
     patches: Mapping[ImageRef, int],
     device: Device,
     gpus: int = 1,

@@ -5,14 +5,15 @@ All of them at each checkpoint would be quadratic: twice the data is twice the c
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+
+import numpy as np
 
 from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Example, ImageRef
-from vlm_lora.model.encode import EncodedExample
+from vlm_lora.training.lessons import Lessons
 
 SHARE = 0.02
 """The most that the loss at a checkpoint may take of the work of the steps before it."""
@@ -33,8 +34,8 @@ class HeldOut:
     within the next larger one, and data that is added only moves its border.
     """
 
-    examples: Sequence[EncodedExample]
-    order: Sequence[int]
+    examples: Lessons
+    order: np.ndarray
     tokens_of_steps: float
     """Of the steps between two checkpoints."""
     val_images: int | None
@@ -44,8 +45,8 @@ class HeldOut:
     def of(
         cls,
         config: TrainConfig,
-        train: Sequence[EncodedExample],
-        held_out: Sequence[EncodedExample],
+        train: Lessons,
+        held_out: Lessons,
         num_steps: int,
         hash_of: Callable[[ImageRef], str],
     ) -> "HeldOut":
@@ -58,10 +59,10 @@ class HeldOut:
         def rank(i: int) -> bytes:
             return hashlib.sha256(f"{config.seed}:{_content(held_out[i].example, hash_of)}".encode()).digest()
 
-        answers = sum(len(each.encoded.branches) for each in train)
-        per_step = config.batch_size * sum(each.num_tokens for each in train) / answers
+        answers = int(train.num_branches.sum())
+        per_step = config.batch_size * int(train.num_tokens.sum()) / answers
         between = min(config.save_every, num_steps)
-        order = sorted(range(len(held_out)), key=rank)
+        order = np.array(sorted(range(len(held_out)), key=rank), dtype=np.int64)
         return cls(held_out, order, per_step * between, config.val_images, num_steps <= config.save_every)
 
     @cached_property
@@ -71,17 +72,17 @@ class HeldOut:
             return min(self.val_images, len(self.order))
         if self.one_checkpoint:
             return len(self.order)
-        taken = accumulate(self.examples[i].num_tokens for i in self.order)
-        within = sum(tokens * FORWARD <= SHARE * self.tokens_of_steps for tokens in taken)
+        taken = np.cumsum(self.examples.num_tokens[self.order])
+        within = int((taken * FORWARD <= SHARE * self.tokens_of_steps).sum())
         return min(max(within, LEAST), len(self.order))
 
-    def sample(self, size: int) -> list[EncodedExample]:
+    def sample(self, size: int) -> Lessons:
         """The sample of so many, in the order of the data."""
-        return [self.examples[i] for i in sorted(self.order[:size])]
+        return self.examples.take(np.sort(self.order[:size]))
 
     def share(self, size: int) -> float:
         """The work of scoring the sample of so many, over that of the steps between two checkpoints."""
-        return FORWARD * sum(self.examples[i].num_tokens for i in self.order[:size]) / self.tokens_of_steps
+        return FORWARD * int(self.examples.num_tokens[self.order[:size]].sum()) / self.tokens_of_steps
 
 
 def _content(example: Example, hash_of: Callable[[ImageRef], str]) -> str:

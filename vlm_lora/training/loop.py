@@ -15,7 +15,7 @@ from vlm_lora.config import TrainConfig
 from vlm_lora.errors import Stopped, TrainingError
 from vlm_lora.model.adapters.base import ADAPTED, Adapter
 from vlm_lora.model.device import peak_memory
-from vlm_lora.training.batches import EncodedExample, Fetched, Loader, imbalance, largest_micro_batch
+from vlm_lora.training.batches import Fetched, Loader, imbalance, largest_micro_batch
 from vlm_lora.training.checkpoint import Progress, load_checkpoint, load_optimizer, load_weights, save_checkpoint
 from vlm_lora.training.compiled import COMPILER_ERRORS, difference, in_short, shaken
 from vlm_lora.training.cost import cost_model
@@ -23,6 +23,7 @@ from vlm_lora.training.events import Events
 from vlm_lora.training.fitting import device_here, fitting_tokens
 from vlm_lora.training.folder import RunFolder
 from vlm_lora.training.held_out import HeldOut
+from vlm_lora.training.lessons import Lesson
 from vlm_lora.training.prepare import Prepared
 from vlm_lora.training.processes import Processes
 from vlm_lora.training.step import (
@@ -78,8 +79,7 @@ class TrainingLoop:
         self.tensors = [parameter for _, parameter in self.parameters]
         self.optimizer = make_optimizer(config, self.parameters)
         self.examples = data.weighted
-        num_answers = [len(each.encoded.branches) for each in self.examples]
-        self.schedule = loader.techniques.schedule(config, num_answers)
+        self.schedule = loader.techniques.schedule(config, self.examples.num_branches)
         self.held_out = HeldOut.of(
             config, self.examples, data.held_out, self.schedule.num_steps, loader.features.content_hash
         )
@@ -128,7 +128,7 @@ class TrainingLoop:
             self.optimizer.zero_grad(set_to_none=True)
             self.progress.step = step + 1
 
-            answers_done += sum(len(each.encoded.branches) for each in examples)
+            answers_done += sum(len(each.branches) for each in examples)
             self._report(first, examples, result, rate, started, answers_done)
             self._warn_of_spike(result, examples)
             self._save_and_evaluate_now_and_then()
@@ -247,16 +247,16 @@ class TrainingLoop:
 
     # -- a step ----------------------------------------------------------------------------------------------------
 
-    def _examples(self, step: int) -> list[EncodedExample]:
+    def _examples(self, step: int) -> list[Lesson]:
         chosen = [self.examples[i].with_branches(dialogues) for i, dialogues in self.schedule.step(step)]
         return self.loader.rows(chosen)
 
-    def _fetch(self, step: int) -> tuple[list[EncodedExample], int, list[Fetched]]:
+    def _fetch(self, step: int) -> tuple[list[Lesson], int, list[Fetched]]:
         """A step's examples, and its micro-batches of at most so many tokens."""
         examples, max_tokens = self._examples(step), self.progress.micro_batch_tokens
         return examples, max_tokens, self.loader.fetch(examples, max_tokens)
 
-    def _gradients(self, step: int, examples: Sequence[EncodedExample], fetched) -> torch.Tensor:
+    def _gradients(self, step: int, examples: Sequence[Lesson], fetched) -> torch.Tensor:
         seed = _step_seed(self.config.seed, step)
         if self.backbone.compiled and self.processes.count == 1:
             try:
@@ -266,7 +266,7 @@ class TrainingLoop:
             self.optimizer.zero_grad(set_to_none=True)
         return accumulate_gradients(self.loader, examples, fetched, seed, self.progress, self.events.warning)
 
-    def _skip_or_stop(self, result: StepResult, examples: Sequence[EncodedExample]) -> None:
+    def _skip_or_stop(self, result: StepResult, examples: Sequence[Lesson]) -> None:
         config, progress = self.config, self.progress
         progress.skipped += 1
         text = (
@@ -286,7 +286,7 @@ class TrainingLoop:
     def _report(
         self,
         first: int,
-        examples: Sequence[EncodedExample],
+        examples: Sequence[Lesson],
         result: StepResult,
         rate: float,
         started: float,
@@ -299,7 +299,7 @@ class TrainingLoop:
             self.step_ends.append(time.perf_counter())
         numbers = {"loss": result.loss, "lr": rate, "grad_norm": result.grad_norm}
         work = {
-            "answers": sum(len(each.encoded.branches) for each in examples),
+            "answers": sum(len(each.branches) for each in examples),
             "tokens": sum(each.num_tokens for each in examples),
             "answers_per_second": answers_done / seconds,
             "seconds": round(seconds, 3),
@@ -313,7 +313,7 @@ class TrainingLoop:
         left = (num_steps - step) * seconds / (step - first)
         self.events.step(step=step, num_steps=num_steps, seconds_left=left, **numbers, **work)
 
-    def _warn_of_spike(self, result: StepResult, examples: Sequence[EncodedExample]) -> None:
+    def _warn_of_spike(self, result: StepResult, examples: Sequence[Lesson]) -> None:
         if not result.finite:
             return
         if len(self.losses) >= SPIKE_LEAST and result.loss > 2 * max(self.losses):
@@ -392,7 +392,7 @@ class TrainingLoop:
         sizes = {"images": len(self.sample), "of": len(self.data.held_out)}
         self.events.best(step=best, loss=loss, **sizes, last=progress.step, num_steps=self.schedule.num_steps)
 
-    def _imbalance(self, examples: Sequence[EncodedExample]) -> float:
+    def _imbalance(self, examples: Sequence[Lesson]) -> float:
         return imbalance(examples, self.progress.micro_batch_tokens, self.processes.count)
 
     # -- no adapter silently dead ----------------------------------------------------------------------------------
@@ -442,10 +442,10 @@ def _start_alike(
         load_optimizer(optimizer, processes.on_main(state))
 
 
-def _sources(examples: Sequence[EncodedExample]) -> list[str]:
+def _sources(examples: Sequence[Lesson]) -> list[str]:
     return [each.example.place for each in examples]
 
 
-def _named(examples: Sequence[EncodedExample]) -> str:
+def _named(examples: Sequence[Lesson]) -> str:
     more = f" and {len(examples) - 8} more, all named in metrics.jsonl" if len(examples) > 8 else ""
     return ", ".join(_sources(examples[:8])) + more

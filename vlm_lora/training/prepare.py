@@ -1,20 +1,25 @@
-"""From a config to examples in tokens: read, split, encode. What training, `vlm-lora plan` and the page share."""
+"""From a config to lessons: read, split, count tokens. What training, `vlm-lora plan` and the page share."""
 
+import os
 import shlex
+from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Example, ImageRef
+from vlm_lora.data.index import Looks, key_of
 from vlm_lora.data.readers import BadRow, Dataset, DataSettings, bad_rows, read_dataset
 from vlm_lora.data.split import split_examples, without_held_out
 from vlm_lora.errors import DataError
-from vlm_lora.model.encode import EncodedExample, Encoder
+from vlm_lora.model.encode import AT_ONCE, Encoder
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.training.events import Events
+from vlm_lora.training.lessons import KeptSizes, Lesson, Lessons
 from vlm_lora.training.processes import Processes
 
 
@@ -28,6 +33,8 @@ class SplitData:
     taken_for: str
     fingerprint: str
     val_fingerprint: str | None
+    looks: Looks = field(default_factory=Looks)
+    """What is known of the images by now."""
 
     @property
     def systems(self) -> list[str]:
@@ -39,30 +46,50 @@ class SplitData:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """The examples in tokens, those whose texts are too long or whose images cannot be used left out as bad rows."""
+    """The examples and their numbers of tokens, those whose texts are too long or whose images cannot be used left out
+    as bad rows."""
 
-    train: list[EncodedExample]
-    held_out: list[EncodedExample]
+    train: Lessons
+    held_out: Lessons
     bad_rows: tuple[BadRow, ...]
 
     @property
-    def weighted(self) -> list[EncodedExample]:
+    def weighted(self) -> Lessons:
         """What an epoch learns from: each example as often as its weight says."""
-        return [each for each in self.train for _ in range(each.example.weight)]
+        weights = [self.train.examples[i].weight for i in self.train.which]
+        return self.train.take(np.repeat(np.arange(len(self.train)), weights))
 
 
 def read_data(config: TrainConfig, sources: Sequence[str]) -> Dataset:
     return read_dataset(sources, DataSettings(**config.reading))
 
 
-def read_and_split(config: TrainConfig) -> SplitData:
-    """Raises DataError where data cannot be read, or nothing in it can be used."""
+def index_name(config: TrainConfig) -> object:
+    """What an index of its data goes by; None where nothing is to be kept on disk."""
+    return (*map(os.path.realpath, config.sources), config.val) if config.cache else None
+
+
+def read_and_split(
+    config: TrainConfig,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> SplitData:
+    """Raises DataError where data cannot be read, or nothing in it can be used.
+
+    Args:
+        progress: called with the number of images that were looked at, and of those that the index does not have.
+        warn: called with a sentence where the index cannot be kept.
+    """
+    looks = Looks(index_name(config), warn)
     dataset = read_data(config, config.sources)
     held_dataset = read_data(config, (config.val,)).part("val", "test") if config.val else None
+    sides = (dataset.examples, dataset.val, dataset.test, held_dataset.examples if held_dataset else ())
+    looks.look_at_all([image for side in sides for example in side for image in example.images], progress)
     if held_dataset and config.val:
-        dataset = without_held_out(dataset, held_dataset, config.val)
+        dataset = without_held_out(dataset, held_dataset, config.val, looks.sha256)
     elif dataset.val or dataset.test:
-        dataset = without_held_out(dataset, dataset.part("val", "test"), "the rows marked val or test")
+        marked = dataset.part("val", "test")
+        dataset = without_held_out(dataset, marked, "the rows marked val or test", looks.sha256)
         held_dataset = replace(dataset.part("val"), bad=()) if dataset.val else None
     bad = dataset.bad + (held_dataset.bad if held_dataset else ())
     if not dataset.examples:
@@ -74,43 +101,52 @@ def read_and_split(config: TrainConfig) -> SplitData:
         )
     train, held_out = list(dataset.examples), list(held_dataset.examples) if held_dataset else []
     if not held_dataset and config.val_split:
-        train, held_out = split_examples(train, config.val_split, config.seed)
+        train, held_out = split_examples(train, config.val_split, config.seed, looks.sha256)
     taken_for = ". ".join(dataset.parts) or dataset.taken_for
     val_fingerprint = held_dataset.fingerprint() if held_dataset else None
-    return SplitData(train, held_out, bad, taken_for, dataset.fingerprint(), val_fingerprint)
+    return SplitData(train, held_out, bad, taken_for, dataset.fingerprint(), val_fingerprint, looks)
 
 
-def encode(
+def count_tokens(
     config: TrainConfig,
     data: SplitData,
     encoder: Encoder,
-    grid: Callable[[ImageRef], torch.Tensor],
     progress: Callable[[int, int], None],
 ) -> Prepared:
-    """Every dialogue in tokens; of the images the headers alone are looked at.
+    """Count every dialogue's tokens, but of those that the index has; of the images the sizes alone matter.
 
     Args:
-        grid: the image's ``grid_thw`` ``(3,)``; raises DataError where its header cannot be read.
-        progress: called with the number of examples that are in tokens, and of all.
+        progress: called with the number of examples whose tokens are counted, and of all.
     """
-    bad = list(data.bad_rows)
+    bad, name = list(data.bad_rows), index_name(config)
+    kept = KeptSizes(f"tokens-{key_of(name, encoder.fingerprint).hex()}" if name else None)
 
-    def encoded(examples: Sequence[Example]) -> list[EncodedExample]:
-        result = []
-        for done, example in enumerate(examples, start=1):
-            progress(done, len(examples))
+    def readable(examples: Sequence[Example]) -> Iterator[tuple[Example, torch.Tensor]]:
+        for example in examples:
             try:
-                grids = [grid(image) for image in example.images]
+                grids = [encoder.backbone.grid(*data.looks.size(image)) for image in example.images]
+                yield example, torch.tensor(grids, dtype=torch.long).reshape(-1, 3)
             except DataError as error:
                 bad.extend(bad_rows(example, str(error)))
-                continue
-            grid_thw = torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
-            fitting, too_long = encoder.encode_fitting(example, grid_thw, config.max_tokens)
-            result += [fitting] if fitting else []
-            bad.extend(too_long)
-        return result
 
-    return Prepared(encoded(data.train), encoded(data.held_out), tuple(bad))
+    def counted(examples: Sequence[Example]) -> Iterator[Lesson]:
+        for start in range(0, len(examples), AT_ONCE):
+            some = list(readable(examples[start : start + AT_ONCE]))
+            for (example, grids), sizes in zip(some, kept.sizes(encoder, some), strict=True):
+                fitting, sizes, too_long = encoder.fitting(example, grids, config.max_tokens, sizes)
+                bad.extend(too_long)
+                if fitting:
+                    yield Lesson.of(fitting, sizes)
+            progress(min(start + AT_ONCE, len(examples)), len(examples))
+
+    with kept.table.locked():  # the other processes find what the first one counts
+        kept.table.load()
+        train, held_out = Lessons.of(counted(data.train)), Lessons.of(counted(data.held_out))
+        try:
+            kept.save()
+        except OSError as error:
+            data.looks.warn(f"how many tokens the texts have is not kept for later runs: {error}")
+    return Prepared(train, held_out, tuple(bad))
 
 
 def sees_each_image_once(config: TrainConfig, examples: Sequence[Example]) -> bool:
@@ -129,9 +165,9 @@ def see_images(
     not kept.
     """
 
-    def usable(examples: Sequence[EncodedExample], keep: bool) -> tuple[list[EncodedExample], list[BadRow]]:
+    def usable(examples: Lessons, keep: bool) -> tuple[Lessons, list[BadRow]]:
         features.write, bad = keep, []
-        result = []
+        kept = array("q")
         at_once = 32 * processes.count if processes.count > 1 else 1
         for start in range(0, len(examples), at_once):
             some = examples[start : start + at_once]
@@ -142,9 +178,9 @@ def see_images(
                 if error := shares[i % processes.count][i // processes.count]:
                     bad.extend(bad_rows(each.example, error))
                 else:
-                    result.append(each)
+                    kept.append(start + i)
             events.cache(start + len(some), len(examples))
-        return result, bad
+        return examples.take(kept), bad
 
     kept = (prepared.held_out,) if seen_once else (prepared.held_out, prepared.train)
     _survey(features, kept, processes, events)
@@ -154,16 +190,15 @@ def see_images(
         events.survey(features.survey(_images(prepared.train), evict=False), features.folder, True)
     train, bad = usable(prepared.train, not seen_once)
     features.write = not seen_once
+    features.keep_looks()
     return Prepared(train, held_out, (*prepared.bad_rows, *bad, *bad_held_out))
 
 
-def _images(examples: Sequence[EncodedExample]) -> list[ImageRef]:
+def _images(examples: Lessons) -> list[ImageRef]:
     return [image for each in examples for image in each.example.images]
 
 
-def _survey(
-    features: FeatureCache, kept: Sequence[Sequence[EncodedExample]], processes: Processes, events: Events
-) -> None:
+def _survey(features: FeatureCache, kept: Sequence[Lessons], processes: Processes, events: Events) -> None:
     """Make room in the cache for these, the first group before the next: one process of each machine does."""
     images, first = [_images(examples) for examples in kept], processes.accelerator.is_local_main_process
     features.write = True

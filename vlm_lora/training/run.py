@@ -11,12 +11,13 @@ import torch
 
 from vlm_lora.config import TrainConfig, cache_folder
 from vlm_lora.data.example import Example, ImageRef
+from vlm_lora.data.index import Looks
 from vlm_lora.data.readers import BadRow
 from vlm_lora.errors import TrainingError
 from vlm_lora.model.adapters.base import Adapter, find_adapter
 from vlm_lora.model.backbone import Backbone, load_backbone, require_bitsandbytes
 from vlm_lora.model.device import in_one_order, is_out_of_memory, peak_memory, process_peak, resolve_dtype
-from vlm_lora.model.encode import EncodedExample, Encoder
+from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.training.batches import Loader
 from vlm_lora.training.compiled import is_compiled
@@ -31,11 +32,12 @@ from vlm_lora.training.folder import (
     require_room,
     write_quarantine,
 )
+from vlm_lora.training.lessons import Lessons
 from vlm_lora.training.loop import TrainingLoop
 from vlm_lora.training.prepare import (
     Prepared,
     SplitData,
-    encode,
+    count_tokens,
     no_usable_example,
     read_and_split,
     require_usable,
@@ -93,7 +95,7 @@ def train_adapter(
     path = Path(config.output or (newest_unfinished(config) if resume else new_run_name(config)))
     processes = Processes(config.method, log_with=config.report_to, project_dir=str(path))
     config = config.on(processes.device.type)
-    data = read_and_split(config)
+    data = read_and_split(config, events.looks, events.warning)
     # Or they would wait for each other for ever, from here on
     processes.require_same({"data": data.fingerprint, "val": data.val_fingerprint})
     require_usable(config, data.bad_rows)
@@ -106,7 +108,7 @@ def train_adapter(
         processes.on_main(lambda: held.enter_context(tracked(config, processes.accelerator, path, resume)))
         adapter = _attached(config, processes, techniques.attach)
         events.parts(adapter, config.model)
-        features = _feature_cache(config, adapter, techniques, events)
+        features = _feature_cache(config, adapter, techniques, data.looks, events)
         prepared = _prepare(config, data, features, processes, events)
         processes.on_main(lambda: require_room(path, adapter, config))
         processes.on_main(lambda: write_quarantine(path, prepared.bad_rows))
@@ -189,7 +191,9 @@ def _prepare_layers(config: TrainConfig, backbone: Backbone, sharded: bool, step
         backbone.checkpoint_layers()
 
 
-def _feature_cache(config: TrainConfig, adapter: Adapter, techniques: Techniques, events: Events) -> FeatureCache:
+def _feature_cache(
+    config: TrainConfig, adapter: Adapter, techniques: Techniques, looks: Looks, events: Events
+) -> FeatureCache:
     if adapter.backbone.tower_adapted:
         events.warning("LoRA is in the vision tower, so it runs in each step for each image, and no features are kept.")
     folder = cache_folder() if config.cache else None
@@ -199,14 +203,15 @@ def _feature_cache(config: TrainConfig, adapter: Adapter, techniques: Techniques
         limit_gb=config.cache_gb,
         warn=events.warning,
         in_memory=techniques.features_in_memory,
+        looks=looks,
     )
 
 
 def _prepare(
     config: TrainConfig, data: SplitData, features: FeatureCache, processes: Processes, events: Events
 ) -> Prepared:
-    """The examples in tokens, their images seen. Bad rows stop it as early as they are known."""
-    prepared = encode(config, data, Encoder(features.backbone), features.grid, events.tokens)
+    """The examples' tokens counted, their images seen. Bad rows stop it as early as they are known."""
+    prepared = count_tokens(config, data, Encoder(features.backbone), events.tokens)
     require_usable(config, prepared.bad_rows)  # what is too long is known before hours in the tower
     seen_once = sees_each_image_once(config, data.train)
     prepared = see_images(prepared, features, processes, seen_once, events)
@@ -225,7 +230,7 @@ def _identity(config: TrainConfig, data: SplitData, adapter: Adapter) -> dict:
     return config.identity | {f"{name}_fingerprint": value for name, value in fingerprints.items()}
 
 
-def _patches(features: FeatureCache, examples: Sequence[EncodedExample]) -> dict[ImageRef, int]:
+def _patches(features: FeatureCache, examples: Lessons) -> dict[ImageRef, int]:
     return {image: features.patches(image) for each in examples for image in each.example.images}
 
 

@@ -22,7 +22,6 @@ from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.device import is_out_of_memory
 from vlm_lora.model.packing import IGNORE_INDEX
 from vlm_lora.training.batches import (
-    EncodedExample,
     Fetched,
     Loader,
     MicroBatch,
@@ -30,6 +29,7 @@ from vlm_lora.training.batches import (
     largest_micro_batch,
 )
 from vlm_lora.training.checkpoint import Progress
+from vlm_lora.training.lessons import Lesson
 from vlm_lora.training.processes import Processes
 
 SCORED_AT_ONCE = 64
@@ -94,7 +94,7 @@ def _cross_entropy(
 @torch.no_grad()
 def mean_loss(
     loader: Loader,
-    examples: Sequence[EncodedExample],
+    examples: Sequence[Lesson],
     max_tokens: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> float:
@@ -122,7 +122,7 @@ def mean_loss(
 
 def accumulate_gradients(
     loader: Loader,
-    examples: Sequence[EncodedExample],
+    examples: Sequence[Lesson],
     fetched: Sequence[Fetched] | None,
     seed: int,
     progress: Progress,
@@ -178,7 +178,7 @@ def _backward(loader: Loader, fetched: Sequence[Fetched], num_labels: int) -> to
     return loss
 
 
-def _halve_micro_batches(examples: Sequence[EncodedExample], progress: Progress, processes: Processes) -> None:
+def _halve_micro_batches(examples: Sequence[Lesson], progress: Progress, processes: Processes) -> None:
     largest = largest_micro_batch(examples, progress.micro_batch_tokens, processes.count)
     progress.micro_batch_tokens = min(progress.micro_batch_tokens, largest) // 2
     if largest_micro_batch(examples, progress.micro_batch_tokens, processes.count) == largest:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from vlm_lora.config import TrainConfig
 from vlm_lora.model.adapters.base import Adapter
 from vlm_lora.model.adapters.methods import attach_adapter
@@ -20,7 +22,7 @@ class Techniques:
     """Logits where there are labels; else for every token."""
     features_in_memory: bool = True
     """Features that were read lately stay in main memory."""
-    schedule: Callable[[TrainConfig, Sequence[int]], Schedule] = Schedule.of
+    schedule: Callable[[TrainConfig, Sequence[int] | np.ndarray], Schedule] = Schedule.of
     attach: Callable[[Backbone, TrainConfig], Adapter] = attach_adapter
 
 
