@@ -32,8 +32,8 @@ from torch.utils._pytree import tree_leaves
 from bench.easy_vqa import asking_for_one_word
 from bench.origin import origin
 from vlm_lora import Captioner, TrainConfig, evaluate, read_dataset
-from vlm_lora.cli.console import Progress, say
 from vlm_lora.config import DEFAULT_PROMPT
+from vlm_lora.console import Progress, say
 from vlm_lora.model.adapters.base import Adapter, new_contract
 from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.encode import Encoder
@@ -151,7 +151,7 @@ def memory(result: run.TrainedAdapter, config: TrainConfig) -> dict:
         lessons.append(EncodedExample(example, encoder.encode(example.dialogues[:8], grids)))
     weights = kept(backbone.model)
     optimizer = torch.optim.AdamW([p for _, p in adapter.named_parameters()], lr=0.0, fused=True)
-    max_tokens = config.on(backbone.device.type).tokens_at_once
+    max_tokens = config.on(backbone.device.type).micro_batch_tokens or 4096
     loader = Loader(backbone, result.features, result.processes)
     backbone.model.train()
     with Alive(but=weights) as alive:
@@ -288,7 +288,7 @@ def _percent(value: float, interval: list[float]) -> str:
 
 
 def table(rows: dict[str, dict]) -> str:
-    """As Markdown, for the README. All rows are of the same steps and settings."""
+    """As Markdown, for docs/methods.md. All rows are of the same steps and settings."""
     steps, settings = budget(next(iter(rows.values())))
     assert all(budget(row) == (steps, settings) for row in rows.values())
     what = f"easy-VQA, {steps} steps of {settings['batch_size']} answers"

@@ -65,18 +65,27 @@ TESTS: dict[str, tuple[str, ...]] = {
     "vlm_lora/model/features.py": (f"{MODEL}/test_features.py",),
     "vlm_lora/model/encode.py": (f"{MODEL}/test_encode.py", f"{MODEL}/test_exactness.py"),
     "vlm_lora/model/packing.py": (f"{MODEL}/test_encode.py", f"{MODEL}/test_exactness.py"),
-    "vlm_lora/training/schedule.py": (
-        f"{TRAINING}/test_train.py::test_the_plan_shows_every_answer_once_an_epoch",
-        f"{TRAINING}/test_train.py::test_an_image_stays_in_one_step_where_it_fits",
-    ),
+    "vlm_lora/training/schedule.py": (f"{TRAINING}/test_schedule.py",),
     "vlm_lora/training/batches.py": (
         f"{TRAINING}/test_processes.py::test_rows_are_dealt_out_evenly_and_each_once",
         f"{MODEL}/test_exactness.py",
         f"{TRAINING}/test_train.py",
     ),
-    "vlm_lora/training/step.py": (f"{MODEL}/test_exactness.py", f"{TRAINING}/test_survival.py"),
-    "vlm_lora/training/prepare.py": (f"{TRAINING}/test_train.py", f"{DATA}/test_fuzz.py"),
-    "vlm_lora/training/loop.py": (f"{TRAINING}/test_train.py", f"{TRAINING}/test_survival.py"),
+    "vlm_lora/training/step.py": (
+        f"{TRAINING}/test_step.py",
+        f"{MODEL}/test_exactness.py",
+        f"{TRAINING}/test_survival.py",
+    ),
+    "vlm_lora/training/prepare.py": (
+        f"{TRAINING}/test_schedule.py",
+        f"{TRAINING}/test_train.py",
+        f"{DATA}/test_fuzz.py",
+    ),
+    "vlm_lora/training/loop.py": (
+        f"{TRAINING}/test_train.py",
+        f"{TRAINING}/test_survival.py",
+        f"{TRAINING}/test_processes.py::test_stopped_and_gone_on_with_by_another_number_of_processes",
+    ),
 }
 LOADED_ONCE = ("torch", "torchvision", "transformers", "transformers.models.qwen2_vl.modeling_qwen2_vl", "peft")
 LOADED_ONCE += ("datasets", "hypothesis", "pytest")

@@ -21,6 +21,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -105,8 +107,8 @@ def commands() -> dict[str, list[str]]:
     }
 
 
-def run_all() -> dict:
-    """What each command printed, or its run logged, and its exit code; and on which machine."""
+def run(names: Collection[str]) -> dict:
+    """What each command of these names printed, or its run logged, and its exit code; and on which machine."""
     import torch
 
     from vlm_lora.cli import main
@@ -119,6 +121,8 @@ def run_all() -> dict:
         for family in VISION:
             write_checkpoint(Path(temporary, family), family)
         for name, command in commands().items():
+            if name not in names:
+                continue
             printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
             with contextlib.redirect_stdout(printed):
                 code = main(command)
@@ -186,25 +190,34 @@ def recorded() -> dict:
     return json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
 
 
-@pytest.fixture(scope="module")
-def computed() -> dict:
+@lru_cache
+def computed(names: tuple[str, ...]) -> dict:
     """In a process of its own, with one thread from its start, that no other test has changed anything in."""
     alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.test_baseline"]
+    command = [sys.executable, "-m", "tests.test_baseline", *names]
     done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 
 
+QUICK = {name for name in commands() if not name.startswith("train")} | {"train lora", "train prefix"}
+"""What `make test` looks at: the commands, with the adapters that they use. `make test-long` adds the other runs."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in recorded() if name != "machine"])
-def test_it_is_what_it_was(name, computed):
-    alike = computed["machine"] == recorded()["machine"]
-    if name == "caption sampled" and not alike:
-        pytest.skip("recorded on another processor or other versions, where other numbers are drawn")
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.long] * (n not in QUICK)) for n in recorded() if n != "machine"],
+)
+def test_it_is_what_it_was(name):
+    names = tuple(sorted(QUICK if name in QUICK else commands().keys() - QUICK))
     if name == "train qlora" and not importlib.util.find_spec("bitsandbytes"):
         pytest.skip("bitsandbytes is not installed")
-    assert differences(computed[name], recorded()[name], tolerance=0 if alike else 1e-4) == []
+    found = computed(names)
+    alike = found["machine"] == recorded()["machine"]
+    if name == "caption sampled" and not alike:
+        pytest.skip("recorded on another processor or other versions, where other numbers are drawn")
+    assert differences(found[name], recorded()[name], tolerance=0 if alike else 1e-4) == []
 
 
 def test_nothing_is_left_out():
@@ -214,9 +227,12 @@ def test_nothing_is_left_out():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", action="store_true", help=f"write {RECORD.name} instead of printing it")
-    lines = [f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in run_all().items()]
+    parser.add_argument("names", nargs="*", help="of the commands; default: all")
+    options = parser.parse_args()
+    results = (recorded() if options.names and options.write else {}) | run(options.names or commands())
+    lines = [f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in results.items()]
     text = "{\n" + ",\n".join(lines) + "\n}\n"
-    if parser.parse_args().write:
+    if options.write:
         RECORD.write_text(text, encoding="utf-8")
     else:
         print(text, end="")

@@ -3,13 +3,17 @@
 Fault numbers (F23...) are those of the project's fault table. Run: pytest tests/data/test_faults.py
 """
 
+import io
 import json
 import os
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from tests.conftest import picture
 from vlm_lora.data.readers import parquet, read_dataset
@@ -534,3 +538,15 @@ def test_another_picture_under_the_same_name_is_other_data(tmp_path):
     assert read(tmp_path).fingerprint() == before
     picture(0, (80, 64)).save(tmp_path / "a.png")
     assert read(tmp_path).fingerprint() != before
+
+
+def test_another_picture_of_the_same_size_in_a_table_is_other_data(tmp_path):
+    """Of what is no file of its own the hash counts."""
+    prints = set()
+    for pixel in range(3):
+        image = io.BytesIO()
+        Image.new("RGB", (8, 8), (pixel, 0, 0)).save(image, "BMP")  # all as long
+        rows = [{"image": {"bytes": image.getvalue(), "path": "a.bmp"}, "text": "A picture."}]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+        prints.add(read(tmp_path / "data.parquet").fingerprint())
+    assert len(prints) == 3

@@ -15,7 +15,7 @@ from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Dialogue, Turn
 from vlm_lora.data.readers import read_dataset
 from vlm_lora.errors import DataError
-from vlm_lora.training.prepare import read_and_split
+from vlm_lora.training.prepare import no_usable_example, read_and_split
 
 PROMPT = "Describe this image."
 CAPTION = {"image": "a.png", "caption": "a fox"}
@@ -198,6 +198,7 @@ def test_rows_marked_test_or_val_are_not_trained_on(pictures, read):
     data = read_and_split(TrainConfig(data=file))
     assert [("held-out data too" in bad.reason, bad.line) for bad in data.bad_rows] == [(True, 6)]
     read(rows[2])
+    assert str(no_usable_example(TrainConfig(data="x"), [])) == "x: no usable example in it."
     with pytest.raises(DataError, match="1 examples are marked val or test"):
         read_and_split(TrainConfig(data=file))
 
@@ -277,6 +278,11 @@ def test_prompt_and_completion_of_trl_learn_the_completion(read):
 
 PLACES = {
     "between words": (chat("Compare <image> with <image>.", "b", images=["a.png", "b.png"]), [(8, 14)]),
+    "between a question's words": (
+        {"images": ["a.png", "b.png"], "question": "<image>Compare with <image>.", "answer": "b"},
+        [(0, 13)],
+    ),
+    "before a question": ({"image": "a.png", "question": "<image>\nWhat?", "answer": "b"}, [()]),
     "in parts": (
         chat([{"type": "text", "text": "What is "}, {"type": "image", "image": "a.png"}, "?"], "b", images=[]),
         [(8,)],

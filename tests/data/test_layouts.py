@@ -286,6 +286,12 @@ BAD = {
         ["lies outside of the data folder"],
     ),
     "no token": (("a.png",), {"x.token": "a.png#0\tx\na.png y\n\n"}, 1, ["is 'a.png y'; expected a name of an image"]),
+    "numbers of Label Studio": (
+        ("a.png",),
+        {"x.json": [label_studio_task("a.png", [{"type": "textarea", "value": {"text": ["x", 3]}}])]},
+        0,
+        ["has a result of the type 'textarea'"],
+    ),
     "boxes of Label Studio": (
         ("a.png",),
         {"x.json": [label_studio_task("a.png", [typed("x"), {"type": "rectanglelabels", "value": {"x": 1}}])]},
@@ -297,6 +303,17 @@ BAD = {
         {"x.json": [label_studio_task("a.png", [typed("x")]), {"data": {"image": "a.png"}, "annotations": []}]},
         1,
         ["is a task that nobody has labelled"],
+    ),
+    "no results": (
+        ("a.png",),
+        {
+            "x.json": [
+                label_studio_task("a.png", [typed("x")]),
+                *({"data": {"image": "a.png"}, "annotations": [each]} for each in ("x", {"result": "x"}, {})),
+            ]
+        },
+        1,
+        ["has an annotation without a list of results"] * 3,
     ),
     "skipped": (
         ("a.png",),
@@ -432,6 +449,8 @@ def test_the_folders_of_kohya_say_how_often(text, pictures, capsys):
     assert "times an epoch, as kohya's folders say: 10_red fox/ 10, 2_cat/ 2" in dataset.taken_for
     others = pictures("z.png", into="others")
     write(others, {"z.txt": "z"})
+    many = pictures(*(f"{times}_x/{times}.png" for times in range(1, 12)), into="many")
+    assert read_dataset(many, prompt=PROMPT).taken_for.endswith("6_x/ 6, and 3 more)")
     both = read_dataset([f"{folder}:3", others], prompt=PROMPT)
     assert [e.weight for e in both.examples] == [30, 6, 1]
     assert main(["check", str(folder)]) == 0

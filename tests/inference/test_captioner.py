@@ -25,6 +25,7 @@ from vlm_lora.inference.evaluate import evaluate
 from vlm_lora.inference.verdict import tables_as_text
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import load_backbone
+from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache
 
 QUESTIONS = ["What is it?", "Describe this image, please, in very many words.", "Why?"]
@@ -225,6 +226,29 @@ def test_sampling_is_seeded_and_narrow_nucleus_is_greedy(captioner, files):
     assert say(temperature=1.5, seed=3) == say(temperature=1.5, seed=3)
     assert len({say(temperature=1.5, seed=seed) for seed in range(4)}) > 1
     assert say(temperature=1.0, top_p=1e-6) == say()
+
+
+def test_every_image_and_question_draws_its_own_numbers_in_any_batch(captioner):
+    encoder, images = Encoder(captioner.backbone), [picture(seed, (64, 64)) for seed in (1, 2)]
+    entries = [captioner.features.get([image]) for image in images]
+
+    def numbers(*asked: tuple[int, str], seed: int = 0) -> list[float]:
+        grids = [torch.stack([entry.grid_thw for entry in entries[i]]) for i, _ in asked]
+        encoded = [
+            encoder.encode_requests([Dialogue((Turn(said, ""),))], grid)[0]
+            for (_, said), grid in zip(asked, grids, strict=True)
+        ]
+        return [draw.random() for draw in decoding._random_numbers(encoded, [entries[i] for i, _ in asked], seed)]
+
+    both = encoder.encode_requests(
+        [Dialogue((Turn(said, ""),)) for said in ("What?", "Who?")], torch.stack([e.grid_thw for e in entries[0]])
+    )
+    of_both = [draw.random() for draw in decoding._random_numbers(both, [entries[0]] * len(both), 0)]
+    assert of_both == numbers((0, "What?"), (0, "Who?"))
+
+    together = numbers((0, "What?"), (1, "What?"), (0, "Who?"))
+    assert len({*together, *numbers((0, "What?"), seed=1)}) == 4
+    assert [*numbers((0, "What?")), *numbers((1, "What?")), *numbers((0, "Who?"))] == together
 
 
 def test_rows_are_counted_by_what_is_kept_of_them(captioner, monkeypatch):

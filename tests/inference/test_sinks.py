@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import picture
 from vlm_lora.data.readers import read_dataset
 from vlm_lora.errors import ConfigError, DataError
+from vlm_lora.inference import sinks
 from vlm_lora.inference.sinks import NotWritten, Rows, Sidecars, Stdout, one_line, printable
 
 MADE_WITH = {"--prompt": None, "--adapter": ["runs/a"]}
@@ -281,3 +282,30 @@ def test_an_image_never_becomes_its_caption(here):
     for images in (["pic.txt"], ["pic.txt", "pic.png"]):
         with pytest.raises(ConfigError, match=r"^pic.txt would hold a caption, and is one of the inputs; rename it"):
             Sidecars([Path(name) for name in images], overwrite=True)
+
+
+@pytest.mark.parametrize(("takes", "pause"), [(1.0, 20.0), (0.001, 1.0)])
+def test_a_file_whose_lines_change_is_rewritten_now_and_then(here, monkeypatch, takes, pause):
+    """A twentieth of the time at most, and once a second: or a long file would be written anew for each caption."""
+    names = [f"{i}.png" for i in range(200)]
+    write(rows(names), *names)
+    now, rewritten, replace_text = [100.0], [], sinks.replace_text
+
+    def slowly(path: Path, text: str) -> None:
+        if path == Path("out"):
+            rewritten.append(now[0])
+            now[0] += takes
+        replace_text(path, text)
+
+    monkeypatch.setattr(sinks, "replace_text", slowly)
+    monkeypatch.setattr(sinks.time, "monotonic", lambda: now[0])
+    sink = rows(names, overwrite=True)
+    for name in names:
+        sink.write(Path(name), ["anew"])
+        now[0] += 0.5
+    sink.close()
+    first, second, *later = rewritten
+    assert second - first == pytest.approx(takes + 0.5)  # the first makes the file ready
+    assert all(after - before >= takes + pause for before, after in zip([second, *later], later[:-1], strict=False))
+    assert 200 * 0.5 / (pause + takes + 0.5) <= len(rewritten) <= 200 * 0.5 / pause + 4
+    assert all('"anew"' in line for line in (here / "out").read_text().splitlines())

@@ -71,6 +71,14 @@ def test_the_instruction_is_shared_where_all_answers_have_the_same(backbone):
     assert [spelled(backbone, branch) for branch in encoded.branches] == branches
 
 
+def test_what_is_shared_is_what_all_share_also_those_between_the_first_and_the_last(backbone):
+    talks = [Dialogue((Turn(asked, "Yes."),)) for asked in ("Is it red?", "Who is there?", "Is it round?")]
+    encoded = Encoder(backbone).encode(talks, GRID)
+    assert backbone.tokenizer.decode(encoded.prefix_ids).endswith("<|vision_end|>")
+    asked = [spelled(backbone, branch).partition("<|im_end|>")[0] for branch in encoded.branches]
+    assert asked == ["Is it red?", "Who is there?", "Is it round?"]
+
+
 def test_the_same_answer_twice_is_learnt_twice(backbone):
     same = Dialogue((Turn("Colour?", "red"), Turn("Sure?", "yes")))
     encoded = Encoder(backbone).encode([same, same], GRID)

@@ -382,6 +382,16 @@ def test_a_step_equals_naive_however_it_is_cut_up(checkpoints, examples, family,
     assert off_by(learnt(backbone, adapter, examples, 90)[1], expected) > 1e-3
 
 
+@pytest.mark.parametrize("max_tokens", [4096, 90])
+def test_the_held_out_loss_is_the_mean_of_the_labelled_tokens(checkpoints, examples, max_tokens):
+    backbone, _ = load(checkpoints, "qwen2_vl")
+    features, alone = FeatureCache(backbone, None), SimpleNamespace(**vars(ALONE), add_up=list)
+    backbone.model.train()
+    found = step.mean_loss(Loader(backbone, features, alone), lessons_of(backbone, features, examples), max_tokens)
+    assert found == pytest.approx(naive(backbone, examples).item(), rel=1e-9)
+    assert backbone.model.training
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_waits_for_no_device(checkpoints, examples, family):
     """A tensor on the meta device has a shape and no numbers: what a GPU would be waited for raises here."""

@@ -479,3 +479,22 @@ def test_a_parked_tower_is_not_missed_and_comes_back(checkpoints, images, tmp_pa
     assert cache.complete(images)
     assert equal(cache.get(images), wanted)
     assert backbone.tower_fingerprint == fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda backbone: setattr(backbone.processor.image_processor, "image_mean", [0.5, 0.5, 0.5]),
+        lambda backbone: setattr(backbone.model.config.vision_config, "spatial_patch_size", 99),
+        lambda backbone: backbone.model.model.visual.blocks[0].norm1.weight.data.add_(1),
+        lambda backbone: backbone.model.to(torch.bfloat16),
+    ],
+    ids=["preprocessing", "config", "weights", "number format"],
+)
+def test_what_decides_the_features_is_in_their_fingerprint(checkpoints, change):
+    """Or features would be read that were computed by something else."""
+    before, changed = (load_backbone(str(checkpoints["qwen2_vl"])) for _ in range(2))
+    change(changed)
+    assert changed.tower_fingerprint != before.tower_fingerprint
+    changed.model.model.language_model.layers[0].mlp.up_proj.weight.data.add_(1)
+    assert load_backbone(str(checkpoints["qwen2_vl"])).tower_fingerprint == before.tower_fingerprint

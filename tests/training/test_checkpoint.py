@@ -121,6 +121,18 @@ def test_damage_to_any_file_is_seen_and_the_one_before_is_used(tmp_path, file, d
     assert again.progress.step == 3
 
 
+@pytest.mark.parametrize(("number", "other"), [('"skipped": 0', '"skipped": 1'), ('"lr": 0.001', '"lr": 0.003')])
+def test_another_number_in_a_manifest_is_damage(tmp_path, number, other):
+    """It reads as well as before: only the hash tells."""
+    after(2, tmp_path)
+    manifest = tmp_path / "step-000002/manifest.json"
+    text = manifest.read_text()
+    assert text.count(number) == 1
+    manifest.write_text(text.replace(number, other))
+    (told,) = State().load(tmp_path)
+    assert "step-000002 is damaged" in told
+
+
 def rewritten(path, change) -> None:
     """The manifest as ``change`` makes it, with the hash that belongs to it."""
     manifest = json.loads((path / "manifest.json").read_text())

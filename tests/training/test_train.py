@@ -22,7 +22,6 @@ from vlm_lora.model.features import FeatureCache, store_in
 from vlm_lora.training import loop
 from vlm_lora.training import step as one_step
 from vlm_lora.training.run import train_adapter as train
-from vlm_lora.training.schedule import Schedule
 
 
 def config(checkpoints, data, output, **changes) -> TrainConfig:
@@ -193,7 +192,7 @@ def test_an_adapter_that_does_not_fit_is_refused(checkpoints, adapter_folder, da
 )
 def test_resuming_is_bitwise_exact(checkpoints, photo_folder, tmp_path, monkeypatch, family, changes):
     changes = changes | {"model": str(checkpoints[family])}
-    """Stopped behind every step in turn, and each time gone on with: the adapter is that of the run never stopped."""
+    """Stopped after every step in turn, and each time resumed: the adapter is that of the run never stopped."""
     passes, real = [], one_step.loss_sum
     with monkeypatch.context() as patch:
         patch.setattr(one_step, "loss_sum", lambda *args: passes.append(1) or real(*args))
@@ -405,39 +404,6 @@ def test_micro_batches_change_nothing(checkpoints, photo_folder, tmp_path):
     )
     for name in whole:
         torch.testing.assert_close(single[name], whole[name], rtol=2e-3, atol=2e-5)
-
-
-def test_the_plan_shows_every_answer_once_an_epoch():
-    schedule = Schedule([5, 1, 10, 3], batch_size=4, epochs=3, seed=0)
-    seen = [(e, d) for step in range(schedule.num_steps) for e, dialogues in schedule.step(step) for d in dialogues]
-    everything = {(e, d) for e, n in enumerate(schedule.num_answers) for d in range(n)}
-    for epoch in range(3):
-        assert set(seen[epoch * 19 : epoch * 19 + 19]) == everything
-    assert len(seen) == 57
-    sizes = [sum(len(d) for _, d in schedule.step(s)) for s in range(schedule.num_steps)]
-    assert min(sizes) >= 1
-    assert max(sizes) <= 8
-    assert abs(schedule.num_steps - 57 / 4) <= 1
-    again = Schedule([5, 1, 10, 3], batch_size=4, epochs=3, seed=0)
-    assert again.step(9) == schedule.step(9)  # asked for alone, out of order
-    assert Schedule([5, 1, 10, 3], batch_size=4, epochs=3, seed=1).step(0) != schedule.step(0)
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("numbers", "batch_size", "epochs"), [
-    ([5] * 16, 16, 3), ([10] * 7, 16, 2.5), ([1] * 30, 8, 1), ([3, 8, 1, 40, 2, 16, 5], 16, 4), ([2, 2], 16, 9),
-])  # fmt: skip
-def test_an_image_stays_in_one_step_where_it_fits(numbers, batch_size, epochs, seed):
-    schedule = Schedule(numbers, batch_size=batch_size, epochs=epochs, seed=seed)
-    steps = [schedule.step(step) for step in range(schedule.num_steps)]
-    assert all(steps)
-    assert schedule.step(schedule.num_steps) == []
-    assert sum(len(dialogues) for step in steps for _, dialogues in step) == round(sum(numbers) * epochs)
-    for step in steps:
-        assert sum(len(dialogues) for _, dialogues in step) < 2 * batch_size
-    # Multiples, as an image may be the last of an epoch and the first of the next; half an epoch may end within one.
-    for e, dialogues in (piece for step in steps[:-1] for piece in step):
-        assert numbers[e] > batch_size or len(dialogues) % numbers[e] == 0
 
 
 def test_epochs_of_no_answer_are_one_line(checkpoints, photo_folder, tmp_path):

@@ -11,11 +11,11 @@ from tests.training.test_held_out import held_out_of, of_tokens
 from tests.training.test_survival import log_of
 from tests.training.test_train import adapter_of, assert_same, config
 from vlm_lora import Captioner, Decoding
-from vlm_lora.cli.progress import TrainReport
 from vlm_lora.config import TrainConfig
 from vlm_lora.errors import ConfigError, Stopped
 from vlm_lora.inference.filmstrip import COLUMNS, Film, read_filmstrip, steps_shown
 from vlm_lora.model.backbone import Backbone
+from vlm_lora.progress import TrainReport
 from vlm_lora.run import train
 from vlm_lora.training.held_out import FORWARD, WATCHED, WATCHED_SHARE, WATCHED_TOKENS
 from vlm_lora.training.loop import TrainingLoop

@@ -13,15 +13,19 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from vlm_lora.cli.console import Progress, duration, size
 from vlm_lora.cli.flags import add_config, config_of
+from vlm_lora.config import EVERYDAY as EVERYDAY_KNOBS
 from vlm_lora.config import TrainConfig
+from vlm_lora.console import Progress, duration, size
 from vlm_lora.errors import ConfigError
 from vlm_lora.inference.losses import sample_of
 from vlm_lora.training.devices import DEVICES, RESERVED, Device
 
 if TYPE_CHECKING:
     from vlm_lora.training.estimate import Estimate
+
+EVERYDAY = (*EVERYDAY_KNOBS, "config", "gpus", "device", "json")
+"""What ``--help`` shows; ``--help-all`` shows every flag."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,13 +121,7 @@ def _memory(plan: "Estimate") -> Iterator[str]:
     cost, gb = plan.cost, 1e9
     device = f"{plan.device_memory / gb:,.1f} GB"
     yield f"memory:     {cost.memory / gb:,.2f} GB of {device}, besides what torch itself takes:"
-    rows = {
-        "base weights": cost.weights,
-        "adapter, its gradients, optimizer": cost.trained,
-        "kept for the backward pass": cost.activations - cost.passing,
-        "beside it at the peak (logits, or a layer)": cost.passing,
-    }
-    for name, size_ in rows.items():
+    for name, size_ in cost.memory_by_part.items():
         yield f"            {name:<44}{size_ / gb:>9,.2f} GB"
     shape = cost.largest
     yield f"            in a micro-batch of {shape.rows} rows of {shape.width:,} tokens, the largest"
@@ -149,6 +147,6 @@ def _disk(plan: "Estimate", config: TrainConfig) -> Iterator[str]:
         yield f"            {room} (--cache-gb {config.cache_gb:g}, free disk); of the rest, {in_memory}"
     if plan.cached:
         yield (
-            f"            {plan.cached:,} images are in the cache: those of this run spare it the tower "
-            "(only the base's weights tell which they are)"
+            f"            {plan.cached:,} images are in the cache already; those of this run need no vision tower "
+            "(which of them are of this run is known only once the weights are loaded)"
         )

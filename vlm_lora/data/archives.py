@@ -62,7 +62,7 @@ def _unpack(archive: Path, target: Path) -> None:
                     path = Path(name, "all", *parts)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with zipped.open(member) as source, path.open("xb") as file:
-                        shutil.copyfileobj(source, file, 1 << 20)
+                        shutil.copyfileobj(source, file)
         except DAMAGE as error:
             raise DataError(f"{archive.name}: is not readable as a zip: {error}; pack it again") from None
         if not Path(name, "all").is_dir():

@@ -357,8 +357,9 @@ def _random_numbers(
     """Random numbers for each row, from its own images and question: the same ones in any batch."""
     numbers = []
     for e, entries in zip(encoded, images, strict=True):
-        seen = [crc32(entry.values) for entry in entries]
-        numbers += [random.Random(f"{seed} {seen} {branch.input_ids.tolist()}") for branch in e.branches]
+        seen, prefix = [crc32(entry.values) for entry in entries], e.prefix_ids.tolist()
+        # Where the prefix ends depends on what else is asked about the image.
+        numbers += [random.Random(f"{seed} {seen} {prefix + branch.input_ids.tolist()}") for branch in e.branches]
     return numbers
 
 

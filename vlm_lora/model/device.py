@@ -1,6 +1,8 @@
 """What a device can do: the number format it computes in, and whether it ran out of memory."""
 
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,6 +23,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device had no room left. The CPU's says so as a plain RuntimeError."""
     told = ("DefaultCPUAllocator", "MPS backend out of memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in told)
+
+
+def peak_memory(device: torch.device) -> tuple[int, int] | None:
+    """Bytes of a GPU at the highest so far: used, and reserved by torch, which keeps more. None elsewhere."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+
+
+def process_peak() -> int:
+    """Bytes of main memory that this process had at its highest so far, files that it has mapped among them."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextmanager

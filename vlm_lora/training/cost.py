@@ -36,11 +36,14 @@ TRAINED = 4 * 4
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What the steps of a run took: seconds, on how many devices, and on a GPU the peak of memory in bytes."""
+    """What the steps of a run took: seconds, on how many devices; and memory at its highest, in bytes: what was used
+    and what torch reserved of a GPU, or on a CPU that of the whole process."""
 
     seconds: float
     devices: int
     memory_bytes: int | None = None
+    reserved_bytes: int | None = None
+    process_bytes: int | None = None
 
     def to_json(self) -> dict:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -83,6 +86,16 @@ class Prediction:
     def memory(self) -> int:
         """At its highest, without what torch itself takes."""
         return self.weights + self.trained + self.activations
+
+    @property
+    def memory_by_part(self) -> dict[str, int]:
+        """What `memory` is the sum of, in plain words."""
+        return {
+            "base weights": self.weights,
+            "adapter, its gradients, optimizer": self.trained,
+            "kept for the backward pass": self.activations - self.passing,
+            "beside it at the peak (logits, or a layer)": self.passing,
+        }
 
     def seconds_left(self, second_and_third: float) -> float:
         """From the end of the third step on, at the rate at which the second and third took so many seconds.

@@ -1,6 +1,7 @@
 """What accelerators can do, and how long a trace takes on one."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # the command line shows the names of the devices, and does not wait for torch
@@ -46,6 +47,13 @@ DEVICES = {
     "t4": Device(65e12, 8.1e12, 0.32e12, 16e9, bfloat16=False),
 }
 """By the names of `vlm-lora plan --device`; NVIDIA's data sheets, products accumulated in float32."""
+
+
+def device_named(name: str, memory: int) -> Device:
+    """The device that the driver calls so, as "NVIDIA GeForce RTX 4090", with its bytes of memory; an A100's other
+    figures where it is not in the list."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    return replace(DEVICES[next((each for each in DEVICES if each in words), "a100")], memory=memory)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,16 +23,14 @@ from vlm_lora.model.features import store_in
 from vlm_lora.model.preprocess import Preprocessor, load_preprocessor
 from vlm_lora.model.shapes import load_sample
 from vlm_lora.training.cost import CostModel, Prediction, cost_model, predict
-from vlm_lora.training.devices import Device, Price, price
+from vlm_lora.training.devices import ATTAINED, Device, Price, price
+from vlm_lora.training.fitting import FILLED, device_here, fitting_tokens
 from vlm_lora.training.held_out import HeldOut
 from vlm_lora.training.prepare import Prepared, encode, read_and_split, sees_each_image_once
 from vlm_lora.training.processes import require_shardable
 from vlm_lora.training.schedule import Schedule
 from vlm_lora.training.step import loss_sum
 from vlm_lora.training.trace import ATTENTION_OPERATIONS, MicroShape, micro_batch
-
-FILLED = 0.9
-"""The share of a device's memory that may be planned for; allocators waste some."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,17 +126,17 @@ def estimate_run(
     prepared, headers = _prepare(config, progress)
     examples = prepared.weighted
     patches, held = headers.of(prepared.train), headers.of(prepared.held_out)
-    steps = Schedule.of(config, [len(each.encoded.branches) for each in examples]).num_steps
-    held_out = HeldOut.of(config, examples, prepared.held_out, steps, headers.hashes.__getitem__)
+    schedule = Schedule.of(config, [len(each.encoded.branches) for each in examples])
+    memory = device_memory or (accelerator.memory if accelerator else device_memory_of(device))
+    if not config.micro_batch_tokens:
+        figures = replace(accelerator or _described(tflops, device), memory=memory)
+        tokens = fitting_tokens(model, schedule, examples, patches, figures, gpus, sharded)
+        config = config.replace(micro_batch_tokens=tokens)
+    held_out = HeldOut.of(config, examples, prepared.held_out, schedule.num_steps, headers.hashes.__getitem__)
 
-    can_be_kept = config.cache and "vision" not in config.lora_targets
     seen_once = sees_each_image_once(config, [each.example for each in prepared.train])
-    learnt = headers.once(patches) if can_be_kept and not seen_once else {}
-    held_once, of_patch = headers.once(held), model.traced.feature_bytes
-    learnt_bytes, held_bytes = sum(learnt.values()) * of_patch, sum(held_once.values()) * of_patch * can_be_kept
-    store = store_in(cache_folder(), config.cache_gb)
-    room = store.room_for(learnt_bytes + held_bytes)
-    kept = min(1.0, max(0, room - held_bytes) / learnt_bytes) if learnt else 0.0  # held-out ones come first
+    learnt, held_once = {} if seen_once else headers.once(patches), headers.once(held)
+    features, room, kept = _features(config, learnt, held_once, model.traced.feature_bytes)
 
     def cost_of(config: TrainConfig, model: CostModel | None = None, sharded: bool = sharded) -> Prediction:
         model = model or cost_model(config, resolve_dtype(config.dtype, device), target)
@@ -148,9 +146,8 @@ def estimate_run(
     cost = cost_of(config, model)
     tower = cost.tower_operations + kept * sum(map(model.tower_operations, learnt.values()))
     tower += sum(map(model.tower_operations, held_once.values()))
-    cost = replace(cost, features=learnt_bytes + held_bytes, tower_operations=tower)
+    cost = replace(cost, features=features, tower_operations=tower)
     rates, priced, share = _rates(config, model, cost.largest, accelerator, tflops, device)
-    memory = device_memory or (accelerator.memory if accelerator else device_memory_of(device))
     return Estimate(
         cost=cost,
         images=len(patches),
@@ -162,7 +159,7 @@ def estimate_run(
         seen_once=seen_once,
         kept=kept,
         room=room,
-        cached=store.use().entries,
+        cached=store_in(cache_folder(), config.cache_gb).use().entries,
         device=target,
         dtype=str(dtype).removeprefix("torch."),
         device_memory=memory,
@@ -175,6 +172,25 @@ def estimate_run(
         peak_share=share,
         advice=tuple(_advice(config, model, cost, memory, cost_of, can_shard=gpus > 1 and not sharded)),
     )
+
+
+def _features(
+    config: TrainConfig, learnt: Mapping[str, int], held: Mapping[str, int], of_patch: int
+) -> tuple[int, int, float]:
+    """Bytes that the run wants to keep, the room there is for them, and the share of what it learns from that is kept;
+    from the patches of each image, by its content."""
+    store = store_in(cache_folder(), config.cache_gb)
+    if not config.cache or "vision" in config.lora_targets:
+        return 0, store.room_for(0), 0.0
+    learnt_bytes, held_bytes = sum(learnt.values()) * of_patch, sum(held.values()) * of_patch
+    room = store.room_for(learnt_bytes + held_bytes)
+    kept = min(1.0, max(0, room - held_bytes) / learnt_bytes) if learnt else 0.0  # held-out ones come first
+    return learnt_bytes + held_bytes, room, kept
+
+
+def _described(tflops: float | None, device: torch.device) -> Device:
+    """A GPU that attains so many 10^12 operations a second, or else the one that is here."""
+    return Device(tflops * 1e12 / ATTAINED, 0, 0, 0) if tflops else device_here(device)
 
 
 def _rates(

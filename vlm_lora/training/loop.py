@@ -15,11 +15,13 @@ from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Example
 from vlm_lora.errors import Stopped, TrainingError
 from vlm_lora.model.adapters.base import ADAPTED, Adapter
-from vlm_lora.model.device import is_out_of_memory
+from vlm_lora.model.device import is_out_of_memory, peak_memory
 from vlm_lora.training.batches import EncodedExample, Fetched, Loader, imbalance, largest_micro_batch
 from vlm_lora.training.checkpoint import Progress, load_checkpoint, load_optimizer, load_weights, save_checkpoint
 from vlm_lora.training.compiled import COMPILER_ERRORS, difference, in_short, shaken
+from vlm_lora.training.cost import cost_model
 from vlm_lora.training.events import Events
+from vlm_lora.training.fitting import device_here, fitting_tokens
 from vlm_lora.training.folder import RunFolder
 from vlm_lora.training.held_out import HeldOut
 from vlm_lora.training.prepare import Prepared
@@ -85,13 +87,14 @@ class TrainingLoop:
         self.held_out = HeldOut.of(
             config, self.examples, data.held_out, self.schedule.num_steps, loader.features.content_hash
         )
-        self.progress = Progress(micro_batch_tokens=config.tokens_at_once, val_images=self.held_out.size)
+        self.progress = Progress(config.micro_batch_tokens or self._fitting_tokens(), val_images=self.held_out.size)
         self.sample = data.held_out
         self.watched: list[Example] = []
         self.captions: Captions = lambda examples: []
         self.first = 0
         self.step_ends: list[float] = []
         self.losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        self.peak: tuple[int, int] | None = None
 
     def run(self, allow_change: Collection[str] = (), captions: Captions | None = None) -> int:
         """Train from the newest checkpoint, if there is one, to the end; the number of steps.
@@ -151,6 +154,17 @@ class TrainingLoop:
         return self.progress.step
 
     # -- before the first step -------------------------------------------------------------------------------------
+
+    def _fitting_tokens(self) -> int:
+        """Of a micro-batch on this GPU, as the main process decides it for all."""
+
+        def decide() -> int:
+            cost = cost_model(self.config, self.backbone.dtype, self.backbone.device.type)
+            patches = {image: self.loader.features.patches(image) for each in self.examples for image in each.images}
+            here, together = device_here(self.backbone.device), (self.processes.count, self.processes.sharded)
+            return fitting_tokens(cost, self.schedule, self.examples, patches, here, *together)
+
+        return self.processes.on_main(decide)
 
     def _resume(self, allow_change: Collection[str]) -> int:
         """Restore the newest checkpoint in every process; the step to go on from."""
@@ -305,6 +319,10 @@ class TrainingLoop:
             "seconds": round(seconds, 3),
         }
         shares = {"imbalance": round(self._imbalance(examples), 4)} if self.processes.count > 1 else {}
+        peak = peak_memory(self.backbone.device)
+        if peak and peak != self.peak:
+            self.peak, (used, reserved) = peak, peak
+            shares |= {"memory_used": used, "memory_reserved": reserved}
         self.folder.log({"step": step} | (numbers if result.finite else {"skipped": True}) | work | shares)
         left = (num_steps - step) * seconds / (step - first)
         self.events.step(step=step, num_steps=num_steps, seconds_left=left, **numbers, **work)

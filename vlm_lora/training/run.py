@@ -15,7 +15,7 @@ from vlm_lora.data.readers import BadRow
 from vlm_lora.errors import TrainingError
 from vlm_lora.model.adapters.base import Adapter, find_adapter
 from vlm_lora.model.backbone import Backbone, load_backbone, require_bitsandbytes
-from vlm_lora.model.device import in_one_order, is_out_of_memory, resolve_dtype
+from vlm_lora.model.device import in_one_order, is_out_of_memory, peak_memory, process_peak, resolve_dtype
 from vlm_lora.model.encode import EncodedExample, Encoder
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.training.batches import Loader
@@ -129,7 +129,7 @@ def train_adapter(
             if steps == loop.schedule.num_steps and not loop.first:  # else not all that is predicted was timed
                 measured = _measured(loop, started)
                 predicted = predict(
-                    config,
+                    config.replace(micro_batch_tokens=loop.progress.micro_batch_tokens),
                     cost_model(config, adapter.backbone.dtype, adapter.backbone.device.type),
                     prepared.weighted,
                     _patches(features, prepared.train),
@@ -159,8 +159,8 @@ def _system(config: TrainConfig, systems: Sequence[str], events: Events) -> str 
 def _open_folder(path: Path, resume: bool, held: ExitStack, events: Events) -> Path:
     if resume and not path.exists():  # what restarts a job by itself says --resume the first time too
         events.warning(f"--resume: there is no run in {path} yet; it starts from the beginning.")
-    prepare_folder(path, resume)
-    held.enter_context(locked(path))
+    made = prepare_folder(path, resume)
+    held.enter_context(locked(path, made))
     return path
 
 
@@ -236,9 +236,9 @@ def _share_kept(features: FeatureCache, prepared: Prepared) -> float:
 
 
 def _measured(loop: TrainingLoop, started: float) -> Measured:
-    device = loop.backbone.device
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return Measured(time.perf_counter() - started, loop.processes.count, memory)
+    used, reserved = peak_memory(loop.backbone.device) or (None, None)
+    process = process_peak() if used is None else None
+    return Measured(time.perf_counter() - started, loop.processes.count, used, reserved, process)
 
 
 def _report_cost(

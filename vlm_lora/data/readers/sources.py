@@ -218,6 +218,7 @@ def _read_layout(layout: Layout, settings: DataSettings, progress: Callable[[int
     dataset = gather(layout.format, _settled(_counted(entries, progress), settings))
     if repeats:
         times = ", ".join(f"{place.name}/ {times}" for place, times in list(repeats.items())[:8])
+        times += f", and {len(repeats) - 8} more" if len(repeats) > 8 else ""
         note = "; ".join(filter(None, (note, f"times an epoch, as kohya's folders say: {times}")))
         examples = [replace(e, weight=repeats[(layout.root / e.images[0].name).parent]) for e in dataset.examples]
         dataset = replace(dataset, examples=tuple(examples))
