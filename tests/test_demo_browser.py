@@ -466,3 +466,70 @@ def test_another_run_is_chosen(open_page, pictures):
     caption(page)
     expect(said(page, "Base")).to_have_value(re.compile(r"\.$"), timeout=SLOW)
     assert said(page, "Tuned").input_value() == "Emoji."
+
+
+@pytest.fixture
+def empty(browser, tmp_path, monkeypatch):
+    """A demo without any run, in a folder of its own."""
+    monkeypatch.setenv("VLM_LORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    app = launch("tiny", None, port=None, block=False)
+    yield app
+    app.close(verbose=False)
+
+
+@pytest.mark.long
+def test_from_an_empty_page_to_a_tuned_adapter(empty, browser, tmp_path):
+    """By mouse: pictures are dropped, a caption is corrected, the run is stopped, and resumed from another page."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for source in sorted((ROOT / "data/emoji_scenes/images").glob("*"))[:16]:
+        shutil.copy(source, photos)
+        (photos / f"{source.stem}.txt").write_text("Emoji.")
+    wrong = []
+
+    def open_page(width: int):
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.set_default_timeout(SLOW)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(empty.local_url)
+        return page
+
+    page = open_page(1280)
+    expect(page.get_by_text("Nothing has been trained here yet.")).to_be_visible(timeout=SLOW)
+    page.locator("#data input[type=file]").set_input_files(sorted(photos.iterdir()))
+    expect(page.locator("#data").get_by_text("txt").last).to_be_visible(timeout=SLOW)
+    page.get_by_role("button", name="Look at the pictures").click()
+    expect(page.get_by_text("16 pictures, 16 captions.")).to_be_visible(timeout=SLOW)
+    cell = page.locator("#captions [role=gridcell]").nth(1)
+    cell.dblclick()
+    editor = page.locator("#captions :is(textarea, input):focus")
+    editor.fill("A corrected one.")
+    editor.press("Enter")
+    page.get_by_label("Times through the pictures").first.fill("40")
+    page.get_by_label("Learning rate").fill("0.005")
+    page.get_by_label("Learning rate").press("Tab")
+    page.get_by_role("button", name="What will it cost?").click()
+    expect(page.get_by_text("It fits.")).to_be_visible(timeout=SLOW)
+    page.get_by_role("button", name="Train", exact=True).click()
+    expect(page.locator(".run.learning .big", has_text="Step")).to_be_visible(timeout=SLOW)
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator(".run.stopped")).to_be_visible(timeout=SLOW)
+    other = open_page(390)
+    other.get_by_role("button", name="Resume").click()
+    expect(other.locator(".run.learning .big", has_text="Step")).to_be_visible(timeout=SLOW)
+    expect(page.locator(".run.learning")).to_be_visible(timeout=SLOW)  # who had it open sees it too
+    other.close()
+    expect(page.locator(".run.done")).to_be_visible(timeout=SLOW)
+    assert page.locator("#learning svg").count()
+    run = next((tmp_path / "runs").glob("*/report.html")).parent
+    expect(page.get_by_label("Adapter", exact=True)).to_have_value(run.name)
+    corrected = next((tmp_path / "runs/uploads").glob("*-corrected/captions.jsonl")).read_text()
+    assert corrected.count("A corrected one.") == 1
+    assert corrected.count("Emoji.") == 15
+    page.get_by_role("tab", name="Picture").click()
+    upload(page, next(each for each in photos.iterdir() if each.suffix != ".txt"))
+    caption(page)
+    expect(said(page, "Tuned")).to_have_value(re.compile("Emoji|corrected"), timeout=SLOW)
+    assert wrong == []

@@ -134,9 +134,31 @@ def test_gain_is_said_in_one_sentence_and_pictures_are_inside(tmp_path):
     assert "vlm-lora train photos" in page.text
 
 
+def test_the_filmstrip_shows_how_the_captions_came_about(tmp_path):
+    evaluation = evaluated(tmp_path, [("dog", "cat", ["cat"])] * 2)
+    lines = [{"step": step, "loss": 1 / step} for step in range(1, 41)]
+    for step, said in ((0, "a dog"), (20, "a dog"), (40, "cat")):
+        names = {"image": "0.png", "question": "What is it?", "reference": "cat"}
+        watched = [names | {"example": "0", "caption": said}, names | {"example": "elsewhere", "caption": ""}]
+        lines.append({"step": step, "watched": watched})
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 60, "watched": [{'
+    )
+    page = Page(write_report(tmp_path, evaluation, title="photos"))
+    told = page.text[page.text.index("While it learned") :]
+    assert "over 40 steps. at the start step 40 the data says a dog cat cat" in told
+    assert "The picture 0.png can no longer be read. nothing nothing cat" in told
+    assert page.marked[:1] == ["a dog"]
+    assert len(page.named("img")) == 3
+    film = [Example("elsewhere", evaluation.answered[0].images, (), "")]
+    assert len(Page(write_report(tmp_path, evaluation, title="photos", watched=film)).named("img")) == 4
+
+
 def test_nothing_is_fetched_or_executed(tmp_path):
     rows = [(NASTY, NASTY + " of the tuned model", ["a cat " + NASTY])] * 25
     evaluation = evaluated(tmp_path, rows, kind=NASTY)
+    watched = [dict.fromkeys(("image", "question", "reference", "caption"), NASTY) | {"example": "0"}]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "watched": watched}))
     page = Page(write_report(tmp_path, evaluation, title=NASTY, command=NASTY))
     assert {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "form"} == set()
     assert all(picture["src"].startswith("data:") for picture in page.named("img"))

@@ -253,6 +253,14 @@ class TrainConfig:
         bounds=COUNT,
         identity=False,
     )
+    watch: int | None = knob(
+        None,
+        "held-out images captioned at the start and at each checkpoint, always the same, to watch it learn; 0: none. "
+        "By default 4, or fewer where that takes more than 3 % of the operations of the steps",
+        "training",
+        bounds=Bounds(0),
+        identity=False,
+    )
     patience: int | None = knob(
         None, "stop after N checkpoints without a lower held-out loss; keep the best adapter", "training",
         bounds=COUNT, identity=False,
@@ -350,6 +358,8 @@ class TrainConfig:
                 raise self._wrong("load_best_at_end", "no with --val-split 0: nothing is held out")
             if self.val_images:
                 raise self._wrong("val_images", "none with --val-split 0: nothing is held out")
+            if self.watch:
+                raise self._wrong("watch", "0 with --val-split 0: nothing is held out")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise ConfigError(f"--min-pixels {self.min_pixels} is above --max-pixels {self.max_pixels}.")
 

@@ -1,6 +1,6 @@
 """What a run prints while it trains, on the command line and in notebooks."""
 
-from vlm_lora.console import Progress, StopSignals, duration, say, size
+from vlm_lora.console import Progress, StopSignals, duration, one_line, say, size
 from vlm_lora.inference.losses import sample_of
 from vlm_lora.training.events import Events
 
@@ -12,6 +12,7 @@ class TrainReport(Events):
         self.progress = Progress()
         self.signals = signals
         self.sampled = False
+        self.said = ""
 
     def data(self, format, train, held_out, bad) -> None:
         answers = sum(example.weight * len(example.dialogues) for example in train)
@@ -87,6 +88,26 @@ class TrainReport(Events):
         whole = f", all {of:,} images" if self.sampled else ""
         told = f", {sample_of(images, of)}" if images < of else whole
         self.progress.show(f"step {step:,}  held-out loss {loss:.4f}{told}", last=True)
+
+    def watching(self, *, images, share) -> None:
+        if images:
+            pictures = "1 held-out picture is" if images == 1 else f"{images} held-out pictures are"
+            text = (
+                f"{pictures} captioned at the start and at each checkpoint, {share:.1%} of the operations of the steps"
+            )
+            say(f"Watch it learn: {text}; --watch 0 leaves that out.")
+        else:
+            say(
+                f"Watch it learn: off, as the captions of one picture would take {share:.0%} of the operations of so "
+                "few steps. --watch 4 insists."
+            )
+
+    def watched(self, *, step, captions) -> None:
+        shown = captions[0]
+        if shown["caption"] != self.said:  # one of them, as it changes
+            name, said = one_line(shown["image"], 40), one_line(shown["caption"], 160)
+            self.progress.show(f"step {step:,}  {name}: {said or 'nothing'}", last=True)
+        self.said = shown["caption"]
 
     def scoring(self, done, total) -> None:
         self.progress.count("Held-out images scored:", done, total)

@@ -1,6 +1,6 @@
 """`train` from Python does what `vlm-lora train` does: adapter, comparison with the base, report, model card."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -9,10 +9,11 @@ from vlm_lora.config import DEFAULT_EVAL_IMAGES, TrainConfig
 from vlm_lora.data.example import Example
 from vlm_lora.data.readers import BadRow
 from vlm_lora.errors import CheckpointError
+from vlm_lora.inference.caption import Decoding
 from vlm_lora.inference.captioner import Captioner
 from vlm_lora.inference.card import write_card
 from vlm_lora.inference.commonest import Commonest
-from vlm_lora.inference.evaluate import Evaluation, against, evaluate
+from vlm_lora.inference.evaluate import Evaluation, against, evaluate, questions_about
 from vlm_lora.inference.report import write_report
 from vlm_lora.inference.scores import Scores
 from vlm_lora.inference.team import ALONE
@@ -22,6 +23,8 @@ from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.progress import TrainReport
 from vlm_lora.training.events import Events
+from vlm_lora.training.held_out import WATCHED_TOKENS
+from vlm_lora.training.loop import Captions
 from vlm_lora.training.run import TrainedAdapter, train_adapter
 
 
@@ -81,7 +84,9 @@ def train(
         VlmLoraError: data, model, folder or numbers are not right; the message says what to do.
     """
     events = events or TrainReport()
-    trained = train_adapter(config, resume=resume, allow_change=allow_change, events=events, stop=stop)
+    trained = train_adapter(
+        config, resume=resume, allow_change=allow_change, events=events, stop=stop, watch=_captions(config)
+    )
     is_main, report, card = trained.processes.is_main, None, None
     try:
         read = Encoder(trained.adapter.backbone).read
@@ -95,7 +100,9 @@ def train(
                 write_json(against_parent.to_json(), trained.folder / "against_parent.json")
             name, contract = trained.folder.absolute().name, trained.adapter.contract
             other = (name, f"its parent {contract.parent}", against_parent) if against_parent and contract else None
-            report = write_report(trained.folder, evaluation, title=name, command=command, other=other)
+            report = write_report(
+                trained.folder, evaluation, title=name, command=command, other=other, watched=trained.held_out
+            )
         if is_main:
             learnt = sum(len(example.dialogues) for example in trained.train_examples)
             card = write_card(
@@ -132,6 +139,40 @@ def train(
     )
 
 
+def _captioner(adapter: Adapter, features: FeatureCache, config: TrainConfig) -> Captioner:
+    contract = adapter.contract
+    assert contract is not None, "an adapter that was trained here has one"
+    return Captioner(adapter.backbone, adapter, features, config.prompt, contract.system)
+
+
+def _captions(config: TrainConfig) -> Callable[[Adapter, FeatureCache], Captions]:
+    """What a run that is being watched says: the greedy answer to the first question about each example."""
+
+    def watch(adapter: Adapter, features: FeatureCache) -> Captions:
+        captioner, decoding = _captioner(adapter, features, config), Decoding(max_new_tokens=WATCHED_TOKENS)
+        captioner.while_training = True
+
+        def captions(examples: Sequence[Example]) -> list[Mapping[str, str]]:
+            asked = [questions_about(example, config.prompt, captioner)[0] for example in examples]
+            entries = [features.get(example.images) for example in examples]
+            requests = [[question.asked] for question in asked]
+            said = captioner.generate(list(zip(entries, requests, strict=True)), decoding=decoding)
+            return [
+                {
+                    "example": example.id,
+                    "image": example.images[0].name,
+                    "question": question.text,
+                    "reference": question.references[0],
+                    "caption": text,
+                }
+                for example, question, (text,) in zip(examples, asked, said, strict=True)
+            ]
+
+        return captions
+
+    return watch
+
+
 def _compare(
     trained: TrainedAdapter, config: TrainConfig, events: Events, eval_images: int | None, commonest: Commonest
 ) -> tuple[Evaluation | None, Scores | None]:
@@ -143,11 +184,7 @@ def _compare(
     # Where the base is in pieces, each pass is made by all, and each hears all answers.
     team = ALONE if processes.sharded else processes
     if held_out:
-        contract = trained.adapter.contract
-        assert contract is not None, "an adapter that was trained here has one"
-        captioner = Captioner(
-            trained.adapter.backbone, trained.adapter, trained.features, config.prompt, contract.system
-        )
+        captioner = _captioner(trained.adapter, trained.features, config)
         evaluation = evaluate(
             captioner, held_out, prompt=config.prompt, commonest=commonest, progress=events.comparison, team=team
         )

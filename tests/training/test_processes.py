@@ -76,7 +76,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def command(checkpoints, data) -> list[str]:
     """About nine answers a step: fewer images than processes in some steps, and a short last step of one image."""
-    flags = "--rank 4 --epochs 2 --batch-size 9 --lr 1e-2 --val-split 0.2 --save-every 3 --no-eval"
+    flags = "--rank 4 --epochs 2 --batch-size 9 --lr 1e-2 --val-split 0.2 --save-every 3 --no-eval --watch 2"
     return ["train", str(data), "--model", str(checkpoints["qwen2_vl"]), *flags.split()]
 
 

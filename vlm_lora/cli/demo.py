@@ -25,6 +25,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="another host name of the demo, such as that of a proxy; may be given several times",
     )
+    parser.add_argument(
+        "--roots",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="a folder below which the page may take pictures to train on; may be given several times",
+    )
+    parser.add_argument(
+        "--allow-training",
+        action="store_true",
+        help="let others train too, with --host, --share or --allowed-host; on this machine alone it is always allowed",
+    )
     parser.add_argument("--share", action="store_true", help="also a public link, through gradio's servers")
     parser.add_argument(
         "--auth",
@@ -54,5 +66,7 @@ def run(options: argparse.Namespace) -> int:
         auth=(user, password) if given else None,
         without_auth=options.no_auth,
         allowed_hosts=options.allowed_host,
+        roots=options.roots,
+        allow_training=options.allow_training,
     )
     return 0

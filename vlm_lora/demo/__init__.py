@@ -26,8 +26,9 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vlm_lora.demo.page import SCRIPT, STYLE, Page, build_app, set_variable
-from vlm_lora.demo.runs import find_runs
+from vlm_lora.demo.runs import find_runs, place_of_runs
 from vlm_lora.demo.speaker import MAX_WAITING
+from vlm_lora.demo.uploads import Roots
 from vlm_lora.errors import ConfigError
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -46,6 +47,8 @@ def launch(  # arguments: the flags of `vlm-lora demo`
     auth: tuple[str, str] | None = None,
     without_auth: bool = False,
     allowed_hosts: Sequence[str] = (),
+    roots: Sequence[str | Path] = (),
+    allow_training: bool = False,
     block: bool = True,
 ) -> Page:
     """Serve the demo; the page is up before the model is loaded.
@@ -61,6 +64,8 @@ def launch(  # arguments: the flags of `vlm-lora demo`
         without_auth: insist on sharing, or on another host than loopback, with no password.
         allowed_hosts: further names under which the demo is reached, behind a proxy say. On loopback all
             others are refused: a web page could point its own name at the demo, and read what it shows.
+        roots: folders below which the page may take pictures to train on, beside those that are uploaded.
+        allow_training: let also those train who reach the demo from elsewhere. Who is on this machine may always.
         block: stay until Ctrl-C.
 
     Raises:
@@ -77,6 +82,8 @@ def launch(  # arguments: the flags of `vlm-lora demo`
         )
     if port is not None and not 0 < port < 2**16:
         raise ConfigError(f"--port {port}: is no port. Give one from 1 to 65535.")
+    trains = allow_training or (local and not share and not allowed_hosts)
+    training = (_roots(roots, trains), place_of_runs(adapter)) if trains or roots else None
     runs = find_runs(adapter)
     loading: Future = Future()
     base = Path(model).name if model else "the base model"  # names alone: the page shows no path
@@ -92,7 +99,7 @@ def launch(  # arguments: the flags of `vlm-lora demo`
         folder = undo.enter_context(tempfile.TemporaryDirectory(prefix="vlm-lora-demo-", ignore_cleanup_errors=True))
         undo.callback(set_variable, "GRADIO_TEMP_DIR", os.environ.get("GRADIO_TEMP_DIR"))
         os.environ["GRADIO_TEMP_DIR"] = folder
-        app = build_app(loading, runs=runs, chosen=chosen, loading=what)
+        app = build_app(loading, runs=runs, chosen=chosen, loading=what, training=training)
         app.at_close.enter_context(undo.pop_all())
     hosts = [*LOOPBACK, *([_in_url(host)] if local else []), *allowed_hosts, *([SHARED] if share else [])]
     try:
@@ -122,6 +129,19 @@ def _open(app: Page, host: str, port: int | None, auth: tuple[str, str] | None, 
         raise ConfigError(f"--port {port}: in use, or not allowed on {host}. Give another one.") from error
     if settings["share"] and not app.share_url:
         raise ConfigError("--share: gradio gave no public link; is there a way to the internet? Or leave it out.")
+
+
+def _roots(folders: Sequence[str | Path], trains: bool) -> Roots:
+    """Raises ConfigError for what is no folder, for two of one name, and where nobody may train."""
+    if not trains:
+        raise ConfigError("--roots are for training, and the demo is open to others: say --allow-training if they may.")
+    paths = [Path(folder).expanduser().resolve() for folder in folders]
+    for path, folder in zip(paths, folders, strict=True):
+        if not path.is_dir():
+            raise ConfigError(f"--roots {folder}: there is no such folder. Give one that holds folders of pictures.")
+    if len({path.name for path in paths}) < len(paths):
+        raise ConfigError("--roots: two folders of one name could not be told apart on the page; give the one above.")
+    return Roots(paths)
 
 
 def _in_url(host: str) -> str:

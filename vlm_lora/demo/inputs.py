@@ -83,11 +83,12 @@ class SafeFiles(gr.File, _FromTheirMachine, metaclass=_WithoutStub):
     """Several pictures at once; whether each can be read is found out when it is its turn."""
 
     is_template = True
+    most = MAX_FILES
 
     def preprocess(self, payload: Any) -> Any:
         files = list(payload or [])
-        if len(files) > MAX_FILES:
-            raise plain(f"{len(files)} pictures are too many at once; choose {MAX_FILES} or fewer")
+        if len(files) > self.most:
+            raise plain(f"{len(files):,} files are too many at once; choose {self.most:,} or fewer")
         return [_reference(file) for file in files]
 
 

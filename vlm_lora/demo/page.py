@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from vlm_lora.demo.inputs import MAX_NEW_TOKENS, Number, Slider
 from vlm_lora.demo.runs import Evaluations, Pictures
 from vlm_lora.demo.speaker import MAX_WAITING, Speaker
 from vlm_lora.demo.tabs import QUIETLY, Desk, EvaluationOfRun, OnePicture, ReviewOfRun, SeveralPictures
+from vlm_lora.demo.training import Training
+from vlm_lora.demo.uploads import Roots
 
 if TYPE_CHECKING:
     from vlm_lora import Captioner
@@ -32,7 +35,20 @@ STYLE = """
 .grid-container { grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr)) !important; padding-top: 1.75rem; }
 :is(#gallery, #review) .grid-container { grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)) !important; }
 #examples .caption-label { display: none; } /* for screen readers, see SCRIPT */
-"""
+.gradio-container { --ink: var(--body-text-color); --mark: #ffe3a3;
+  --soft: color-mix(in srgb, var(--body-text-color) 65%, transparent);
+  --line: var(--border-color-primary); --paper: var(--background-fill-primary); --blue: #1565c0; --orange: #c75b00; }
+.dark { --mark: #6b4e00; --blue: #74b3ff; --orange: #ffa657; }
+.run, .empty { padding: .5rem 0; }
+.run p, .empty p, :is(#found, #cost) p { margin: .25rem 0; max-width: 46rem; overflow-wrap: anywhere; }
+:is(.run, .empty) .big { font-size: 2rem; line-height: 1.15; font-weight: 700; letter-spacing: -.02em; }
+.run .name { color: var(--soft); font-size: .875rem; }
+.run .bar { height: .5rem; border-radius: .25rem; background: var(--line); margin: .75rem 0; overflow: hidden; }
+.run .bar div { height: 100%; background: var(--color-accent); }
+:is(#found, #cost) .lead { font-size: 1.35rem; font-weight: 700; line-height: 1.25; }
+#shown .grid-container { grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)) !important; }
+#captions :is(td, th, textarea, span) { font-family: var(--font); font-size: 1rem; }
+""" + (resources.files("vlm_lora.inference") / "templates/learning.css").read_text(encoding="utf-8")
 
 # Gradio's names for screen readers are thin: a thumbnail's is its number, a box with a copy button has none.
 SCRIPT = """() => {
@@ -71,12 +87,29 @@ def set_variable(name: str, value: str | None) -> None:
         os.environ[name] = value
 
 
+def _ready(captioner: "Captioner") -> "Future[Captioner]":
+    future: Future[Captioner] = Future()
+    future.set_result(captioner)
+    return future
+
+
+def _numbers() -> list[Slider | Number]:
+    """Of all tabs, and so below them."""
+    return [
+        Slider(1, MAX_NEW_TOKENS, DEFAULT_MAX_NEW_TOKENS, step=1, precision=0, label="Most tokens", render=False),
+        Slider(0, 2, 0, step=0.05, label="Temperature (0: always the likeliest word)", render=False),
+        Slider(0.05, 1, 1, step=0.05, label="Top p (only with a temperature)", render=False),
+        Number(0, label="Seed", precision=0, render=False),
+    ]
+
+
 def build_app(
     captioner: "Captioner | Future[Captioner]",
     *,
     runs: Mapping[str, Path] | None = None,
     chosen: str = "",
     loading: str = "the model",
+    training: tuple[Roots, Path] | None = None,
 ) -> Page:
     """The page, to be launched with `safe_settings`.
 
@@ -85,12 +118,9 @@ def build_app(
         runs: folders of the adapters that can be chosen, by name.
         chosen: which of them the captioner has; empty where it is the base alone.
         loading: what the page says is being loaded.
+        training: from where pictures may be taken to train on, and where runs are written; None: nobody trains here.
     """
-    if isinstance(captioner, Future):
-        future = captioner
-    else:
-        future: Future[Captioner] = Future()
-        future.set_result(captioner)
+    future = captioner if isinstance(captioner, Future) else _ready(captioner)
     runs = dict(runs or {})
     started = time.monotonic()
 
@@ -113,21 +143,22 @@ def build_app(
             label="Adapter",
             visible=[*runs] != [chosen] and bool(runs),
         )
-        numbers = [  # of all tabs, and so below them
-            Slider(1, MAX_NEW_TOKENS, DEFAULT_MAX_NEW_TOKENS, step=1, precision=0, label="Most tokens", render=False),
-            Slider(0, 2, 0, step=0.05, label="Temperature (0: always the likeliest word)", render=False),
-            Slider(0.05, 1, 1, step=0.05, label="Top p (only with a temperature)", render=False),
-            Number(0, label="Seed", precision=0, render=False),
-        ]
-        desk = Desk(Speaker(future, runs, chosen), Evaluations(runs), Pictures(Path(files.name)), adapter, numbers)
-        with gr.Tab("Picture"):
-            one = OnePicture(desk)
-        with gr.Tab("Several"):
-            several = SeveralPictures(desk)
-        with gr.Tab("Evaluation") as evaluation_opened:
-            evaluation = EvaluationOfRun(desk)
-            with gr.Accordion("A second look at the data", open=False) as review_opened:
-                review = ReviewOfRun(desk)
+        numbers = _numbers()
+        desk = Desk(
+            runs, Speaker(future, runs, chosen), Evaluations(runs), Pictures(Path(files.name)), adapter, numbers
+        )
+        with gr.Tabs(selected="picture" if chosen or not training else "train"):
+            if training:
+                with gr.Tab("Train", id="train"):
+                    Training(app, desk, *training)
+            with gr.Tab("Picture", id="picture"):
+                one = OnePicture(desk)
+            with gr.Tab("Several"):
+                several = SeveralPictures(desk)
+            with gr.Tab("Evaluation") as evaluation_opened:
+                evaluation = EvaluationOfRun(desk)
+                with gr.Accordion("A second look at the data", open=False) as review_opened:
+                    review = ReviewOfRun(desk)
         with gr.Accordion("Advanced: length and sampling", open=False):
             for number in numbers:
                 number.render()

@@ -53,6 +53,12 @@ def find_runs(adapter: str | Path | None, beside: str | Path = "runs") -> dict[s
     return {run.name: run for run in ([given] if given else []) + runs}
 
 
+def place_of_runs(adapter: str | Path | None, beside: str | Path = "runs") -> Path:
+    """The folder of the runs that `find_runs` finds, where there are some."""
+    runs = find_runs(adapter, beside)
+    return next(iter(runs.values())).parent if runs else Path(beside).resolve()
+
+
 def read_losses(run: Path | None) -> list[tuple[int, float, str]]:
     """(step, loss, "training" or "held out") of a run, thinned; where the latter is of a sample, it says so."""
     if run is None:
@@ -71,7 +77,7 @@ class Evaluations:
 
     def __init__(self, runs: Mapping[str, Path]):
         self.runs = runs
-        self.data = cache(lambda name: [*_data(runs[name]), *_data(runs[name], val=True)])
+        self.data = cache(lambda name: [*data_of(runs[name]), *data_of(runs[name], val=True)])
         self.of = cache(lambda name: _read(runs[name]) if name in runs else None)
 
     def examples(self, name: str, most: int) -> list["Answered"]:
@@ -158,13 +164,13 @@ def _read(run: Path) -> "Evaluation | None":
     if not (run / "predictions.jsonl").is_file():
         return None
     try:
-        return Evaluation.read(run, _data(run, val=True) or _data(run))
+        return Evaluation.read(run, data_of(run, val=True) or data_of(run))
     except DataError as error:
         log.warning("%s", error)
         return None
 
 
-def _data(run: Path, *, val: bool = False) -> list[Example]:
+def data_of(run: Path, *, val: bool = False) -> list[Example]:
     """The data that the run was given, or its --val; nothing where there is none, or it is gone."""
     try:
         config = config_from(read_yaml(run / "config.yaml"), str(run / "config.yaml"))
@@ -194,6 +200,11 @@ def read_review(run: Path) -> list[dict]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         log.warning("%s cannot be read: %s", run / "review.jsonl", error)
         return []
+
+
+def started_in(run: Path) -> Path:
+    """The folder in which the training was started that wrote the run's config.yaml."""
+    return _started_in(run, config_from(read_yaml(run / "config.yaml"), "config.yaml").output)
 
 
 def _started_in(run: Path, output: str | None) -> Path:

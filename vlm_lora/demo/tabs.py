@@ -52,6 +52,8 @@ API_DESCRIPTION = (
 class Desk:
     """What all tabs work with: the models, the runs, and the inputs that they share."""
 
+    runs: dict[str, Path]
+    """Those that can be chosen, by name: what is trained here comes to them."""
     speaker: Speaker
     evaluations: Evaluations
     pictures: Pictures

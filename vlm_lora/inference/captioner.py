@@ -52,6 +52,9 @@ class Captioner:
         self.encoder = Encoder(backbone)
         self.load_in_4bit = False
         """Whether adapters that were trained on the base's own weights are to answer on a base in four bits."""
+        self.while_training = False
+        """Whether the base trains between two answers. What FSDP2 keeps of a pass then serves a backward pass too, and
+        another thread is at work with the device."""
         self._base: Captioner | None = None  # of one that shares another's base
 
     @classmethod
@@ -367,10 +370,11 @@ class Captioner:
                 encoded += (new := self.encoder.encode_requests(requests, grid, decoding.begin_with))
                 images += [entries] * len(new)
             begun = self.encoder.tokenize(decoding.begin_with)
-        steps = decode(self.backbone, encoded, images, decoding, begun)
+        steps = decode(self.backbone, encoded, images, decoding, begun, recorded=not self.while_training)
+        without_gradients = torch.no_grad if self.while_training else torch.inference_mode
         while True:
             # Entered for each step anew: whoever takes the tokens finds gradients and adapter as they were.
-            with torch.inference_mode(), switch():
+            with without_gradients(), switch():
                 step = next(steps, None)
             if step is None:
                 return

@@ -39,18 +39,20 @@ def decode(
     images: Sequence[Sequence[ImageEntry]],
     decoding: Decoding,
     begun: Sequence[int] = (),
+    recorded: bool = True,
 ) -> Iterator[Step]:
     """The answers' tokens as they are decoded: a row for each branch, in order. Tokens that end an answer are left out.
 
     ``images`` are those of each of ``encoded``; ``begun`` is what each branch ends with of its answer. A beam search
-    gives all its tokens in one step, at its end.
+    gives all its tokens in one step, at its end. ``recorded``: a step may be recorded, where that pays off; while it
+    is, no other thread may ask anything of the device.
     """
     steering = processors(backbone.tokenizer, sorted(backbone.eos_token_ids), decoding)
     if decoding.num_beams > 1:
         yield _search(_prefill(backbone, encoded, images, short=1), encoded, decoding, steering, begun)
         return
     rows = _prefill(backbone, encoded, images)
-    if _repays_recording(backbone, decoding):
+    if recorded and _repays_recording(backbone, decoding):
         rows = _Recorded(rows, decoding.max_new_tokens)
     said = torch.tensor([list(begun)] * len(rows.mask), dtype=torch.long, device=backbone.device)
     numbers = _random_numbers(encoded, images, decoding.seed) if decoding.temperature > 0 else []

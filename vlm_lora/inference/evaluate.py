@@ -326,7 +326,7 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
         raise ConfigError("There are no held-out examples. Give some with --val or a higher --val-split.")
     with_adapter = ["tuned", "blanked"] if blanked or swapped else ["tuned"]
     passes = ["base", *(with_adapter if speaker.tuned else [])]
-    questions = [_questions(example, prompt, speaker) for example in examples]
+    questions = [questions_about(example, prompt, speaker) for example in examples]
     given, decoding = decoding, decoding or _with_room(questions)
     asked = dict.fromkeys(passes, questions)
     short = [[question.briefly() for question in of if question.task == ANSWERS] for of in questions]
@@ -383,7 +383,7 @@ def against(
         DataError: there is no such example.
         ConfigError: boxes are in coordinates of several images each, and not the same of both adapters.
     """
-    questions = [_questions(example, "", speaker) for example in examples]
+    questions = [questions_about(example, "", speaker) for example in examples]
     decoding = decoding or _with_room(questions)
     answers, failed = _ask(speaker, examples, {"tuned": questions}, decoding, progress, team)
     said = {example.id: answers["tuned"][i] for i, example in enumerate(examples) if i not in failed}
@@ -429,7 +429,7 @@ class Question(NamedTuple):
         return self._replace(asked=replace(self.asked, turns=(*self.asked.turns[:-1], last)))
 
 
-def _questions(example: Example, prompt: str, speaker: Speaker) -> list[Question]:
+def questions_about(example: Example, prompt: str, speaker: Speaker) -> list[Question]:
     """What is asked about an example, dialogues that ask the same put together."""
     gathered: dict[Dialogue, Question] = {}
     for dialogue in example.dialogues:

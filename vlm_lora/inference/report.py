@@ -8,16 +8,17 @@ import base64
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from markupsafe import Markup, escape
 from PIL import Image, ImageDraw
 
-from vlm_lora.data.example import ImageRef
+from vlm_lora.data.example import Example, ImageRef
 from vlm_lora.data.images import load_image
 from vlm_lora.errors import DataError
 from vlm_lora.inference.evaluate import Answered, Evaluation
+from vlm_lora.inference.filmstrip import read_filmstrip, steps_shown
 from vlm_lora.inference.losses import Losses, read_losses
 from vlm_lora.inference.metrics.boxes import boxes_in, shares
 from vlm_lora.inference.metrics.tokens import LONE, tokenize
@@ -56,17 +57,19 @@ def write_report(
     title: str,
     command: str | None = None,
     other: tuple[str, str, Scores] | None = None,
+    watched: Sequence[Example] = (),
 ) -> Path:
     """Write ``report.html`` into a run folder and return its path.
 
     Args:
-        folder: also where ``metrics.jsonl`` is looked for; without it the report has no loss curve.
+        folder: also where ``metrics.jsonl`` is looked for; without it the report has no loss curve and no filmstrip.
         command: what the run was started with, shown at the end.
         other: two adapters beside each other: the name of this one and of another, and the scores `against` that one.
+        watched: examples that have the pictures of the filmstrip; those that were answered have them too.
     """
     scores = evaluation.scores
     asked = {row.question.strip() for row in evaluation.answered}
-    plot, loss = _loss_plot(read_losses(folder))
+    pictures = {each.example: each.images for each in evaluation.answered} | {each.id: each.images for each in watched}
     page = render(
         "report.html",
         title=title,
@@ -79,8 +82,7 @@ def write_report(
         counts=counts,
         tasks=TASKS,
         legend=LEGEND,
-        plot=plot,
-        loss=loss,
+        learning=show_learning(folder, {name: images[0] for name, images in pictures.items() if images}),
         question=asked.pop() if len(asked) == 1 else "",
         changes=str(evaluation.changes()) if scores.tuned else "",
         gallery=_gallery(evaluation),
@@ -98,6 +100,26 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8", errors="replace")  # a caption may hold half a surrogate pair
     return path
+
+
+def show_learning(run: Path, pictures: Mapping[str, ImageRef]) -> Markup:
+    """HTML of a run's loss curve and filmstrip, as far as it has come; empty where there is neither.
+
+    Args:
+        pictures: those that were watched, by the id of their example.
+    """
+    films, (plot, loss) = read_filmstrip(run), _loss_plot(read_losses(run))
+    if not (films or plot):
+        return Markup()
+    return render(
+        "learning.html",
+        plot=plot,
+        loss=loss,
+        films=[(film, _uri(pictures[film.example]) if film.example in pictures else None) for film in films],
+        steps=steps_shown(films),
+        question=len({film.question.strip() for film in films}) == 1,
+        marked=_marked,
+    )
 
 
 # -- the loss curve ------------------------------------------------------------------------------------------
@@ -185,7 +207,7 @@ def _said(row: Answered) -> tuple:
     return (said,) if row.task in (CAPTIONS, TEXTS) else (said, row.base, row.question, row.references)
 
 
-def _uri(image: ImageRef, row: Answered) -> str | None:
+def _uri(image: ImageRef, row: Answered | None = None) -> str | None:
     """A small copy of an image, in a data URI: a PNG if its pixels are to be seen; None if it can no longer be read.
 
     The boxes of the row are drawn into it, where the image is the only one that they can be of.
@@ -195,7 +217,7 @@ def _uri(image: ImageRef, row: Answered) -> str | None:
     except DataError:
         return None
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    if len(row.images) == len(row.frames) == 1:
+    if row and len(row.images) == len(row.frames) == 1:
         _draw_boxes(picture, row)
     kind = "png" if max(picture.size) <= CRISP else "jpeg"
     buffer = io.BytesIO()

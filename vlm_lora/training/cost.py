@@ -259,7 +259,7 @@ def predict(  # arguments: what is trained, on what, and three facts of the mach
 
     sampled = whole = 0.0
     if held_out and held_patches is not None:
-        sampled, whole = _held_out_operations(config, cost, held_out, held_patches, schedule.num_steps, gpus)
+        sampled, whole = _held_out_operations(config, cost, held_out, held_patches, gpus)
     return Prediction(
         steps=schedule.num_steps,
         answers=min(schedule.total_answers, schedule.num_steps * schedule.batch_size),
@@ -279,12 +279,11 @@ def predict(  # arguments: what is trained, on what, and three facts of the mach
     )
 
 
-def _held_out_operations(  # arguments: those of predict
+def _held_out_operations(
     config: TrainConfig,
     cost: CostModel,
     held_out: HeldOut,
     patches: Mapping[ImageRef, int],
-    num_steps: int,
     gpus: int,
 ) -> tuple[float, float]:
     """Of the losses at all checkpoints, and of the one of all held-out images at the end, if there is one."""
@@ -298,12 +297,7 @@ def _held_out_operations(  # arguments: those of predict
 
     everything = len(held_out.examples)
     at_end = scoring(held_out.examples) if held_out.size < everything else 0.0
-    return num_checkpoints(config, num_steps) * scoring(held_out.sample(held_out.size)), at_end
-
-
-def num_checkpoints(config: TrainConfig, num_steps: int) -> int:
-    """Each with a held-out loss."""
-    return math.ceil(num_steps / config.save_every)
+    return held_out.checkpoints * scoring(held_out.sample(held_out.size)), at_end
 
 
 def _passes(turns: float, found: float, gpus: int) -> float:

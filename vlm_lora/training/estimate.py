@@ -22,7 +22,7 @@ from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import store_in
 from vlm_lora.model.preprocess import Preprocessor, load_preprocessor
 from vlm_lora.model.shapes import load_sample
-from vlm_lora.training.cost import CostModel, Prediction, cost_model, num_checkpoints, predict
+from vlm_lora.training.cost import CostModel, Prediction, cost_model, predict
 from vlm_lora.training.devices import ATTAINED, Device, Price, price
 from vlm_lora.training.fitting import FILLED, device_here, fitting_tokens
 from vlm_lora.training.held_out import HeldOut
@@ -149,7 +149,7 @@ def estimate_run(
         held_out=len(held_once),
         scored=len(held_out.examples),
         sample=held_out.size,
-        checkpoints=num_checkpoints(config, schedule.num_steps),
+        checkpoints=held_out.checkpoints,
         unusable=len(prepared.bad_rows),
         seen_once=seen_once,
         kept=kept,

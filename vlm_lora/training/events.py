@@ -1,6 +1,6 @@
 """What a run tells while it works."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,6 +77,14 @@ class Events:
 
     def held_out(self, *, step: int, loss: float, images: int, of: int) -> None:
         """The loss after ``step`` of ``images`` held-out ones, ``of`` so many: at checkpoints, and all at the end."""
+
+    def watching(self, *, images: int, share: float) -> None:
+        """So many held-out ``images`` will be captioned at the start and at each checkpoint, which takes this ``share``
+        of the operations of all steps. Where it would be too large for a single one there are none, and it is that
+        one's."""
+
+    def watched(self, *, step: int, captions: Sequence[Mapping[str, str]]) -> None:
+        """What is said after ``step`` of each image that is watched: example, image, question, reference, caption."""
 
     def scoring(self, done: int, total: int) -> None:
         """So many of all held-out examples are scored, at the end."""

@@ -132,7 +132,7 @@ class RunFolder:
                 self._log.write(json.dumps(line) + "\n")
                 self._log.flush()
         if self.report_to:
-            numbers = {name: value for name, value in line.items() if name not in ("step", "examples")}
+            numbers = {name: value for name, value in line.items() if name not in ("step", "examples", "watched")}
             with writing(self.path / self.report_to):
                 self.processes.accelerator.log(numbers, step=line["step"])
 
@@ -174,13 +174,13 @@ def require_room(folder: Path, adapter: Adapter, config: TrainConfig) -> None:
 
 def _open_log(path: Path, first: int) -> TextIO:
     """Open for writing after step ``first``: lines of what is done again are dropped, those of later steps and of the
-    held-out losses after this one."""
+    held-out losses and captions after this one."""
     kept = []
     if first and path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 read = json.loads(line)
-                done_again = any(name.startswith("held_out_loss") for name in read)
+                done_again = any(name.startswith("held_out_loss") or name == "watched" for name in read)
                 if read["step"] < first or (read["step"] == first and not done_again):
                     kept.append(line)
             except (ValueError, KeyError, TypeError):

@@ -1,19 +1,22 @@
-"""Which held-out images the loss at a checkpoint is of, so that the work of a run grows as its data does.
+"""Which held-out images the loss at a checkpoint is of, so that the work of a run grows as its data does; and which are
+captioned there, to watch the run learn.
 
 All of them at each checkpoint would be quadratic: twice the data is twice the checkpoints and twice the images at each.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 
 from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Example, ImageRef
-from vlm_lora.training.lessons import Lessons
+from vlm_lora.training.lessons import Lesson, Lessons
 
 SHARE = 0.02
 """The most that the loss at a checkpoint may take of the work of the steps before it."""
@@ -24,6 +27,12 @@ at the least, as gradients go through the whole frozen base."""
 
 LEAST = 16
 """Fewer images say too little, however short the steps between two checkpoints are."""
+
+WATCHED, WATCHED_TOKENS = 4, 48
+"""Images that are captioned where --watch does not say how many, and tokens of a caption of theirs at most."""
+
+WATCHED_SHARE = 0.03
+"""The most that these captions may take of the work of all steps, where --watch does not insist."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,9 @@ class HeldOut:
     tokens_of_steps: float
     """Of the steps between two checkpoints."""
     val_images: int | None
-    one_checkpoint: bool
+    checkpoints: int
+    tokens_of_run: float
+    """Of all steps."""
 
     @classmethod
     def of(
@@ -63,14 +74,15 @@ class HeldOut:
         per_step = config.batch_size * int(train.num_tokens.sum()) / answers
         between = min(config.save_every, num_steps)
         order = np.array(sorted(range(len(held_out)), key=rank), dtype=np.int64)
-        return cls(held_out, order, per_step * between, config.val_images, num_steps <= config.save_every)
+        checkpoints = math.ceil(num_steps / config.save_every)
+        return cls(held_out, order, per_step * between, config.val_images, checkpoints, per_step * num_steps)
 
     @cached_property
     def size(self) -> int:
         """How many a run that begins scores at each checkpoint. All of them, where the only one is at the end."""
         if self.val_images is not None:
             return min(self.val_images, len(self.order))
-        if self.one_checkpoint:
+        if self.checkpoints == 1:
             return len(self.order)
         taken = np.cumsum(self.examples.num_tokens[self.order])
         within = int((taken * FORWARD <= SHARE * self.tokens_of_steps).sum())
@@ -83,6 +95,21 @@ class HeldOut:
     def share(self, size: int) -> float:
         """The work of scoring the sample of so many, over that of the steps between two checkpoints."""
         return FORWARD * int(self.examples.num_tokens[self.order[:size]].sum()) / self.tokens_of_steps
+
+    def watched(self, wanted: int | None) -> list[Lesson]:
+        """The examples whose images are captioned at the start and at each checkpoint, the first ones in the order of
+        the samples; by default `WATCHED`, or as many as stay within `WATCHED_SHARE`."""
+        pictured = (each for each in map(self.examples.__getitem__, self.order) if each.images)
+        few = list(islice(pictured, WATCHED if wanted is None else wanted))
+        if wanted is not None:
+            return few
+        return few[: sum(self.share_of_watching(few[:n]) <= WATCHED_SHARE for n in range(1, len(few) + 1))]
+
+    def share_of_watching(self, watched: Sequence[Lesson]) -> float:
+        """The work of all their captions, each as long as it may be, over that of all steps. The work is counted in
+        operations; a GPU that decodes so few captions waits for its memory, and takes longer than this share."""
+        tokens = sum(each.with_branches([0]).num_tokens + WATCHED_TOKENS for each in watched)
+        return FORWARD * tokens * (1 + self.checkpoints) / self.tokens_of_run
 
 
 def _content(example: Example, hash_of: Callable[[ImageRef], str]) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 from torch.utils._pytree import tree_map
 
 from vlm_lora.config import TrainConfig
+from vlm_lora.data.example import Example
 from vlm_lora.errors import Stopped, TrainingError
 from vlm_lora.model.adapters.base import ADAPTED, Adapter
-from vlm_lora.model.device import peak_memory
+from vlm_lora.model.device import is_out_of_memory, peak_memory
 from vlm_lora.training.batches import Fetched, Loader, imbalance, largest_micro_batch
 from vlm_lora.training.checkpoint import Progress, load_checkpoint, load_optimizer, load_weights, save_checkpoint
 from vlm_lora.training.compiled import COMPILER_ERRORS, difference, in_short, shaken
@@ -42,6 +43,9 @@ SPIKE_WINDOW, SPIKE_LEAST = 50, 10
 
 NEARLY = 1.1
 """A step whose largest micro-batch has this many times the tokens of another's may not fit where that did."""
+
+Captions = Callable[[Sequence[Example]], list[Mapping[str, str]]]
+"""What the model says of each example's images as it is now, with what metrics.jsonl is to say of it."""
 
 STEPS_SEARCHED = 2000
 """Of a long run, the steps among which the one with the largest micro-batch is looked for."""
@@ -85,13 +89,19 @@ class TrainingLoop:
         )
         self.progress = Progress(config.micro_batch_tokens or self._fitting_tokens(), val_images=self.held_out.size)
         self.sample = data.held_out
+        self.watched: list[Example] = []
+        self.captions: Captions = lambda examples: []
         self.first = 0
         self.step_ends: list[float] = []
         self.losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self.peak: tuple[int, int] | None = None
 
-    def run(self, allow_change: Collection[str] = ()) -> int:
+    def run(self, allow_change: Collection[str] = (), captions: Captions | None = None) -> int:
         """Train from the newest checkpoint, if there is one, to the end; the number of steps.
+
+        Args:
+            captions: by which some held-out images are captioned at the start and at each checkpoint, by the model in
+                eval mode; it leaves weights and random state as they are.
 
         Raises:
             Stopped: a signal came, and the run is saved.
@@ -100,9 +110,13 @@ class TrainingLoop:
         first = self.first = self._resume(allow_change)
         last = self.schedule.num_steps
         self._take_sample()
+        if captions:
+            self._choose_watched(captions)
         self._start(first)
         if self._is_due():  # a checkpoint is written before its held-out loss is known: a kill in between lost nothing
             self._evaluate()
+        if self._is_due() or not first:
+            self._watch()
         if self.backbone.compiled and first < last:
             self._check_compiled(first)
         self._try_largest_step(first)
@@ -324,12 +338,14 @@ class TrainingLoop:
         self.losses.append(result.loss)
 
     def _save_and_evaluate_now_and_then(self) -> None:
-        """After every ``save_every`` steps and after the last: checkpoint, held-out loss. On a signal: checkpoint."""
+        """After every ``save_every`` steps and after the last: checkpoint, held-out loss, captions. On a signal:
+        checkpoint."""
         signal_number = self.processes.highest(self.stop() or 0)  # all stop after the same step
         if self._is_due() or signal_number:
             self.processes.on_main(self._save)
         if self._is_due() and not signal_number:
             self._evaluate()
+            self._watch()
             signal_number = self.processes.highest(self.stop() or 0)  # it may have come meanwhile
         self._end_on(signal_number)
 
@@ -358,6 +374,41 @@ class TrainingLoop:
         loss = mean_loss(self.loader, self.sample, progress.micro_batch_tokens)
         self._report_held_out("held_out_loss", loss, len(self.sample))
         progress.note_held_out_loss(loss)
+
+    def _choose_watched(self, captions: Captions) -> None:
+        held_out, wanted = self.held_out, self.config.watch
+        one = held_out.watched(1)
+        if wanted == 0 or not one:
+            return
+        self.captions, watched = captions, held_out.watched(wanted)
+        self.watched = [each.example for each in watched]
+        self.events.watching(images=len(watched), share=held_out.share_of_watching(watched or one))
+
+    def _watch(self) -> None:
+        """Caption the images that are watched. The main process does, or where the base is in pieces, all together."""
+        if not self.watched:
+            return
+        model = self.backbone.model
+        training = model.training
+        model.eval()
+        said = self._say() if self.processes.sharded else self.processes.on_main(self._say)
+        model.train(training)
+        if said is None:
+            self.watched = []
+            self.events.warning("There is not enough memory to caption held-out images: no more are captioned.")
+            return
+        self.folder.log({"step": self.progress.step, "watched": said})
+        self.events.watched(step=self.progress.step, captions=said)
+
+    def _say(self) -> list[Mapping[str, str]] | None:
+        """None where memory is not enough, which ends no run. Where the base is in pieces it does: the others wait."""
+        try:
+            return self.captions(self.watched)
+        except (RuntimeError, MemoryError) as error:
+            if self.processes.sharded or not is_out_of_memory(error):
+                raise
+        torch.cuda.empty_cache()
+        return None
 
     def _score_all_held_out(self) -> None:
         """The loss of all held-out examples by the adapter that the run ends with, where the checkpoints' losses were

@@ -33,7 +33,7 @@ from vlm_lora.training.folder import (
     write_quarantine,
 )
 from vlm_lora.training.lessons import Lessons
-from vlm_lora.training.loop import TrainingLoop
+from vlm_lora.training.loop import Captions, TrainingLoop
 from vlm_lora.training.prepare import (
     Prepared,
     SplitData,
@@ -74,6 +74,7 @@ def train_adapter(
     events: Events | None = None,
     stop: Callable[[], int | None] = lambda: None,
     techniques: Techniques = ALL,
+    watch: Callable[[Adapter, FeatureCache], Captions] | None = None,
 ) -> TrainedAdapter:
     """Train an adapter and write the run folder.
 
@@ -84,6 +85,7 @@ def train_adapter(
         events: its methods are called, in every process, with what happens.
         stop: asked after each step; where it gives a signal's number, the run saves and ends with `Stopped`.
         techniques: what may be exchanged, to measure what it brings.
+        watch: gives what captions the held-out images of ``config.watch`` while it trains.
 
     Raises:
         VlmLoraError: data, model, folder or numbers are not right; the message says what to do.
@@ -113,8 +115,7 @@ def train_adapter(
         processes.on_main(lambda: require_room(path, adapter, config))
         processes.on_main(lambda: write_quarantine(path, prepared.bad_rows))
         # The tower's memory is the training's, if it can be.
-        seen = (*prepared.train, *prepared.held_out)
-        images = [image for each in seen for image in each.example.images]
+        images = [image for each in (*prepared.train, *prepared.held_out) for image in each.example.images]
         features.park_tower(images)
         identity = _identity(config, data, adapter) | {"pictures_fingerprint": features.fingerprint(images)}
         processes.require_same(identity)
@@ -123,7 +124,7 @@ def train_adapter(
         loader = Loader(adapter.backbone, features, processes, techniques)
         loop = TrainingLoop(config, adapter, loader, prepared, folder, events, stop)
         _prepare_layers(config, adapter.backbone, processes.sharded, loop.schedule.num_steps, events)
-        steps = loop.run(allow_change)
+        steps = loop.run(allow_change, watch and watch(adapter, features))
 
         def save() -> None:
             folder.save_adapter(adapter)

@@ -1,0 +1,172 @@
+"""The training that the page starts: the command, as a process of its own, that goes on without the page and the demo.
+
+What is known of it is in its run folder and, beside that, in ``NAME.train.json`` (which process it is) and
+``NAME.train.log`` (what it says), so that a demo that is started later finds it. A run that was begun on the command
+line can be resumed here, and the other way round.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from vlm_lora.errors import ConfigError, DataError
+
+COMMAND = (sys.executable, "-P", "-m", "vlm_lora")
+RECORD, LOG = ".train.json", ".train.log"
+ASKED_SECONDS = 600
+"""`check` and `plan` may take so long."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Where the run stands: ``kind`` is learning, done, stopped or failed; ``said`` a sentence of what it does, or why
+    it ended."""
+
+    name: str
+    kind: str
+    step: int = 0
+    steps: int = 0
+    said: str = ""
+
+
+def ask(*arguments: str) -> dict:
+    """What a command prints with --json. Raises DataError with what it says where it fails."""
+    try:
+        done = subprocess.run(
+            [*COMMAND, *arguments, "--json"], capture_output=True, encoding="utf-8", errors="replace",
+            timeout=ASKED_SECONDS, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        return json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        raise DataError(f"This takes more than {ASKED_SECONDS // 60} minutes; ask on the command line") from None
+    except ValueError:
+        raise DataError(_last_words(done.stderr) or "the command ended without a word") from None
+
+
+class Trainer:
+    """One run at a time, in ``place``, where the demo's runs are."""
+
+    def __init__(self, place: Path):
+        self.place = place
+        self.starting = threading.Lock()
+        self.child: subprocess.Popen | None = None
+
+    def state(self) -> State | None:
+        """That of the newest run that is not done by a page, or of the one a page began last; None: there is none."""
+        name = self._newest()
+        if name is None:
+            return None
+        run, log = self.place / name, _read(self.place / (name + LOG))
+        step, steps = _progress(run, log)
+        if self._process(name):
+            return State(name, "learning", step, steps, _doing(log))
+        if (run / "adapter" / "adapter_config.json").is_file():
+            return State(name, "done", step, steps)
+        said = _last_words(log)
+        kind = "stopped" if not said or "--resume" in said else "failed"
+        return State(name, kind, step, steps, said)
+
+    def start(self, name: str, data: Sequence[str], flags: Sequence[str]) -> None:
+        """A new run. Raises ConfigError while another one learns."""
+        output = self.place / name
+        self._begin(name, ["train", *data, "--output", str(output), *flags])
+
+    def resume(self, start: Path) -> None:
+        """Go on with the run that is not done; ``start`` is the folder in which it was begun.
+
+        Raises ConfigError where there is none, or it is at work.
+        """
+        state = self.state()
+        if state is None or state.kind in ("done", "learning"):
+            raise ConfigError("There is no run to go on with")
+        run = self.place / state.name
+        flags = ["--config", str(run / "config.yaml"), "--output", str(run), "--resume"]
+        if not (run / "config.yaml").is_file():
+            raise ConfigError(f"{state.name} ended before its first step; train anew")
+        self._begin(state.name, ["train", *flags], start)
+
+    def stop(self) -> None:
+        """Have it finish its step, save and end; a second time, end at once. Raises ConfigError where none learns."""
+        name = self._newest()
+        process = self._process(name) if name else None
+        if process is None:
+            raise ConfigError("Nothing is being trained")
+        process.terminate()
+
+    def _begin(self, name: str, arguments: Sequence[str], folder: Path | None = None) -> None:
+        with self.starting:
+            newest = self._newest()
+            if newest and self._process(newest):
+                raise ConfigError(f"{newest} is being trained; one run at a time")
+            self.place.mkdir(parents=True, exist_ok=True)
+            with (self.place / (name + LOG)).open("wb") as log:
+                self.child = subprocess.Popen(
+                    [*COMMAND, *arguments], stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=folder,
+                    start_new_session=True,  # Ctrl-C is for the demo
+                )  # fmt: skip
+            began = psutil.Process(self.child.pid).create_time()
+            record = {"pid": self.child.pid, "began": began, "at": time.time()}
+            (self.place / (name + RECORD)).write_text(json.dumps(record), encoding="utf-8")
+
+    def _newest(self) -> str | None:
+        """The run that a page began last; or one of the command line's that is newer and not done."""
+        begun = {path: path.name.removesuffix(RECORD) for path in self.place.glob("*" + RECORD)}
+        for path in self.place.glob("*/config.yaml"):
+            if not (path.parent / "adapter").exists():
+                begun[path] = path.parent.name
+        newest = max(begun, key=lambda path: path.stat().st_mtime, default=None)
+        return begun[newest] if newest else None
+
+    def _process(self, name: str) -> psutil.Process | None:
+        """That of a run that a page began, while it is at work. Another process may have got its number since."""
+        if self.child and self.child.poll() is not None:
+            self.child = None
+        try:
+            record = json.loads((self.place / (name + RECORD)).read_text(encoding="utf-8"))
+            process = psutil.Process(int(record["pid"]))
+            alive = process.create_time() == record["began"] and process.status() != psutil.STATUS_ZOMBIE
+        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+            return None
+        return process if alive else None
+
+
+def _read(path: Path, most: int = 1 << 20) -> str:
+    """A log's end."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - most))
+            return file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _progress(run: Path, log: str) -> tuple[int, int]:
+    """The last step in metrics.jsonl, and how many there are; 0 where that is not known yet."""
+    last = re.findall(r'^\{"step": (\d+), "loss"', _read(run / "metrics.jsonl"), re.MULTILINE)
+    total = re.findall(r"^([\d,]+) steps over ", log, re.MULTILINE)
+    return int(last[-1]) if last else 0, int(total[-1].replace(",", "")) if total else 0
+
+
+def _doing(log: str) -> str:
+    """What it does now, where that is no step: "Images prepared: 3 of 40"; of a step, how long the rest takes."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    left = next((re.search(r"(\S.*) left$", line) for line in lines[::-1] if line.startswith("step ")), None)
+    counted = re.search(r"^[A-Z][\w ]+: [\d,]+ of [\d,]+", lines[-1]) if lines else None
+    if counted:
+        return counted[0]
+    rest = left[1].rpartition("answers/s")[2].strip() if left else "0 s"
+    return f"about {rest} left" if rest != "0 s" else ""
+
+
+def _last_words(said: str) -> str:
+    """What the command ended with, without its name."""
+    words = re.findall(r"^vlm-lora: (.*)$", said, re.MULTILINE)
+    return words[-1] if words else ""

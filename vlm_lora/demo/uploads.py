@@ -1,0 +1,131 @@
+"""Data that the page may train on: folders below the roots that the demo was started with, and what was uploaded."""
+
+import re
+import shutil
+import stat
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vlm_lora import ImageRef
+from vlm_lora.errors import DataError
+
+PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+TEXTS = (".csv", ".json", ".jsonl", ".tsv", ".txt")
+MOST_FILES = 2_000
+MOST_BYTES = 1 << 30
+"""Of all that one upload unpacks to."""
+MOST_FOLDERS = 500
+"""That are offered; others are found by their names."""
+DEPTH = 3
+
+
+class Roots:
+    """The folders below which the page may read, under their names: no path of the machine is shown."""
+
+    def __init__(self, folders: Sequence[Path]):
+        self.folders = {folder.name: folder for folder in map(Path.resolve, folders)}
+
+    def names(self) -> list[str]:
+        """The folders that hold files of ours, to be chosen from; hidden ones and links are passed over."""
+        found = []
+        for name, root in self.folders.items():
+            for folder in _below(root, DEPTH):
+                if any(each.suffix.lower() in PICTURES + TEXTS for each in folder.iterdir() if each.is_file()):
+                    found.append("/".join((name, *folder.relative_to(root).parts)))
+                if len(found) == MOST_FOLDERS:
+                    return found
+        return found
+
+    def folder(self, name: str) -> Path:
+        """Raises DataError for what is no folder below a root; a link that leads out of it is none."""
+        first, *rest = str(name or "").split("/")
+        root = self.folders.get(first)
+        path = root.joinpath(*rest).resolve() if root and "\0" not in str(name) else None
+        if root is None or path is None or not path.is_relative_to(root) or not path.is_dir():
+            raise DataError(f"{name!r} is no folder that the demo may read; --roots says which it may")
+        return path
+
+
+def _below(folder: Path, depth: int) -> Iterator[Path]:
+    yield folder
+    inside = sorted(each for each in folder.iterdir() if not each.name.startswith(".")) if depth else ()
+    for each in inside:
+        if each.is_dir() and not each.is_symlink():
+            yield from _below(each, depth - 1)
+
+
+def take_in(files: Sequence[ImageRef], folder: Path) -> Path:
+    """Put uploaded pictures, texts and what is in zips into a new ``folder``, where they stay.
+
+    Raises:
+        DataError: a name that leads elsewhere, a link, another kind of file, two of one name, or too much of all; the
+            folder is then not there.
+    """
+    folder.mkdir(parents=True)
+    try:
+        room, count = MOST_BYTES, 0
+        for file in files:
+            if file.path.suffix.lower() == ".zip" or file.name.lower().endswith(".zip"):
+                room, count = _unpack(file, folder, room, count)
+            else:
+                target = _target(folder, file.name)
+                room, count = room - file.path.stat().st_size, count + 1
+                _require_room(room, count)
+                shutil.copyfile(file.path, target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
+
+
+def _unpack(file: ImageRef, folder: Path, room: int, count: int) -> tuple[int, int]:
+    """Bytes and files that there is still room for. What a zip says of its sizes is not believed."""
+    try:
+        with zipfile.ZipFile(file.path) as packed:
+            for member in packed.infolist():
+                if member.is_dir() or "__MACOSX" in member.filename:
+                    continue
+                mode = member.external_attr >> 16
+                if member.flag_bits & 1 or (mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG)):
+                    raise DataError(f"{file.name}: {member.filename!r} is a link, or has a password; zip plain files")
+                target, count = _target(folder, member.filename), count + 1
+                _require_room(room, count)
+                with packed.open(member) as source, target.open("xb") as written:
+                    while piece := source.read(1 << 20):
+                        room -= len(piece)
+                        _require_room(room, count)
+                        written.write(piece)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+        raise DataError(f"{file.name}: cannot be unpacked ({type(error).__name__}); zip the folder again") from error
+    return room, count
+
+
+def _target(folder: Path, name: str) -> Path:
+    """Where a file of this name goes, its folder made."""
+    parts = name.split("/")
+    if "\\" in name or "\0" in name or any(part in ("", ".", "..") or ":" in part for part in parts):
+        raise DataError(f"{name!r} leads out of the folder it is to be in; give it a plain name")
+    if Path(name).suffix.lower() not in PICTURES + TEXTS:
+        raise DataError(f"{name!r} is neither a picture nor a text ({', '.join(PICTURES + TEXTS)}); leave it out")
+    target = folder.joinpath(*parts)
+    if target.exists():
+        raise DataError(f"{name!r} is there twice; rename one of the two, or zip their folders")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{name!r}: cannot be put there ({error.strerror}); give it a shorter name") from error
+    return target
+
+
+def _require_room(room: int, count: int) -> None:
+    if room < 0 or count > MOST_FILES:
+        raise DataError(
+            f"This is too much for one upload: {MOST_FILES:,} files and {MOST_BYTES >> 20:,} MB unpacked are the most. "
+            "Put larger data into a folder below --roots"
+        )
+
+
+def stem_of(name: str) -> str:
+    """A plain name for a folder, from any."""
+    return re.sub(r"[^\w-]+", "-", name.rpartition("/")[2].split(".")[0]).strip("-")[:60] or "pictures"
