@@ -5,12 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help install quickstart test test-long bench gpu-dry-run engines lint easy-vqa
+.PHONY: help install quickstart test test-long docs wheel bench gpu-dry-run engines lint easy-vqa
 help:
 	@echo "make quickstart   install, train the embedded model on sample pictures, compare, caption (4 minutes and the install)"
 	@echo "make install      make .venv with vlm-lora in it"
 	@echo "make test         install, check style and types, run the tests"
 	@echo "make test-long    the tests that take more than a minute each"
+	@echo "make docs         install, build the documentation into build/docs; a broken link fails"
+	@echo "make wheel        install, build wheel and source archive into dist, and try the wheel"
 	@echo "make easy-vqa     install, train and score on the whole of easy-VQA (12 minutes)"
 	@echo "make bench        install, training speed and memory beside a plain loop and ms-swift (45 minutes, 6 GB)"
 	@echo "make gpu-dry-run  what bench.gpu runs on a GPU, on a CPU with torch 2.11 and Python 3.12 (5 minutes, 6 GB)"
@@ -50,6 +52,17 @@ test: lint
 
 test-long: install
 	$(BIN)/python -m pytest -rs -m long
+
+docs: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "Open build/docs/index.html"
+
+wheel: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "build>=1.2"
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m bench.wheel dist
 
 easy-vqa: install
 	$(BIN)/python -m bench.easy_vqa

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from bench.origin import origin
-from vlm_lora.cli.console import say
+from vlm_lora.console import say
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data/emoji_scenes"

@@ -22,9 +22,9 @@ import torch
 
 from bench.origin import origin
 from vlm_lora import Captioner, Dialogue, Example, Scores, TrainConfig, Turn, evaluate, read_dataset
-from vlm_lora.cli.console import Progress, StopSignals, say
-from vlm_lora.cli.progress import TrainReport
 from vlm_lora.config import DEFAULT_PROMPT
+from vlm_lora.console import Progress, StopSignals, say
+from vlm_lora.progress import TrainReport
 from vlm_lora.training.run import train_adapter
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -51,8 +51,8 @@ import transformers
 from PIL import Image
 
 from vlm_lora import Captioner, Dialogue, Example, Turn, __version__
-from vlm_lora.cli.console import say
 from vlm_lora.config import DEFAULT_PROMPT, TrainConfig
+from vlm_lora.console import say
 from vlm_lora.inference.captioner import Decoding
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import Backbone, load_backbone

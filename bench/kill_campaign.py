@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import picture, write_checkpoint
 from vlm_lora import TrainConfig, __version__
-from vlm_lora.cli.console import say
+from vlm_lora.console import say
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.training import loop, run
 from vlm_lora.training.events import Events

@@ -33,8 +33,8 @@ from torch.utils._pytree import tree_leaves
 from bench.easy_vqa import asking_for_one_word
 from bench.origin import origin
 from vlm_lora import Captioner, TrainConfig, evaluate, read_dataset
-from vlm_lora.cli.console import Progress, say
 from vlm_lora.config import DEFAULT_PROMPT
+from vlm_lora.console import Progress, say
 from vlm_lora.model.adapters.base import Adapter, new_contract
 from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.encode import Encoder
@@ -291,7 +291,7 @@ def _percent(value: float, interval: list[float]) -> str:
 
 
 def table(rows: dict[str, dict]) -> str:
-    """As Markdown, for the README. All rows are of the same steps and settings."""
+    """As Markdown, for docs/methods.md. All rows are of the same steps and settings."""
     steps, settings = budget(next(iter(rows.values())))
     assert all(budget(row) == (steps, settings) for row in rows.values())
     what = f"easy-VQA, {steps} steps of {settings['batch_size']} answers"

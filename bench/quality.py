@@ -33,8 +33,8 @@ from bench.origin import origin
 from bench.speed import cpu_name, parity, peer_job, run_once
 from bench.work import ending_with_its_turn
 from vlm_lora import Captioner, TrainConfig, read_dataset
-from vlm_lora.cli.console import say
 from vlm_lora.config import DEFAULT_PROMPT, cache_folder
+from vlm_lora.console import say
 from vlm_lora.inference.captioner import Decoding
 from vlm_lora.inference.metrics.answers import exact_match
 from vlm_lora.model.features import FeatureCache

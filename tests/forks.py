@@ -123,7 +123,7 @@ def _fork(job: dict, index: int, port: int, folder: Path) -> int:
             places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ |= {name: str(value) for name, value in places.items()}
         from vlm_lora.cli import main
-        from vlm_lora.cli.progress import TrainReport
+        from vlm_lora.progress import TrainReport
 
         report = TrainReport.step
 

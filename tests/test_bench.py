@@ -83,11 +83,11 @@ def test_the_cost_model_predicts_what_sharing_and_the_cache_save(common):
     assert speed.predicted(common | {"image_tokens": 64})["epoch"] > ratios["epoch"]
 
 
-def test_the_methods_table_is_the_readmes_and_of_one_budget(tmp_path, monkeypatch, capsys):
+def test_the_methods_table_is_that_of_the_docs_and_of_one_budget(tmp_path, monkeypatch, capsys):
     rows = methods.read_record(methods.RECORD)["methods"]
-    readme = (methods.ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    shown = (methods.ROOT / "docs/methods.md").read_text(encoding="utf-8").splitlines()
     for line in methods.table({name: rows[name] for name in methods.METHODS}).splitlines():
-        assert line in readme, line
+        assert line in shown, line
     with pytest.raises(AssertionError):
         methods.table(rows | {"lora": rows["lora"] | {"steps": 2}})
     monkeypatch.setattr(methods, "train_one", None)  # refused before anything is trained

@@ -214,7 +214,7 @@ def test_a_file_is_gone_on_with(caption, folder, tmp_path, capsys):
     before = (tmp_path / "out.jsonl").read_text()
     capsys.readouterr()
     assert caption(*command) == 0
-    assert capsys.readouterr().err == "3 images have a caption already; --overwrite captions them anew.\n"
+    assert capsys.readouterr().err == "3 images have a caption already; --overwrite captions them again.\n"
     assert (tmp_path / "out.jsonl").read_text() == before
     assert caption(*command, "--num-beams", "2") == 2  # would be others
     assert "its captions were made with --num-beams 1, now it is 2" in capsys.readouterr().err
@@ -328,4 +328,4 @@ def test_an_adapter_from_the_hub(adapters, tmp_path, monkeypatch, capsys):
     assert main([*command, "me/gone"]) == 1
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert "--adapter me/gone: there is no such folder, and the model hub gave no adapter" in err
+    assert "--adapter me/gone: there is no such folder, and HF_HUB_OFFLINE forbids a download" in err

@@ -11,7 +11,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "vlm_lora"
 
 # Lowest first. A module may import from its own wing and from the wings below it.
-ORDER = ["errors|version", "config", "data", "model", "check|inference|training", "run", "demo", "cli"]
+ORDER = ["errors|version|console", "config", "data", "model", "check|inference|training", "progress", "run"]
+ORDER += ["demo", "cli"]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "gradio", "datasets", "PIL", "numpy"}
 
 
@@ -91,7 +92,10 @@ def test_import_is_light():
     assert loaded_by("import vlm_lora; vlm_lora.__version__") == set()
 
 
-@pytest.mark.parametrize("verb", ["", "train", "caption", "eval", "check", "plan", "merge", "demo", "cache"])
+VERBS = ("", "train", "caption", "eval", "check", "plan", "merge", "push", "demo", "cache", "doctor", "completion")
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_is_light(verb):
     code = "import contextlib, vlm_lora.cli as c\nwith contextlib.suppress(SystemExit): c.main(sys.argv[1:])"
     assert loaded_by(code, *([verb] if verb else []), "--help") == set()

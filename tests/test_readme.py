@@ -24,7 +24,7 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """``photos`` and ``photos-test`` (pictures and captions), ``more`` (pictures), as the README has them."""
+    """Folders ``photos`` and ``photos-test`` (pictures and captions), ``more`` (pictures), as the README has them."""
     folder = tmp_path_factory.mktemp("reader")
     for name in ("photos", "photos-test", "more"):
         (folder / name).mkdir()
@@ -76,6 +76,7 @@ def test_the_python_runs(place):
         trained = ["train", "photos", "--model", "tiny", "--max-steps", "2", "--output", "runs/photos"]
         assert run([sys.executable, "-m", "vlm_lora", *trained], place).returncode == 0
     for code in blocks("python"):
+        code = code.replace('TrainConfig(data="photos"', 'TrainConfig(model="tiny", max_steps=2, data="photos"')
         done = run([sys.executable, "-c", code], place)
         assert done.returncode == 0, f"{code}\n{done.stderr}"
         assert done.stdout.strip()

@@ -18,7 +18,8 @@ from vlm_lora.inference.captioner import Captioner
 from vlm_lora.inference.commonest import Commonest
 from vlm_lora.inference.evaluate import Answered, Evaluation, evaluate
 from vlm_lora.inference.report import PICTURES, write_report
-from vlm_lora.inference.scores import FEW_IMAGES, FailedExample, KindScores, Scores
+from vlm_lora.inference.scores import FEW_IMAGES, METRICS, TASKS, FailedExample, KindScores, Metric, Scores
+from vlm_lora.inference.tasks import ANSWERS
 from vlm_lora.inference.verdict import score_table, summary, tables_as_text
 from vlm_lora.run import train
 from vlm_lora.training.events import Events
@@ -97,6 +98,18 @@ def evaluated(  # arguments: what is asked, and what there is to know about it
         dialogues = tuple(Dialogue((Turn("What is it?", text),), **extra) for text in references)
         examples.append(Example(str(i), (ImageRef(path=path, name=path.name),), dialogues, f"data:{i}"))
     return evaluate(Parrot([row[:2] for row in rows], adapter), examples, also=examples[:also], commonest=commonest)
+
+
+def test_a_metric_is_added_by_an_entry_of_the_table_and_its_name_in_a_task(tmp_path, monkeypatch):
+    """As docs/architecture.md says."""
+    letters = Metric("letters", "how many letters", lambda answers, *_: [float(len(a)) for a in answers], False, 99.0)
+    monkeypatch.setitem(METRICS, "letters", letters)
+    questions = TASKS[ANSWERS]
+    monkeypatch.setitem(TASKS, ANSWERS, replace(questions, metrics=(*questions.metrics, "letters")))
+    scores = evaluated(tmp_path, [("dog", "horse", ["cat"])] * 3).scores
+    assert Scores.from_json(json.loads(json.dumps(scores.to_json()))) == scores
+    assert [scores.tasks[ANSWERS].scores[who]["letters"] for who in ("base", "tuned")] == [3.0, 5.0]
+    assert "Letters" in tables_as_text(scores)
 
 
 def test_gain_is_said_in_one_sentence_and_pictures_are_inside(tmp_path):

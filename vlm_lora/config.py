@@ -36,6 +36,30 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 """What may be the name of a model or adapter on the hub: two words with a slash."""
 GROUPS = ("data", "model", "method", "training", "memory", "run")
 """The headings of ``--help``."""
+EVERYDAY = (
+    "data", "prompt", "val", "val_split", "on_bad_row", "model", "max_pixels", "from_", "method", "rank", "epochs",
+    "max_steps", "batch_size", "lr", "load_best_at_end", "micro_batch_tokens", "output", "save_every",
+)  # fmt: skip
+"""The knobs that ``--help`` shows; ``--help-all`` shows all of them."""
+ELSEWHERE = {
+    "adapter_name_or_path": "from_", "base_model": "model", "bf16": "dtype", "cutoff_len": "max_tokens",
+    "data_path": "data", "dataset": "data", "dataset_name": "data", "early_stopping_patience": "patience",
+    "finetuning_type": "method", "fp16": "dtype", "gradient_accumulation_steps": "batch_size",
+    "image_max_pixels": "max_pixels", "instruction": "prompt", "learning_rate": "lr",
+    "load_best_model_at_end": "load_best_at_end", "load_in_4bit": "method", "lora_alpha": "alpha",
+    "lora_dropout": "dropout", "lora_r": "rank", "lora_rank": "rank", "lora_target": "targets",
+    "lr_warmup_steps": "warmup", "max_length": "max_tokens", "max_seq_length": "max_tokens",
+    "max_train_epochs": "epochs", "max_train_steps": "max_steps", "mixed_precision": "dtype",
+    "model_id": "model", "model_name_or_path": "model", "network_alpha": "alpha", "network_dim": "rank",
+    "num_train_epochs": "epochs", "output_dir": "output", "peft_type": "method",
+    "per_device_train_batch_size": "batch_size", "pretrained_model_name_or_path": "model",
+    "quantization_bit": "method", "r": "rank", "resolution": "max_pixels", "save_steps": "save_every",
+    "save_total_limit": "keep_checkpoints", "split_dataset_ratio": "val_split", "system_prompt": "system",
+    "target_modules": "targets", "torch_compile": "compile", "torch_dtype": "dtype", "train_data_dir": "data",
+    "train_type": "method", "tuner_type": "method", "val_dataset": "val", "val_size": "val_split",
+    "warmup_ratio": "warmup", "warmup_steps": "warmup",
+}  # fmt: skip
+"""What other tools call a knob: whoever uses their word is told ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,47 +135,43 @@ class TrainConfig:
     data: str | tuple[str, ...] = field(
         metadata={
             "knob": Knob(
-                help="folder or file with images and captions, or questions and answers; or several. DATA:2 shows the "
-                "answers of DATA twice an epoch",
+                help="folder or file with images and captions, or questions and answers. Several may be given; DATA:2 "
+                "counts DATA twice per epoch",
                 group="data",
                 identity=False,
             )
         }
     )
-    format: str | None = _data(None, "format of the data; by default it is found out by looking", identity=True)
+    format: str | None = _data(None, "format of the data (default: detected)", identity=True)
     columns: str | None = _data(
         None,
-        "columns of unusual names, as image=NAME,caption=NAME (also question, answer, kind, system, weight, split)",
+        "names of your columns, as image=NAME,caption=NAME (also question, answer, kind, system, weight, split)",
     )
-    ignore_columns: str = _data("", "columns, with commas, to pass over that would otherwise make a row bad")
-    text_as_is: bool = _data(
-        False, "take marks of other tools in texts (<video>, <|image_1|>) for the letters they are"
-    )
-    images: str | None = _data(None, "folder where images are looked for that are not beside the data")
-    allow_outside: bool = _data(False, "trust the data: take images outside of its folder too, through .. or symlinks")
+    ignore_columns: str = _data("", "columns to ignore that would otherwise make a row bad, separated by commas")
+    text_as_is: bool = _data(False, "read marks of other tools in texts (<video>, <|image_1|>) as plain letters")
+    images: str | None = _data(None, "folder to search for images that are not beside the data")
+    allow_outside: bool = _data(False, "trust the data: allow images outside of its folder, through .. or symlinks")
     allow_urls: bool = _data(
-        False, "download images that the data names by http:// or https://, from public addresses only"
+        False, "download images from http:// and https:// addresses in the data; public addresses only"
     )
     prompt: str = _data(DEFAULT_PROMPT, "the instruction that a caption answers", identity=True)
-    system: str | None = _data(
-        None, "system prompt of rows that have none of their own; also what captions are asked for with"
-    )
+    system: str | None = _data(None, "system prompt for rows that have none; it is used for captioning too")
     train_on: str = _data("all", "which answers of a conversation are learnt", choices=("last", "all"))
     json_boxes: str = _data(
-        "as-is", "what the numbers of bbox_2d and point_2d in texts are, to convert them to the model's; real: pixels",
+        "as-is", "unit of the numbers of bbox_2d and point_2d in texts, to convert them to the model's; real: pixels",
         choices=("as-is", "real", "norm1", "norm1000"),
     )  # fmt: skip
-    val: str | None = _data(None, "held-out data of its own, instead of a part split off", reads=False)
+    val: str | None = _data(None, "held-out data of your own, instead of a part split off", reads=False)
     val_split: float = _data(
-        0.1, "fraction of the images held out when --val is not given; 0 holds out none", bounds=PROBABILITY,
+        0.1, "fraction of the images to hold out when --val is not given; 0 holds out none", bounds=PROBABILITY,
         identity=True, reads=False, decides_rows=False,
     )  # fmt: skip
     on_bad_row: str = _data(
-        "stop", "what to do about rows that cannot be used", choices=("stop", "quarantine"), identity=True,
-        reads=False, decides_rows=False,
+        "stop", "rows that cannot be used: stop, or train without them and list them (quarantine)",
+        choices=("stop", "quarantine"), identity=True, reads=False, decides_rows=False,
     )  # fmt: skip
     max_tokens: int = _data(
-        4096, "longest image-and-answer sequence allowed; longer ones are reported as bad rows", bounds=Bounds(16),
+        4096, "longest image-and-answer sequence, in tokens; longer ones are bad rows", bounds=Bounds(16),
         identity=True, reads=False,
     )  # fmt: skip
 
@@ -160,44 +180,44 @@ class TrainConfig:
         identity=False,  # its weights' fingerprint is what counts
     )  # fmt: skip
     dtype: str = knob(
-        "auto", "number format of the base: bfloat16 where the device is good at it, else float32", "model",
+        "auto", "number format of the base; auto: bfloat16 where the device is fast with it, else float32", "model",
         choices=("auto", "float32", "bfloat16"),
     )  # fmt: skip
     min_pixels: int | None = knob(
-        None, "smallest image area in pixels; by default what the model's processor says", "model",
+        None, "smallest image area in pixels (default: the model's own)", "model",
         bounds=COUNT, decides_rows=True,
     )  # fmt: skip
     max_pixels: int | None = knob(
-        None, "largest image area in pixels; by default what the model's processor says", "model",
+        None, "largest image area in pixels (default: the model's own)", "model",
         bounds=COUNT, decides_rows=True,
     )  # fmt: skip
 
     from_: str | None = knob(
-        None, "run folder of the adapter to go on from, with a new schedule; it decides base, prompt, method and size",
+        None, "start from the adapter of this run, with a new schedule; base, prompt, method and sizes are its own",
         "method",
     )  # fmt: skip
     method: str = knob("lora", "fine-tuning method", "method", choices=METHODS)
     variant: str | None = knob(
-        None, "LoRA variant; by default plain", "method", choices=("plain", "rslora", "dora", "pissa"), methods=LORA
+        None, "LoRA variant (default: plain)", "method", choices=("plain", "rslora", "dora", "pissa"), methods=LORA
     )
     targets: str | None = knob(
         None,
-        "what LoRA adapts, with commas: language, projector, vision; by default language,projector. With vision each "
-        "step runs the vision tower, and nothing can be cached",
+        "parts that LoRA adapts, separated by commas: language, projector, vision (default: language,projector). With "
+        "vision, every step runs the vision tower, and nothing is cached",
         "method",
         methods=LORA,
     )
-    rank: int = knob(16, "LoRA rank r", "method", bounds=COUNT, methods=LORA)
-    alpha: float | None = knob(None, "LoRA alpha; by default twice the rank", "method", bounds=POSITIVE, methods=LORA)
+    rank: int = knob(16, "LoRA rank", "method", bounds=COUNT, methods=LORA)
+    alpha: float | None = knob(None, "LoRA alpha (default: twice the rank)", "method", bounds=POSITIVE, methods=LORA)
     projector_rank: int | None = knob(
-        None, "LoRA rank r of the projector; by default --rank", "method", bounds=POSITIVE, methods=LORA
+        None, "LoRA rank of the projector (default: --rank)", "method", bounds=POSITIVE, methods=LORA
     )
     projector_alpha: float | None = knob(
-        None, "LoRA alpha of the projector; by default as --alpha, for its own rank", "method",
+        None, "LoRA alpha of the projector (default: --alpha, scaled to its rank)", "method",
         bounds=POSITIVE, methods=LORA,
     )  # fmt: skip
     projector_lr: float | None = knob(
-        None, "peak learning rate of the projector's LoRA; by default --lr", "method", bounds=POSITIVE, methods=LORA
+        None, "peak learning rate of the projector's LoRA (default: --lr)", "method", bounds=POSITIVE, methods=LORA
     )
     dropout: float = knob(0.0, "LoRA dropout, a probability", "method", bounds=PROBABILITY, methods=LORA)
     bottleneck: int = knob(
@@ -209,9 +229,11 @@ class TrainConfig:
     )  # fmt: skip
 
     epochs: float = knob(3.0, "passes over the training answers", "training", bounds=POSITIVE)
-    max_steps: int | None = knob(None, "stop after N optimizer steps, whatever --epochs says", "training", bounds=COUNT)
+    max_steps: int | None = knob(
+        None, "stop after N optimizer steps at the latest; does not lengthen --epochs", "training", bounds=COUNT
+    )
     batch_size: int = knob(
-        16, "answers per optimizer step, give or take: those of one image share its tokens, and stay in one step",
+        16, "answers per optimizer step, about; all answers of an image stay in one step",
         "training", bounds=COUNT,
     )  # fmt: skip
     lr: float = knob(2e-4, "peak learning rate", "training", bounds=POSITIVE)
@@ -225,62 +247,62 @@ class TrainConfig:
     seed: int = knob(0, "seed of the split, the order, the adapter's start and dropout", "training")
     val_images: int | None = knob(
         None,
-        "held-out images that the loss at a checkpoint is of, always the same; by default as many as take 2 % of the "
-        "work of the steps between two. All of them are scored once, at the end",
+        "held-out images scored at each checkpoint, always the same ones (default: as many as take 2 % of the work of "
+        "the steps between two checkpoints). All are scored once, at the end",
         "training",
         bounds=COUNT,
         identity=False,
     )
     patience: int | None = knob(
-        None, "stop after N checkpoints without a lower held-out loss, and end with the best adapter", "training",
+        None, "stop after N checkpoints without a lower held-out loss; keep the best adapter", "training",
         bounds=COUNT, identity=False,
     )  # fmt: skip
     load_best_at_end: bool = knob(
-        False, "end with the adapter of the lowest held-out loss, instead of the last one", "training", identity=False
+        False, "keep the adapter with the lowest held-out loss, instead of the last one", "training", identity=False
     )
     on_nonfinite: str = knob(
-        "stop", "what to do when a loss or gradient is NaN or infinite; it is never applied", "training",
+        "stop", "when a loss or gradient is NaN or infinite: stop, or skip the step; it is never applied", "training",
         choices=("stop", "skip"), identity=False,
     )  # fmt: skip
     max_skipped: int = knob(
-        10, "with --on-nonfinite skip, how many steps of a run may be left out", "training",
+        10, "with --on-nonfinite skip: the most steps of a run that may be skipped", "training",
         bounds=Bounds(0), identity=False,
     )  # fmt: skip
 
     micro_batch_tokens: int | None = knob(
-        None, "tokens, padding included, in one forward and backward pass; by default 1024 on a CPU, and on a GPU as "
-        "many as fit its memory and pay", "memory", bounds=COUNT,
+        None, "tokens in one forward and backward pass, padding included (default: 1024 on a CPU; on a GPU as many as "
+        "fit its memory and pay)", "memory", bounds=COUNT,
     )  # fmt: skip
     gradient_checkpointing: bool = knob(
         False, "recompute the language layers in the backward pass: less memory, more time, equal result",
         "memory", identity=False,
     )  # fmt: skip
     compile: str = knob(
-        "auto", "have torch.compile fuse the language layers' work while they train, which takes a minute or two "
+        "auto", "use torch.compile for the language layers while training, which takes a minute or two "
         f"first; auto: on a GPU, if the run has {COMPILED_FROM} steps or more", "memory",
         choices=("auto", "yes", "no"), identity=False,
     )  # fmt: skip
     deterministic: bool = knob(
-        False, "have a GPU compute every sum in the same order each time, for bit-exact resume; up to a fifth slower",
+        False, "compute every sum in the same order on a GPU, for bit-exact resume; up to a fifth slower",
         "memory", identity=False,
     )  # fmt: skip
     cache: bool = knob(
-        True, "keep the frozen vision tower's output on disk, so that it runs once per image ever", "memory",
+        True, "keep the vision tower's output on disk, so that it runs once per image", "memory",
         identity=False,
     )  # fmt: skip
     cache_gb: float = knob(
-        DEFAULT_CACHE_GB, "cache size limit in GB; the entries that were not used for longest are deleted first",
+        DEFAULT_CACHE_GB, "cache size limit in GB; least recently used entries are deleted first",
         "memory", bounds=Bounds(0, above=True, below=False), identity=False,
     )  # fmt: skip
 
-    output: str | None = knob(None, "run folder to write; by default runs/<data>-<date>-<time>", "run", identity=False)
+    output: str | None = knob(None, "run folder to write (default: runs/<data>-<date>-<time>)", "run", identity=False)
     save_every: int = knob(200, "optimizer steps between checkpoints", "run", bounds=COUNT, identity=False)
     keep_checkpoints: int = knob(
-        2, "how many of the newest checkpoints are kept; the best one is kept beside them", "run",
+        2, "newest checkpoints to keep; the best one is kept too", "run",
         bounds=COUNT, identity=False,
     )  # fmt: skip
     report_to: str | None = knob(
-        None, "also send metrics.jsonl's lines to a tracker", "run", choices=("tensorboard", "wandb", "trackio"),
+        None, "also send the lines of metrics.jsonl to a tracker", "run", choices=("tensorboard", "wandb", "trackio"),
         identity=False,
     )  # fmt: skip
 
@@ -297,8 +319,8 @@ class TrainConfig:
                 raise self._wrong(each.name, str(each.bounds))
             if self.method not in each.methods and value != each.default:
                 raise ConfigError(
-                    f"{each.flag} belongs to --method {' and '.join(each.methods)}; --method {self.method} has no "
-                    "such thing."
+                    f"{each.flag} belongs to --method {' and '.join(each.methods)}; it has no "
+                    f"meaning with --method {self.method}."
                 )
         self._check_together()
 
@@ -425,6 +447,13 @@ KNOBS: dict[str, Knob] = {
 """Every knob by name, in the order of ``--help``."""
 
 
+def nearest(name: str) -> str | None:
+    """The knob that is most probably meant by a name that none has: another tool's word for it, or one like it."""
+    words = ELSEWHERE | {each: each for each in KNOBS}
+    found = name if name in words else next(iter(get_close_matches(name, words, n=1, cutoff=0.7)), None)
+    return words[found] if found else None
+
+
 def parse_columns(text: str | None) -> dict[str, str]:
     """``image=bild,caption=text`` as a dictionary."""
     columns: dict[str, str] = {}
@@ -446,8 +475,8 @@ def config_from(values: dict[str, Any], source: str) -> TrainConfig:
     for name, value in values.items():
         name = name if name in KNOBS or f"{name}_" not in KNOBS else f"{name}_"
         if name not in KNOBS:
-            near = get_close_matches(str(name), KNOBS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            near = nearest(str(name))
+            hint = f" Did you mean {near.rstrip('_')!r}?" if near else ""
             raise ConfigError(f"{source}: unknown setting {name!r}.{hint}")
         if value is None and KNOBS[name].default is None and name != "data":
             checked[name] = None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 from vlm_lora.config import DEFAULT_EVAL_IMAGES, TrainConfig
@@ -15,15 +16,16 @@ from vlm_lora.inference.evaluate import Evaluation, against, evaluate
 from vlm_lora.inference.report import write_report
 from vlm_lora.inference.scores import Scores
 from vlm_lora.inference.team import ALONE
-from vlm_lora.inference.verdict import versus
+from vlm_lora.inference.verdict import summary, versus
 from vlm_lora.model.adapters.base import Adapter, find_adapter, write_json
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache
+from vlm_lora.progress import TrainReport
 from vlm_lora.training.events import Events
 from vlm_lora.training.run import TrainedAdapter, train_adapter
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class RunResult:
     """A finished run: its folder, what it was trained with, and what it gained.
 
@@ -44,6 +46,18 @@ class RunResult:
     against_parent: Scores | None = None
     """Of the adapter in the place of tuned, and of the one that it goes on from (``--from``) in that of the base."""
 
+    def __repr__(self) -> str:
+        told = f" {' '.join(summary(self.evaluation.scores))}" if self.evaluation else ""
+        return f"<{self.folder}: {self.steps:,} steps.{told}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the report with its pictures, in a frame; it runs no script."""
+        if not self.report:
+            return f"<code>{escape(repr(self))}</code>"
+        page = escape(self.report.read_text(encoding="utf-8"), quote=True)
+        style = "width: 100%; height: 640px; border: 1px solid #8888"
+        return f'<iframe sandbox srcdoc="{page}" style="{style}" title="report"></iframe>'
+
 
 def train(
     config: TrainConfig,
@@ -58,14 +72,15 @@ def train(
     """Train an adapter, compare it with its base on held-out images, write report and model card into the run folder.
 
     Args:
-        resume, allow_change, events, stop: as for `train_adapter`.
+        resume, allow_change, stop: as for `train_adapter`.
+        events: who hears what happens; by default it is printed, with progress. ``Events()`` is silent.
         eval_images: how many held-out images are compared at most; 0 leaves out comparison and report, None takes all.
         command: what made the run, for report and card.
 
     Raises:
         VlmLoraError: data, model, folder or numbers are not right; the message says what to do.
     """
-    events = events or Events()
+    events = events or TrainReport()
     trained = train_adapter(config, resume=resume, allow_change=allow_change, events=events, stop=stop)
     is_main, report, card = trained.processes.is_main, None, None
     try:

@@ -15,7 +15,7 @@ from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Dialogue, Turn
 from vlm_lora.data.readers import read_dataset
 from vlm_lora.errors import DataError
-from vlm_lora.training.prepare import read_and_split
+from vlm_lora.training.prepare import no_usable_example, read_and_split
 
 PROMPT = "Describe this image."
 CAPTION = {"image": "a.png", "caption": "a fox"}
@@ -109,6 +109,12 @@ def test_a_column_to_ignore_is_as_if_it_were_not_there(read):
     assert len(read(*rows, ignore_columns=["videos"]).bad) == 2
 
 
+@pytest.mark.parametrize(("number", "end"), [(12, "'c12' in 1)"), (13, "'c12' in 1 and 1 more)")])
+def test_of_many_unused_columns_twelve_are_named(number, end, read):
+    dataset = read(ASKED | {f"c{i:02}": 1 for i in range(1, number + 1)})
+    assert dataset.taken_for.endswith(end)
+
+
 def test_other_columns_are_named_once_with_counts(read, capsys, pictures):
     rows = [ASKED | {"id": 1, "license": "CC"}, ASKED | {"id": 2}, chat({"content": "a", "name": "Ann"}, "b")]
     dataset = read(*rows)
@@ -198,6 +204,7 @@ def test_rows_marked_test_or_val_are_not_trained_on(pictures, read):
     data = read_and_split(TrainConfig(data=file))
     assert [("held-out data too" in bad.reason, bad.line) for bad in data.bad_rows] == [(True, 6)]
     read(rows[2])
+    assert str(no_usable_example(TrainConfig(data="x"), [])) == "x: no usable example in it."
     with pytest.raises(DataError, match="1 examples are marked val or test"):
         read_and_split(TrainConfig(data=file))
 

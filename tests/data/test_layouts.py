@@ -304,6 +304,17 @@ BAD = {
         1,
         ["is a task that nobody has labelled"],
     ),
+    "no results": (
+        ("a.png",),
+        {
+            "x.json": [
+                label_studio_task("a.png", [typed("x")]),
+                *({"data": {"image": "a.png"}, "annotations": [each]} for each in ("x", {"result": "x"}, {})),
+            ]
+        },
+        1,
+        ["has an annotation without a list of results"] * 3,
+    ),
     "skipped": (
         ("a.png",),
         {"x.json": [{"data": {"image": "a.png"}, "annotations": [{"result": [], "was_cancelled": True}]}] * 2},

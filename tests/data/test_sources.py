@@ -49,6 +49,19 @@ def test_two_sources_are_one_data_set(two):
     assert dataset.fingerprint() != read_dataset(["a", "b/rows.jsonl:2"], prompt=PROMPT).fingerprint()
 
 
+def test_what_is_marked_or_unused_in_any_source_is_so_in_all(pictures, monkeypatch):
+    folder = pictures(*(f"{source}/{name}.png" for source in "ab" for name in "xyz"))
+    for source in "ab":
+        marks = {"x": ', "mood": 1', "y": ', "split": "val", "mood": 2', "z": f', "split": "test", "{source}": 1'}
+        rows = [f'{{"image": "{name}.png", "caption": "{source} {name}"{mark}}}\n' for name, mark in marks.items()]
+        (folder / source / "rows.jsonl").write_text("".join(rows))
+    monkeypatch.chdir(folder)
+    dataset = read_dataset(["a/rows.jsonl", "b/rows.jsonl"], prompt=PROMPT)
+    assert dataset.unused == {"mood": 4, "a": 1, "b": 1}
+    sides = [[d.turns[0].assistant for e in side for d in e.dialogues] for side in (dataset.val, dataset.test)]
+    assert sides == [["a y", "b y"], ["a z", "b z"]]
+
+
 def test_one_source_is_read_as_ever_and_names_win_over_weights(two):
     assert (
         read_dataset(["a"], prompt=PROMPT) == read_dataset("a", prompt=PROMPT) == read_dataset(Path("a"), prompt=PROMPT)

@@ -390,7 +390,9 @@ def test_ctrl_c_does_not_wait_for_a_server_that_hangs(stub, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "vlm-lora: stopped."
+    assert err.splitlines()[-1] == (
+        "vlm-lora: stopped. What was written is kept; run the same command again (train: with --resume)."
+    )
     assert "Traceback" not in err
     told = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["caption"] for row in told] == ["said"] * 3  # also those behind the one that hangs

@@ -93,7 +93,7 @@ def test_an_adapter_goes_up_and_comes_back(hub, command, tmp_path):
     assert wanted[1] != base[1]
     code, _, err = command("caption", tmp_path / "cat.png", "--adapter", "hf:me/other", token=None)
     assert code == 1
-    assert "the model hub gave no adapter of that name" in err
+    assert "the model hub has no repository of this name that you may see" in err
 
 
 def test_a_merged_checkpoint_goes_up_by_both_commands(hub, command, tmp_path, checkpoints):

@@ -427,7 +427,7 @@ def test_with_an_adapted_tower_nothing_is_kept_and_off_is_the_base(checkpoints, 
     ],
 )
 def test_wrong_combinations_are_refused_in_one_line(wrong):
-    with pytest.raises(ConfigError, match=r"belongs to --method .* has no such thing") as caught:
+    with pytest.raises(ConfigError, match=r"belongs to --method .* it has no meaning") as caught:
         TrainConfig(data="x", **wrong)
     assert "\n" not in str(caught.value)
 

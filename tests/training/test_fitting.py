@@ -12,10 +12,10 @@ import torch
 
 from tests.training.test_train import _stop_behind, adapter_of, assert_same, config
 from vlm_lora.cli import main
-from vlm_lora.cli.console import StopSignals, size
-from vlm_lora.cli.progress import TrainReport
 from vlm_lora.config import TrainConfig
+from vlm_lora.console import StopSignals, size
 from vlm_lora.data.example import Example
+from vlm_lora.progress import TrainReport
 from vlm_lora.training import fitting, loop, run
 from vlm_lora.training.cost import TRAINED, CostModel
 from vlm_lora.training.devices import DEVICES, RESERVED, Device, device_named

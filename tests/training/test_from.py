@@ -90,7 +90,7 @@ def test_a_run_goes_on_from_another_and_is_compared_with_it(runs, capsys):
     command = ["train", str(runs / "second"), "--from", str(runs / "parent"), "--output", str(runs / "child")]
     assert main([*command, "--max-steps", "3", "--lr", "1e-3", "--batch-size", "4", "--val-split", "0.25"]) == 0
     out, _ = capsys.readouterr()
-    assert "Against the run that it goes on from: Too few images to tell this run from that one: on 2 held" in out
+    assert "Against the run that it started from: Too few images to tell this run from that one: on 2 held" in out
     report = (runs / "child" / "report.html").read_text(encoding="utf-8")
     assert "Too few images to tell child from its parent parent: on 2 held-out images" in report
     assert '<th scope="col">child</th><th scope="col">Difference</th>' in report
@@ -100,7 +100,7 @@ def test_a_run_goes_on_from_another_and_is_compared_with_it(runs, capsys):
     contract = read_contract(runs / "child" / "adapter")
     assert contract.parent == "parent"
     card = (runs / "child" / "adapter" / "README.md").read_text()
-    assert f"goes on from the adapter of the run `parent` (tensors `{contract.parent_fingerprint}`). Against" in card
+    assert f"started from the adapter of the run `parent` (tensors `{contract.parent_fingerprint}`). Against" in card
     # What the comparison gives is what two evaluations give, each by itself.
     dataset = read_dataset(runs / "second", prompt="Say it.")
     told = json.loads((runs / "child" / "against_parent.json").read_text())

@@ -11,11 +11,11 @@ from tests.told import Told
 from tests.training.test_survival import log_of
 from tests.training.test_train import adapter_of, assert_same, config
 from vlm_lora.cli import main
-from vlm_lora.cli.progress import TrainReport
 from vlm_lora.errors import ConfigError, Stopped
 from vlm_lora.inference.losses import read_losses
 from vlm_lora.inference.report import _loss_plot
 from vlm_lora.model.store import Store
+from vlm_lora.progress import TrainReport
 from vlm_lora.training import checkpoint, loop, step
 from vlm_lora.training.held_out import FORWARD, LEAST, SHARE, HeldOut
 from vlm_lora.training.lessons import BranchSize, Lesson, Lessons

@@ -21,7 +21,6 @@ from tests.model.test_methods import METHODS
 from tests.told import Told
 from tests.training.test_train import config
 from vlm_lora.cli import main
-from vlm_lora.cli.progress import TrainReport
 from vlm_lora.config import TrainConfig, cache_folder
 from vlm_lora.errors import DataError
 from vlm_lora.model.adapters.methods import attach_adapter
@@ -29,6 +28,7 @@ from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, store_in
 from vlm_lora.model.shapes import load_shapes
+from vlm_lora.progress import TrainReport
 from vlm_lora.training.batches import Loader
 from vlm_lora.training.cost import CostModel, _passes, _waited_for, micro_shapes, predict
 from vlm_lora.training.devices import ATTAINED, DEVICES, LAUNCH, SMALLEST, Device, price

@@ -401,7 +401,7 @@ def recipe(program: str, module: str, data: str, *flags: str, **changes: str) ->
 
 @pytest.mark.slow
 def test_the_recipes_lines_run_and_one_killed_process_ends_the_run(forks, command, tmp_path):
-    """Killed on one of two machines, which are this one; gone on with to the end under accelerate, sharded."""
+    """Killed on one of two machines, which are this one; resumed to the end under accelerate, sharded."""
     # At the other tests' 1e-2, rounding grows over 30 steps in some tensors: AdamW divides gradients by their own size.
     changes = "--save-every 10 --max-steps 30 --epochs 100 --lr 1e-3"
     flags = [*command[2:], *changes.split(), "--output", str(tmp_path / "run")]

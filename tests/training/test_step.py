@@ -1,4 +1,4 @@
-"""What a step does with its gradients: clipped as a whole, applied at the rate of the schedule.
+"""What a step computes: the loss of labels in chunks, gradients clipped as a whole, the rate of the schedule.
 
 Run: pytest tests/training/test_step.py
 """
@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from vlm_lora.training.step import add_up_and_clip, apply_gradients, learning_rate
+from vlm_lora.model.packing import IGNORE_INDEX
+from vlm_lora.training.step import LOGITS_AT_ONCE, add_up_and_clip, apply_gradients, learning_rate, loss_sum
 
 ALONE = SimpleNamespace(add_up=list)
 
@@ -52,3 +54,34 @@ def test_each_group_moves_at_its_own_share_of_the_rate():
     one.grad = other.grad = torch.ones(1)
     apply_gradients(optimizer, rate=0.5, peak=4.0)
     assert (one.item(), other.item()) == (-0.5, -0.125)
+
+
+@pytest.mark.parametrize("labelled", [3, LOGITS_AT_ONCE, LOGITS_AT_ONCE + 1, 2 * LOGITS_AT_ONCE + 500])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_no_more_logits_are_held_than_of_so_many_labels(labelled, weighted):
+    """Those of a large vocabulary are the largest tensors there are. The loss is that of all at once."""
+    hidden = torch.randn(2, 1500, 4, dtype=torch.float64, requires_grad=True)
+    head, held = torch.randn(4, 7, dtype=torch.float64), []
+
+    def logits(some: torch.Tensor) -> torch.Tensor:
+        held.append(len(some))
+        return some @ head
+
+    labels = torch.full((2, 1500), IGNORE_INDEX)
+    flat = torch.randperm(2 * 1499, generator=torch.Generator().manual_seed(0))[:labelled]
+    labels[flat // 1499, flat % 1499 + 1] = flat % 7
+    weights = torch.rand(2, 1500, dtype=torch.float64) if weighted else None
+    backbone = SimpleNamespace(forward=lambda *args, **_: hidden, logits=logits)
+    batch = SimpleNamespace(
+        input_ids=None, attention_mask=None, position_ids=None, images=None, forks=None, labels=labels, weights=weights
+    )
+    loss = loss_sum(backbone, batch)
+    loss.backward()
+    assert max(held) <= LOGITS_AT_ONCE
+    assert len(held) == (1 if labelled <= LOGITS_AT_ONCE else 2 * -(-labelled // LOGITS_AT_ONCE))  # again in backward
+    found, hidden.grad = hidden.grad, None
+    each = F.cross_entropy((hidden[:, :-1] @ head).flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+    expected = (each * (1 if weights is None else weights[:, 1:].flatten())).sum()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, hidden.grad)

@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from tests.conftest import picture
 from tests.told import Told
 from tests.training.test_train import adapter_of, assert_same, config
-from vlm_lora.cli import console, main
-from vlm_lora.cli.progress import TrainReport
+from vlm_lora import console
+from vlm_lora.cli import main
 from vlm_lora.errors import CheckpointError, ConfigError, Stopped, TrainingError
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.encode import Encoder
+from vlm_lora.progress import TrainReport
 from vlm_lora.training import folder, loop, prepare, run, step, tracker
 from vlm_lora.training.batches import Loader
 from vlm_lora.training.events import Events
@@ -365,7 +366,7 @@ def test_early_stopping_ends_with_the_best_adapter(checkpoints, straight, tmp_pa
     assert kept == ["step-000002", "step-000004"]
     scripted(monkeypatch, [2.0])
     again = train(settings, resume=True)
-    assert again.steps == 4, "a run that has stopped early is not gone on with"
+    assert again.steps == 4, "a run that has stopped early is not resumed"
 
 
 def test_the_best_adapter_without_stopping_early(checkpoints, straight, tmp_path, monkeypatch):
@@ -491,9 +492,7 @@ def test_a_closed_stderr_ends_the_printing_and_nothing_else(monkeypatch, termina
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once(number):
-    code = (
-        "from vlm_lora.cli.console import StopSignals; import time; s = StopSignals(); s.catch(); print(flush=True)\n"
-    )
+    code = "from vlm_lora.console import StopSignals; import time; s = StopSignals(); s.catch(); print(flush=True)\n"
     code += "while not s(): time.sleep(0.01)\nprint(s(), flush=True)\ntime.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.readline()

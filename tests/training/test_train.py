@@ -192,7 +192,7 @@ def test_an_adapter_that_does_not_fit_is_refused(checkpoints, adapter_folder, da
 )
 def test_resuming_is_bitwise_exact(checkpoints, photo_folder, tmp_path, monkeypatch, family, changes):
     changes = changes | {"model": str(checkpoints[family])}
-    """Stopped behind every step in turn, and each time gone on with: the adapter is that of the run never stopped."""
+    """Stopped after every step in turn, and each time resumed: the adapter is that of the run never stopped."""
     passes, real = [], one_step.loss_sum
     with monkeypatch.context() as patch:
         patch.setattr(one_step, "loss_sum", lambda *args: passes.append(1) or real(*args))

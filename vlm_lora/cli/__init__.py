@@ -3,18 +3,18 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done in part, 128 and the signal's number when stopped by one.
 """
 
-import argparse
 import os
 import sys
 import time
 from collections.abc import Sequence
 
 from vlm_lora import __version__
-from vlm_lora.cli import cache, caption, check, demo, evaluate, merge, plan, push, train
-from vlm_lora.cli.console import launched, one_line, process_index, to_stderr
+from vlm_lora.cli import cache, caption, check, completion, demo, doctor, evaluate, merge, plan, push, train
+from vlm_lora.cli.parser import Parser
+from vlm_lora.console import launched, one_line, process_index, to_stderr
 from vlm_lora.errors import ConfigError, Stopped, VlmLoraError
 
-VERBS = (train, caption, evaluate, check, plan, merge, push, demo, cache)
+VERBS = (train, caption, evaluate, check, plan, merge, push, demo, cache, doctor, completion)
 
 SHARED = ("train", "caption", "eval")
 """What several processes of a launcher do together."""
@@ -28,13 +28,11 @@ Teach a Qwen-VL vision-language model your own pictures.
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. ``VLM_LORA_TRACEBACK=1`` shows where an error came from."""
-    parser = argparse.ArgumentParser(
-        prog="vlm-lora", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--version", action="version", version=f"vlm-lora {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+def command_line() -> Parser:
+    """The parser of all commands."""
+    parser = Parser(prog="vlm-lora", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"vlm-lora {__version__}", help="show the version")
+    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands", parser_class=Parser)
     for verb in VERBS:
         name = verb.__name__.rpartition(".")[2].replace("evaluate", "eval")
         summary, _, _ = (verb.__doc__ or "").partition("\n")
@@ -42,13 +40,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name,
             help=summary[0].lower() + summary[1:].rstrip("."),
             description=verb.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+            everyday=getattr(verb, "EVERYDAY", ()),
         )
         verb.add_arguments(sub)
-        sub.set_defaults(run=verb.run)
-    options = parser.parse_args(arguments)
+        sub.set_defaults(run=verb.run, parser=sub, program=parser)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. ``VLM_LORA_TRACEBACK=1`` shows where an error came from."""
+    parser = command_line()
     try:
+        options, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            getattr(options, "parser", parser).refuse(unknown)
+        if options.verb is None:
+            to_stderr(parser.format_help(), end="")
+            return 2
         if launched() and options.verb not in SHARED:
             raise ConfigError(
                 f"{options.verb} runs in one process, only {', '.join(SHARED)} in several. Leave the launcher out."
@@ -65,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return error.exit_code
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
-        to_stderr("vlm-lora: stopped.")
+        to_stderr("vlm-lora: stopped. What was written is kept; run the same command again (train: with --resume).")
         return 130
     except BrokenPipeError:  # the reader of stdout has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

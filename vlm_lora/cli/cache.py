@@ -9,8 +9,8 @@ import argparse
 import shutil
 import time
 
-from vlm_lora.cli.console import size
 from vlm_lora.config import DEFAULT_CACHE_GB, cache_folder
+from vlm_lora.console import size
 from vlm_lora.errors import ConfigError
 
 

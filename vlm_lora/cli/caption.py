@@ -23,10 +23,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm_lora.cli.console import Progress, say
 from vlm_lora.cli.flags import add_precision, add_server
 from vlm_lora.cli.several import team_of
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT, flag_of
+from vlm_lora.console import Progress, say
 from vlm_lora.errors import ConfigError
 from vlm_lora.inference.sinks import NotWritten, Rows, Sidecars, Stdout, one_line, printable
 from vlm_lora.inference.team import share_of
@@ -34,6 +34,21 @@ from vlm_lora.inference.team import share_of
 if TYPE_CHECKING:
     from vlm_lora.inference.caption import Caption, Decoding
     from vlm_lora.inference.team import Team
+
+EVERYDAY = (
+    "paths",
+    "recursive",
+    "adapter",
+    "model",
+    "prompt",
+    "format",
+    "output",
+    "overwrite",
+    "endpoint",
+    "begin_with",
+)
+EVERYDAY += ("avoid", "words", "max_new_tokens", "temperature")
+"""What ``--help`` shows; ``--help-all`` shows every flag."""
 
 GATHER_SECONDS = 2.0
 """How long a process captions before the main one hears of it, and what it was at when that is over: so much is lost
@@ -62,10 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"side by side ({BASE}: of the base alone)",
     )
     parser.add_argument("--model", metavar="TEXT", help="base model (default: the one the adapter names)")
-    parser.add_argument("--prompt", metavar="TEXT", help="what to ask about each image (default: the adapter's)")
+    parser.add_argument("--prompt", metavar="TEXT", help="instruction for each image (default: the adapter's)")
     parser.add_argument("--system", metavar="TEXT", help="system prompt to ask with (default: the adapter's)")
-    parser.add_argument("--prefix", default="", metavar="TEXT", help="written before each caption, as it is")
-    parser.add_argument("--suffix", default="", metavar="TEXT", help="written after each caption, as it is")
+    parser.add_argument("--prefix", default="", metavar="TEXT", help="text written before each caption")
+    parser.add_argument("--suffix", default="", metavar="TEXT", help="text written after each caption")
     parser.add_argument(
         "--format",
         choices=("text", "jsonl", "metadata", "sidecar"),
@@ -77,8 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="caption anew what has a caption; the old one goes once the new one is there, and that of a sidecar or "
-        "metadata file is kept beside it (.old)",
+        help="also caption images that have a caption. The old one is replaced once the new one is there; a sidecar or "
+        "metadata file keeps it beside it (.old)",
     )
     parser.add_argument("--append", action="store_true", help="sidecar: add the caption as a line to the file's own")
     parser.add_argument("--dry-run", action="store_true", help="only list what would be captioned")
@@ -95,38 +110,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("how captions are decoded")
+    group = parser.add_argument_group("decoding")
     group.add_argument("--max-new-tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, metavar="N")
     group.add_argument("--num-beams", type=int, default=1, metavar="N", help="beams of a beam search (default: 1)")
     group.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: 0)")
     group.add_argument("--top-p", type=float, default=1.0, metavar="X", help="nucleus sampling (default: 1)")
-    group.add_argument("--top-k", type=int, default=0, metavar="N", help="draw from the N likeliest (default: 0, all)")
     group.add_argument(
-        "--min-p", type=float, default=0.0, metavar="X", help="draw from those at least X times as likely as the first"
+        "--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest (default: 0, all)"
+    )
+    group.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="sample from those at least X times as likely as the first",
     )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
     group.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="X", help="what was said is less likely (default: 1)"
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1: make what was said less likely (default: 1)",
     )
-    group.add_argument("--no-repeat-ngram", type=int, default=0, metavar="N", help="say no N tokens twice")
-    group = parser.add_argument_group("what captions say")
-    group.add_argument("--begin-with", default="", metavar="TEXT", help="the caption goes on from this text")
+    group.add_argument("--no-repeat-ngram", type=int, default=0, metavar="N", help="never repeat N tokens in a row")
+    group = parser.add_argument_group("content")
+    group.add_argument("--begin-with", default="", metavar="TEXT", help="start of the caption; the model continues it")
     group.add_argument(
-        "--avoid", action="append", metavar="WORDS", help="words or phrases, with commas, that no caption says"
+        "--avoid",
+        action="append",
+        metavar="WORDS",
+        help="words or phrases, with commas, that no caption may say",
     )
     group.add_argument("--avoid-file", type=Path, metavar="FILE", help="the same from a file, one a line")
     group.add_argument(
         "--require",
         action="append",
         metavar="WORDS",
-        help="words or phrases, with commas, that each caption says; else it is drawn again, and then reported",
+        help="words or phrases, with commas, that each caption must say; else it is sampled again, and then reported",
     )
-    group.add_argument("--attempts", type=int, default=5, metavar="N", help="how often it is drawn again (default: 5)")
+    group.add_argument("--attempts", type=int, default=5, metavar="N", help="how often to sample again (default: 5)")
     group.add_argument("--words", metavar="N..M", help="the least and most words of a caption, as 10..30")
     group.add_argument(
-        "--whole-sentences", action="store_true", help="end after the last whole sentence where a limit cuts one off"
+        "--whole-sentences", action="store_true", help="where a limit cuts a sentence off, end after the last whole one"
     )
-    group.add_argument("--cut-loops", action="store_true", help="end where the same is said again and again")
+    group.add_argument("--cut-loops", action="store_true", help="end the caption where it repeats itself")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -169,7 +197,7 @@ class _Work:
         self.sink = sink = _sink(options, adapters, paths, self.alone, decoding)
         left = [path for path in paths if not sink.has(path)]
         if len(left) < len(paths):
-            say(f"{len(paths) - len(left):,} images have a caption already; --overwrite captions them anew.")
+            say(f"{len(paths) - len(left):,} images have a caption already; --overwrite captions them again.")
         if options.dry_run:
             for path in left:
                 print(printable(one_line(path)))

@@ -16,8 +16,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from vlm_lora.cli.console import Progress, one_line, say
 from vlm_lora.cli.flags import READING, add_flags, config_of, given
+from vlm_lora.console import Progress, one_line, say
+
+EVERYDAY = ("data", "val", "prompt", "model", "max_pixels", "json", "html", "write_clean")
+"""What ``--help`` shows; ``--help-all`` shows every flag."""
 
 CHECKED = ("data", "val", *READING, "model", "min_pixels", "max_pixels", "max_tokens", "val_split", "seed")
 

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="a further name under which the demo is reached, behind a proxy say; may be given several times",
+        help="another host name of the demo, such as that of a proxy; may be given several times",
     )
     parser.add_argument("--share", action="store_true", help="also a public link, through gradio's servers")
     parser.add_argument(

@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_lora.cli.console import Progress, one_line, say
 from vlm_lora.cli.flags import READING, add_flags, add_precision, add_server, given
 from vlm_lora.cli.several import team_of
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT, TrainConfig
+from vlm_lora.console import Progress, one_line, say
 
 if TYPE_CHECKING:
     from vlm_lora.data.readers import Dataset, DataSettings
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from vlm_lora.inference.evaluate import Evaluation, Speaker
     from vlm_lora.inference.scores import Scores
     from vlm_lora.inference.team import Team
+
+EVERYDAY = ("data", "adapter", "model", "against", "also", "blank", "swap", "review", "output", "json", "endpoint")
+"""What ``--help`` shows; ``--help-all`` shows every flag."""
 
 ASKED = ("prompt", "system")
 """Of the flags that say how data is read, those whose default is the adapter's."""

@@ -5,7 +5,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from vlm_lora.config import GROUPS, KNOBS, Knob, TrainConfig, config_from, inherited, read_yaml
+from vlm_lora.config import GROUPS, KNOBS, Knob, TrainConfig, config_from, flag_of, inherited, read_yaml
+from vlm_lora.errors import ConfigError
 
 READING = tuple(each.name for each in KNOBS.values() if each.reads)
 """How data is read, for commands that read some."""
@@ -27,7 +28,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add(group: argparse._ArgumentGroup, knob: Knob) -> None:
-    shown = "" if knob.default is None else f" (default: {knob.default})"
+    shown = "" if knob.default in (None, "") or knob.kind is bool else f" (default: {knob.default})"
     text = (knob.help + shown).replace("%", "%%")
     if knob.name == "data":
         group.add_argument("data", nargs="*", metavar="DATA", help=text)
@@ -68,4 +69,10 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
     """What --config and the flags say, the flags first."""
     file = getattr(options, "config", None)
     source = str(file or f"vlm-lora {options.verb}")
-    return config_from(inherited((read_yaml(file) if file else {}) | given(options), source), source)
+    settings = read_yaml(file) if file else {}
+    if flags := [name for name in settings if name in vars(options) and name not in KNOBS]:
+        raise ConfigError(
+            f"{file}: {flags[0]!r} is a flag of the command, and no setting of a run file. Give it there: "
+            f"vlm-lora {options.verb} --config {file} {flag_of(flags[0])}"
+        )
+    return config_from(inherited(settings | given(options), source), source)

@@ -12,8 +12,8 @@ and captions are compared with the adapter's.
 import argparse
 from pathlib import Path
 
-from vlm_lora.cli.console import say
 from vlm_lora.cli.push import upload
+from vlm_lora.console import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

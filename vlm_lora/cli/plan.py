@@ -13,15 +13,19 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from vlm_lora.cli.console import Progress, duration, size
 from vlm_lora.cli.flags import add_config, config_of
+from vlm_lora.config import EVERYDAY as EVERYDAY_KNOBS
 from vlm_lora.config import TrainConfig
+from vlm_lora.console import Progress, duration, size
 from vlm_lora.errors import ConfigError
 from vlm_lora.inference.losses import sample_of
 from vlm_lora.training.devices import DEVICES, RESERVED, Device
 
 if TYPE_CHECKING:
     from vlm_lora.training.estimate import Estimate
+
+EVERYDAY = (*EVERYDAY_KNOBS, "config", "gpus", "device", "json")
+"""What ``--help`` shows; ``--help-all`` shows every flag."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,6 +147,6 @@ def _disk(plan: "Estimate", config: TrainConfig) -> Iterator[str]:
         yield f"            {room} (--cache-gb {config.cache_gb:g}, free disk); of the rest, {in_memory}"
     if plan.cached:
         yield (
-            f"            {plan.cached:,} images are in the cache: those of this run spare it the tower "
-            "(only the base's weights tell which they are)"
+            f"            {plan.cached:,} images are in the cache already; those of this run need no vision tower "
+            "(which of them are of this run is known only once the weights are loaded)"
         )

@@ -10,7 +10,7 @@ HF_TOKEN.
 
 import argparse
 
-from vlm_lora.cli.console import say
+from vlm_lora.console import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +35,8 @@ def upload(source: str, repository: str, *, public: bool = False, dry_run: bool 
         say(line)
     if base := base_left_behind(files):
         say(
-            f"Its base {base!r} is a folder of this machine, and does not go up: whoever uses the adapter gives a copy "
-            "of it with --model."
+            f"Its base {base!r} is a folder of this machine, and is not uploaded: users of the adapter need a copy "
+            "of it, given with --model."
         )
     if not dry_run:
         print(push(files, repository, public=public))

@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from vlm_lora.cli.console import launched
+from vlm_lora.console import launched
 from vlm_lora.errors import ConfigError
 from vlm_lora.inference.team import ALONE, Team
 

@@ -7,8 +7,8 @@ vision tower frozen, then compares base and tuned on the held-out images. All of
   vlm-lora train ./photos --model tiny --lr 3e-3          a small model without a network, to try things out
   vlm-lora train ./photos ./rare:3                        two sources; the answers of the second three times an epoch
   vlm-lora train --config run.yaml --lr 1e-4              settings from a file, flags go first
-  vlm-lora train ./corrected --from runs/photos           a new run that goes on from an adapter, on other data
-  vlm-lora train ./photos --resume                        go on with the newest unfinished run of it
+  vlm-lora train ./corrected --from runs/photos           a new run that starts from an adapter, on other data
+  vlm-lora train ./photos --resume                        resume the newest unfinished run of it
 """
 
 import argparse
@@ -16,13 +16,17 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from vlm_lora.cli.console import StopSignals, say
 from vlm_lora.cli.flags import add_config, config_of
 from vlm_lora.config import DEFAULT_EVAL_IMAGES
+from vlm_lora.config import EVERYDAY as EVERYDAY_KNOBS
+from vlm_lora.console import StopSignals, say
 from vlm_lora.errors import ConfigError
 
 if TYPE_CHECKING:
     from vlm_lora.run import RunResult
+
+EVERYDAY = (*EVERYDAY_KNOBS, "config", "resume", "no_eval")
+"""What ``--help`` shows; ``--help-all`` shows every flag."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,16 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest checkpoint in --output, or start where there is none yet; by default in the data's "
-        "newest unfinished run",
+        help="continue from the newest checkpoint in --output, or start if there is none; without --output, the newest "
+        "unfinished run of the data",
     )
     parser.add_argument(
         "--allow-change",
         default="",
         metavar="KEYS",
-        help="with --resume: settings (or data, val, base), with commas, that may differ from the checkpoint's",
+        help="with --resume: settings (or data, val, base), separated by commas, that may differ from the checkpoint's",
     )
-    parser.add_argument("--no-eval", action="store_true", help="leave out the comparison of base and tuned at the end")
+    parser.add_argument("--no-eval", action="store_true", help="skip the comparison of base and tuned at the end")
     parser.add_argument(
         "--eval-images",
         type=int,
@@ -55,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     if allowed and not options.resume:
         raise ConfigError("--allow-change goes with --resume: it says what may differ from the checkpoint.")
 
-    from vlm_lora.cli.progress import TrainReport  # here, as they bring torch
+    from vlm_lora.progress import TrainReport  # here, as they bring torch
     from vlm_lora.run import train
 
     signals = StopSignals()
@@ -91,7 +95,7 @@ def _tell(result: "RunResult") -> None:
         print("\n".join([tables_as_text(scores), "", *summary(scores), "", f"Report with pictures: {result.report}"]))
     if result.against_parent:
         told = " ".join(versus(result.against_parent, "this run", "that one"))
-        print(f"Against the run that it goes on from: {told}")
+        print(f"Against the run that it started from: {told}")
     print(f"Adapter: {result.folder / 'adapter'} (its model card: README.md in there)")
     folder = shlex.quote(str(result.folder))
     say("Next:")

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from html import escape
 from itertools import zip_longest
 from pathlib import Path
 from string import ascii_uppercase
@@ -21,6 +22,7 @@ from PIL import Image
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT
 from vlm_lora.data.example import BBOX, REF, Dialogue, Example, ImageRef
 from vlm_lora.data.images import image_size, load_image
+from vlm_lora.data.readers import Dataset
 from vlm_lora.errors import ConfigError, DataError
 from vlm_lora.inference.caption import Decoding
 from vlm_lora.inference.captioner import Request
@@ -33,8 +35,7 @@ from vlm_lora.inference.metrics.intervals import Bootstrap, Gain, Interval
 from vlm_lora.inference.metrics.structured import field_scores, fields_of
 from vlm_lora.inference.metrics.tokens import TOKENIZER_ID, Level, level_for
 from vlm_lora.inference.scores import (
-    ANSWER_METRICS,
-    CAPTION_METRICS,
+    EVERYWHERE,
     FEW_IMAGES,
     METRICS,
     MODELS,
@@ -51,7 +52,7 @@ from vlm_lora.inference.scores import (
 )
 from vlm_lora.inference.tasks import ANSWERS, BOXES, task_of
 from vlm_lora.inference.team import ALONE, Team
-from vlm_lora.inference.verdict import summary
+from vlm_lora.inference.verdict import part_tables, score_table, summary
 from vlm_lora.model.boxes import Frame
 
 ROWS_AT_ONCE = 96
@@ -153,7 +154,7 @@ class Changes:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Evaluation:
     """What was answered, and the scores."""
 
@@ -162,6 +163,15 @@ class Evaluation:
     values: dict[str, dict[str, list[float]]]
     """For each of `WHO` and each metric that has one: the score of each answer of ``answered``. It is that among the
     answers of the same task, and no number where there is no answer, or the metric is none of its task."""
+
+    def __repr__(self) -> str:
+        return f"<Evaluation of {self.scores.answers:,} answers. {' '.join(summary(self.scores))}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the verdict, and the tables of the report."""
+        tables = [table for of in self.scores.tasks.values() for table in (score_table(of), *part_tables(of))]
+        said = "".join(f"<p>{escape(sentence)}</p>" for sentence in summary(self.scores))
+        return said + "".join(table.to_html() for table in tables)
 
     def write(self, folder: Path) -> None:
         """``predictions.jsonl`` and ``scores.json``."""
@@ -276,7 +286,7 @@ class Evaluation:
 
 def evaluate(  # arguments: what is asked, of whom, and who hears of it
     speaker: Speaker,
-    examples: Sequence[Example],
+    examples: Sequence[Example] | Dataset,
     *,
     blanked: bool = False,
     swapped: bool = False,
@@ -299,6 +309,7 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
     An example with an image that cannot be used is left out, and named in the scores.
 
     Args:
+        examples: what to ask about; of a `Dataset` its test part, else its val part, else all of it.
         blanked: also answer with the tuned model and a plain grey image in each image's place: what the answer owes to
             the picture is the difference.
         swapped: the same, and with another example's image there: how many answers stay the same.
@@ -310,10 +321,9 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
         progress: called with the number of passes over a question done and their total.
         team: the processes that share the questions; each gives the same evaluation, to the bit that of one.
     """
+    examples = examples.part("test", "val").examples if isinstance(examples, Dataset) else examples
     if not examples:
-        raise ConfigError(
-            "There are no held-out examples to evaluate on. Give some with --val or a higher --val-split."
-        )
+        raise ConfigError("There are no held-out examples. Give some with --val or a higher --val-split.")
     with_adapter = ["tuned", "blanked"] if blanked or swapped else ["tuned"]
     passes = ["base", *(with_adapter if speaker.tuned else [])]
     questions = [_questions(example, prompt, speaker) for example in examples]
@@ -593,7 +603,7 @@ def _values(answered: Sequence[Answered], level: Level) -> dict[str, dict[str, l
             places = [i for i in of_task if answered[i].has(who)]
             answers = [answered[i].answer(who) for i in places]
             targets = [answered[i] for i in places]
-            for key in dict.fromkeys((*ANSWER_METRICS, *CAPTION_METRICS, *TASKS[task].metrics)) if places else ():
+            for key in dict.fromkeys((*EVERYWHERE, *TASKS[task].metrics)) if places else ():
                 if score := METRICS[key].per_answer:
                     line = of.setdefault(key, [math.nan] * len(answered))
                     for i, value in zip(places, score(answers, targets, level), strict=True):
@@ -614,8 +624,7 @@ def _score(
     models: dict[str, ModelScores] = {}
     intervals: dict[str, dict[str, Interval]] = {}
     bleu: dict[str, list[captions.BleuStats]] = {}
-    everywhere = {key for key in METRICS if key in ANSWER_METRICS or key in CAPTION_METRICS}
-    asked = {who: {k: v for k, v in of.items() if k in everywhere} for who, of in values.items() if who in MODELS}
+    asked = {who: {k: v for k, v in of.items() if k in EVERYWHERE} for who, of in values.items() if who in MODELS}
     for who, of_metric in asked.items():
         answers = [row.answer(who) for row in answered]
         bleu[who] = [captions.bleu_stats(row.answer(who), row.references, level=level) for row in answered]

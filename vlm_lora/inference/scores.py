@@ -87,7 +87,17 @@ def _right_options(answers: Sequence[str], targets: Sequence[Target], level: Lev
     return [right_option(a, t.references, t.choices) for a, t in zip(answers, targets, strict=True)]
 
 
-ANSWER_METRICS = {
+def _of_json(name: str) -> PerAnswer:
+    """That attribute of `Compared`."""
+    return _each(lambda answer, references: getattr(compared(answer, references), name))
+
+
+def _of_boxes(name: str) -> PerAnswer:
+    """That attribute of `Found`."""
+    return _each(lambda answer, references: getattr(found(answer, references), name))
+
+
+METRICS = {
     "exact_match": Metric(
         "exact match",
         "the share of answers that equal a reference, but for case and a full stop at the end",
@@ -99,8 +109,6 @@ ANSWER_METRICS = {
         _each(vqa_accuracy),
     ),
     "anls": Metric("ANLS", "how near the spelling comes to a reference, from 0 to 100 %", _each(anls)),
-}
-CAPTION_METRICS = {
     "cider_d": Metric(
         "CIDEr-D",
         "how much a caption says that the references say too, rare words counting most, from 0 to 10",
@@ -110,20 +118,6 @@ CAPTION_METRICS = {
     ),
     "bleu_4": Metric("BLEU-4", "the share of runs of up to four words that occur in a reference", None),
     "rouge_l": Metric("ROUGE-L", "how much of a reference comes in the same order in the caption", _all(rouge_l)),
-}
-
-
-def _of_json(name: str) -> PerAnswer:
-    """That attribute of `Compared`."""
-    return _each(lambda answer, references: getattr(compared(answer, references), name))
-
-
-def _of_boxes(name: str) -> PerAnswer:
-    """That attribute of `Found`."""
-    return _each(lambda answer, references: getattr(found(answer, references), name))
-
-
-OTHER_METRICS = {
     "option": Metric("right option", "the share of answers that name it, by its letter or its text", _right_options),
     "letter": Metric("exact letter", "the share of answers that are its letter, and nothing else", _each(exact_match)),
     "json_fields": Metric("fields right", "of the reference's fields, those whose value is equal", _of_json("fields")),
@@ -145,9 +139,7 @@ OTHER_METRICS = {
     "box_iou": Metric("mean IoU", "the mean intersection over union of the same, 0 of a miss", _of_boxes("overlap")),
     "box_read": Metric("has a box", "the share of answers in which a box can be read", _of_boxes("read")),
 }
-"""Of some tasks alone."""
-METRICS = ANSWER_METRICS | CAPTION_METRICS | OTHER_METRICS
-"""By their names in JSON; those of answers and captions are fields of `ModelScores`."""
+"""By their names in JSON. Each is of the tasks that name it; those of `ModelScores` are of all answers together too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +192,10 @@ class ModelScores:
     mean_words: float
     distinct: float
     repetition: float
+
+
+EVERYWHERE = tuple(each.name for each in fields(ModelScores) if each.name in METRICS)
+"""The metrics of all answers together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

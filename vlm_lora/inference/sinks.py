@@ -213,7 +213,7 @@ class Rows:
             if earlier != now:
                 raise ConfigError(
                     f"{self.file}: its captions were made with {key} {earlier!r}, now it is {now!r}. Give another "
-                    "--output, or --overwrite to caption anew."
+                    "--output, or --overwrite to caption again."
                 )
 
     def _rewrite(self) -> None:

@@ -6,6 +6,7 @@ chance explains: the base that is asked for a short answer, and whatever the dat
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from html import escape
 from typing import Literal
 
 from vlm_lora.inference.scores import FEW_IMAGES, METRICS, TASKS, Metric, Scores, TaskScores, TypeScores
@@ -200,6 +201,12 @@ class Table:
         lines = [self.titles, *([str(cell) for cell in row] for row in self.rows + self.minor)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines).replace("\u00a0", " ")
+
+    def to_html(self) -> str:
+        """Without the minor rows."""
+        head = "".join(f"<th>{escape(title)}</th>" for title in self.titles)
+        rows = ["".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in self.rows]
+        return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
     def to_markdown(self) -> str:
         """Without the minor rows."""

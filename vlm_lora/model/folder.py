@@ -4,17 +4,24 @@ import hashlib
 import json
 import re
 from contextlib import ExitStack
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from vlm_lora.config import DEFAULT_MODEL
 from vlm_lora.errors import ModelError, VlmLoraError
 from vlm_lora.model.families import FAMILIES
 
 LAYOUTS = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?")
 """What stands before a weight's name in the files of one release of transformers and not in those of another."""
+
+PUBLISHED = tuple(f"Qwen/Qwen2-VL-{size}-Instruct" for size in ("2B", "7B", "72B"))
+PUBLISHED += tuple(f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B", "72B"))
+PUBLISHED += tuple(f"Qwen/Qwen3-VL-{size}-Instruct" for size in ("2B", "4B", "8B", "32B"))
+"""Names on the hub that a mistyped one may mean."""
 
 REPAIR = " Download the base model again."
 
@@ -39,30 +46,59 @@ def find_model(name: str, *, weights: bool = True) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    meant = get_close_matches(name, ["tiny", *PUBLISHED], n=1, cutoff=0.7)
+    hint = f" Did you mean {meant[0]}?" if meant and meant[0] != name else ""
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(
-            f"--model {name}: there is no such folder, and a hub name looks like 'owner/name'. "
+            f"--model {name}: there is no such folder, and a hub name looks like 'owner/name'.{hint} "
             "Give a folder that holds config.json and *.safetensors, or --model tiny (embedded, needs no network)."
         )
     try:
+        require_known(read_json(from_hub(name, ["config.json"]) / "config.json"), name)  # before gigabytes of weights
         return from_hub(name, ["*.json", "*.txt", "*.jinja"] + (["*.safetensors"] if weights else []))
     except LookupError as error:
         raise ModelError(
-            f"--model {name}: not on this machine, and the model hub gave no copy ({error}). "
-            "Use --model tiny (embedded, needs no network), or download the model elsewhere and give its folder: "
-            "--model path/to/folder."
+            f"--model {name}: is not on this machine, and {error}.{hint} "
+            "Without a network use --model tiny (embedded), or give the folder of a copy: --model path/to/folder."
         ) from error
 
 
 def from_hub(name: str, patterns: list[str]) -> Path:
-    """A local copy of these files of a repository on the model hub. Raises LookupError with the kind of failure."""
+    """A local copy of these files of a repository on the model hub. Raises LookupError with what is in the way."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        raise LookupError(type(error).__name__) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise LookupError(_in_the_way(error)) from error
+
+
+def _in_the_way(error: Exception) -> str:
+    """Why the hub gave nothing, as the end of a sentence."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    causes = [error, error.__cause__, error.__context__]
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+        return "HF_HUB_OFFLINE forbids a download"
+    if isinstance(error, GatedRepoError):
+        return "the model hub gives it only to those who asked for access on its page and logged in (hf auth login)"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the model hub has no repository of this name that you may see (a private one needs: hf auth login)"
+    if answered := next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None):
+        return f"the model hub answered with an error ({answered.response.status_code}); try again later"
+    if isinstance(error, OSError) and error.errno:
+        return f"it cannot be downloaded ({error.strerror})"
+    return "the model hub cannot be reached: there is no network, or a proxy is in the way"
+
+
+def require_known(config: dict, name: str) -> None:
+    """Raises ModelError where a ``config.json`` is not that of a family that is known here."""
+    if str(config.get("model_type")) not in FAMILIES:
+        raise ModelError(
+            f"--model {name}: is a model of another family (model_type {config.get('model_type')!r}). "
+            f"Expected one of {', '.join(FAMILIES)}, such as {DEFAULT_MODEL}."
+        )
 
 
 def read_json(file: Path, wrong: type[VlmLoraError] = ModelError, advice: str = REPAIR) -> dict:
@@ -136,10 +172,7 @@ def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> dict
             raise ModelError(
                 f"--model {name}: {file.name} names {odd[0]}; only *.safetensors are read, never a pickle."
             )
-    if str(config.get("model_type")) not in FAMILIES:
-        raise ModelError(
-            f"--model {name}: its model_type is {config.get('model_type')!r}; supported are {', '.join(FAMILIES)}."
-        )
+    require_known(config, name)
     if any(isinstance(part, dict) and part.get("quantization_config") for part in (config, config.get("text_config"))):
         raise ModelError(
             f"--model {name}: is quantised already. Give the plain checkpoint; --method qlora keeps it in four bits."

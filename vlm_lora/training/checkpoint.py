@@ -153,7 +153,7 @@ def load_checkpoint(
     if aside := sorted(path.name for path in folder.glob("step-*.damaged")):
         why = "; ".join(damaged) or f"set aside before as damaged: {', '.join(aside)}"
         raise CheckpointError(
-            f"{folder}: no whole checkpoint is left to go on from ({why}). Put one back from a copy, without .damaged "
+            f"{folder}: no whole checkpoint is left to resume from ({why}). Put one back from a copy, without .damaged "
             "in its name, or begin anew with another --output."
         )
     return start
@@ -238,7 +238,7 @@ def _read(path: Path) -> tuple[Progress, dict, dict[str, bytes]]:
         if manifest.get("format") not in (1, FORMAT):
             raise CheckpointError(
                 f"{path}: was written by another release of vlm-lora (format {manifest.get('format')!r}; this one "
-                f"reads {FORMAT}). Go on with that release, or begin anew with another --output."
+                f"reads {FORMAT}). Resume with that release, or start again with another --output."
             )
         if set(manifest["files"]) != {ADAPTER, OPTIMIZER}:
             raise _Damaged("a file is missing from its list")

@@ -22,8 +22,21 @@ from vlm_lora.training.processes import Processes
 LOCK = ".lock"
 
 
+NAMELESS = re.compile(
+    r"train(ing)?|val(idation)?|test|data(set)?|images?|captions?|metadata|annotations?", re.IGNORECASE
+)
+"""What a file or folder of data is called that tells nothing of the data: its parent's name does."""
+
+
 def run_stem(config: TrainConfig) -> str:
-    return re.sub(r"[^\w-]+", "-", Path(config.sources[0]).resolve().name.split(".")[0]).strip("-") or "data"
+    """What a run is called after: its first data, or the folder around it where that is called "train" or the like."""
+    path = Path(config.sources[0]).resolve()
+    names = [_plain(part.name.split(".")[0]) for part in (path, *path.parents)]
+    return next((name for name in names if name and not NAMELESS.fullmatch(name)), names[0] or "data")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w-]+", "-", name).strip("-")
 
 
 def new_run_name(config: TrainConfig) -> str:
@@ -36,29 +49,38 @@ def newest_unfinished(config: TrainConfig) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    name = re.compile(re.escape(run_stem(config)) + r"-\d{8}-\d{6}")
+    before = _plain(Path(config.sources[0]).resolve().name.split(".")[0])  # as earlier releases named it
+    name = re.compile(f"({re.escape(run_stem(config))}|{re.escape(before)})" + r"-\d{8}-\d{6}")
     unfinished = [p for p in Path("runs").glob("*") if name.fullmatch(p.name) and not (p / "adapter").exists()]
     if not unfinished:
         raise CheckpointError(
             f"--resume: runs/ holds no unfinished run of {', '.join(config.sources)}. Give its folder with --output."
         )
-    return max(unfinished)
+    return max(unfinished, key=lambda path: path.name[-15:])
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Inside, no other process can enter; the lock of a process that was killed is gone with it."""
+def locked(folder: Path, made: bool = False) -> Iterator[None]:
+    """Inside, no other process can enter; the lock of a process that was killed is gone with it.
+
+    A folder that was ``made`` for the run goes again where nothing was written: a run that is refused leaves none.
+    """
     try:
         with FileLock(folder / LOCK, timeout=0):
-            yield
+            try:
+                yield
+            finally:
+                if made and [path.name for path in folder.iterdir()] == [LOCK]:
+                    (folder / LOCK).unlink()
+                    folder.rmdir()
     except Timeout as error:
         raise CheckpointError(
             f"--output {folder}: another process is training into it. Wait for it, or give another folder."
         ) from error
 
 
-def prepare_folder(folder: Path, resume: bool) -> None:
-    """Make it, before the model is loaded.
+def prepare_folder(folder: Path, resume: bool) -> bool:
+    """Make it, before the model is loaded; whether it was not there.
 
     Raises:
         CheckpointError: a run would be overwritten, or the folder cannot be written to.
@@ -70,6 +92,7 @@ def prepare_folder(folder: Path, resume: bool) -> None:
         raise CheckpointError(
             f"--output {folder}: holds a run already. Resume it with --resume, or give another folder."
         )
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -77,6 +100,7 @@ def prepare_folder(folder: Path, resume: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise CheckpointError(f"--output {folder}: cannot be written ({error.strerror}).") from error
+    return made
 
 
 class RunFolder:

@@ -160,8 +160,8 @@ def _system(config: TrainConfig, systems: Sequence[str], events: Events) -> str 
 def _open_folder(path: Path, resume: bool, held: ExitStack, events: Events) -> Path:
     if resume and not path.exists():  # what restarts a job by itself says --resume the first time too
         events.warning(f"--resume: there is no run in {path} yet; it starts from the beginning.")
-    prepare_folder(path, resume)
-    held.enter_context(locked(path))
+    made = prepare_folder(path, resume)
+    held.enter_context(locked(path, made))
     return path
 
 

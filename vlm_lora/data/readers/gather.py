@@ -40,7 +40,7 @@ Entry = tuple[tuple[ImageRef, ...], Dialogue]
 """Images and a dialogue about them: what becomes part of an Example."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Dataset:
     """All data that were read: every row is a dialogue of one of `examples`, `val` or `test`, or in `bad`."""
 
@@ -60,6 +60,12 @@ class Dataset:
     """Fields that nothing took up, and how many rows have each."""
     parts: tuple[str, ...] = ()
     """What each of several sources holds, a line each."""
+
+    def __repr__(self) -> str:
+        answers = sum(len(example.dialogues) for example in self.examples)
+        sides = {"val": self.val, "test": self.test, "bad": self.bad}
+        apart = "".join(f", {len(side):,} {name}" for name, side in sides.items() if side)
+        return f"<Dataset of {self.format}: {len(self.examples):,} examples, {answers:,} answers{apart}>"
 
     @property
     def taken_for(self) -> str:

@@ -175,8 +175,8 @@ def find_adapter(path: str | Path) -> Path:
             given = from_hub(name, [CONFIG, WEIGHTS, CONTRACT])
         except LookupError as error:
             raise AdapterError(
-                f"--adapter {path}: there is no such folder, and the model hub gave no adapter of that name "
-                f"({error}). Give a run folder or an adapter folder."
+                f"--adapter {path}: there is no such folder, and {error}. Give a run folder, an adapter folder or the "
+                "name of an adapter on the hub."
             ) from error
     for folder in (given, given / "adapter"):
         if (folder / CONFIG).is_file():

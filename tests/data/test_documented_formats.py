@@ -1,6 +1,6 @@
-"""The README's table of formats: its lines, as they stand there, are read.
+"""The table of formats in docs/data.md: its lines, as they stand there, are read.
 
-Run: pytest tests/data/test_readme_formats.py
+Run: pytest tests/data/test_documented_formats.py
 """
 
 import io
@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 from vlm_lora.data.readers import read_dataset
 from vlm_lora.errors import DataError
 
-ROWS = re.findall(r"^\| (.+?) \| (`.+) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+ROWS = re.findall(r"^\| (.+?) \| (`.+) \|$", (ROOT / "docs/data.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
 LINES = {name: [line.strip("`") for line in shown.split("<br>")] for name, shown in ROWS}
 
 
@@ -41,7 +41,7 @@ def row(start):
         (".csv", "x.csv", "csv", 2),
     ],
 )
-def test_the_lines_of_the_readme_are_read(start, file, format, answers, pictures):
+def test_the_documented_lines_are_read(start, file, format, answers, pictures):
     folder = pictures("cat.jpg", "dog.jpg", "sub/fox.jpg" if start == "Image folder" else "sub/cat.jpg")
     start = "`.csv" if start == ".csv" else start
     (folder / file).write_text("\n".join(row(start)) + "\n")
@@ -51,7 +51,7 @@ def test_the_lines_of_the_readme_are_read(start, file, format, answers, pictures
 
 
 def test_parquet(pictures):
-    """`image: {bytes, path}, or a file name`: both, under the names of the README."""
+    """`image: {bytes, path}, or a file name`: both, under the names of the table."""
     folder = pictures("cat.jpg")
     (image, path_too), (text, said) = (line.split(": ", 1) for line in row("`.parquet")[:2])
     assert path_too == "{bytes, path}`, or a file name"
@@ -85,7 +85,7 @@ def test_webdataset(pictures):
 
 
 def test_hub(monkeypatch):
-    """Every name of the README is asked of `datasets` for the part that it says."""
+    """Every name of the table is asked of `datasets` for the part that it says."""
     asked = []
 
     def load_dataset(name, config, split, streaming=False):

@@ -1,14 +1,14 @@
-"""What `vlm-lora train` prints while it trains."""
+"""What a run prints while it trains, on the command line and in notebooks."""
 
-from vlm_lora.cli.console import Progress, StopSignals, duration, say, size
+from vlm_lora.console import Progress, StopSignals, duration, say, size
 from vlm_lora.inference.losses import sample_of
 from vlm_lora.training.events import Events
 
 
 class TrainReport(Events):
-    """Prints what happens, and catches signals from the first step on: before, nothing can be lost."""
+    """Prints what happens. Given ``signals``, catches them from the first step on: before, nothing can be lost."""
 
-    def __init__(self, signals: StopSignals):
+    def __init__(self, signals: StopSignals | None = None):
         self.progress = Progress()
         self.signals = signals
         self.sampled = False
@@ -57,7 +57,8 @@ class TrainReport(Events):
         self.progress.count("Images prepared:", done, total)
 
     def start(self, *, step, num_steps, answers, parameters, processes, sharded, imbalance) -> None:
-        self.signals.catch()
+        if self.signals:
+            self.signals.catch()
         say(f"{num_steps:,} steps over {answers:,} answers." + (f" Resumed from step {step:,}." if step else ""))
         if processes > 1:
             pieces = ", the base's layers in pieces (FSDP2)" if sharded else ""
@@ -67,12 +68,13 @@ class TrainReport(Events):
                 say("The others wait for it. A larger --batch-size spreads more evenly.")
 
     def compiling(self) -> None:
-        say("torch.compile is at work, for a minute or two; --compile no begins at once.")
+        say("torch.compile runs now, for a minute or two; --compile no starts at once.")
 
     def step(self, *, step, num_steps, loss, lr, answers_per_second, seconds_left, **_) -> None:
         rate = f"{answers_per_second:,.0f}" if answers_per_second >= 10 else f"{answers_per_second:.2g}"
         text = f"step {step:,}/{num_steps:,}  loss {loss:.4f}  lr {lr:.1e}  {rate} answers/s"
-        self.progress.show(f"{text}  {duration(seconds_left)} left", last=step == num_steps)
+        left = duration(seconds_left)
+        self.progress.show(f"{text}  {left} left", last=step == num_steps, share=step / num_steps)
 
     def sample(self, *, images, of, share, steps) -> None:
         self.sampled = True
@@ -98,9 +100,9 @@ class TrainReport(Events):
         work = predicted.operations + predicted.tower_operations + predicted.held_out_operations
         taken = measured.seconds
         rate = work / taken / measured.devices / 1e12
-        say(f"{work / 1e12:,.3g} TFLOP were planned, and took {duration(taken)}: {rate:,.3g} TFLOP/s a device.")
+        say(f"{work / 1e12:,.3g} TFLOP were predicted, and took {duration(taken)}: {rate:,.3g} TFLOP/s a device.")
         if seconds is not None:
-            say(f"{duration(seconds)} were predicted from steps 2 and 3, with nothing for saving.")
+            say(f"{duration(seconds)} were predicted from steps 2 and 3, without saving.")
         parts = ", ".join(f"{name} {size(part)}" for name, part in predicted.memory_by_part.items())
         planned = f"{size(predicted.memory)} were planned: {parts}"
         if measured.memory_bytes is not None:

@@ -1,9 +1,13 @@
-"""What commands print: to stderr, one line rewritten on a terminal, now and then a new one elsewhere."""
+"""What commands print: to stderr, one line rewritten on a terminal, now and then a new one elsewhere.
+
+In a notebook it goes into the cell's output, and progress is a bar.
+"""
 
 import os
 import signal
 import sys
 import time
+from html import escape
 from typing import Any
 
 
@@ -39,6 +43,13 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def in_notebook() -> bool:
+    """Whether a notebook's kernel runs this."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return getattr(shell, "kernel", None) is not None
+
+
 def to_stderr(text: str, end: str = "\n") -> None:
     """Print, from whichever process. Where that cannot be, as behind ``2>&1 | head`` or once the terminal is closed,
     nothing is printed any more: the work goes on."""
@@ -49,32 +60,52 @@ def to_stderr(text: str, end: str = "\n") -> None:
 
 
 def say(text: str) -> None:
-    if process_index() == 0:
+    if in_notebook():
+        print(text, flush=True)  # stderr is red there
+    elif process_index() == 0:
         to_stderr(text)
 
 
 class Progress:
-    """A line that tells how far something is. Off a terminal a line is printed every ten seconds and at the end."""
+    """A line that tells how far something is. Off a terminal a line is printed every ten seconds and at the end.
+
+    In a notebook it is a bar: one for all that is counted, which stays when the last is done.
+    """
 
     def __init__(self, every: float = 10.0):
-        self.terminal = sys.stderr.isatty() and process_index() == 0
-        self.pause = 0.1 if self.terminal else every
+        self.notebook = in_notebook()
+        self.terminal = sys.stderr.isatty() and process_index() == 0 and not self.notebook
+        self.pause = 0.1 if self.terminal or self.notebook else every
         self.last = 0.0
         self.width = 0
+        self.bar: Any = None
 
-    def show(self, text: str, last: bool = False) -> None:
+    def show(self, text: str, last: bool = False, share: float | None = None) -> None:
+        """``share`` is how much is done, from 0 to 1."""
         now = time.monotonic()
         if not last and now - self.last < self.pause:
             return
         self.last = now
-        if self.terminal:
+        if self.notebook:
+            self._draw(text, share)
+        elif self.terminal:
             to_stderr("\r" + text.ljust(self.width), end="\n" if last else "")
             self.width = 0 if last else len(text)
         else:
             say(text)
 
     def count(self, what: str, done: int, total: int) -> None:
-        self.show(f"{what} {done:,} of {total:,}", last=done == total)
+        self.show(f"{what} {done:,} of {total:,}", last=done == total, share=done / max(1, total))
+
+    def _draw(self, text: str, share: float | None) -> None:
+        from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]  # a notebook has it
+
+        bar = "" if share is None else f'<progress max="1" value="{share:.4f}" style="width: 12em"></progress> '
+        shown = HTML(f"{bar}<code>{escape(text)}</code>")
+        if self.bar is None:
+            self.bar = display(shown, display_id=True)
+        else:
+            self.bar.update(shown)
 
 
 STOPPING = [getattr(signal, f"SIG{name}") for name in ("TERM", "INT", "USR1", "HUP") if hasattr(signal, f"SIG{name}")]

@@ -1,0 +1,33 @@
+"""How Sphinx builds the documentation: `make docs`, into build/docs. Broken links and bad docstrings fail."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from vlm_lora import __version__  # noqa: E402  # after the path to it
+
+project = "vlm-lora"
+author = "The vlm-lora authors"
+release = __version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+root_doc = "index"
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "vlm-lora"
+html_show_sourcelink = False
+nitpicky = False
+
+myst_heading_anchors = 3  # as on GitHub, so that the same links work in both places
+myst_enable_extensions = ["colon_fence"]
+copybutton_exclude = ".linenos, .gp"
+
+default_role = "code"  # `name` in a docstring
+autodoc_typehints = "signature"
+autodoc_class_signature = "mixed"
+autodoc_default_options = {"undoc-members": True}
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_use_ivar = True  # or a field would be listed twice
+napoleon_numpy_docstring = False
