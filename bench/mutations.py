@@ -67,6 +67,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "vlm_lora/model/packing.py": (f"{MODEL}/test_encode.py", f"{MODEL}/test_exactness.py"),
     "vlm_lora/training/schedule.py": (f"{TRAINING}/test_schedule.py",),
     "vlm_lora/training/batches.py": (
+        f"{TRAINING}/test_batches.py",
         f"{TRAINING}/test_processes.py::test_rows_are_dealt_out_evenly_and_each_once",
         f"{MODEL}/test_exactness.py",
         f"{TRAINING}/test_train.py",

@@ -42,6 +42,14 @@ def test_the_fraction_and_at_least_one_on_each_side(number, fraction, wanted, ex
     assert ids(train) == [i for i in ids(examples) if i not in ids(val)]  # in the order of the data
 
 
+def test_where_every_group_is_too_large_the_smallest_is_held_out(example):
+    """Groups of three, two and three that share an image; a tenth of eight is one example."""
+    groups = [*["a"] * 3, *["b"] * 2, *["c"] * 3]
+    examples = [example(name, f"{i}") for i, name in enumerate(groups)]
+    for seed in range(6):
+        assert ids(split_examples(examples, 0.1, seed)[1]) == ["b+3", "b+4"]
+
+
 def test_order_does_not_matter_and_the_seed_does(example):
     examples = [example(str(i)) for i in range(40)]
     _, val = split_examples(examples, 0.25, seed=0)
