@@ -39,6 +39,9 @@ def test_micro_batches_are_of_like_rows_and_as_large_as_fits_with_padding():
     groups = micro_batches(rows, 60)
     assert [[row.num_tokens for row in group] for group in groups] == [[100], [30, 29], [11, 10]]
     assert [padded(group) for group in groups] == [100, 60, 22]
+    mixed = [lesson(prefix, after) for prefix, after in ((40, 2), (3, 38), (20, 20), (1, 1))]
+    assert [len(group) for group in micro_batches(mixed, 155)] == [1, 2, 1]  # 40 and 38 do not go into 2 x 42 tokens
+    assert [len(group) for group in micro_batches(mixed, 156)] == [2, 2]
     assert [len(group) for group in micro_batches(rows, 59)] == [1, 1, 2, 1]
 
 

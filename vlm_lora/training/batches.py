@@ -72,11 +72,15 @@ def micro_batches(rows: Sequence[Lesson], max_tokens: int) -> list[list[Lesson]]
     by itself is a group of its own; `split_long` keeps those rare.
     """
     groups: list[list[Lesson]] = []
+    prefix = after = 0  # the longest of the newest group: each of its rows takes both, as `padded` has it
     for row in sorted(rows, key=lambda row: row.num_tokens, reverse=True):
-        if groups and padded([*groups[-1], row]) <= max_tokens:
+        together = max(prefix, row.prefix), max(after, row.num_tokens - row.prefix)
+        if groups and (len(groups[-1]) + 1) * sum(together) <= max_tokens:
             groups[-1].append(row)
+            prefix, after = together
         else:
             groups.append([row])
+            prefix, after = row.prefix, row.num_tokens - row.prefix
     return groups
 
 
