@@ -2,6 +2,7 @@
 
     python -m bench.mutations --count 70 --seed 0
     python -m bench.mutations --modules packing split --count 20
+    python -m bench.mutations --again bench/results/mutations.json --output bench/results/mutations-again.json
 
 bench/mutants.py says which changes there are; those of bench/known_mutants.json, that no test saw once, come first.
 Of each module as many are drawn as of any other, each kind as often as
@@ -63,7 +64,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "vlm_lora/data/readers/sources.py": (f"{DATA}/test_sources.py", *READERS),
     "vlm_lora/training/checkpoint.py": (f"{TRAINING}/test_checkpoint.py", f"{TRAINING}/test_survival.py"),
     "vlm_lora/model/features.py": (f"{MODEL}/test_features.py",),
-    "vlm_lora/model/encode.py": (f"{MODEL}/test_encode.py", f"{MODEL}/test_exactness.py"),
+    "vlm_lora/model/encode.py": (
+        f"{MODEL}/test_encode.py",
+        f"{MODEL}/test_boxes.py",
+        f"{MODEL}/test_exactness.py",
+    ),
     "vlm_lora/model/packing.py": (f"{MODEL}/test_encode.py", f"{MODEL}/test_exactness.py"),
     "vlm_lora/training/schedule.py": (f"{TRAINING}/test_schedule.py",),
     "vlm_lora/training/batches.py": (
@@ -79,6 +84,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "vlm_lora/training/prepare.py": (
         f"{TRAINING}/test_schedule.py",
+        f"{DATA}/test_fields.py",
         f"{TRAINING}/test_train.py",
         f"{DATA}/test_fuzz.py",
     ),
@@ -150,27 +156,53 @@ def copy_tree(root: Path, tree: Path) -> Path:
     return tree
 
 
+Asked = tuple[Mutant, Sequence[str]]
+"""A mutant, and the tests that should see it."""
+
+
+def drawn(
+    root: Path, table: Mapping[str, Sequence[str]], count: int, seed: int, known: Sequence[Mapping] = ()
+) -> list[Asked]:
+    """The mutants that are ``known``, then ``count`` drawn ones, modules by turns."""
+    share, more = divmod(count, len(table))
+    each = [
+        draw(mutants((root / file).read_text(encoding="utf-8"), file), share + (i < more), f"{seed}/{file}")
+        for i, file in enumerate(table)
+    ]
+    queue: list[Asked] = list(zip(known_mutants(known, root), (entry["tests"] for entry in known), strict=True))
+    return queue + [(some[i], table[some[i].file]) for i in range(share + 1) for some in each if i < len(some)]
+
+
+def survivors(
+    root: Path, table: Mapping[str, Sequence[str]], rows: Sequence[Mapping], known: Sequence[Mapping] = ()
+) -> list[Asked]:
+    """Those of a record's mutants that no test saw, in the code of today, but for lines that are gone."""
+    found: list[Asked] = []
+    for row in rows:
+        if row["killed_by"] is not None or "equivalent" in row:
+            continue
+        entries = [entry for entry in known if entry["what"] == row["operator"]]
+        if entries:
+            found += zip(known_mutants(entries, root), (entry["tests"] for entry in entries), strict=True)
+        elif row["file"] in table:
+            everything = mutants((root / row["file"]).read_text(encoding="utf-8"), row["file"])
+            same = [m for m in everything if all(getattr(m, k) == row[k] for k in ("operator", "before", "after"))]
+            found += [(mutant, table[row["file"]]) for mutant in same[:1]]
+    return found
+
+
 def run(
-    root: Path, table: Mapping[str, Sequence[str]], count: int, seed: int, jobs: int = 1, budget: float = float("inf"),
-    tell=print, loaded: Sequence[str] = (), grace: float = 30, known: Sequence[Mapping] = (),
+    root: Path, queue: Sequence[Asked], jobs: int = 1, budget: float = float("inf"), tell=print,
+    loaded: Sequence[str] = (), grace: float = 30,
 ) -> list[Mutant]:  # fmt: skip
-    """The mutants that were tested within the budget of seconds, with what killed them: those that are ``known``, then
-    as many drawn ones, modules by turns.
+    """The mutants that were tested within the budget of seconds, with what killed them.
 
     ``loaded`` names what every fork finds imported; ``grace`` are seconds on top of the usual time of the tests.
     """
     started = time.monotonic()
     os.environ["OMP_NUM_THREADS"] = "1"
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(loaded))
-    files = dict.fromkeys([*table, *(entry["file"] for entry in known)])
-    sources = {file: (root / file).read_text(encoding="utf-8") for file in files}
-    share, more = divmod(count, len(table))
-    drawn = [
-        draw(mutants(source, file), share + (i < more), f"{seed}/{file}")
-        for i, (file, source) in enumerate((file, sources[file]) for file in table)
-    ]
-    queue = [(mutant, entry["tests"]) for mutant, entry in zip(known_mutants(known, root), known, strict=True)]
-    queue += [(some[i], table[some[i].file]) for i in range(share + 1) for some in drawn if i < len(some)]
+    sources = {mutant.file: (root / mutant.file).read_text(encoding="utf-8") for mutant, _ in queue}
     with tempfile.TemporaryDirectory() as temporary:
         trees: SimpleQueue[Path] = SimpleQueue()
         for job in range(jobs):
@@ -186,7 +218,7 @@ def run(
             tell(f"{', '.join(tests)}: all pass, {seconds:.0f} s")
             return seconds
 
-        def test(asked: tuple[Mutant, Sequence[str]]) -> Mutant | None:
+        def test(asked: Asked) -> Mutant | None:
             mutant, tests = asked
             if time.monotonic() - started > budget:
                 return None
@@ -236,6 +268,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=70, metavar="N", help="mutants, over all modules (default: 70)")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--modules", nargs="+", default=[""], metavar="NAME", help="parts of their paths; default: all")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="those that survived in this record, and no others")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="mutants at a time (default: 1)")
     parser.add_argument("--budget-minutes", type=float, default=float("inf"), metavar="X", help="begin none later")
     parser.add_argument("--output", type=Path, default=ROOT / "bench/results/mutations.json", metavar="FILE")
@@ -245,8 +278,13 @@ def main() -> None:
         raise SystemExit(f"not there any more, adjust TESTS in {Path(__file__).name}: {', '.join(gone)}")
     budget = 60 * options.budget_minutes
     known = [e for e in json.loads(KNOWN.read_text()) if any(name in e["file"] for name in options.modules)]
-    results = run(ROOT, chosen, options.count, options.seed, options.jobs, budget, loaded=LOADED_ONCE, known=known)
-    result = record(results, json.loads(EQUIVALENT.read_text(encoding="utf-8")))
+    equivalent = json.loads(EQUIVALENT.read_text(encoding="utf-8"))
+    if options.again:
+        before = json.loads(options.again.read_text(encoding="utf-8"))
+        queue = survivors(ROOT, chosen, before["mutants"], known)
+    else:
+        queue = drawn(ROOT, chosen, options.count, options.seed, known)
+    result = record(run(ROOT, queue, options.jobs, budget, loaded=LOADED_ONCE), equivalent)
     print_record(result)
     from bench.origin import origin  # loads the package: not before the forks
 

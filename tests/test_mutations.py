@@ -2,11 +2,12 @@
 
 import json
 import subprocess
+from dataclasses import replace
 
 import pytest
 
 from bench.mutants import draw, known_mutants, mutants, mutated
-from bench.mutations import KNOWN, ROOT, TESTS, record, run
+from bench.mutations import KNOWN, ROOT, TESTS, drawn, record, run, survivors
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,8 @@ def test_what_a_test_sees_is_killed_and_what_none_sees_survives(tmp_path):
     (tmp_path / "test_own.py").write_text(test)
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     known = [{"file": "own.py", "before": "x + 1", "after": "x - 2", "what": "less", "tests": ["test_own.py"]}]
-    results = run(tmp_path, {"own.py": ("test_own.py",)}, count=100, seed=0, tell=str, grace=2, known=known)
+    table = {"own.py": ("test_own.py",)}
+    results = run(tmp_path, drawn(tmp_path, table, count=100, seed=0, known=known), tell=str, grace=2)
     assert results[0].operator == "less"
     assert (tmp_path / "own.py").read_text() == source
     fates = {(mutant.line, mutant.after): mutant.killed_by for mutant in results}
@@ -78,3 +80,9 @@ def test_what_a_test_sees_is_killed_and_what_none_sees_survives(tmp_path):
     before, after = record(results, []), record(results, [reason])
     assert before["total"]["survived"] == after["total"]["survived"] + 1
     assert before["total"]["drawn"] == len(results) == after["total"]["drawn"] + 1
+    again = [mutant for mutant, _ in survivors(tmp_path, table, before["mutants"], known)]
+    assert again == [replace(mutant, seconds=0.0) for mutant in results if mutant.killed_by is None]
+    assert len(survivors(tmp_path, table, after["mutants"], known)) == len(again) - 1
+    (tmp_path / "own.py").write_text("\n" + source.replace("return a", "return (a)"))
+    moved = [mutant for mutant, _ in survivors(tmp_path, table, before["mutants"], known)]
+    assert [mutant.line for mutant in moved] == [m.line + 1 for m in again if m.before != "return a"]

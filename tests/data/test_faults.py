@@ -540,6 +540,28 @@ def test_another_picture_under_the_same_name_is_other_data(tmp_path):
     assert read(tmp_path).fingerprint() != before
 
 
+def test_what_is_said_beside_a_text_makes_it_other_data(tmp_path):
+    """A system prompt, the place of an image, the weight of an answer: each alone changes the fingerprint."""
+    picture(0).save(tmp_path / "a.png")
+    turns = [{"role": "user", "content": "<image>Q"}, {"role": "assistant", "content": "A"}]
+    placed = [turns[0] | {"content": "Q<image>"}, turns[1]]
+    rows = [
+        {"messages": turns},
+        {"messages": turns, "system": "Be brief."},
+        {"messages": placed},
+        {"messages": turns, "weight": 2},
+        {"messages": [*turns, turns[0] | {"content": "R"}, turns[1]]},
+        {"messages": [turns[0], turns[1] | {"loss": False}, turns[0] | {"content": "R"}, turns[1]]},
+    ]
+    prints = set()
+    for row in rows:
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"images": ["a.png"]}) + "\n")
+        dataset = read(tmp_path)
+        assert dataset.bad == ()
+        prints.add(dataset.fingerprint())
+    assert len(prints) == len(rows)
+
+
 def test_another_picture_of_the_same_size_in_a_table_is_other_data(tmp_path):
     """Of what is no file of its own the hash counts."""
     prints = set()

@@ -365,6 +365,15 @@ def vqav2_by_its_annotations(folder):
     return folder / "v2_mscoco_val2014_annotations.json", "vqav2"
 
 
+def test_captions_beside_vqav2_are_no_part_of_it(pictures):
+    folder = pictures(*NAMES)
+    path, format = vqav2(folder)
+    wanted = read_dataset(path, prompt=PROMPT)
+    (folder / "captions_val2014.json").write_text('{"images": [], "annotations": []}')
+    dataset = read_dataset(path, prompt=PROMPT, format=format)
+    assert (dataset.format, dataset.examples, dataset.bad) == (format, wanted.examples, ())
+
+
 @pytest.mark.parametrize(
     "layout",
     [qa_answers, qa_both, qa_csv, vqav2, vqav2_by_its_questions, vqav2_by_its_annotations],

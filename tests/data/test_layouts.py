@@ -127,6 +127,12 @@ def label_studio_of_a_folder(folder):
     return folder, "captions"
 
 
+def label_studio_under_our_name(folder):
+    rows = [label_studio_task(None, [typed(text)], data={"image": name}) for name, text in TEXTS.items()]
+    write(folder, {"export.json": rows})
+    return folder, "captions"
+
+
 def label_studio_min(folder):
     rows = [{"id": 1, "image": f"/data/upload/3/0a1b2c3d-{name}", "caption": text} for name, text in TEXTS.items()]
     write(folder, {"export.json": rows})
@@ -190,6 +196,7 @@ LAYOUTS = [
     flickr30k_csv,
     label_studio,
     label_studio_of_a_folder,
+    label_studio_under_our_name,
     label_studio_min,
     windows_names,
     names_without_ending,

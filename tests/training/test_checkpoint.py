@@ -210,6 +210,21 @@ def test_a_damaged_one_that_cannot_be_set_aside_is_said_in_one_line(tmp_path, mo
         State().load(tmp_path)
 
 
+def test_a_disk_without_room_for_a_folder_is_what_is_said(tmp_path, monkeypatch):
+    """And not that there is no folder to clear away."""
+    state, mkdir = after(1, tmp_path), Path.mkdir
+
+    def full(path, *args, **options):
+        if path.name.startswith("."):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        mkdir(path, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    state.step()
+    with pytest.raises(CheckpointError, match=r"step-000002: could not be written \(No space left on device\)"):
+        state.save(tmp_path)
+
+
 def test_a_save_reaches_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     """Files and folder before the rename, the folder that it is in behind; and first the one that holds that."""
     done = []
