@@ -69,7 +69,7 @@ def app(run):
 @pytest.fixture
 def open_page(app, browser):
     """Opens the page; at the end, nobody else may have been contacted, and nothing have gone wrong in the page."""
-    contexts, hosts, wrong = [], set(), []
+    contexts, hosts, wrong, waited_for = [], set(), [], set()
 
     def open_one(**settings):
         context = browser.new_context(**settings)
@@ -77,12 +77,18 @@ def open_page(app, browser):
         page = context.new_page()
         page.set_default_timeout(SLOW)
         page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
+        page.on("request", lambda request: "/heartbeat/" in request.url or waited_for.add(request))
+        page.on("requestfinished", lambda request: waited_for.discard(request))
+        page.on("requestfailed", lambda request: waited_for.discard(request))
         page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("dialog", lambda dialog: wrong.append(f"dialog: {dialog.message}"))
         page.goto(app.local_url)
         page.locator("#examples .thumbnail-item").first.wait_for()
-        page.wait_for_load_state("networkidle")
+        quiet = 0
+        while quiet < 5:  # the page's own "networkidle" would wait for gradio's heartbeat, which never ends
+            page.wait_for_timeout(100)
+            quiet = 0 if waited_for else quiet + 1
         page.wrong = wrong
         return page
 
