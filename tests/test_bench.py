@@ -144,7 +144,7 @@ def test_the_plain_loop_learns_what_the_shuffled_order_does(tmp_path, monkeypatc
         return json.loads(result.read_text()) | {"steps": [3.0, 6.0], "cpu": 4.0}
 
     monkeypatch.syspath_prepend(str(speed.PEERS))
-    monkeypatch.setenv("VLM_LORA_CACHE", str(tmp_path / "run" / "cache"))
+    monkeypatch.setenv("VLM_LORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(quality, "run_once", here)
     monkeypatch.setattr(quality, "HELD_OUT", 2)
     monkeypatch.setattr(quality, "SETTINGS", quality.SETTINGS | {"batch_size": 6})

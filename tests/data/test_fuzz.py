@@ -107,7 +107,7 @@ def test_what_is_trained_and_what_is_quarantined_are_all_rows(tmp_path, monkeypa
 
     given = {}
 
-    def run_steps(loop, allow_change):
+    def run_steps(loop, allow_change, captions):
         given["lessons"] = [*loop.examples, *loop.data.held_out]
         return 0
 

@@ -288,7 +288,7 @@ def test_what_was_predicted_is_kept_beside_what_was_measured(checkpoints, photo_
     (cost,) = told.of("cost")
     assert cost["seconds"] is None
     TrainReport(None).cost(**cost)
-    assert "predicted" not in capsys.readouterr().err
+    assert "predicted from steps" not in capsys.readouterr().err
     train(short.replace(output=str(tmp_path / "job")), resume=True, events=(told := Told()))  # as scripts say it
     assert len(told.of("cost")) == 1
     train(short.replace(output=str(tmp_path / "job"), max_steps=4), resume=True, allow_change=["max_steps"],

@@ -206,7 +206,7 @@ def test_out_of_memory_with_nothing_to_halve_names_the_knobs(checkpoints, photo_
     assert not told.of("step")
     assert len(sizes) < 8
     with monkeypatch.context() as patch:
-        patch.setattr(run, "encode", lambda *args: (_ for _ in ()).throw(CPU_FULL))
+        patch.setattr(run, "count_tokens", lambda *args: (_ for _ in ()).throw(CPU_FULL))
         with pytest.raises(TrainingError, match=r"Out of memory.*--max-pixels"):
             train(config(checkpoints, photo_folder, tmp_path / "tower"))
 

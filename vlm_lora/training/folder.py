@@ -70,7 +70,7 @@ def locked(folder: Path, made: bool = False) -> Iterator[None]:
             try:
                 yield
             finally:
-                if made and [path.name for path in folder.iterdir()] == [LOCK]:
+                if made and folder.is_dir() and [path.name for path in folder.iterdir()] == [LOCK]:
                     (folder / LOCK).unlink()
                     folder.rmdir()
     except Timeout as error:
