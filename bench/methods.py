@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 from bench.easy_vqa import asking_for_one_word
 from bench.origin import origin
 from vlm_lora import Captioner, TrainConfig, evaluate, read_dataset
-from vlm_lora.config import DEFAULT_PROMPT
+from vlm_lora.config import DEFAULT_PROMPT, DEVICE_TOKENS
 from vlm_lora.console import Progress, say
 from vlm_lora.model.adapters.base import Adapter, new_contract
 from vlm_lora.model.backbone import Backbone
@@ -154,7 +154,7 @@ def memory(result: run.TrainedAdapter, config: TrainConfig) -> dict:
         lessons.append(Lesson.of(some, encoder.sizes(some.dialogues, grids)))
     weights = kept(backbone.model)
     optimizer = torch.optim.AdamW([p for _, p in adapter.named_parameters()], lr=0.0, fused=True)
-    max_tokens = config.on(backbone.device.type).micro_batch_tokens or 4096
+    max_tokens = config.on(backbone.device.type).micro_batch_tokens or DEVICE_TOKENS
     loader = Loader(backbone, result.features, result.processes)
     backbone.model.train()
     with Alive(but=weights) as alive:

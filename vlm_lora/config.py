@@ -20,6 +20,8 @@ DEFAULT_PROMPT = "Describe this image."
 DEFAULT_MAX_NEW_TOKENS = 64
 DEFAULT_CACHE_GB = 50.0
 DEFAULT_EVAL_IMAGES = 200
+DEVICE_TOKENS = 4096
+"""Of a micro-batch on what is no CPU: the least on a GPU, where memory and data decide (training/fitting.py)."""
 COMPILED_FROM = 1000
 """Steps of a run that repay compiling: 89 seconds on the host of an H200, where a step of 2B took 0.37 seconds after
 it, and 0.56 before (bench/results/gpu-2b.json)."""
@@ -366,10 +368,10 @@ class TrainConfig:
     def on(self, device: str) -> "TrainConfig":
         """The same run with what is decided by the type of its device, "cuda", "mps" or "cpu".
 
-        On a CPU small micro-batches are faster: memory for larger ones comes from the system anew each time. Those of a
-        GPU follow from its memory and the data (training/fitting.py).
+        On a CPU small micro-batches are faster: memory for larger ones comes from the system anew each time. Those of
+        "cuda" are left open.
         """
-        usual = {"cpu": 1024, "mps": 4096}.get(device)
+        usual = {"cpu": 1024, "cuda": None}.get(device, DEVICE_TOKENS)
         return self.replace(micro_batch_tokens=self.micro_batch_tokens or usual)
 
     @property

@@ -125,12 +125,12 @@ class TrainReport(Events):
         if seconds is not None:
             say(f"{duration(seconds)} were predicted from steps 2 and 3, without saving.")
         parts = ", ".join(f"{name} {size(part)}" for name, part in predicted.memory_by_part.items())
-        planned = f"{size(predicted.memory)} were planned: {parts}"
+        expected = f"{size(predicted.memory)} were predicted: {parts}"
         if measured.memory_bytes is not None:
             reserved = f", {size(measured.reserved_bytes)} reserved" if measured.reserved_bytes else ""
-            say(f"Memory at its highest: {size(measured.memory_bytes)} used{reserved} by torch; {planned}.")
+            say(f"Memory at its highest: {size(measured.memory_bytes)} used{reserved} by torch; {expected}.")
         elif measured.process_bytes is not None:
-            say(f"Memory at its highest: {size(measured.process_bytes)}, of the whole process; {planned}.")
+            say(f"Memory at its highest: {size(measured.process_bytes)}, of the whole process; {expected}.")
 
     def comparison(self, done, total) -> None:
         self.progress.count("Comparing base and tuned:", done, total)

@@ -41,7 +41,7 @@ def cost(checkpoints) -> CostModel:
 
 def chosen(cost: CostModel, lengths, device: Device, batch_size: int, gpus: int = 1) -> int:
     schedule = Schedule([1] * len(lengths), batch_size=batch_size, epochs=1, seed=0)
-    return fitting_tokens(cost, schedule, texts(lengths), {}, device, gpus)
+    return fitting_tokens(cost, schedule, texts(lengths), {}.__getitem__, device, gpus)
 
 
 def test_a_fast_gpu_takes_a_step_at_once_and_no_more_than_that(cost):

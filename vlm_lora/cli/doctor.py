@@ -3,7 +3,7 @@
 Paste its output into a bug report. It names no files of yours but the cache folder.
 
   vlm-lora doctor
-  vlm-lora doctor --no-test      without the training run, which takes about ten seconds
+  vlm-lora doctor --no-test      without the training run, which takes 15 seconds or more
 
 Exit code 0: everything that was tried works; 1: something does not, and the last lines say what.
 """

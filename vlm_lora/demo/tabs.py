@@ -172,17 +172,7 @@ class SeveralPictures:
             go = gr.Button("Caption all", variant="primary", min_width=120)
             stop = gr.Button("Stop", min_width=80, scale=0)
         state = _text("How far it is", lines=2)
-        table = gr.Dataframe(
-            headers=["File", "Caption"],
-            label="Captions (double-click or press Enter to correct one)",
-            type="array",
-            column_count=2,
-            column_widths=["30%", "70%"],
-            static_columns=[0],
-            interactive=True,
-            wrap=True,
-            elem_id="table",
-        )
+        table = captions_table("File", elem_id="table")
         with gr.Row():
             kind = gr.Dropdown(list(FORMATS), label="As training data", scale=2)
             make = gr.Button("Make the file", min_width=120)
@@ -368,6 +358,21 @@ def _come_first(count: int) -> str:
 
 def _by_name(images: list[ImageRef]) -> dict[str, ImageRef]:
     return dict(zip(unlike([image.name for image in images]), images, strict=True))
+
+
+def captions_table(first: str, **settings: Any) -> gr.Dataframe:
+    """A caption in each row, which can be corrected; ``first`` is the heading of what it is of."""
+    return gr.Dataframe(
+        headers=[first, "Caption"],
+        label="Captions (double-click or press Enter to correct one)",
+        type="array",
+        column_count=2,
+        column_widths=["30%", "70%"],
+        static_columns=[0],
+        interactive=True,
+        wrap=True,
+        **settings,
+    )
 
 
 def _prompt() -> gr.Textbox:

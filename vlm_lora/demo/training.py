@@ -15,7 +15,7 @@ from vlm_lora import DataSettings, ImageRef, TrainConfig, Turn, VlmLoraError, re
 from vlm_lora.config import DEFAULT_PROMPT
 from vlm_lora.demo.inputs import SafeFiles, plain
 from vlm_lora.demo.runs import Evaluations, data_of, started_in
-from vlm_lora.demo.tabs import AT_ONCE, QUIETLY, STILL, Desk
+from vlm_lora.demo.tabs import AT_ONCE, QUIETLY, STILL, Desk, captions_table
 from vlm_lora.demo.trainer import State, Trainer, ask
 from vlm_lora.demo.uploads import MOST_FILES, PICTURES, Roots, stem_of, take_in
 from vlm_lora.errors import ConfigError, DataError
@@ -130,18 +130,7 @@ class Training:
                     resume = gr.Button("Resume", variant="primary", visible=False, min_width=80)
         with gr.Column(visible=False) as work:
             gallery = gr.Gallery(label="Pictures", height=360, elem_id="shown", **STILL)
-            table = gr.Dataframe(
-                headers=["Picture", "Caption"],
-                label="Captions (double-click or press Enter to correct one)",
-                type="array",
-                column_count=2,
-                column_widths=["30%", "70%"],
-                static_columns=[0],
-                interactive=True,
-                wrap=True,
-                max_height=360,
-                elem_id="captions",
-            )
+            table = captions_table("Picture", max_height=360, elem_id="captions")
             with gr.Row():
                 epochs = gr.Slider(1, 100, TrainConfig(data="").epochs, step=1, label="Times through the pictures")
                 rate = gr.Number(TrainConfig(data="").lr, label="Learning rate")

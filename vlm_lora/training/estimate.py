@@ -125,7 +125,7 @@ def estimate_run(
     memory = device_memory or (accelerator.memory if accelerator else device_memory_of(device))
     if not config.micro_batch_tokens:
         figures = replace(accelerator or _described(tflops, device), memory=memory)
-        tokens = fitting_tokens(model, schedule, examples, patches, figures, gpus, sharded)
+        tokens = fitting_tokens(model, schedule, examples, patches.__getitem__, figures, gpus, sharded)
         config = config.replace(micro_batch_tokens=tokens)
     held_out = HeldOut.of(config, examples, prepared.held_out, schedule.num_steps, headers.looks.sha256)
 

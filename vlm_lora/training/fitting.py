@@ -1,10 +1,11 @@
 """How many tokens a GPU takes in one forward and backward pass: as many as fit its memory, and pay."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
+from vlm_lora.config import DEVICE_TOKENS
 from vlm_lora.data.example import ImageRef
 from vlm_lora.training.cost import TRAINED, CostModel, micro_shapes
 from vlm_lora.training.devices import ATTAINED, RESERVED, Device, device_named
@@ -12,7 +13,7 @@ from vlm_lora.training.lessons import Lesson
 from vlm_lora.training.schedule import Schedule
 from vlm_lora.training.trace import MicroShape
 
-CANDIDATES = (4096, 8192, 16_384, 32_768, 65_536)
+CANDIDATES = tuple(DEVICE_TOKENS << n for n in range(5))
 
 FILLED = 0.9
 """The share of a device's memory that may be planned for; allocators waste some."""
@@ -34,7 +35,7 @@ def fitting_tokens(
     cost: CostModel,
     schedule: Schedule,
     examples: Sequence[Lesson],
-    patches: Mapping[ImageRef, int],
+    patches: Callable[[ImageRef], int],
     device: Device,
     gpus: int = 1,
     sharded: bool = False,
@@ -44,7 +45,7 @@ def fitting_tokens(
     Fewer micro-batches start fewer kernels. Larger ones hold rows of less like length, and pad more.
 
     Args:
-        patches: of each image, before the 2x2 merge.
+        patches: of an image, before the 2x2 merge.
         device: its memory and rate count.
         gpus: that share each step.
         sharded: whether FSDP2 keeps the language layers in pieces over them.
@@ -52,9 +53,10 @@ def fitting_tokens(
     beside = cost.weight_bytes(gpus if sharded else 1) + TRAINED * cost.trained_numbers()
     sampled = range(0, schedule.num_steps, math.ceil(schedule.num_steps / STEPS_SAMPLED))
     steps = [[examples[i].with_branches(dialogues) for i, dialogues in schedule.step(step)] for step in sampled]
+    seen = {image: patches(image) for step in steps for lesson in step for image in lesson.images}
     chosen, least = CANDIDATES[0], math.inf
     for tokens in CANDIDATES:
-        shares = [micro_shapes(step, patches, tokens, gpus) for step in steps]
+        shares = [micro_shapes(step, seen, tokens, gpus) for step in steps]
         undivided = all(len(share) <= 1 for step in shares for share in step)  # larger ones are then the same
         if undivided and tokens == CANDIDATES[0]:
             break

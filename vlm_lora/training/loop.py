@@ -160,7 +160,7 @@ class TrainingLoop:
 
         def decide() -> int:
             cost = cost_model(self.config, self.backbone.dtype, self.backbone.device.type)
-            patches = {image: self.loader.features.patches(image) for each in self.examples for image in each.images}
+            patches = self.loader.features.patches
             here, together = device_here(self.backbone.device), (self.processes.count, self.processes.sharded)
             return fitting_tokens(cost, self.schedule, self.examples, patches, here, *together)
 
