@@ -51,22 +51,21 @@ def private_bytes() -> int:
 
 
 def to_first_step(data: str, output: str) -> None:
-    """Begin a run, and print what it took to where its first step would be fetched."""
+    """Begin a run, and print what it took until its first step."""
     from vlm_lora.config import TrainConfig
-    from vlm_lora.training import loop
+    from vlm_lora.training.events import Events
     from vlm_lora.training.run import train_adapter
 
     class FirstStep(Exception):
         pass
 
-    def stop(*_):
-        raise FirstStep
+    class Watch(Events):
+        def start(self, **_) -> None:
+            raise FirstStep
 
-    loop.TrainingLoop._fetch = stop
-    loop.accumulate_gradients = lambda *_: None  # of the largest step, which is tried first
     config = TrainConfig(data=data, model="tiny", output=output, epochs=1.0, max_steps=1000)
     try:
-        train_adapter(config)
+        train_adapter(config, events=Watch())
     except FirstStep:
         gc.collect()
         told = {"cpu_seconds": time.process_time(), "private_mb": private_bytes() / 1e6}
@@ -112,18 +111,12 @@ def main() -> None:
     record = {
         "command": f"python -m bench.scale OTHER --images {' '.join(map(str, args.images))}",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, busy with other work: CPU seconds, no clock",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "commits": commits,
         "captions_per_image": CAPTIONS,
         "above_100_images": {
             which: {
-                images: {
-                    run: {
-                        key: round(value - by_images[BASE][run][key], 1)
-                        for key, value in by_images[images][run].items()
-                    }
-                    for run in ("first", "later")
-                }
+                images: {run: above(by_images[images][run], by_images[BASE][run]) for run in ("first", "later")}
                 for images in args.images
             }
             for which, by_images in found.items()
