@@ -295,8 +295,13 @@ BAD = {
     "no token": (("a.png",), {"x.token": "a.png#0\tx\na.png y\n\n"}, 1, ["is 'a.png y'; expected a name of an image"]),
     "numbers of Label Studio": (
         ("a.png",),
-        {"x.json": [label_studio_task("a.png", [{"type": "textarea", "value": {"text": ["x", 3]}}])]},
-        0,
+        {
+            "x.json": [
+                label_studio_task("a.png", [typed("x")]),
+                label_studio_task("a.png", [{"type": "textarea", "value": {"text": ["x", 3]}}]),
+            ]
+        },
+        1,
         ["has a result of the type 'textarea'"],
     ),
     "boxes of Label Studio": (

@@ -105,7 +105,7 @@ def test_a_run_sees_each_answer_as_often_as_its_weight_says(two, tmp_path, monke
 
     given = {}
 
-    def run_steps(loop, allow_change):
+    def run_steps(loop, allow_change, captions):
         given["lessons"] = loop.examples
         return 0
 

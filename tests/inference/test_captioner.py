@@ -228,6 +228,14 @@ def test_sampling_is_seeded_and_narrow_nucleus_is_greedy(captioner, files):
     assert say(temperature=1.0, top_p=1e-6) == say()
 
 
+def test_what_is_drawn_is_a_token_by_its_share_and_the_same_if_the_shares_are_rounded_otherwise():
+    shares = torch.tensor([0.0, 0.25, 0.0, 0.25, 0.5, 0.0])
+    drawn = torch.tensor([0.0, 0.249, 0.251, 0.499, 0.501, 0.999, 1.0])
+    for rounded in (0, 1e-6, -1e-6):
+        scores = (shares + rounded * torch.tensor([0, 1, 0, -1, 0, 0])).log().expand(len(drawn), -1)
+        assert decoding._pick(scores, drawn).tolist() == [1, 1, 3, 3, 4, 4, 4]
+
+
 def test_every_image_and_question_draws_its_own_numbers_in_any_batch(captioner):
     encoder, images = Encoder(captioner.backbone), [picture(seed, (64, 64)) for seed in (1, 2)]
     entries = [captioner.features.get([image]) for image in images]

@@ -48,6 +48,7 @@ STYLE = """
 :is(#found, #cost) .lead { font-size: 1.35rem; font-weight: 700; line-height: 1.25; }
 #shown .grid-container { grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)) !important; }
 #captions :is(td, th, textarea, span) { font-family: var(--font); font-size: 1rem; }
+@media (max-width: 30rem) { .tab-container button { padding: 0 .5rem !important; } } /* all of them are seen */
 """ + (resources.files("vlm_lora.inference") / "templates/learning.css").read_text(encoding="utf-8")
 
 # Gradio's names for screen readers are thin: a thumbnail's is its number, a box with a copy button has none.

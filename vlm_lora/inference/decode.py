@@ -367,8 +367,9 @@ def _pick(scores: torch.Tensor, drawn: torch.Tensor | None) -> torch.Tensor:
     """The next token of each row, ``(B,)`` from ``(B, vocabulary)`` and, if sampled, a number of 0 to 1 for each."""
     if drawn is None:
         return scores.argmax(-1)
-    shares, tokens = scores.softmax(-1).sort(-1, descending=True)
+    # In the vocabulary's order: sorted by share, tokens of nearly the same share would change places in another batch.
+    shares = scores.softmax(-1)
     upto = shares.cumsum(-1)
-    place = (upto <= drawn[:, None] * upto[:, -1:]).sum(-1, keepdim=True)
-    last = (shares > 0).sum(-1, keepdim=True) - 1  # a number of nearly 1 may be rounded up
-    return tokens.gather(-1, torch.minimum(place, last))[:, 0]
+    reached = (shares > 0) & (upto > drawn[:, None] * upto[:, -1:])
+    # None, where a number of nearly 1 was rounded up. `argmax` of equals is the first one.
+    return torch.where(reached.any(-1), reached.int().argmax(-1), shares.argmax(-1))
