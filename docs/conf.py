@@ -1,5 +1,6 @@
 """How Sphinx builds the documentation: `make docs`, into build/docs. Broken links and bad docstrings fail."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from vlm_lora import __version__  # noqa: E402  # after the path to it
+from vlm_lora.config import KNOBS  # noqa: E402
 
 project = "vlm-lora"
 author = "The vlm-lora authors"
@@ -31,3 +33,18 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_use_ivar = True  # or a field would be listed twice
 napoleon_numpy_docstring = False
+
+
+def describe_setting(app, what, name, thing, options, lines: list[str]) -> None:
+    """The fields of TrainConfig, from the table that `--help` is made from."""
+    owner, _, field = name.rpartition(".")
+    if owner.endswith(".TrainConfig") and field in KNOBS:
+        knob = KNOBS[field]
+        said = [knob.help[0].upper() + knob.help[1:] + "."]
+        said += [f"One of {', '.join(knob.choices)}."] if knob.choices else []
+        said += [f"{str(knob.bounds).capitalize()}."] if knob.bounds else []
+        lines[:] = [re.sub(r"([*|`_])", r"\\\1", " ".join(said))]
+
+
+def setup(app) -> None:
+    app.connect("autodoc-process-docstring", describe_setting)

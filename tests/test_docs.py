@@ -104,7 +104,7 @@ def skeleton(path: Path) -> dict[str, list]:
     return {
         "commands": [[line.split("#")[0].rstrip() for line in block.splitlines()] for _, block in code],
         "headings": [len(marks) for marks in re.findall(r"^(#+) ", body, flags=re.MULTILINE)],
-        "tables": [(line.count("|"), re.findall(r"\d[\d.,]*x?|`[^`]+`", line)) for line in tables],
+        "tables": [(line.count("|"), re.findall(r"\d[\d.,]*x?|`[^`]+`|-+:?(?=\|)", line)) for line in tables],
         "figures": sorted(re.findall(r"\d[\d.,]*\d ?%|\d[\d,]*\d(?= |\b)", body.replace("\u00a0", " "))),
         "links": sorted({link.partition("#")[0] for link in links(path)} - {ENGLISH.name, CHINESE.name}),
     }

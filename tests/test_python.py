@@ -3,8 +3,10 @@
 Run: pytest tests/test_python.py
 """
 
+import json
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +36,7 @@ def place(tmp_path_factory):
     yield SimpleNamespace(
         marked=marked,
         second=second,
+        captioner=captioner,
         result=result,
         told=told,
         dataset=dataset,
@@ -76,6 +79,59 @@ def test_a_dataset_with_parts_is_evaluated_on_its_test_part(place):
     with pytest.raises(vlm_lora.VlmLoraError, match="no held-out examples"):
         vlm_lora.evaluate(captioner, empty)
     assert [row.images for row in place.marked.answered] == [place.second.images]
+
+
+def heard(captioner, examples, monkeypatch, **how) -> tuple[list[tuple[str, str]], vlm_lora.Evaluation]:
+    """The questions, each with its system message, that an evaluation asks; nothing is decoded."""
+    questions = []
+
+    def respond(asked, **_):
+        questions.extend((request.turns[-1].user, request.system) for _, requests in asked for request in requests)
+        return [["a blob"] * len(requests) for _, requests in asked]
+
+    monkeypatch.setattr(captioner, "respond", respond)
+    evaluation = vlm_lora.evaluate(captioner, examples, **how)
+    return list(dict.fromkeys(questions)), evaluation
+
+
+def test_captions_are_asked_for_as_the_adapter_was_trained(place, monkeypatch):
+    captioner = place.captioner
+    monkeypatch.setattr(captioner, "prompt", "Say it.")
+    monkeypatch.setattr(captioner, "system", "Be brief.")
+    few = place.dataset.examples[:2]
+    assert heard(captioner, few, monkeypatch)[0] == [("Say it.", "Be brief.")]
+    assert heard(captioner, few, monkeypatch, also=few)[1].scores.also
+    assert heard(captioner, few, monkeypatch, prompt="List it.")[0] == [("List it.", "")]
+    chosen = vlm_lora.read_dataset("photos", prompt="What is it?", system="Be kind.").examples[:2]
+    assert heard(captioner, chosen, monkeypatch)[0] == [("What is it?", "Be kind.")]
+    # A row's own question stays, whatever it says.
+    rows = [{"file_name": f"{i}.png", "text": "blobs", "prompt": vlm_lora.TrainConfig(data="x").prompt} for i in (0, 1)]
+    (place.folder / "photos/rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = vlm_lora.read_dataset("photos/rows.jsonl").examples
+    (place.folder / "photos/rows.jsonl").unlink()
+    assert heard(captioner, own, monkeypatch)[0] == [("Describe this image.", "Be brief.")]
+
+
+def test_a_prompt_with_variables_never_gives_the_caption_away(place, monkeypatch):
+    """Beside a picture of the data, 0.txt holds what is to be said, and not tags."""
+    monkeypatch.setattr(place.captioner, "prompt", "It is called {stem}.")
+    with pytest.raises(vlm_lora.VlmLoraError, match=r"has variables.*read_dataset\(\.\.\., prompt=captioner\.prompt\)"):
+        heard(place.captioner, place.dataset.examples, monkeypatch)
+    read = vlm_lora.read_dataset("photos", prompt=place.captioner.prompt)
+    assert heard(place.captioner, read.examples[:1], monkeypatch)[0] == [("It is called 0.", "")]
+
+
+def test_one_image_is_captioned_like_several(place):
+    (caption,) = place.captioner.caption("photos/0.png")
+    assert (caption.image, caption.error) == ("photos/0.png", None)
+
+
+def test_settings_are_paths_or_text_and_have_a_type(place):
+    config = vlm_lora.TrainConfig(data=[Path("photos"), "more"], output=Path("runs") / "x", epochs=2)
+    assert (config.data, config.output) == (("photos", "more"), "runs/x")
+    for wrong in ({"epochs": "3"}, {"rank": 8.5}, {"rank": True}, {"cache": 1}, {"output": 3}, {"data": []}):
+        with pytest.raises(vlm_lora.VlmLoraError, match=rf"--{next(iter(wrong))} is .*; expected"):
+            vlm_lora.TrainConfig(**{"data": "photos"} | wrong)
 
 
 def test_progress_in_a_notebook_is_one_bar(monkeypatch, capsys):

@@ -26,6 +26,12 @@ HABITS = {
     r"\bas it is served\b": "as served",
     r"\bluck is larger\b": "results vary more",
     r"\bstands on white\b": "is padded with white",
+    r"\b(nothing|none)( here)? tak(es|en) up\b": "is not used",
+    r"\bgo(es)? on all the same\b": "continue anyway",
+    r"\b(begin|starts?|started|computes? \w+|found) anew\b": "again, each time",
+    r"\bhanded in again\b": "submitted again",
+    r"\bfor the letters they are\b": "as plain letters",
+    r"\bpass(es|ed)? (it|them|over) over\b|\bare passed over as if\b": "skip, ignore, read without",
 }
 """What was said, and how to say it."""
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -132,7 +132,14 @@ def _data(default: Any, help: str, **more: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """One training run. All fields but ``data`` have a default; `ConfigError` names the field that is wrong."""
+    """The settings of a training run. All but ``data`` have a default.
+
+    Each is a flag of ``vlm-lora train`` too, with ``-`` for ``_``: ``batch_size`` is ``--batch-size``. Errors name the
+    flag. Folders and files can be given as text or as a `Path`.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of bounds, or two settings do not go together.
+    """
 
     data: str | tuple[str, ...] = field(
         metadata={
@@ -190,12 +197,13 @@ class TrainConfig:
         bounds=COUNT, decides_rows=True,
     )  # fmt: skip
     max_pixels: int | None = knob(
-        None, "largest image area in pixels (default: the model's own)", "model",
+        None, "largest image area in pixels; less saves memory and time (default: the model's own)", "model",
         bounds=COUNT, decides_rows=True,
     )  # fmt: skip
 
     from_: str | None = knob(
-        None, "start from the adapter of this run, with a new schedule; base, prompt, method and sizes are its own",
+        None,
+        "start from the adapter of this run, with a new schedule; base, prompt, method and sizes are taken from it",
         "method",
     )  # fmt: skip
     method: str = knob("lora", "fine-tuning method", "method", choices=METHODS)
@@ -209,7 +217,7 @@ class TrainConfig:
         "method",
         methods=LORA,
     )
-    rank: int = knob(16, "LoRA rank", "method", bounds=COUNT, methods=LORA)
+    rank: int = knob(16, "LoRA rank: how much the adapter can hold", "method", bounds=COUNT, methods=LORA)
     alpha: float | None = knob(None, "LoRA alpha (default: twice the rank)", "method", bounds=POSITIVE, methods=LORA)
     projector_rank: int | None = knob(
         None, "LoRA rank of the projector (default: --rank)", "method", bounds=POSITIVE, methods=LORA
@@ -238,7 +246,9 @@ class TrainConfig:
         16, "answers per optimizer step, about; all answers of an image stay in one step",
         "training", bounds=COUNT,
     )  # fmt: skip
-    lr: float = knob(2e-4, "peak learning rate", "training", bounds=POSITIVE)
+    lr: float = knob(
+        2e-4, "peak learning rate; if the result is poor, try a third and three times", "training", bounds=POSITIVE
+    )
     warmup: float = knob(
         0.05, "fraction of the steps over which the learning rate rises", "training", bounds=Bounds(0, 1, below=False)
     )
@@ -281,7 +291,7 @@ class TrainConfig:
 
     micro_batch_tokens: int | None = knob(
         None, "tokens in one forward and backward pass, padding included (default: 1024 on a CPU; on a GPU as many as "
-        "fit its memory and pay)", "memory", bounds=COUNT,
+        "fit into its memory and save time)", "memory", bounds=COUNT,
     )  # fmt: skip
     gradient_checkpointing: bool = knob(
         False, "recompute the language layers in the backward pass: less memory, more time, equal result",
@@ -318,11 +328,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for each in KNOBS.values():
-            value = getattr(self, each.name)
-            if value is None and each.default is not None:
-                raise self._wrong(each.name, each.kind.__name__)
-            if value is None:
+            value: Any = _plain(getattr(self, each.name))
+            object.__setattr__(self, each.name, value)
+            optional = each.default is None and each.name != "data"
+            if optional and is_a(value, type(None)):
                 continue
+            several = each.name == "data" and is_a(value, tuple) and value != ()
+            if not (several or is_a(value, each.kind)):
+                raise self._wrong(each.name, each.kind.__name__)
             if each.choices and value not in each.choices:
                 raise self._wrong(each.name, "one of " + ", ".join(each.choices))
             if each.bounds and value not in each.bounds:
@@ -366,31 +379,33 @@ class TrainConfig:
             raise ConfigError(f"--min-pixels {self.min_pixels} is above --max-pixels {self.max_pixels}.")
 
     def on(self, device: str) -> "TrainConfig":
-        """The same run with what is decided by the type of its device, "cuda", "mps" or "cpu".
+        """The same run with what the type of its device decides: "cuda", "mps" or "cpu".
 
-        On a CPU small micro-batches are faster: memory for larger ones comes from the system anew each time. Those of
-        "cuda" are left open.
+        On a CPU small micro-batches are faster, because the system has to find memory for large ones each time. For
+        "cuda" they are decided later.
         """
         usual = {"cpu": 1024, "cuda": None}.get(device, DEVICE_TOKENS)
         return self.replace(micro_batch_tokens=self.micro_batch_tokens or usual)
 
     @property
     def tokens_at_once(self) -> int:
-        """``micro_batch_tokens``, where they are decided."""
+        """``micro_batch_tokens``, once they are decided."""
         assert self.micro_batch_tokens is not None
         return self.micro_batch_tokens
 
     @property
     def sources(self) -> tuple[str, ...]:
+        """``data``, as a tuple also for a single one."""
         return (self.data,) if isinstance(self.data, str) else tuple(self.data)
 
     @property
     def lora_alpha(self) -> float:
+        """LoRA's alpha: the one given, else twice the rank. The update is scaled by alpha / rank (arXiv:2106.09685)."""
         return 2 * self.rank if self.alpha is None else self.alpha
 
     @property
     def lora_of_projector(self) -> tuple[int, float]:
-        """Rank and alpha; where only the rank is given, its scale is that of the language layers."""
+        """Rank and alpha of the projector. If only the rank is given, the scale is that of the language layers."""
         rank = self.projector_rank or self.rank
         more = rank / self.rank
         scale = more**0.5 if self.variant == "rslora" else more  # what each divides alpha by
@@ -398,11 +413,12 @@ class TrainConfig:
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
+        """The parts that LoRA adapts."""
         return tuple((self.targets or "language,projector").split(","))
 
     @property
     def method_settings(self) -> dict[str, Any]:
-        """The knobs that belong to the method alone, by name, with the values that hold where none was given."""
+        """The settings of the method alone, by name, with the values that hold."""
         own = (each.name for each in KNOBS.values() if each.methods != METHODS and self.method in each.methods)
         settings = {name: getattr(self, name) for name in own}
         if "rank" in settings:
@@ -419,19 +435,21 @@ class TrainConfig:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """How rows are read, by name."""
+        """The settings that decide how rows are read, by name: `DataSettings` takes them."""
         return {each.name: getattr(self, each.name) for each in KNOBS.values() if each.reads}
 
     @property
     def row_flags(self) -> list[str]:
-        """As given on a command line: the knobs that decide which rows are bad, where not at their default."""
+        """The settings that decide which rows are bad and are not at their default, as flags."""
         named = [(each, getattr(self, each.name)) for each in KNOBS.values() if each.decides_rows]
         return [each.flag if v is True else f"{each.flag}={v}" for each, v in named if v != each.default]
 
     def to_dict(self) -> dict[str, Any]:
+        """All settings by name, as ``config.yaml`` has them."""
         return asdict(self)
 
     def replace(self, **changes: Any) -> "TrainConfig":
+        """The same settings with these changes."""
         return replace(self, **changes)
 
 
@@ -440,6 +458,18 @@ def cache_folder() -> Path:
     if os.environ.get(CACHE_VARIABLE):
         return Path(os.environ[CACHE_VARIABLE]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "vlm-lora"
+
+
+def _plain(value: Any) -> Any:
+    """A value as config.yaml has it: text for a path, a tuple for a list."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def is_a(value: Any, kind: type) -> bool:
+    """Whether a value has the type of a knob: an integer is a float too, and True is no number."""
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool) == isinstance(value, bool)
 
 
 def _plain_type(hint: Any) -> type:
@@ -502,7 +532,7 @@ def config_from(values: dict[str, Any], source: str) -> TrainConfig:
         elif wanted is float and isinstance(value, str):  # YAML reads 2e-4, without a point, as text
             with suppress(ValueError):
                 value = float(value)
-        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        if not is_a(value, wanted):
             raise ConfigError(f"{source}: {name} is {value!r}; expected {wanted.__name__}.")
         checked[name] = value
     if "data" not in checked:
@@ -526,7 +556,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def inherited(values: dict[str, Any], source: str) -> dict[str, Any]:
-    """The values of a run that goes on from another, with what that one decides: the base and what it is shown, the
+    """The values of a run that starts from another, with what that one decides: the base and what it is shown, the
     prompt, and the adapter's method and sizes.
 
     Raises:
@@ -545,7 +575,7 @@ def inherited(values: dict[str, Any], source: str) -> dict[str, Any]:
         if values[name] not in (taken[name], of_parent.method_settings.get(name, taken[name])):
             raise ConfigError(
                 f"{source}: {flag_of(name)} is {values[name]!r}, and {taken[name]!r} in {parent}, from which "
-                "the run is to go on. Leave it out, or leave out --from."
+                "the run starts. Leave it out, or leave out --from."
             )
     return taken | values
 

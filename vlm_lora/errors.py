@@ -5,11 +5,11 @@ A message says what was found and where, what was expected, and what to do next.
 
 
 class VlmLoraError(Exception):
-    """Base of every expected failure."""
+    """An expected failure. Its message says what was found and where, what was expected, and what to do next."""
 
 
 class ConfigError(VlmLoraError):
-    """A flag or a YAML key is wrong."""
+    """A setting, a flag or a YAML key is wrong."""
 
 
 class DataError(VlmLoraError):
@@ -21,19 +21,19 @@ class ModelError(VlmLoraError):
 
 
 class AdapterError(VlmLoraError):
-    """The adapter does not fit the base model, or some of its keys match nothing."""
+    """The adapter is missing or damaged, or does not fit the base model."""
 
 
 class CheckpointError(VlmLoraError):
-    """A run folder or a checkpoint is missing, damaged or of another run."""
+    """A run folder or a checkpoint is missing, damaged, in use, or of another run."""
 
 
 class TrainingError(VlmLoraError):
-    """The numbers went wrong: a loss or a gradient that is not finite."""
+    """The training cannot continue: a loss or gradient is not finite, or memory is too small."""
 
 
 class Stopped(VlmLoraError):
-    """A run was asked to stop, and has saved. ``exit_code`` is the shell's for the signal: 128 and its number."""
+    """A run was asked to stop, and saved. ``exit_code`` is 128 plus the signal's number, as in a shell."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)

@@ -121,16 +121,16 @@ class TrainReport(Events):
         work = predicted.operations + predicted.tower_operations + predicted.held_out_operations
         taken = measured.seconds
         rate = work / taken / measured.devices / 1e12
-        say(f"{work / 1e12:,.3g} TFLOP were predicted, and took {duration(taken)}: {rate:,.3g} TFLOP/s a device.")
-        if seconds is not None:
-            say(f"{duration(seconds)} were predicted from steps 2 and 3, without saving.")
+        told = f"; {duration(seconds)} were predicted from steps 2 and 3, without saving" if seconds is not None else ""
+        say(f"Time: {duration(taken)}{told}. {work / 1e12:,.3g} TFLOP of work, {rate:,.3g} TFLOP/s a device.")
         parts = ", ".join(f"{name} {size(part)}" for name, part in predicted.memory_by_part.items())
         expected = f"{size(predicted.memory)} were predicted: {parts}"
         if measured.memory_bytes is not None:
             reserved = f", {size(measured.reserved_bytes)} reserved" if measured.reserved_bytes else ""
             say(f"Memory at its highest: {size(measured.memory_bytes)} used{reserved} by torch; {expected}.")
         elif measured.process_bytes is not None:
-            say(f"Memory at its highest: {size(measured.process_bytes)}, of the whole process; {expected}.")
+            whole = f"{size(measured.process_bytes)}, of the whole process with PyTorch itself"
+            say(f"Memory at its highest: {whole}. Without that, {expected}.")
 
     def comparison(self, done, total) -> None:
         self.progress.count("Comparing base and tuned:", done, total)

@@ -32,22 +32,33 @@ from vlm_lora.training.run import TrainedAdapter, train_adapter
 class RunResult:
     """A finished run: its folder, what it was trained with, and what it gained.
 
-    ``evaluation``, ``report`` and ``card`` are None where nothing is held out, and in all processes but the main one.
+    `evaluation` and `report` are None if nothing is held out. These and `card` are None in all processes but the main
+    one.
     """
 
     folder: Path
+    """The run folder. Its ``adapter`` is all you need to keep."""
     steps: int
+    """Optimizer steps."""
     adapter: Adapter
+    """The trained adapter, on its base model."""
     features: FeatureCache
+    """The vision tower's output for the images."""
     train_examples: tuple[Example, ...]
     held_out: tuple[Example, ...]
+    """The examples that were not trained on."""
     bad: tuple[BadRow, ...]
+    """The rows that could not be used."""
     is_main: bool
+    """Whether this is the main process, which writes the files."""
     evaluation: Evaluation | None
+    """Base and tuned model compared on held-out examples."""
     report: Path | None
+    """``report.html``."""
     card: Path | None
+    """The model card."""
     against_parent: Scores | None = None
-    """Of the adapter in the place of tuned, and of the one that it goes on from (``--from``) in that of the base."""
+    """With ``from_``: this adapter (as ``tuned``) compared with the one it started from (as ``base``)."""
 
     def __repr__(self) -> str:
         told = f" {' '.join(summary(self.evaluation.scores))}" if self.evaluation else ""
@@ -72,16 +83,20 @@ def train(
     eval_images: int | None = DEFAULT_EVAL_IMAGES,
     command: str = "vlm_lora.train",
 ) -> RunResult:
-    """Train an adapter, compare it with its base on held-out images, write report and model card into the run folder.
+    """Train an adapter into ``config.output`` (by default a new folder in ``runs``), and compare it with its base.
 
     Args:
-        resume, allow_change, stop: as for `train_adapter`.
-        events: who hears what happens; by default it is printed, with progress. ``Events()`` is silent.
-        eval_images: how many held-out images are compared at most; 0 leaves out comparison and report, None takes all.
-        command: what made the run, for report and card.
+        resume: continue from the newest checkpoint in ``config.output``, or start if there is none; without ``output``
+            continue the newest unfinished run of this data in ``runs``.
+        allow_change: with ``resume``: settings, or "data", "val", "base", that may differ from the checkpoint's.
+        events: hears what happens. By default it is printed, with progress; ``Events()`` is silent.
+        stop: called after each step. If it returns the number of a signal, the run saves and raises `Stopped`.
+        eval_images: the most held-out images to compare; 0 leaves out comparison and report, None compares all.
+        command: what started the run, for report and card.
 
     Raises:
-        VlmLoraError: data, model, folder or numbers are not right; the message says what to do.
+        VlmLoraError: data, model, folder or numbers are not right, and the message says what to do. It is a
+            `ConfigError`, `DataError`, `ModelError`, `CheckpointError` or `TrainingError`; `Stopped` if ``stop`` asked.
     """
     events = events or TrainReport()
     trained = train_adapter(
@@ -176,7 +191,7 @@ def _captions(config: TrainConfig) -> Callable[[Adapter, FeatureCache], Captions
 def _compare(
     trained: TrainedAdapter, config: TrainConfig, events: Events, eval_images: int | None, commonest: Commonest
 ) -> tuple[Evaluation | None, Scores | None]:
-    """Base against tuned on held-out images, and tuned against the adapter that it goes on from, if any; by all
+    """Base against tuned on held-out images, and tuned against the adapter that it started from, if any; by all
     processes together, which part here."""
     processes, held_out = trained.processes, trained.held_out[:eval_images]
     evaluation, against_parent = None, None

@@ -77,7 +77,7 @@ def test_every_spelling_is_the_same_question(read, name, given):
         (row(choices="cat, fox", answer="A"), "its choices is 'cat, fox'; expected a list"),
         (row(choices=["cat", "cat"], answer="A"), "there twice"),
         (row(choices=["cat", None], answer="A"), "an option that is empty"),
-        ({"image": "a.png", "caption": "It.", "choices": OPTIONS}, "'choices' that nothing here takes up"),
+        ({"image": "a.png", "caption": "It.", "choices": OPTIONS}, "'choices' that is not used here"),
     ],
 )
 def test_what_is_no_choice_is_a_bad_row_with_the_reason(read, given, why):

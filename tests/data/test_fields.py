@@ -37,22 +37,22 @@ def dialogues(dataset):
 
 
 TRAPS = {
-    "a video": (CAPTION | {"videos": ["a.mp4"]}, "'videos' that nothing here takes up: moving pictures"),
-    "sound": (chat("a", "b", audios=["a.wav"]), "'audios' that nothing"),
-    "a video alone": ({"video": "a.mp4", "question": "What?", "answer": "x"}, "'video' that nothing"),
-    "a crop": (CAPTION | {"crop": [0, 0, 9, 9]}, "'crop' that nothing here takes up: a part of the picture is meant"),
-    "a box of no shape known": (CAPTION | {"bbox": [0, 0, 9, 9]}, "'bbox' that nothing"),
-    "tools": (chat("a", "b", tools=[{"name": "x"}]), "'tools' that nothing here takes up: calls of tools"),
-    "a call of a tool": (chat("a", {"content": "b", "tool_calls": [1]}), "'tool_calls' in a message that nothing"),
+    "a video": (CAPTION | {"videos": ["a.mp4"]}, "'videos' that is not used here: moving pictures"),
+    "sound": (chat("a", "b", audios=["a.wav"]), "'audios' that is not used"),
+    "a video alone": ({"video": "a.mp4", "question": "What?", "answer": "x"}, "'video' that is not used"),
+    "a crop": (CAPTION | {"crop": [0, 0, 9, 9]}, "'crop' that is not used here: a part of the picture is meant"),
+    "a box of no shape known": (CAPTION | {"bbox": [0, 0, 9, 9]}, "'bbox' that is not used"),
+    "tools": (chat("a", "b", tools=[{"name": "x"}]), "'tools' that is not used here: calls of tools"),
+    "a call of a tool": (chat("a", {"content": "b", "tool_calls": [1]}), "'tool_calls' in a message that is not used"),
     "a thought": (chat("a", {"content": "b", "reasoning_content": "hm"}), "'reasoning_content' in a message"),
-    "what the question is about": (ASKED | {"context": "The fox ran."}, "'context' that nothing here takes up: it bel"),
-    "a preference": (ASKED | {"rejected": "a dog"}, "'rejected' that nothing here takes up: it says what to prefer"),
+    "what the question is about": (ASKED | {"context": "The fox ran."}, "'context' that is not used here: it bel"),
+    "a preference": (ASKED | {"rejected": "a dog"}, "'rejected' that is not used here: it says what to prefer"),
     "a second image": (CAPTION | {"picture": {"caption": "x"}}, "questions and answers are inside of it"),
-    "questions inside": (CAPTION | {"qa": [{"question": "Q", "answer": "A"}]}, "'qa' that nothing .* are inside of it"),
+    "questions inside": (CAPTION | {"qa": [{"question": "Q", "answer": "A"}]}, "'qa' that is not used .* are inside of it"),
     "an image of another name": ({"bild": "a.png", "question": "Q", "answer": "A"}, "'bild' .*: it names an image"),
     "a size of its own": (
         chat([{"type": "image", "image": "a.png", "max_pixels": 9}, {"type": "text", "text": "a"}], "b", images=[]),
-        "'max_pixels' in a part of a message that nothing",
+        "'max_pixels' in a part of a message that is not used",
     ),
     "a split of another name": (CAPTION | {"subset": "test"}, "'subset' .*: it says 'test', and the row would be"),
     "a split nobody knows": (CAPTION | {"split": "fold 3"}, "its split is 'fold 3'; expected train, val or test"),
@@ -78,7 +78,7 @@ TRAPS = {
     "Qwen2-VL's box": (chat("Find.", "<|box_start|>(1,2),(3,4)<|box_end|>"), r"has '<\|box_start\|>' in a text"),
     "an image in an answer": (chat("Draw.", "<image>"), "has '<image>' in a text"),
     "pandas' nothing": (CAPTION | {"caption": "nan"}, "the text to learn is 'nan', as programs write"),
-    "a list of no columns": (CAPTION | {"mask": ["x.png"]}, "'mask' that nothing"),
+    "a list of no columns": (CAPTION | {"mask": ["x.png"]}, "'mask' that is not used"),
 }
 
 
@@ -124,7 +124,7 @@ def test_other_columns_are_named_once_with_counts(read, capsys, pictures):
     )
     assert main(["check", str(pictures() / "x.jsonl")]) == 0
     out = capsys.readouterr().out
-    assert "columns that nothing takes up, and how many rows have them: 'id' in 2, 'license' in 1, 'name' in 1\n" in out
+    assert "unused columns, and how many rows have them: 'id' in 2, 'license' in 1, 'name' in 1\n" in out
     assert main(["check", str(pictures() / "x.jsonl"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["unused"] == dataset.unused
 
@@ -136,7 +136,7 @@ def test_fields_of_coco_vqa_and_tar_are_accounted_for_too(pictures):
     (folder / "c.json").write_text(json.dumps({"images": images, "annotations": said}))
     dataset = read_dataset(folder / "c.json", prompt=PROMPT)
     assert (dataset.unused, len(dialogues(dataset))) == ({"mood": 1, "rater": 1}, 1)
-    assert [bad.reason[:60] for bad in dataset.bad] == ["annotation 2 (id 2): has a field 'bbox' that nothing here ta"]
+    assert [bad.reason[:60] for bad in dataset.bad] == ["annotation 2 (id 2): has a field 'bbox' that is not used her"]
     (folder / "q_questions.json").write_text(
         json.dumps({"questions": [{"question_id": 1, "image": "a.png", "question": "Q", "difficulty": 3}]})
     )
@@ -150,7 +150,7 @@ def test_fields_of_coco_vqa_and_tar_are_accounted_for_too(pictures):
     shard = write_tar(folder / "x.tar", [*members, ("1.png", image), ("1.txt", "x"), ("1.mp4", "y")])
     dataset = read_dataset(shard, prompt=PROMPT)
     assert dataset.unused == {"cls": 1, "mask.png": 1}
-    assert ["'mp4' that nothing" in bad.reason for bad in dataset.bad] == [True]
+    assert ["'mp4' that is not used" in bad.reason for bad in dataset.bad] == [True]
 
 
 def test_an_image_that_is_not_the_one_that_is_read_makes_a_row_bad(pictures):
@@ -161,7 +161,7 @@ def test_an_image_that_is_not_the_one_that_is_read_makes_a_row_bad(pictures):
     cell = {name: {"bytes": (folder / f"{name}.png").read_bytes(), "path": None} for name in "ab"}
     pq.write_table(pa.Table.from_pylist([{"image": cell["a"], "depth": cell["b"], "text": "x"}]), folder / "x.parquet")
     (bad,) = read_dataset(folder / "x.parquet", prompt=PROMPT).bad
-    assert "'depth' that nothing here takes up: it holds an image" in bad.reason
+    assert "'depth' that is not used here: it holds an image" in bad.reason
     assert read_dataset(folder / "x.parquet", prompt=PROMPT, ignore_columns="depth").bad == ()
 
 
@@ -338,7 +338,7 @@ def test_rows_of_text_alone_are_learnt_beside_images_and_never_held_out(read, pi
     assert [sum(not e.images for e in side) for side in (data.train, data.held_out)] == [5, 0]
     assert len(data.held_out) == 2
     assert main(["check", file]) == 0
-    assert "of text alone: 5 answers, learnt and never held out\n" in capsys.readouterr().out
+    assert "answers without an image: 5, learnt and never held out\n" in capsys.readouterr().out
     read(*TEXTS)
     with pytest.raises(DataError, match=r"no row names an image. Say --columns image=NAME"):
         read_and_split(TrainConfig(data=file))

@@ -537,7 +537,10 @@ def test_the_fingerprint_follows_texts_and_order_but_not_the_place(pictures):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "nothing recognised among 3 files .3 images.; expected one of: imagefolder:"),
+        (
+            {},
+            r"nothing recognised among 3 files .3 images.; expected a caption beside each image \(cat\.txt",
+        ),
         ({"a.jsonl": "", "b.jsonl": ""}, "holds 2 files of rows .a.jsonl, b.jsonl.; pass the one you mean"),
         ({"a.jsonl": "\n \n"}, "a.jsonl: holds no rows; expected messages:"),
         ({"a.jsonl": '{"x": 1, "y": 2}\n'}, "none of 1 rows is understood: their fields are 'x', 'y'"),

@@ -22,9 +22,10 @@ SHARED = ("train", "caption", "eval")
 DESCRIPTION = """\
 Teach a Qwen-VL vision-language model your own pictures.
 
-  vlm-lora train ./photos                                 learn from a folder of images and captions
-  vlm-lora caption ./more --adapter runs/photos-...       caption other images with what was learnt
-  vlm-lora demo --adapter runs/photos-...                 see base and tuned side by side in the browser
+  vlm-lora check ./photos                               what is in a folder of images and captions
+  vlm-lora train ./photos --output runs/photos          learn from it
+  vlm-lora caption ./more --adapter runs/photos         caption other images with what was learnt
+  vlm-lora demo --adapter runs/photos                   see base and tuned side by side in the browser
 """
 
 

@@ -1,7 +1,7 @@
 """Show what is kept on disk of images and data, or delete it.
 
 vlm-lora cache
-vlm-lora cache --limit 10     what was used longest ago goes, until 10 GB are left
+vlm-lora cache --limit 10     delete what was used longest ago, until 10 GB are left
 vlm-lora cache --clear
 """
 

@@ -67,53 +67,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "paths", nargs="*", metavar="PATH", help="images, folders of images, patterns; - reads names from stdin"
     )
-    parser.add_argument("--list", type=Path, metavar="FILE", help="a file with the name of an image or folder a line")
-    parser.add_argument("--recursive", action="store_true", help="also look in folders inside folders")
-    parser.add_argument(
+    group = parser.add_argument_group("captions")
+    group.add_argument("--list", type=Path, metavar="FILE", help="a file with the name of an image or folder a line")
+    group.add_argument("--recursive", action="store_true", help="also look in folders inside folders")
+    group.add_argument(
         "--adapter",
         action="append",
         metavar="RUN",
         help="run folder, adapter folder or hub name; without it the base alone. Several times: a caption of each, "
         f"side by side ({BASE}: of the base alone)",
     )
-    parser.add_argument("--model", metavar="TEXT", help="base model (default: the one the adapter names)")
-    parser.add_argument("--prompt", metavar="TEXT", help="instruction for each image (default: the adapter's)")
-    parser.add_argument("--system", metavar="TEXT", help="system prompt to ask with (default: the adapter's)")
-    parser.add_argument("--prefix", default="", metavar="TEXT", help="text written before each caption")
-    parser.add_argument("--suffix", default="", metavar="TEXT", help="text written after each caption")
-    parser.add_argument(
+    group.add_argument("--model", metavar="TEXT", help="base model (default: the one the adapter names)")
+    group.add_argument("--prompt", metavar="TEXT", help="instruction for each image (default: the adapter's)")
+    group.add_argument("--system", metavar="TEXT", help="system prompt to ask with (default: the adapter's)")
+    group.add_argument("--prefix", default="", metavar="TEXT", help="text written before each caption")
+    group.add_argument("--suffix", default="", metavar="TEXT", help="text written after each caption")
+    group.add_argument(
         "--format",
         choices=("text", "jsonl", "metadata", "sidecar"),
         default="text",
         help="text: path and caption; jsonl: one object a line; metadata: a metadata.jsonl beside the images, which "
         "can be trained on; sidecar: a .txt beside each image (default: text)",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to stdout")
-    parser.add_argument(
+    group.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to stdout")
+    group.add_argument(
         "--overwrite",
         action="store_true",
-        help="also caption images that have a caption. The old one is replaced once the new one is there; a sidecar or "
-        "metadata file keeps it beside it (.old)",
+        help="also caption images that have a caption. A sidecar or metadata file keeps its old text in a copy (.old)",
     )
-    parser.add_argument("--append", action="store_true", help="sidecar: add the caption as a line to the file's own")
-    parser.add_argument("--dry-run", action="store_true", help="only list what would be captioned")
-    parser.add_argument(
+    group.add_argument("--append", action="store_true", help="sidecar: add the caption as a line to the file's own")
+    group.add_argument("--dry-run", action="store_true", help="only list what would be captioned")
+    group.add_argument(
         "--batch-size", default="auto", metavar="N", help="images at a time (default: auto, what fits into memory)"
     )
-    add_precision(parser)
+    add_precision(group)
     add_server(
-        parser,
-        "let an OpenAI-compatible server caption; --model is its name for the model, --adapter the run it serves, "
-        "for the prompt, and to see that the server shows the model what it was trained on",
+        group,
+        "let an OpenAI-compatible server caption. --model is its name for the model, --adapter the run it serves: its "
+        "prompt is used, and the server's images and chat template are compared with those of the training",
     )
     _add_decoding(parser)
 
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decoding")
-    group.add_argument("--max-new-tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, metavar="N")
+    group.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=DEFAULT_MAX_NEW_TOKENS,
+        metavar="N",
+        help=f"the most tokens of a caption; a word is one or two (default: {DEFAULT_MAX_NEW_TOKENS})",
+    )
     group.add_argument("--num-beams", type=int, default=1, metavar="N", help="beams of a beam search (default: 1)")
-    group.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: 0)")
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="0: the likeliest words; above 0 they are drawn, and vary (default: 0)",
+    )
     group.add_argument("--top-p", type=float, default=1.0, metavar="X", help="nucleus sampling (default: 1)")
     group.add_argument(
         "--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest (default: 0, all)"
@@ -140,14 +152,15 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
         "--avoid",
         action="append",
         metavar="WORDS",
-        help="words or phrases, with commas, that no caption may say",
+        help="words or phrases, separated by commas, that no caption may say",
     )
     group.add_argument("--avoid-file", type=Path, metavar="FILE", help="the same from a file, one a line")
     group.add_argument(
         "--require",
         action="append",
         metavar="WORDS",
-        help="words or phrases, with commas, that each caption must say; else it is sampled again, and then reported",
+        help="words or phrases, separated by commas, that each caption must say; else it is sampled again, and then "
+        "reported",
     )
     group.add_argument("--attempts", type=int, default=5, metavar="N", help="how often to sample again (default: 5)")
     group.add_argument("--words", metavar="N..M", help="the least and most words of a caption, as 10..30")
@@ -258,7 +271,7 @@ def _checked(options: argparse.Namespace, adapters: list[str]) -> int | None:
     if options.format == "sidecar" and options.output:
         raise ConfigError("--format sidecar writes beside the images; leave out --output.")
     if options.append and (options.format != "sidecar" or options.overwrite):
-        raise ConfigError("--append adds to the files of --format sidecar, and goes without --overwrite.")
+        raise ConfigError("--append adds to the files of --format sidecar; it does not go with --overwrite.")
     if options.overwrite and options.format in ("text", "jsonl") and not options.output:
         raise ConfigError("--overwrite is for --output FILE, --format sidecar and --format metadata.")
     if len(adapters) > 1 and options.format not in ("text", "jsonl"):

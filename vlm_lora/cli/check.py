@@ -1,5 +1,7 @@
 """Say what is in this data and what is wrong with it, without training.
 
+It needs no model, and changes nothing.
+
   vlm-lora check ./photos
   vlm-lora check ./photos --model tiny --max-pixels 9216    also what it costs in tokens, and what is learnt
   vlm-lora check ./photos --val ./photos-test               also: is a held-out image among them, or one like it?
@@ -26,7 +28,13 @@ CHECKED = ("data", "val", *READING, "model", "min_pixels", "max_pixels", "max_to
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, CHECKED)
+    add_flags(parser, [name for name in CHECKED if name != "model"])
+    parser.add_argument(
+        "--model",
+        default=argparse.SUPPRESS,
+        metavar="TEXT",
+        help="also count tokens, as this base model reads them: hub name, local folder, or 'tiny'",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a contact sheet of pictures and texts")
     parser.add_argument("--write-clean", type=Path, metavar="FOLDER", help="write a normalised copy of the data")
@@ -94,22 +102,25 @@ def run(options: argparse.Namespace) -> int:
 
 def _lines(facts: dict) -> Iterator[str]:
     """The facts as lines for a person."""
+    from vlm_lora.data.readers import FORMATS
     from vlm_lora.data.readers.gather import told_boxes
 
     counts = f"{facts['examples']:,} examples, {facts['images']:,} images, {facts['answers']:,} answers"
     yield f"{facts['format']}: {counts}"
+    if known := FORMATS.get(facts["format"]):
+        yield f"the format: {known}"
     if facts["columns"]:
         yield one_line(f"taken for {facts['columns']}", 1000)
     if facts["unread"]:
         yield one_line(facts["unread"], 1000)
     if unused := facts.get("unused"):
         named = ", ".join(f"{name!r} in {times:,}" for name, times in unused.items())
-        yield one_line(f"columns that nothing takes up, and how many rows have them: {named}", 1000)
+        yield one_line(f"unused columns, and how many rows have them: {named}", 1000)
     if boxes := facts.get("boxes"):
         yield told_boxes(boxes)
     yield from (one_line(source, 1000) for source in facts["sources"])
     if text_only := facts.get("text_only"):
-        yield f"of text alone: {text_only:,} answers, learnt and never held out"
+        yield f"answers without an image: {text_only:,}, learnt and never held out"
     if held_out := facts["held_out"]["examples"]:
         yield f"held out: {held_out:,} examples, {facts['held_out']['answers']:,} answers"
     if spread := facts["answers_per_example"]:
@@ -133,7 +144,7 @@ def _lines(facts: dict) -> Iterator[str]:
     if facts["near_duplicates"]["cut"]:
         yield "  the search for them ended there; there may be more"
     yield from _listed(
-        facts["leaks"], "pairs of images, one in training and one held out, that are one or alike", " | "
+        facts["leaks"], "pairs of images, one in training and one held out, that are equal or look alike", " | "
     )
     if tokens := facts.get("tokens"):
         yield from _token_lines(tokens)

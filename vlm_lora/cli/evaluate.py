@@ -3,7 +3,7 @@
 vlm-lora eval ./test.jsonl --adapter runs/photos
 vlm-lora eval ./test.jsonl --adapter runs/photos --blank --json
 vlm-lora eval ./test.jsonl --adapter runs/photos --against runs/photos-2      which of two is better
-vlm-lora eval ./test.jsonl --adapter runs/photos --endpoint http://127.0.0.1:8000/v1      what a server makes of it
+vlm-lora eval ./test.jsonl --adapter runs/photos --endpoint http://127.0.0.1:8000/v1      through a server
 vlm-lora eval ./photos --adapter runs/photos --review > review.jsonl      its captions, the most doubtful first
 torchrun --nproc-per-node 8 -m vlm_lora eval ./test.jsonl --adapter runs/photos      on eight GPUs
 """
@@ -44,10 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against",
         metavar="RUN",
-        help="another adapter of the same base: its answers beside those of --adapter, and which of the two is better",
+        help="another adapter of the same base: which of the two is better",
     )
     add_flags(parser, [name for name in READING if name not in ASKED])
-    parser.add_argument("--also", metavar="DATA", help="other data that tuning should not have made the model forget")
+    parser.add_argument("--also", metavar="DATA", help="other data, to see what tuning made the model forget")
     parser.add_argument(
         "--level",
         choices=("auto", "word", "char"),
@@ -65,22 +65,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"where an answer is cut off (default: {DEFAULT_MAX_NEW_TOKENS}, or more for answers with boxes)",
     )
     add_precision(parser)
-    parser.add_argument("--blank", action="store_true", help="also answer with every image blanked out")
+    parser.add_argument(
+        "--blank", action="store_true", help="also answer with every image greyed out: what stays right is guessed"
+    )
     add_server(
         parser,
-        "evaluate what an OpenAI-compatible server says; --model is its name for the model, --adapter the run it "
-        "serves. The base is compared where the server has it too",
+        "evaluate what an OpenAI-compatible server says. --model is its name for the model, --adapter the run it "
+        "serves. The base is compared if the server has it too",
     )
     parser.add_argument(
         "--swap",
         action="store_true",
-        help="as --blank, and with another image in its place: the share of answers that stay the same is guessed",
+        help="as --blank, and also with another image in its place: how many answers stay the same",
     )
     parser.add_argument(
         "--review",
         action="store_true",
-        help="instead score each answer of the data by what the picture says for it, the lowest first: JSON lines to "
-        "find wrong ones by, on stdout or in --output",
+        help="instead of all this, find wrong answers in the data: a JSON line for each, with how much the picture "
+        "supports it, the most doubtful first, on stdout or in --output",
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write predictions, scores and report there")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")

@@ -46,7 +46,7 @@ def given(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name in KNOBS and value not in (None, [])}
 
 
-def add_server(parser: argparse.ArgumentParser, help: str) -> None:
+def add_server(parser: argparse._ActionsContainer, help: str) -> None:
     """The flags of a command that may ask a server in the place of a model."""
     parser.add_argument("--endpoint", metavar="URL", help=help)
     parser.add_argument(
@@ -54,9 +54,14 @@ def add_server(parser: argparse.ArgumentParser, help: str) -> None:
     )
 
 
-def add_precision(parser: argparse.ArgumentParser) -> None:
+def add_precision(parser: argparse._ActionsContainer) -> None:
     """The flags of a command that answers with a model, about the numbers it is kept in."""
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="number format of the base; auto: bfloat16 where the device is fast with it, else float32",
+    )
     parser.add_argument(
         "--load-in-4bit",
         action="store_true",

@@ -21,6 +21,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *, everyday: Collection[str] = (), **settings):
         super().__init__(add_help=False, allow_abbrev=False, formatter_class=_Formatter, **settings)
+        self._positionals.title = "arguments"
         self.everyday = frozenset(everyday)
         self.add_argument("-h", "--help", action=_Help, help="show this help")
         if everyday:

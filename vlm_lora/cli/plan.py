@@ -3,8 +3,8 @@
   vlm-lora plan ./photos
   vlm-lora plan ./photos --device h100 --gpus 4      for another machine than this
 
-No weights are read. The time is at the rate that one random layer reaches here, or what a step's kernels take on the
-device that is named.
+No weights are loaded. The time is measured with one layer of random weights on this machine, or computed for the device
+that --device names, from its data sheet.
 """
 
 import argparse

@@ -1,14 +1,15 @@
 """Train an adapter on a folder or file of images with captions, or questions and answers.
 
-Finds out the format, holds out a tenth of the images, trains LoRA on the language layers and the projector with the
-vision tower frozen, then compares base and tuned on the held-out images. All of it goes into a run folder.
+The simplest data is a folder with the caption of cat.jpg in cat.txt; other formats are detected. A tenth of the images
+is held out. The run trains LoRA on the language layers and the projector, then compares base and tuned model on the
+held-out images. Adapter, report and scores are in the run folder.
 
-  vlm-lora train ./photos
-  vlm-lora train ./photos --model tiny --lr 3e-3          a small model without a network, to try things out
+  vlm-lora train ./photos --output runs/photos
+  vlm-lora train ./photos --model tiny --lr 2e-3          a small model without a network, to try things out
   vlm-lora train ./photos ./rare:3                        two sources; the answers of the second three times an epoch
-  vlm-lora train --config run.yaml --lr 1e-4              settings from a file, flags go first
+  vlm-lora train --config run.yaml --lr 1e-4              settings from a file; flags win
   vlm-lora train ./corrected --from runs/photos           a new run that starts from an adapter, on other data
-  vlm-lora train ./photos --resume                        resume the newest unfinished run of it
+  vlm-lora train ./photos --resume                        continue the newest unfinished run of this data
 """
 
 import argparse

@@ -62,21 +62,25 @@ class FilePart:
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """Where the bytes of one image are. Nothing is read before `read_bytes`."""
+    """Where the bytes of one image are: a file, or a part of one. Nothing is read before `read_bytes`."""
 
     path: Path
     """Absolute and resolved; with `embedded`, the file that holds the image."""
     name: str
     """As written in the data, for messages."""
     size: int | None = None
-    """Bytes, as found when the data was read; None where nobody looked."""
+    """In bytes, when the data was read; None if it was not looked up."""
     sha256: str | None = None
-    """Hash of the bytes (hex) where the reader had them in its hands anyway."""
+    """Hash of the bytes, in hex; None if the reader did not see them."""
     embedded: ByteSource | None = None
-    """Set where the image is not a file of its own."""
+    """What reads the image out of another file; None for a file of its own."""
 
     def read_bytes(self) -> bytes:
-        """The encoded image. Raises DataError if it is gone, unreadable or not a regular file."""
+        """The encoded image.
+
+        Raises:
+            DataError: the file is gone, unreadable or not a regular file.
+        """
         return self.embedded.read() if self.embedded else read_regular_file(self.path, self.name)
 
 
@@ -95,24 +99,26 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One thing asked and its answer."""
+    """A question and its answer."""
 
     user: str
+    """The question."""
     assistant: str
+    """The answer, which is learnt."""
     images: tuple[int, ...] = ()
-    """Where images stand in `user`: before its character of this number, an image each, in order. Where no turn of a
-    dialogue says so, all images of its Example stand at its beginning."""
+    """Where the images stand in `user`: an index of a character for each, and the image stands before it. If no turn of
+    a dialogue has any, all images of the Example stand before the first question."""
     weight: float = 1.0
-    """What the loss of the answer is multiplied by; 0: it is read, and not learnt."""
+    """The factor of the answer's loss; with 0 the answer is read and not learnt."""
 
     @property
     def pieces(self) -> list[str]:
-        """`user` cut where its images stand: one more than there are images, perhaps empty."""
+        """`user` cut where its images stand: one piece more than images; pieces may be empty."""
         ends = (0, *self.images, len(self.user))
         return [self.user[a:b] for a, b in pairwise(ends)]
 
     def asking(self, pieces: Sequence[str]) -> "Turn":
-        """The turn with this text, an image between each piece and the next."""
+        """The same turn with these pieces as its question, an image between each two."""
         places = accumulate(len(piece) for piece in pieces[:-1])
         return replace(self, user="".join(pieces), images=tuple(places))
 
@@ -123,51 +129,54 @@ REF, BBOX = "<ref-object>", "<bbox>"
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A box (x1, y1, x2, y2) or a point (x, y), in pixels of one of the Example's images as it is seen upright."""
+    """A box or a point, in pixels of one of the Example's images, turned upright; the origin is at the top left."""
 
     points: tuple[float, ...]
+    """(x1, y1, x2, y2) of a box, (x, y) of a point."""
     image: int
-    """Which of the images, from 0."""
+    """The index of the image, from 0."""
     size: tuple[int, int]
-    """Width and height of that image."""
+    """Width and height of that image, in pixels."""
     clipped: bool = field(default=False, compare=False)
-    """Whether it reached out of the image, by a little, and was cut off there."""
+    """Whether it reached a little out of the image, and was cut off at the edge."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dialogue(Placed):
-    """A conversation about the images of its Example; a caption is a dialogue of one turn."""
+    """A conversation about the images of its Example. A caption is a dialogue of one turn, which answers the prompt."""
 
     turns: tuple[Turn, ...]
     kind: str | None = None
-    """Type of the question, where the data has one ("yes/no", "colour")."""
+    """The type of the question ("yes/no", "colour"), if the data names one."""
     accepted: tuple[str, ...] = ()
-    """All human answers to the last turn where the data has several, else empty."""
+    """All human answers to the last turn, if the data has several; else empty."""
     choices: tuple[str, ...] = ()
-    """Of a multiple choice: the texts of its options, that of A first. The last turn's answer is a letter."""
+    """The options of a multiple choice, that of A first; the last answer is then a letter. Else empty."""
     refs: tuple[str, ...] = ()
-    """The names that stand in its turns at each `REF`, in order."""
+    """The names that replace each ``<ref-object>`` of its turns, in order."""
     boxes: tuple[Box, ...] = ()
-    """The boxes and points that stand in its turns at each `BBOX`, in order."""
+    """The boxes and points that replace each ``<bbox>`` of its turns, in order."""
     system: str = ""
-    """What the system message says; without one the model's template has its own, or none."""
+    """The system message; if empty, the model's chat template has its own or none."""
     caption: bool | None = field(default=None, compare=False)
-    """Whether its row holds a caption: a text about the images, and not the answer to a question. None: the question
-    tells."""
+    """True: a text about the images. False: the answer to a question. None: the question decides."""
+    prompt: str = field(default="", compare=False)
+    """The prompt that it answers, with its variables; empty if the row has a question of its own."""
     split: str = ""
-    """The part of the data that its row says it belongs to: train, val or test."""
+    """The part of the data that its row names: "train", "val" or "test"; empty if it names none."""
     source: str = field(default="", compare=False)
-    """The file of its row; and which row of it ("x.json:row 3") where the format has no lines."""
+    """The file of its row; with the row ("x.json:row 3") if the format has no lines."""
     line: int | None = field(default=None, compare=False)
+    """The line in `source`, from 1."""
 
     @property
     def has_marks(self) -> bool:
-        """Whether `REF` and `BBOX` stand for something in its turns; else they are the letters they are."""
+        """Whether ``<ref-object>`` and ``<bbox>`` stand for something in its turns; else they are plain text."""
         return bool(self.refs or self.boxes)
 
     @property
     def answers_with_boxes(self) -> bool:
-        """Whether its last answer says where something is, by boxes of its own or in Qwen's JSON."""
+        """Whether its last answer gives a place: with its own boxes, or with ``"bbox_2d"`` in JSON."""
         last = self.turns[-1].assistant
         marked = last.count(BBOX) if self.boxes else 0
         return any(len(box.points) == 4 for box in self.boxes[len(self.boxes) - marked :]) or '"bbox_2d"' in last
@@ -175,13 +184,16 @@ class Dialogue(Placed):
 
 @dataclass(frozen=True, slots=True)
 class Example(Placed):
-    """One image (or an ordered few) and its dialogues: five COCO captions are five of one turn."""
+    """An image, or several in order, and all dialogues about it. Five COCO captions are five dialogues of one turn."""
 
     id: str
+    """Unique in its data set: the name of the image as the data has it, with "#2" and so on where it comes again."""
     images: tuple[ImageRef, ...]
+    """Empty for a dialogue of text alone."""
     dialogues: tuple[Dialogue, ...]
     source: str
-    """With `line`, the first row that named these images."""
+    """The file of the first row that named these images."""
     weight: int = 1
-    """How often an epoch learns from each of its dialogues."""
+    """How often an epoch learns each of its dialogues."""
     line: int | None = None
+    """The line of that row, from 1; None if the format has no lines."""

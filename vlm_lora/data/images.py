@@ -73,14 +73,22 @@ def load_image(
     name: str | None = None,
     max_decoded_pixels: int | None = None,
 ) -> Image.Image:
-    """Upright RGB image of any size from 1x1, without metadata (so that nobody rotates it a second time).
+    """Load an image as RGB, turned upright, without metadata (or another tool would turn it again).
 
-    But `info[SEVERAL_FRAMES]` is there where it is the first one of several.
+    Transparent pixels are put on white. 16-bit and float images are scaled to 8 bits. Of an animation the first frame
+    is taken, and the image's ``info`` says so.
 
-    Transparency is composited on white; 16-bit and float images are scaled to 8 bits, not clipped; of an
-    animation the first frame is taken. Raises DataError, with the image's name, for whatever is not a complete
-    image of at most `max_decoded_pixels` (by default `decoding_limit`; checked before decoding). `name` is
-    that of bytes, which have none.
+    Args:
+        source: a path, the bytes of an image file, a PIL image, or an `ImageRef`.
+        name: what to call bytes in messages.
+        max_decoded_pixels: larger images are refused before they are decoded; by default 50 million pixels, or
+            ``$VLM_LORA_MAX_MEGAPIXELS`` million.
+
+    Returns:
+        An RGB image of (width, height) pixels, 1x1 or larger.
+
+    Raises:
+        DataError: it is no image, damaged, cut off, or too large. The message names it.
     """
     max_decoded_pixels = max_decoded_pixels or decoding_limit()
     if isinstance(source, Image.Image):

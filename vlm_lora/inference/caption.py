@@ -23,45 +23,56 @@ AGAIN_TEMPERATURE = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """The caption of one image, or why it has none: exactly one of ``text`` and ``error`` is given."""
+    """The caption of one image, or why it has none. Exactly one of `text` and `error` is not None."""
 
     image: str
+    """The name of the image as it was given; "image" for one that came without a name."""
     text: str | None = None
     error: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoding:
-    """How answers are decoded.
+    """How answers are decoded. By default greedily: the likeliest token each time.
 
-    ``temperature`` 0 is greedy: the likeliest token each time; with ``num_beams`` above 1, beam search. Above 0 tokens
-    are drawn from the ``top_k`` likeliest (0: from all), from the likeliest that make up ``top_p``, and from those at
-    least ``min_p`` times as likely as the likeliest; what is drawn depends on ``seed``, image and question, not on what
-    stands beside them in a batch.
+    What is drawn depends on `seed`, image and question alone, and not on the rest of a batch.
 
-    ``repetition_penalty`` makes less likely what the answer has said, and ``no_repeat_ngram`` N has it say no N tokens
-    twice (0: it may); neither looks at the question. The answer begins with ``begin_with``, which counts in what
-    follows. It never says one of ``avoid`` as a whole word. It is drawn anew, up to ``attempts`` times, until it says
-    all of ``require``. ``words`` are its least and most words. Where its limit cuts it off within a sentence,
-    ``whole_sentences`` ends it after the last whole one. ``cut_loops`` ends it where it says the same again and again.
+    Raises:
+        ConfigError: a value is out of bounds, or two do not go together.
     """
 
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    """The most tokens of an answer."""
     num_beams: int = 1
+    """Beams of a beam search; 1 is none."""
     temperature: float = 0.0
+    """0 is greedy. Above 0, tokens are drawn from the model's probabilities with logits divided by it."""
     top_p: float = 1.0
+    """Draw from the likeliest tokens whose probabilities add up to this (nucleus sampling, arXiv:1904.09751)."""
     seed: int = 0
+    """Of the drawing."""
     top_k: int = 0
+    """Draw from that many likeliest tokens; 0: from all."""
     min_p: float = 0.0
+    """Draw from the tokens at least this many times as likely as the likeliest (arXiv:2407.01082)."""
     repetition_penalty: float = 1.0
+    """Above 1: tokens that the answer has said become less likely (arXiv:1909.05858). The question does not count."""
     no_repeat_ngram: int = 0
+    """An answer never says the same this many tokens in a row twice; 0: it may."""
     begin_with: str = ""
+    """The start of each answer, which the model continues. It is part of the answer."""
     avoid: tuple[str, ...] = ()
+    """Words and phrases that no answer says, as whole words."""
     require: tuple[str, ...] = ()
+    """Words and phrases that each caption says. One that does not is sampled again."""
     attempts: int = 5
+    """How often to sample again, at most."""
     words: tuple[int, int] | None = None
+    """The least and the most words."""
     whole_sentences: bool = False
+    """If a limit cuts an answer off within a sentence, end it after the last whole one."""
     cut_loops: bool = False
+    """End an answer where it starts to repeat itself."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

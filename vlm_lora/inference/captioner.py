@@ -34,11 +34,18 @@ Request = Dialogue
 
 
 class Captioner:
-    """A base model, with an adapter or without, that speaks about images.
+    """A base model, with an adapter or without, that captions images and answers questions about them.
 
     >>> captioner = Captioner.load(adapter="runs/photos")
     >>> captioner.answer("cat.jpg", "What colour is the cat?")
     >>> for caption in captioner.caption(Path("photos").glob("*.jpg")): print(caption.image, caption.text)
+
+    An image is a path, the bytes of an image file, a PIL image, or an `ImageRef`. ``tuned=False`` switches the adapter
+    off: then the base answers.
+
+    Attributes:
+        prompt: the instruction for captions; by default the one that the adapter was trained with.
+        system: the system message; empty for none.
     """
 
     def __init__(
@@ -70,15 +77,23 @@ class Captioner:
         max_pixels: int | None = None,
         load_in_4bit: bool = False,
     ) -> "Captioner":
-        """Load base and adapter.
+        """Load base and adapter, on a GPU if there is one.
 
         Args:
             model: hub name, folder or ``tiny``; by default the base that the adapter names.
             adapter: run folder, adapter folder or hub name; None for the base alone.
-            prompt: the instruction for captions; by default the one the adapter, or a merged model, was trained with.
-                So with the system prompt and the pixel limits.
-            load_in_4bit: keep the base's language linears in NF4, a quarter of the memory. It is always so for adapters
-                of ``--method qlora``; others then answer a little otherwise than they were trained to.
+            prompt: the instruction for captions; by default the one that the adapter, or a merged model, was trained
+                with. The same holds for ``system`` and the pixel limits.
+            system: the system message.
+            dtype: the number format of the base: "float32", "bfloat16", or "auto", which is bfloat16 where the device
+                is fast with it.
+            min_pixels, max_pixels: the smallest and largest area of an image, in pixels; others are resized.
+            load_in_4bit: keep the base's language layers in NF4 (arXiv:2305.14314), a quarter of their memory. Adapters
+                of ``--method qlora`` always are on such a base; the answers of others change a little.
+
+        Raises:
+            ModelError: the base is not there, damaged, or of another family.
+            AdapterError: the adapter is not there, damaged, or made for another base.
         """
         how = {"dtype": dtype, "min_pixels": min_pixels, "max_pixels": max_pixels, "load_in_4bit": load_in_4bit}
         return cls.load_several(model, [adapter], prompt=prompt, system=system, **how)[0]
@@ -96,12 +111,13 @@ class Captioner:
         max_pixels: int | None = None,
         load_in_4bit: bool = False,
     ) -> list["Captioner"]:
-        """A captioner of each adapter, None for the base alone, over one copy of the base's weights.
+        """A captioner for each adapter (None: the base alone), over one copy of the base's weights.
 
-        Each sees images within its own pixel limits, the base within the first adapter's. Arguments as for `load`.
+        Each sees images within its own pixel limits; the base sees them within the first adapter's. Arguments as for
+        `load`.
 
         Raises:
-            AdapterError: QLoRA's adapters and others without ``load_in_4bit``: theirs alone is a base in four bits.
+            AdapterError: as for `load`; or adapters of QLoRA and others are mixed, and ``load_in_4bit`` is not given.
         """
         folders = [None if adapter is None else find_adapter(adapter) for adapter in adapters]
         given = [folder for folder in folders if folder]
@@ -132,11 +148,11 @@ class Captioner:
 
     @property
     def base(self) -> "Captioner | None":
-        """The captioner of the base alone; None where only the tuned model was given."""
+        """The captioner of the base alone; None if this captioner was made without one."""
         return self if self.adapter is None else self._base
 
     def with_adapter(self, adapter: str | Path, *, prompt: str | None = None, system: str | None = None) -> "Captioner":
-        """The same base with another adapter, its prompt and pixel limits: the base's weights are shared, not copied.
+        """The same base with another adapter, and the prompt and pixel limits of that. The base's weights are shared.
 
         Raises:
             AdapterError: the adapter was made for another base, or cannot be read.
@@ -147,22 +163,28 @@ class Captioner:
 
     def caption(
         self,
-        images: Iterable[ImageSource],
+        images: ImageSource | Iterable[ImageSource],
         prompt: str | None = None,
         *,
         tuned: bool = True,
         batch_size: int | None = None,
         decoding: Decoding | None = None,
     ) -> Iterator[Caption]:
-        """Caption images one after the other, in order; a bad one gives its error and stops nothing.
+        """Caption images, in order. An image that cannot be used gets an error in its `Caption`, and stops nothing.
 
         Args:
-            prompt: may have variables (`data.readers.prompts`); by default the captioner's.
-            images: may be a generator: the features of one batch are held, of `WINDOW` where sizes differ.
-            batch_size: images decoded together; by default as many as fit into memory, up to `MOST_ROWS`.
+            images: one image or several; a generator is read a few batches ahead.
+            prompt: the instruction, with variables such as ``{tags}`` or without; by default the captioner's.
+            tuned: with False the base alone answers.
+            batch_size: images decoded together; by default as many as fit into memory, up to 32.
+            decoding: by default greedy.
+
+        Raises:
+            ConfigError: ``batch_size`` is less than 1.
         """
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; expected 1 or more images, or None for what fits.")
+        images = [images] if isinstance(images, ImageSource) else images
         decoding = decoding or Decoding()
         prompt = prompt or self.prompt
         window: list[tuple[str, ImageEntry | str, Request]] = []
@@ -188,7 +210,9 @@ class Captioner:
         tuned: bool = True,
         decoding: Decoding | None = None,
     ) -> str | list[str]:
-        """The answer to a question about an image, or the answers to several.
+        """The answer to a question about an image; for a list of questions the list of answers.
+
+        Several questions about an image are answered together, for little more than the time of one.
 
         Raises:
             DataError: the image cannot be used.
@@ -203,7 +227,11 @@ class Captioner:
     def stream(
         self, image: ImageSource, request: str | None = None, *, tuned: bool = True, decoding: Decoding | None = None
     ) -> Iterator[str]:
-        """The answer so far, again after each token. A request may have variables, as a prompt has."""
+        """The answer to ``request``, or to the prompt, as it grows: the whole text so far, after each token.
+
+        Raises:
+            DataError: the image cannot be used, or has no value for a variable of the request.
+        """
         source, decoding = source_of(image), decoding or Decoding()
         asked = self._ask(request or self.prompt, source)
         entries = self.features.get([source])
@@ -223,7 +251,11 @@ class Captioner:
     ) -> list[list[str]]:
         """Answers to several requests about each of several (lists of) images, decoded as one batch.
 
-        Where one misses what ``decoding`` requires, it is given as it is: `caption` tries again, and says so.
+        An answer that misses what ``decoding`` requires is returned as it is; only `caption` samples again.
+
+        Args:
+            asked: pairs of the features of the images, from ``features.get``, and the conversations about them, of each
+                of which the last turn is to be answered.
         """
         decoding = decoding or Decoding()
         rows: list[list[int]] = [[] for _, requests in asked for _ in requests]
@@ -234,11 +266,12 @@ class Captioner:
 
     @property
     def tuned(self) -> bool:
-        """Whether there is an adapter, to be compared with its base."""
+        """Whether there is an adapter."""
         return self.adapter is not None
 
     @property
     def quantised(self) -> bool:
+        """Whether the base is in four bits."""
         return self.backbone.quantised
 
     def respond(
@@ -248,7 +281,7 @@ class Captioner:
         tuned: bool = True,
         decoding: Decoding | None = None,
     ) -> list[list[str] | DataError]:
-        """As `generate`, from images; in place of the answers about one that cannot be used, what is wrong with it."""
+        """As `generate`, but from images. For images that cannot be used, the error takes the place of the answers."""
         entries: list[list[ImageEntry] | DataError] = []
         for images, _ in asked:
             try:
@@ -262,11 +295,11 @@ class Captioner:
         return [entry if isinstance(entry, DataError) else next(answers) for entry in entries]
 
     def read(self, dialogue: Dialogue) -> Dialogue:
-        """As `Encoder.read`."""
+        """The dialogue as the model reads it: names and boxes in place of their marks, in the model's coordinates."""
         return self.encoder.read(dialogue)
 
     def frame(self, width: int, height: int) -> Frame:
-        """As `Preprocessor.frame`."""
+        """Where a picture of this size, in pixels, lies in the coordinates that the model gives boxes in."""
         return self.backbone.frame(width, height)
 
     # -- inside --------------------------------------------------------------------------------------------------

@@ -23,9 +23,10 @@ from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT
 from vlm_lora.data.example import BBOX, REF, Dialogue, Example, ImageRef
 from vlm_lora.data.images import image_size, load_image
 from vlm_lora.data.readers import Dataset
+from vlm_lora.data.readers.prompts import filled, variables_of
 from vlm_lora.errors import ConfigError, DataError
 from vlm_lora.inference.caption import Decoding
-from vlm_lora.inference.captioner import Request
+from vlm_lora.inference.captioner import Captioner, Request
 from vlm_lora.inference.commonest import Commonest, commonest_of
 from vlm_lora.inference.metrics import captions
 from vlm_lora.inference.metrics.answers import exact_match, plain
@@ -107,26 +108,33 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """One question about one example, its references, and what each model answered.
-
-    ``base``, ``tuned`` and ``blanked`` (tuned, shown a plain grey image of the same size) are None where not asked, so
-    is ``one_word`` (base, asked for a short answer). ``commonest`` is what the data says most to such a question.
-    """
+    """One question about one example, the data's answers, and what each model answered; None: it was not asked."""
 
     example: str
+    """The id of the example."""
     images: tuple[ImageRef, ...]
     question: str
+    """As the model reads it."""
     kind: str | None
+    """The type of the question, if the data names one."""
     references: tuple[str, ...]
+    """The answers of the data."""
     base: str | None = None
+    """The base model's answer."""
     tuned: str | None = None
+    """The answer with the adapter."""
     blanked: str | None = None
+    """The answer with the adapter, to a plain grey image of the same size."""
     one_word: str | None = None
+    """The base model's, asked for a single word or phrase."""
     commonest: str | None = None
+    """What the data says most to such a question."""
     task: str = ANSWERS
+    """What it is scored as: "captions", "answers", "choices", "boxes", "json" or "texts" (long answers)."""
     choices: tuple[str, ...] = ()
+    """The options of a multiple choice, that of A first."""
     frames: tuple[Corners, ...] = ()
-    """Of answers with boxes: where each image lies in the coordinates of these (left, top, width, height), if known."""
+    """For answers with boxes: (left, top, width, height) of each image in the answers' coordinates, if known."""
 
     def answer(self, who: str) -> str:
         """That of one of `WHO` that has one."""
@@ -139,12 +147,14 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What tuning did to answers, as places in `Evaluation.answered`: those made better, from the largest gain on,
-    those made worse, from the largest loss on, and those that score the same."""
+    """What tuning did to answers, as indices into `Evaluation.answered`."""
 
     better: list[int]
+    """The largest gain first."""
     worse: list[int]
+    """The largest loss first."""
     same: list[int]
+    """Those that score the same."""
 
     def __str__(self) -> str:
         count = len(self.better) + len(self.worse) + len(self.same)
@@ -156,13 +166,15 @@ class Changes:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Evaluation:
-    """What was answered, and the scores."""
+    """What the models answered, and the scores."""
 
     answered: tuple[Answered, ...]
+    """Every question, in the order of the data."""
     scores: Scores
+    """Means and intervals; what ``vlm-lora eval --json`` prints."""
     values: dict[str, dict[str, list[float]]]
-    """For each of `WHO` and each metric that has one: the score of each answer of ``answered``. It is that among the
-    answers of the same task, and no number where there is no answer, or the metric is none of its task."""
+    """By who answered ("base", "tuned", ...) and by metric: the score of each answer, in the order of `answered`. It is
+    NaN if there is no answer, or if the metric is not one of its task."""
 
     def __repr__(self) -> str:
         return f"<Evaluation of {self.scores.answers:,} answers. {' '.join(summary(self.scores))}>"
@@ -174,7 +186,7 @@ class Evaluation:
         return said + "".join(table.to_html() for table in tables)
 
     def write(self, folder: Path) -> None:
-        """``predictions.jsonl`` and ``scores.json``."""
+        """Write ``predictions.jsonl`` and ``scores.json`` into ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
         lines = []
         for row in self.answered:
@@ -187,7 +199,7 @@ class Evaluation:
 
     @classmethod
     def read(cls, folder: Path, examples: Sequence[Example] = ()) -> "Evaluation":
-        """What `write` wrote. Pictures are those of ``examples``; answers about any other example have none.
+        """Read what `write` wrote. Pictures come from ``examples``; answers about other examples have none.
 
         Raises:
             DataError: a file is missing, or is not what `write` writes.
@@ -217,13 +229,13 @@ class Evaluation:
             raise DataError(f"{folder}: holds no evaluation that can be read ({what}); run vlm-lora eval") from error
 
     def ranks(self, who: str) -> list[tuple[float, ...]]:
-        """What each answer is ranked by: the most telling metrics of its task; of short answers exact match, then the
-        spelling."""
+        """What each answer is ranked by: the most telling metrics of its task. For short answers these are exact match,
+        then the spelling."""
         of = self.values[who]
         return [tuple(of[key][i] for key in TASKS[row.task].ranked_by) for i, row in enumerate(self.answered)]
 
     def changes(self) -> Changes:
-        """What tuning did to each answer; everything is the same without an adapter."""
+        """What tuning did to each answer. Without an adapter all are in ``same``."""
         places = list(range(len(self.answered)))
         if not self.scores.tuned:
             return Changes([], [], places)
@@ -237,12 +249,12 @@ class Evaluation:
         )
 
     def verdict(self) -> list[str]:
-        """What the scores come to, in sentences."""
+        """What the scores say, in sentences."""
         return summary(self.scores)
 
     def still_wrong(self) -> list[int]:
-        """Places in ``answered`` where tuned is wrong; of what is never quite right, those below its mean, the lowest
-        first. Of right or wrong answers, first one of each mistake, the commonest mistake first; then their seconds."""
+        """Indices into `answered` where the tuned model is wrong: one of each mistake, the commonest mistake first;
+        then the second of each. For captions and long answers: those below the mean, the lowest first."""
         if not self.scores.tuned:
             return []
         ranks, times = self.ranks("tuned"), self.mistakes()
@@ -264,7 +276,8 @@ class Evaluation:
         return [i for row in zip_longest(*by_task) for i in row if i is not None]
 
     def mistakes(self) -> Counter[tuple[str, str]]:
-        """How often tuned took what for what: the data's answer and the model's, where answers are right or wrong."""
+        """How often each (answer of the data, answer of the model) came, where the tuned model was wrong. Captions and
+        long answers do not count."""
         if not self.scores.tuned:
             return Counter()
         first, rows = [rank[0] for rank in self.ranks("tuned")], enumerate(self.answered)
@@ -291,42 +304,43 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
     blanked: bool = False,
     swapped: bool = False,
     level: Literal["auto"] | Level = "auto",
-    also: Sequence[Example] = (),
-    prompt: str = DEFAULT_PROMPT,
+    also: Sequence[Example] | Dataset = (),
+    prompt: str | None = None,
     commonest: Commonest | None = None,
     decoding: Decoding | None = None,
     progress: Progress = lambda done, total: None,
     team: Team = ALONE,
 ) -> Evaluation:
-    """Answer every question of every example with base and tuned model, and score both.
+    """Answer every question of every example with base and tuned model, greedily, and score both.
 
-    Captions and the answers to questions are scored apart (`task_of`), each by metrics of their own. Short answers are
-    also asked of the base with `ONE_WORD`, so that one that knows the answer and says it in a sentence is seen as such.
-
-    Of a server that has no base beside its model, the scores are that model's alone, in the base's place.
-
-    Dialogues of one example that ask the same are one question with several references (a COCO image's five captions).
-    An example with an image that cannot be used is left out, and named in the scores.
+    Captions, questions, boxes and JSON are scored apart, each by its own metrics. The base is also asked for short
+    answers with `ONE_WORD`: it may know an answer, and say it in a sentence. Dialogues of one example that ask the same
+    are one question with several references, such as the five captions of a COCO image.
 
     Args:
+        speaker: a `Captioner`. A server's model without a base beside it is scored in the base's place.
         examples: what to ask about; of a `Dataset` its test part, else its val part, else all of it.
-        blanked: also answer with the tuned model and a plain grey image in each image's place: what the answer owes to
-            the picture is the difference.
-        swapped: the same, and with another example's image there: how many answers stay the same.
-        level: what the metrics compare, words or characters; ``auto`` is characters for Chinese and Japanese.
-        also: examples of something else, a check of what tuning made the model forget: their scores are apart.
-        prompt: the instruction for captions.
-        commonest: the commonest answers of the training data; without them those of the references take their place.
-        decoding: by default the usual one, with room for the longest answer with boxes.
-        progress: called with the number of passes over a question done and their total.
-        team: the processes that share the questions; each gives the same evaluation, to the bit that of one.
+        blanked: also ask the tuned model about plain grey images: what it still gets right, it guesses.
+        swapped: as ``blanked``, and also about another example's image: how many answers stay the same.
+        level: what the metrics compare: "word", "char", or "auto" (characters for Chinese and Japanese).
+        also: examples of other data, scored apart: did tuning make the model forget?
+        prompt: the instruction for captions. By default the captioner's own prompt, for captions that were read with
+            no other one, and its system message, for rows without one.
+        commonest: the commonest answers of the training data; by default those of ``examples``.
+        decoding: by default greedy, with room for the longest answer with boxes.
+        progress: called with the number of answers that are there, and the number of all.
+        team: the processes that share the questions. Each returns the same evaluation, bit for bit.
+
+    Raises:
+        ConfigError: there are no examples; or the prompt has variables, and the data was not read with it.
+        DataError: no image can be used. If some cannot, they are left out, and listed in ``scores.failed``.
     """
-    examples = examples.part("test", "val").examples if isinstance(examples, Dataset) else examples
+    wanted, examples = _asking(_part(examples), speaker, prompt)
     if not examples:
         raise ConfigError("There are no held-out examples. Give some with --val or a higher --val-split.")
     with_adapter = ["tuned", "blanked"] if blanked or swapped else ["tuned"]
     passes = ["base", *(with_adapter if speaker.tuned else [])]
-    questions = [questions_about(example, prompt, speaker) for example in examples]
+    questions = [questions_about(example, wanted, speaker) for example in examples]
     given, decoding = decoding, decoding or _with_room(questions)
     asked = dict.fromkeys(passes, questions)
     short = [[question.briefly() for question in of if question.task == ANSWERS] for of in questions]
@@ -334,7 +348,7 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
     answers, failed = _ask(speaker, examples, asked, decoding, progress, team)
     if len(failed) == len(examples):
         raise DataError(f"None of the {len(examples):,} held-out images can be used; the first: {failed[0]}.")
-    guesses = commonest or Commonest.of(examples, prompt, "the held-out data", partial(_read, speaker))
+    guesses = commonest or Commonest.of(examples, wanted, "the held-out data", partial(_read, speaker))
     answered = []
     for i, example in enumerate(examples):
         if i in failed:
@@ -359,10 +373,42 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
         failed=tuple(FailedExample(examples[i].place, failed[i]) for i in sorted(failed)),
         unmoved=_unmoved(speaker, examples, questions, answers, decoding, team) if swapped and speaker.tuned else None,
         also=evaluate(speaker, also, level=level, prompt=prompt, decoding=given, progress=progress, team=team).scores
-        if also
+        if _part(also)
         else None,
     )
     return Evaluation(tuple(answered), scores, values)
+
+
+def _part(examples: Sequence[Example] | Dataset) -> Sequence[Example]:
+    return examples.part("test", "val").examples if isinstance(examples, Dataset) else examples
+
+
+def _asking(examples: Sequence[Example], speaker: Speaker, given: str | None) -> tuple[str, list[Example]]:
+    """The prompt, and the examples with it where their rows have no question of their own.
+
+    If none is ``given``, it is the captioner's, which replaces only the default prompt. Then the captioner's system
+    message stands where there is none.
+
+    Raises:
+        ConfigError: the prompt has variables. What they stand for, and must not give away, is known as data is read.
+    """
+    captioner = speaker if given is None and isinstance(speaker, Captioner) else None
+    wanted, system = (captioner.prompt, captioner.system) if captioner else (given or DEFAULT_PROMPT, "")
+
+    def asked(dialogue: Dialogue) -> Dialogue:
+        if system and not dialogue.system:
+            dialogue = replace(dialogue, system=system)
+        if dialogue.prompt in ("", wanted) or not (given or dialogue.prompt == DEFAULT_PROMPT):
+            return dialogue
+        if variables_of(wanted):
+            raise ConfigError(
+                f"The prompt {wanted!r} has variables, which are filled in when data is read. Read it with this "
+                "prompt: read_dataset(..., prompt=captioner.prompt)."
+            )
+        turn = replace(dialogue.turns[0], user=filled(wanted, None, {}))
+        return replace(dialogue, turns=(turn,), prompt=wanted)
+
+    return wanted, [replace(each, dialogues=tuple(map(asked, each.dialogues))) for each in examples]
 
 
 def against(

@@ -38,18 +38,20 @@ LEAST_EFFECT = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What `merge` wrote, and how base, adapter, merged and reloaded model compare on the same images.
-
-    ``effect`` is the distance of the tuned logits from the base's, ``error`` that of the reloaded model's from the
-    tuned, both as a share of the tuned logits' length. ``captions`` are the tuned and the reloaded model's, by image.
-    """
+    """What `merge` wrote, and how it compares with the adapter on the same images."""
 
     folder: Path
+    """The checkpoint."""
     dtype: str
+    """The number format of its weights: "float32", "bfloat16" or "float16"."""
     dequantised: bool
+    """Whether the base was in four bits, and no longer is."""
     effect: float
+    """The distance between the logits of base and adapter, as a share of the length of the adapter's."""
     error: float
+    """The distance between the logits of adapter and merged model, read back from the disk, in the same unit."""
     captions: tuple[tuple[str, str], ...]
+    """For each image the captions of the adapter and of the merged model."""
 
 
 def merge(
@@ -61,18 +63,18 @@ def merge(
     images: Sequence[str | Path] = (),
     report: Callable[[str], None] = lambda text: None,
 ) -> Merged:
-    """Write base and LoRA adapter as one plain checkpoint: weights, configs, processor with the adapter's pixel limits,
-    chat template, and a card and the adapter's contract, for the prompt it was trained with.
+    """Write base and LoRA adapter as one plain checkpoint, and prove that it says what the adapter says.
 
-    An adapter of ``--method qlora`` is merged into the values that the base's four bits stand for, as it was trained on
-    them, and the result is in four bits no more.
+    The folder holds weights, configs, the processor with the adapter's pixel limits, the chat template, a model card,
+    and ``contract.json`` with the prompt of the training. An adapter of ``--method qlora`` is merged into the values
+    that the base's four bits stand for, as it was trained on them; the result is not in four bits.
 
     Args:
         adapter: run folder or adapter folder.
-        output: folder to make; it appears whole or not at all.
-        model: the base, by default the one the adapter names.
-        dtype: ``float32`` or ``bfloat16``; by default the number format of the base's files.
-        images: files that the models are compared on; by default pictures of coloured noise.
+        output: the folder to make; it appears whole or not at all.
+        model: the base; by default the one that the adapter names.
+        dtype: "float32" or "bfloat16"; by default the number format of the base's files.
+        images: files to compare the models on; by default pictures of coloured noise.
         report: called with a line for each stage.
 
     Raises:

@@ -8,18 +8,20 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """(step, loss) by step: of each step's training data, and of the held-out data at each checkpoint."""
+    """The losses of a run, as (step, loss) by step. A loss is the mean over the learnt tokens, in nats per token."""
 
     training: list[tuple[int, float]] = field(default_factory=list)
+    """Of each step's training data, before its update."""
     held_out: list[tuple[int, float]] = field(default_factory=list)
+    """Of the held-out images, or a sample of them, at each checkpoint."""
     sample: tuple[int, int] | None = None
-    """How many held-out images those are of, and of how many, at the last checkpoint; None: of all."""
+    """The size of that sample and the number of held-out images, at the last checkpoint; None if all are scored."""
     of_all: float | None = None
-    """The loss of all held-out images by the final adapter, where the others are of a sample."""
+    """The loss of all held-out images under the final adapter, if `held_out` is of a sample."""
 
     @property
     def held_out_of(self) -> str:
-        """What the held-out losses are of, in words."""
+        """Which images `held_out` is of, in words: "all images", or "sample of 16 of 200 images"."""
         return sample_of(*self.sample) if self.sample else "all images"
 
 
@@ -28,7 +30,8 @@ def sample_of(images: int, of: int) -> str:
 
 
 def read_losses(run: Path) -> Losses:
-    """The losses in a run folder's ``metrics.jsonl``; none without the file. A line that was cut off is passed over."""
+    """The losses in a run folder's ``metrics.jsonl``. Without the file there are none; a line that was cut off is
+    skipped."""
     losses, file = Losses(), run / "metrics.jsonl"
     sample, of_all = None, None
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else ():

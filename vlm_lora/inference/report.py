@@ -103,10 +103,13 @@ def write_report(
 
 
 def show_learning(run: Path, pictures: Mapping[str, ImageRef]) -> Markup:
-    """HTML of a run's loss curve and filmstrip, as far as it has come; empty where there is neither.
+    """HTML of a run's loss curve, and of the captions that were watched while it trained (``--watch``).
+
+    It can be called while the run is still training, and is empty as long as there is nothing to show.
 
     Args:
-        pictures: those that were watched, by the id of their example.
+        run: the run folder.
+        pictures: the watched images, by the id of their example.
     """
     films, (plot, loss) = read_filmstrip(run), _loss_plot(read_losses(run))
     if not (films or plot):

@@ -177,21 +177,29 @@ answer's 4-grams that it has said before."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelScores:
-    """What all answers of one model scored: each metric, words (or characters) per answer, the share of answers that
-    differ, and the mean share of an answer's 4-grams that it has said before."""
+    """What all answers of one model scored. Everything is a share from 0 to 1, but for `cider_d` and `mean_words`."""
 
     exact_match: float
+    """The share of answers that equal a reference, but for case and a full stop at the end."""
     vqa_accuracy: float
+    """Agreement with the human answers (VQA, arXiv:1505.00468)."""
     anls: float
+    """How near the spelling comes to a reference (ST-VQA, arXiv:1905.13648)."""
     cider_d: float
+    """From 0 to 10 (CIDEr-D, arXiv:1411.5726)."""
     rouge_l: float
+    """ROUGE-L (Lin 2004)."""
     bleu_1: float
+    """BLEU (Papineni et al. 2002), up to this many words in a row."""
     bleu_2: float
     bleu_3: float
     bleu_4: float
     mean_words: float
+    """Words, or characters, of an answer."""
     distinct: float
+    """The share of answers that differ from each other."""
     repetition: float
+    """The mean share of an answer's 4-grams that it has said before."""
 
 
 EVERYWHERE = tuple(each.name for each in fields(ModelScores) if each.name in METRICS)
@@ -200,7 +208,7 @@ EVERYWHERE = tuple(each.name for each in fields(ModelScores) if each.name in MET
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KindScores:
-    """Of one kind of question: the number of answers, the exact match of each model, and their VQA accuracy by name."""
+    """Of one type of question: the number of answers, each model's exact match, and their VQA accuracy by model."""
 
     answers: int
     base: float
@@ -211,9 +219,9 @@ class KindScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TypeScores:
-    """Of the questions of one type (`Dialogue.kind`): how many, and the first two metrics of their task, by who.
+    """Of the questions of one type (`Dialogue.kind`): how many, and the first two metrics of their task, by model.
 
-    ``gains`` are those of tuned over each of `RIVALS` in the first metric, where there are images enough to tell.
+    ``gains`` has tuned minus each of `RIVALS` in the first metric, from 20 images on.
     """
 
     answers: int
@@ -223,17 +231,17 @@ class TypeScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskScores:
-    """What the answers of one task scored, without those of any other.
+    """The scores of the answers of one task.
 
     Attributes:
-        reference_words: how many words the data's answers have in the mean.
-        scores: of each of `WHO` that answered, each metric and each of `STATISTICS`.
-        intervals: of each of them, those of the metrics.
-        gains: of tuned over each of `RIVALS`, by metric.
-        types: by the data's types of questions.
-        guess: the commonest answer where there is one, the commonest of them where they differ by question.
-        guess_source: of which data it is the commonest.
-        fields: of JSON, by the path of each of the references' fields; indices are left out of it.
+        reference_words: the mean number of words of the data's answers.
+        scores: by model (each of `WHO` that answered) and metric; `STATISTICS` too.
+        intervals: the 95 % intervals of the metrics, by model and metric.
+        gains: tuned minus each of `RIVALS`, by rival and metric.
+        types: the scores by type of question.
+        guess: the commonest answer; if it differs by question, the commonest of these.
+        guess_source: which data it is the commonest answer of.
+        fields: for JSON, the scores by field. A field is a path without indices, such as ``items[].name``.
     """
 
     examples: int
@@ -274,7 +282,7 @@ def _gains(of_metric: dict[str, Any]) -> dict[str, Gain]:
 
 @dataclass(frozen=True, slots=True)
 class Unmoved:
-    """The share of the tuned model's answers that stay the same without their picture, and the interval around it."""
+    """The share of the tuned model's answers that stay the same without their picture, and its 95 % interval."""
 
     share: float
     low: float
@@ -283,7 +291,7 @@ class Unmoved:
 
 @dataclass(frozen=True, slots=True)
 class FailedExample:
-    """An example that was left out, as one of its images cannot be used."""
+    """An example that was left out because one of its images cannot be used."""
 
     source: str
     reason: str
@@ -291,19 +299,28 @@ class FailedExample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """What ``eval --json`` prints, key by key; what is None or False is left out there.
+    """The scores of an evaluation. ``vlm-lora eval --json`` prints them key by key, without what is None or False.
 
-    Everything but ``tasks`` is over all answers together: of captions and questions in one set, look at their tasks.
+    The report and the verdict use ``tasks``. All other scores are over all answers together: if the data has captions
+    and questions, they say little.
 
     Attributes:
-        tokens: name of what the metrics took for a word.
-        reference_words: how many words the data's answers have in the mean.
-        intervals: of base, tuned and blanked, those of each metric. An earlier version gave none for BLEU.
-        gain: of tuned over base, by metric.
-        base_in_four_bits: base and tuned are those of a base in four bits, of QLoRA's or as --load-in-4bit has it.
+        examples: the number of examples.
+        answers: the number of questions that were answered.
+        tokens: the name of the rule that cuts texts into words or characters.
+        reference_words: the mean number of words of the data's answers.
+        intervals: the 95 % intervals, by model ("base", "tuned", "blanked") and metric, from resampled images. An
+            earlier version has none for BLEU.
+        base: the scores of the base model.
+        tuned: those of the tuned model.
+        blanked: those of the tuned model with grey images, if asked for.
+        gain: tuned minus base, by metric.
+        by_kind: by type of question.
+        base_in_four_bits: whether the base is in four bits, because of QLoRA or ``--load-in-4bit``.
+        failed: the examples that were left out.
         also: the scores on the other data.
-        unmoved: answers that stay the same with the picture ``blanked``, and with an ``other`` one in its place.
-        tasks: what the answers of each of `TASKS` scored; what is shown and judged.
+        unmoved: the share of answers that stay the same with a grey picture ("blanked"), and with another ("other").
+        tasks: the scores of each task: "captions", "answers", "choices", "boxes", "json", "texts".
     """
 
     examples: int
@@ -324,7 +341,7 @@ class Scores:
 
     @property
     def models(self) -> dict[str, ModelScores]:
-        """The scores of each of `MODELS` that was asked."""
+        """The scores by model, of those that were asked."""
         models = {"base": self.base, "tuned": self.tuned, "blanked": self.blanked}
         return {who: model for who, model in models.items() if model}
 

@@ -281,7 +281,7 @@ class FeatureCache:
         """Its bytes, if they are those that were looked at: or another image's features would go by its name."""
         data = image.read_bytes()
         if content_hash(data) != self._looks.sha256(image):
-            raise DataError(f"{image.name!r} has changed since it was first read; put it back, or start anew")
+            raise DataError(f"{image.name!r} has changed since it was first read; put it back, or start again")
         return data
 
     def _fetch(self, image: ImageRef | Image.Image, as_it_is: bool = False) -> ImageEntry:
@@ -350,7 +350,7 @@ class FeatureCache:
             return work(self.store)
         except (OSError, SafetensorError) as error:
             self._failing = True
-            self.warn(f"no more features are kept in {self.folder}, the tower computes them anew: {error}")
+            self.warn(f"no more features are kept in {self.folder}; the tower computes them each time: {error}")
             return otherwise
 
 

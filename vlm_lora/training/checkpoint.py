@@ -64,7 +64,7 @@ def writing(path: Path) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
             f"{path}: could not be written ({reason}). The checkpoints before were not touched. Make room, or see that "
-            "the folder is there and writable; then go on with --resume."
+            "the folder is there and writable; then continue with --resume."
         ) from error
 
 
@@ -154,7 +154,7 @@ def load_checkpoint(
         why = "; ".join(damaged) or f"set aside before as damaged: {', '.join(aside)}"
         raise CheckpointError(
             f"{folder}: no whole checkpoint is left to resume from ({why}). Put one back from a copy, without .damaged "
-            "in its name, or begin anew with another --output."
+            "in its name, or start again with another --output."
         )
     return start
 
@@ -170,7 +170,7 @@ def load_weights(folder: Path, step: int, parameters: NamedParameters) -> None:
         _, _, contents = _read(path)
     except _Damaged as error:
         raise CheckpointError(
-            f"{path}: the best checkpoint is damaged or gone ({error}). Go on with --resume, without --patience and "
+            f"{path}: the best checkpoint is damaged or gone ({error}). Continue with --resume, without --patience and "
             "--load-best-at-end, to end with the last adapter instead."
         ) from error
     _restore_weights(path, parameters, load(contents[ADAPTER]))
@@ -197,8 +197,8 @@ def _check_identity(path: Path, before: dict, now: dict, allow_change: Collectio
         )
     if refused:
         raise CheckpointError(
-            f"{path}: belongs to a run with other settings or data ({told}). Start a new --output, or go on all the "
-            f"same with --allow-change {','.join(refused)}: the run is then no longer one that can be repeated."
+            f"{path}: belongs to a run with other settings or data ({told}). Start a new --output, or "
+            f"continue anyway with --allow-change {','.join(refused)}: the run can then no longer be repeated exactly."
         )
     return set(changed)
 
@@ -252,7 +252,7 @@ def _read(path: Path) -> tuple[Progress, dict, dict[str, bytes]]:
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror}), and is left as it is. See that the disk is there and the "
-            "files are readable; then go on with --resume."
+            "files are readable; then continue with --resume."
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _Damaged(f"{MANIFEST} makes no sense: {error}") from error

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 
 class Events:
-    """A method for each thing that happens, called in every process. They do nothing: override those you want."""
+    """A method for each thing that happens in a run. They do nothing: override those you want. All are called in every
+    process of a run. In those with ``done`` and ``total``, ``done`` of ``total`` are finished."""
 
     def data(self, format: str, train: Sequence[Example], held_out: Sequence[Example], bad: Sequence[BadRow]) -> None:
-        """The data has been read and split; ``format`` says what it was taken for."""
+        """The data was read and split; ``format`` says what it was taken for."""
 
     def folder(self, folder: Path) -> None:
         """The run folder is there and locked."""
@@ -28,16 +29,16 @@ class Events:
         """The base model is loaded and the adapter attached."""
 
     def looks(self, done: int, total: int) -> None:
-        """So many images have been looked at, of those that no earlier run has looked at."""
+        """Images are checked, if no earlier run has checked them."""
 
     def tokens(self, done: int, total: int) -> None:
-        """So many examples have their tokens counted."""
+        """The tokens of examples are counted."""
 
     def survey(self, survey: Survey, folder: Path | None, seen_once: bool) -> None:
-        """What the images will take in the cache ``folder``, if there is one."""
+        """The space that the images' features will take in the cache ``folder``; None: they are not kept on disk."""
 
     def cache(self, done: int, total: int) -> None:
-        """So many examples have their images seen, or found in the cache."""
+        """The vision tower sees the images of examples, or finds them in the cache."""
 
     def start(
         self,
@@ -50,10 +51,10 @@ class Events:
         sharded: bool,
         imbalance: float,
     ) -> None:
-        """The steps begin, after ``step`` of them; ``answers`` is of an epoch."""
+        """The steps begin, after ``step`` earlier ones; an epoch has ``answers`` answers."""
 
     def compiling(self) -> None:
-        """The layers are compiled now, which takes a minute or two."""
+        """The layers are being compiled, which takes a minute or two."""
 
     def step(  # arguments: the numbers of a line of metrics.jsonl
         self,
@@ -69,34 +70,36 @@ class Events:
         seconds: float,
         seconds_left: float,
     ) -> None:
-        """A step is done, the ``step``-th counted from 1; ``seconds`` since the first one of this process began."""
+        """Step number ``step``, counted from 1, is done, ``seconds`` after this process began its first one. ``loss``
+        is in nats per learnt token; ``seconds_left`` is an estimate."""
 
     def sample(self, *, images: int, of: int, share: float, steps: float) -> None:
-        """The held-out loss at a checkpoint will be of so many ``images`` of all, and take this share of the work of
-        the steps between two; that of all, once at the end, the work of so many steps."""
+        """Each checkpoint scores a sample of ``images`` held-out images out of ``of``, which takes ``share`` of the
+        work of the steps between two checkpoints. Scoring all, once at the end, takes that of ``steps`` steps."""
 
     def held_out(self, *, step: int, loss: float, images: int, of: int) -> None:
-        """The loss after ``step`` of ``images`` held-out ones, ``of`` so many: at checkpoints, and all at the end."""
+        """The held-out loss after ``step``, of ``images`` images out of ``of``. It comes at checkpoints, and of all at
+        the end."""
 
     def watching(self, *, images: int, share: float) -> None:
-        """So many held-out ``images`` will be captioned at the start and at each checkpoint, which takes this ``share``
-        of the operations of all steps. Where it would be too large for a single one there are none, and it is that
-        one's."""
+        """At the start and at each checkpoint, ``images`` held-out images will be captioned, which takes ``share`` of
+        the operations of all steps. With 0 images, ``share`` is what a single one would take: too much."""
 
     def watched(self, *, step: int, captions: Sequence[Mapping[str, str]]) -> None:
-        """What is said after ``step`` of each image that is watched: example, image, question, reference, caption."""
+        """The captions of the watched images after ``step``; keys: example, image, question, reference, caption."""
 
     def scoring(self, done: int, total: int) -> None:
-        """So many of all held-out examples are scored, at the end."""
+        """All held-out examples are scored, at the end."""
 
     def best(self, *, step: int, loss: float, images: int, of: int, last: int, num_steps: int) -> None:
-        """The adapter of the lowest held-out loss (of ``images``) was taken, though ``last`` was the last step."""
+        """The adapter of ``step``, with the lowest held-out loss, was taken; ``last`` was the last step of
+        ``num_steps``."""
 
     def cost(self, predicted: "Prediction", seconds: float | None, measured: "Measured") -> None:
-        """What was predicted beside what the steps took; ``seconds`` were predicted from steps 2 and 3."""
+        """What was predicted, and what was measured; ``seconds`` is the time predicted from steps 2 and 3."""
 
     def comparison(self, done: int, total: int) -> None:
-        """So many held-out examples were answered by base and tuned."""
+        """Held-out examples are answered by base and tuned."""
 
     def warning(self, text: str) -> None:
-        """Something a person should know; the run goes on."""
+        """Something a person should know; the run continues."""

@@ -77,7 +77,7 @@ class Lesson:
         ):
             raise DataError(
                 f"{self.example.place}: has {found.num_tokens} tokens, and had {self.num_tokens} when they were "
-                "counted: its texts or its image have changed since; put them back, or start anew"
+                "counted: its texts or its image have changed since; put them back, or start again"
             )
         return found
 

@@ -185,8 +185,8 @@ class TrainingLoop:
         before = everything if progress.val_images is None else min(progress.val_images, everything)
         if wanted is not None and min(wanted, everything) != before:
             self.events.warning(
-                f"--val-images {wanted}: the held-out losses before were of {before:,} images, and cannot be compared "
-                "with those from here on: which checkpoint is the best is found anew."
+                f"--val-images {wanted}: earlier held-out losses are of {before:,} images, and cannot be compared "
+                "with those from here on. The search for the best checkpoint starts again."
             )
             progress.best_step, progress.best_loss, progress.since_best = None, None, 0
             before = min(wanted, everything)
@@ -238,7 +238,7 @@ class TrainingLoop:
 
     def _do_without_compiled(self, why: str) -> None:
         self.backbone.use_compiled(False)
-        self.events.warning(f"torch.compile cannot be used here: {why}. Training goes on without it, and is slower.")
+        self.events.warning(f"torch.compile cannot be used here: {why}. Training continues without it, and is slower.")
 
     def _try_largest_step(self, first: int) -> None:
         """Out of memory is found out here and not hours later: the step with the largest micro-batch is computed first,
@@ -290,7 +290,7 @@ class TrainingLoop:
         if config.on_nonfinite == "skip" and progress.skipped <= config.max_skipped:
             self.events.warning(f"{text} Left out, the {progress.skipped}. of at most {config.max_skipped}.")
             return
-        advice = "Try a lower --lr, or --dtype float32. From the last checkpoint, --resume goes on"
+        advice = "Try a lower --lr, or --dtype float32. --resume continues from the last checkpoint"
         if config.on_nonfinite == "skip":
             raise TrainingError(f"{text} More than --max-skipped {config.max_skipped} steps. {advice}.")
         raise TrainingError(f"{text} {advice}, with --on-nonfinite skip leaving such steps out.")

@@ -55,7 +55,7 @@ class BoxReader:
             found = f"{', '.join(map(repr, filled))}" if filled else type(objects).__name__
             raise DataError(
                 f"has objects of a shape that is not known ({found[:100]}); expected those of ms-swift, "
-                f"{', '.join(FIELDS)}: write them so, or say --ignore-columns objects to pass them over"
+                f"{', '.join(FIELDS)}: write them so, or read the rows without them: --ignore-columns objects"
             )
         refs, boxes, kind = filled.get("ref", []), filled.get("bbox", []), filled.get("bbox_type") or "real"
         if not isinstance(refs, list) or not all(isinstance(ref, str) and ref.strip() for ref in refs):

@@ -72,7 +72,7 @@ def read_coco(data: dict, source: str, prompt: str, find: Find, ledger: Ledger) 
             ref = find(images[image_id]["file_name"])
             row = images[image_id] | {key: value for key, value in annotation.items() if key != "caption"}
             asked = filled(prompt, ref, row)
-            yield (ref,), Dialogue((Turn(asked, caption),), caption=True, source=f"{source}:{where}")
+            yield (ref,), Dialogue((Turn(asked, caption),), caption=True, prompt=prompt, source=f"{source}:{where}")
         except DataError as error:
             yield BadRow(source, None, f"{where}: {error}")
     for image_id, image in images.items():

@@ -146,12 +146,13 @@ def _in_folder(folder: Path, root: Path, format: str | None) -> Layout:
     below = any(file.parent != folder and is_image_name(file) for file in files)
     if below and (format == "classes" or (format is None and not why_not)):
         return Layout("classes", root, tuple(files), folder=folder)
-    known = "; ".join(f"{name}: {what}" for name, what in FORMATS.items() if format in (None, name))
+    expected = f"{format}: {FORMATS[format]}" if format else "a caption beside each image (cat.txt beside cat.jpg)"
+    expected += "" if format else ", a metadata.jsonl, or a file of rows; docs/data.md shows all formats"
     named = f" (the names of folders are not taken for captions, as {why_not}; --format classes does)" if below else ""
     inside = [file.name for file in files if file.suffix.lower() == ".zip"]
     named += f"; to read {inside[0]!r}, pass it itself" if inside else ""
     found = f"nothing recognised among {len(files)} files ({images} images){named}"
-    raise DataError(f"{str(folder)!r}: {found}; expected one of: {known}")
+    raise DataError(f"{str(folder)!r}: {found}; expected {expected}")
 
 
 def _in_parts(folder: Path, root: Path, format: str | None) -> Layout:

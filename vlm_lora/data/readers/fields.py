@@ -72,8 +72,8 @@ class Fields(dict):
                 continue
             if why := _meaning(str(name), value, has_images):
                 raise DataError(
-                    f"has a field {name!r}{whose and f' in {whose}'} that nothing here takes up: {why}; "
-                    f"take it out, or say --ignore-columns {name} to pass it over"
+                    f"has a field {name!r}{whose and f' in {whose}'} that is not used here: {why}; "
+                    f"take it out, or give --ignore-columns {name} to read the rows without it"
                 )
             yield str(name)
 
@@ -116,7 +116,8 @@ def split_of(value: object) -> str:
     found = SPLITS.get(value.strip().lower()) if isinstance(value, str) else None
     if found is None:
         raise DataError(
-            f"its split is {value!r}; expected train, val or test: correct it, or say --ignore-columns to pass it over"
+            f"its split is {value!r}; expected train, val or test: correct it, or read the rows without it: "
+            "--ignore-columns"
         )
     return found
 

@@ -124,8 +124,8 @@ def read_sidecars(
                 caption = _caption(texts[0], finder)
                 asked = filled(prompt, ref, {}, caption_file=texts[0].suffix)
                 part = _part(path, twins.images if twins and path.is_relative_to(twins.images) else folder)
-                said = Dialogue((Turn(asked, caption),), caption=True, split=part, source=name, line=1)
-                yield (ref,), said
+                turns = (Turn(asked, caption),)
+                yield (ref,), Dialogue(turns, caption=True, prompt=prompt, split=part, source=name, line=1)
             except DataError as error:
                 yield BadRow(name, None, str(error))
     for path in (path for texts in captions.values() for path in texts):
@@ -195,8 +195,8 @@ def read_classes(
                 shown = shown.partition("_")[2].strip()
             answer = text_of(unicodedata.normalize("NFC", shown), "name of a class")
             part = _part(path, folder) if path.parent.parent != folder else ""
-            said = Dialogue((Turn(filled(prompt, ref, {}), answer),), caption=False, split=part, source=name)
-            yield (ref,), said
+            turns = (Turn(filled(prompt, ref, {}), answer),)
+            yield (ref,), Dialogue(turns, caption=False, prompt=prompt, split=part, source=name)
         except DataError as error:
             yield BadRow(name, None, str(error))
 

@@ -12,14 +12,14 @@ from vlm_lora.data.readers.boxes import has_numbers
 
 @dataclass(frozen=True, slots=True)
 class BadRow(Placed):
-    """A row that was set aside; nothing else of the data is lost with it."""
+    """A row that cannot be used. Nothing else of the data is lost with it."""
 
     source: str
-    """File, relative to the folder that was read."""
+    """The file, relative to the folder that was read."""
     line: int | None
-    """From 1; the row's number where the format has no lines (Parquet), None where it has neither."""
+    """The line, from 1; the number of the row if the format has no lines (Parquet); None if it has neither."""
     reason: str
-    """What was found, what was expected, what to do."""
+    """What was found, what was expected, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +42,26 @@ Entry = tuple[tuple[ImageRef, ...], Dialogue]
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Dataset:
-    """All data that were read: every row is a dialogue of one of `examples`, `val` or `test`, or in `bad`."""
+    """What `read_dataset` found. Every row is a dialogue in `examples`, `val` or `test`, or it is in `bad`."""
 
     format: str
+    """The format that was detected: "sidecar", "coco", "messages" and so on."""
     examples: tuple[Example, ...]
-    """What may be trained on: whose rows belong to no other part."""
+    """What may be trained on: one Example for each image, in the order of the data."""
     bad: tuple[BadRow, ...]
+    """The rows that cannot be used, each with file, line and reason."""
     val: tuple[Example, ...] = ()
-    """Those whose rows say that they are for validation."""
+    """Examples that the data marks for validation; never trained on."""
     test: tuple[Example, ...] = ()
-    """Those whose rows say that they are for testing."""
+    """Examples that the data marks for testing; never trained on."""
     note: str = ""
-    """Which columns were taken for what, where the data have columns."""
+    """Which columns were taken for what, if the data has columns."""
     unread: str = ""
-    """What was left alone of a folder that holds more than one thing."""
+    """What was left alone in a folder that holds more than one thing."""
     unused: dict[str, int] = field(default_factory=dict)
-    """Fields that nothing took up, and how many rows have each."""
+    """Fields that nothing uses, and how many rows have each."""
     parts: tuple[str, ...] = ()
-    """What each of several sources holds, a line each."""
+    """If several sources were read: a line for each."""
 
     def __repr__(self) -> str:
         answers = sum(len(example.dialogues) for example in self.examples)
@@ -69,7 +71,7 @@ class Dataset:
 
     @property
     def taken_for(self) -> str:
-        """The format, which columns were taken for what, and what was left unread."""
+        """In words: the format, which columns were taken for what, and what was not read."""
         apart = [
             f"{len(side):,} examples are marked {name} and never trained on"
             for name, side in (("val", self.val), ("test", self.test))
@@ -80,8 +82,8 @@ class Dataset:
 
     @property
     def boxes(self) -> dict[str, int]:
-        """How many boxes and points were "read", and "clipped" as they reached out of their image; and how many texts
-        have such as numbers in their JSON, "as_is". Those that are none are left out."""
+        """Counts, without those that are 0: boxes and points that were "read", those "clipped" at the edge of their
+        image, and texts with boxes as numbers in JSON, learnt "as_is"."""
         dialogues = [d for e in (*self.examples, *self.val, *self.test) for d in e.dialogues]
         boxes = [box for dialogue in dialogues for box in dialogue.boxes]
         texts = [text for dialogue in dialogues for turn in dialogue.turns for text in (turn.user, turn.assistant)]
@@ -94,23 +96,24 @@ class Dataset:
 
     @property
     def named_unused(self) -> str:
-        """The fields that nothing took up, in words; "" where there are none."""
+        """The fields that nothing uses, in words; "" if there are none."""
         named = [f"{name!r} in {times:,}" for name, times in self.unused.items()]
         more = f" and {len(named) - 12} more" if len(named) > 12 else ""
         return f"unused columns, and rows that have them: {', '.join(named[:12])}{more}" if named else ""
 
     @property
     def in_one(self) -> "Dataset":
-        """All examples in one, whatever part their rows belong to."""
+        """The same data set with all examples in `examples`, whatever part they are marked for."""
         return replace(self, examples=with_ids((*self.examples, *self.val, *self.test)), val=(), test=())
 
     def part(self, *names: str) -> "Dataset":
-        """The data set of those rows alone that are marked "val" or "test", as named; of all if none is so marked."""
+        """The data set of the examples marked "val" or "test", as named; of `examples` if none is marked so."""
         marked = tuple(example for name in names for example in getattr(self, name))
         return replace(self, examples=with_ids(marked) or self.examples, val=(), test=())
 
     def fingerprint(self) -> str:
-        """Hash (hex) of ids, texts, image names and sizes, in order. Reads no image; survives a move."""
+        """A hash, in hex, of ids, texts, and names and sizes of images, in order. It reads no image, and stays the same
+        if the folder moves."""
         digest = hashlib.sha256()
         for example in self.examples:
             images = [(ref.name, ref.sha256 or ref.size) for ref in example.images]

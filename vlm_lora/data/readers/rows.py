@@ -251,7 +251,8 @@ class RowReader:
             # The name of a class is right or wrong, as an answer is
             is_caption = not isinstance(caption, ClassName) and (learnt != "label" or "caption" in self.columns)
             try:
-                yield Dialogue((replace(question, assistant=text_of(caption, "caption")),), caption=is_caption)
+                turns = (replace(question, assistant=text_of(caption, "caption")),)
+                yield Dialogue(turns, caption=is_caption, prompt="" if asked is not None else self.prompt)
             except DataError as error:
                 yield error
 
@@ -371,7 +372,7 @@ def weight_of(value: object, name: str) -> float:
         return float(value)
     raise DataError(
         f"its {name} is {value!r}; expected a number from 0 to {MAX_WEIGHT}, by which its loss is multiplied: "
-        f"correct it, or say --ignore-columns {name} to pass it over"
+        f"correct it, or give --ignore-columns {name} to read the rows without it"
     )
 
 

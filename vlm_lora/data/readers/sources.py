@@ -28,38 +28,43 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSettings:
-    """How data are read: `DataSettings(**config.reading)`, as the fields have the names that `TrainConfig` has."""
+    """How data is read. The fields have the names that they have in `TrainConfig`."""
 
     prompt: str = DEFAULT_PROMPT
-    """The instruction that a caption answers."""
+    """The instruction that a caption answers; it may hold variables, such as ``{tags}``."""
     format: str | None = None
-    """One of FORMATS; None: it is detected."""
+    """The format, such as "sidecar", "coco" or "messages"; None: it is detected."""
     columns: str | Mapping[str, str] | None = None
-    """Our name (image, caption, question, answer, kind, ...) -> the data's; or text, "image=NAME,caption=NAME"."""
+    """Names of your columns: ``{"image": "NAME", "caption": "NAME"}``, or as text "image=NAME,caption=NAME"."""
     images: str | Path | None = None
-    """A folder where images are looked for that are not beside the data."""
+    """A folder to search for images that are not beside the data."""
     allow_outside: bool = False
-    """Take images outside of the data's folder too (`..`, absolute names, symlinks)."""
+    """Allow images outside of the data's folder (``..``, absolute names, links)."""
     allow_urls: bool = False
-    """Download images that are named by an http:// or https:// address, one after the other."""
+    """Download images that are given as http:// or https:// addresses, one after the other."""
     ignore_columns: str | Sequence[str] = ()
-    """Fields of rows that are passed over as if they were not there; several in one text with commas."""
+    """Fields to read rows without; as text, separated by commas."""
     text_as_is: bool = False
-    """Take marks of other tools in texts (`<video>`, `<|image_1|>`) for the letters they are."""
+    """Read marks of other tools in texts (``<video>``, ``<|image_1|>``) as plain letters."""
     system: str | None = None
-    """The system prompt of rows that have none of their own."""
+    """The system prompt of rows without one."""
     train_on: str = "all"
     """Which answers of a conversation are learnt: "last" or "all"."""
     json_boxes: str = AS_IS
-    """What the numbers of `bbox_2d` and `point_2d` in texts are: "real", "norm1", "norm1000", or not known, "as-is"."""
+    """The unit of the numbers of ``bbox_2d`` and ``point_2d`` in texts: "real" (pixels), "norm1" (shares of the image),
+    "norm1000" (thousandths); "as-is" leaves them as they are."""
 
     @property
     def column_names(self) -> dict[str, str]:
-        """`columns` as a dictionary. Raises ConfigError for text that is not "image=NAME,caption=NAME"."""
+        """`columns` as a dictionary.
+
+        Raises:
+            ConfigError: the text is not "image=NAME,caption=NAME".
+        """
         return dict(self.columns) if isinstance(self.columns, Mapping) else parse_columns(self.columns)
 
     def ledger(self) -> Ledger:
-        """A new account of the fields that nothing takes up."""
+        """A new account of the fields that nothing uses."""
         names = self.ignore_columns.split(",") if isinstance(self.ignore_columns, str) else self.ignore_columns
         return Ledger(frozenset(name.strip() for name in names))
 
@@ -71,17 +76,19 @@ def read_dataset(
     progress: Callable[[int], None] = lambda rows: None,
     **fields: Any,
 ) -> Dataset:
-    """All of `data`: a folder, a file, or a hub name (`hf:owner/name`, or `owner/name` that is no path).
+    """Read a folder, a file or a data set of the hub, and detect its format. No image is decoded.
 
-    Or several of these, each perhaps with a weight after it: an epoch learns from each answer of `photos:2` twice.
-    Weights are integers, so that no answer is left out, and none comes more often by chance.
+    A row that cannot be used raises nothing: it is listed in the result's ``bad``.
 
     Args:
-        settings: how rows are read. Its fields can be given by name instead, or on top: `prompt="Describe this."`.
-        progress: called with the number of rows read of a source, at every row.
+        data: a path, or a hub name (``hf:owner/name``, ``hf-stream:owner/name:train[:1000]``), or several of these. An
+            epoch learns each answer of ``photos:2`` twice; weights are whole numbers.
+        settings: how rows are read. Its fields can also be given by name: ``prompt="Describe this."``.
+        progress: called with the number of rows read so far of a source.
 
-    Raises DataError where nothing is recognised, or more than one thing; ConfigError for an unknown format or
-    column. A bad row never raises: it becomes a BadRow.
+    Raises:
+        DataError: nothing is there, or it can be read in no way or in two.
+        ConfigError: an unknown format or column, a weight that is no whole number, or a source given twice.
     """
     settings = replace(settings or DataSettings(), **fields)
     for key, name in settings.column_names.items():
