@@ -61,7 +61,19 @@ def test_results_are_short_in_text(place):
     assert repr(place.result).startswith("<run: 2 steps. ")
     assert repr(place.dataset) == "<Dataset of sidecar: 10 examples, 10 answers>"
     assert repr(place.evaluation).startswith("<Evaluation of 10 answers. ")
+    assert repr(place.evaluation.scores).startswith("<Scores of 10 answers. Captions, CIDEr-D: base ")
+    assert repr(place.captioner) == "<Captioner: lora adapter on tiny, prompt 'Describe this image.'>"
     assert all(len(repr(each)) < 600 for each in (place.result, place.dataset, place.evaluation))
+
+
+def test_a_name_in_the_place_of_what_is_read_from_it_is_answered(place):
+    with pytest.raises(vlm_lora.VlmLoraError, match=r"train\(TrainConfig\(data='photos'\)\); found 'photos'"):
+        vlm_lora.train("photos")
+    with pytest.raises(vlm_lora.VlmLoraError, match=r"read_dataset\('photos'\)"):
+        vlm_lora.evaluate(place.captioner, "photos")
+    with pytest.raises(vlm_lora.VlmLoraError, match=r"holds no config\.json.*in Python adapter="):
+        vlm_lora.Captioner.load("run")
+    assert vlm_lora.read_losses("run") == vlm_lora.read_losses(Path("run"))
 
 
 def test_a_notebook_shows_the_report_and_runs_nothing(place):

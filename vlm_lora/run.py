@@ -8,7 +8,7 @@ from pathlib import Path
 from vlm_lora.config import DEFAULT_EVAL_IMAGES, TrainConfig
 from vlm_lora.data.example import Example
 from vlm_lora.data.readers import BadRow
-from vlm_lora.errors import CheckpointError
+from vlm_lora.errors import CheckpointError, ConfigError
 from vlm_lora.inference.caption import Decoding
 from vlm_lora.inference.captioner import Captioner
 from vlm_lora.inference.card import write_card
@@ -62,7 +62,7 @@ class RunResult:
 
     def __repr__(self) -> str:
         told = f" {' '.join(summary(self.evaluation.scores))}" if self.evaluation else ""
-        return f"<{self.folder}: {self.steps:,} steps.{told}>"
+        return f"<{self.folder}: {self.steps:,} {'step' if self.steps == 1 else 'steps'}.{told}>"
 
     def _repr_html_(self) -> str:
         """For notebooks: the report with its pictures, in a frame; it runs no script."""
@@ -86,8 +86,7 @@ def train(
     """Train an adapter into ``config.output`` (by default a new folder in ``runs``), and compare it with its base.
 
     Args:
-        resume: continue from the newest checkpoint in ``config.output``, or start if there is none; without ``output``
-            continue the newest unfinished run of this data in ``runs``.
+        resume: continue from the newest checkpoint in ``config.output``, or of this data's newest run in ``runs``.
         allow_change: with ``resume``: settings, or "data", "val", "base", that may differ from the checkpoint's.
         events: hears what happens. By default it is printed, with progress; ``Events()`` is silent.
         stop: called after each step. If it returns the number of a signal, the run saves and raises `Stopped`.
@@ -98,6 +97,8 @@ def train(
         VlmLoraError: data, model, folder or numbers are not right, and the message says what to do. It is a
             `ConfigError`, `DataError`, `ModelError`, `CheckpointError` or `TrainingError`; `Stopped` if ``stop`` asked.
     """
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(f"train takes a TrainConfig, such as train(TrainConfig(data='photos')); found {config!r}.")
     events = events or TrainReport()
     trained = train_adapter(
         config, resume=resume, allow_change=allow_change, events=events, stop=stop, watch=_captions(config)

@@ -48,7 +48,10 @@ TRAPS = {
     "what the question is about": (ASKED | {"context": "The fox ran."}, "'context' that is not used here: it bel"),
     "a preference": (ASKED | {"rejected": "a dog"}, "'rejected' that is not used here: it says what to prefer"),
     "a second image": (CAPTION | {"picture": {"caption": "x"}}, "questions and answers are inside of it"),
-    "questions inside": (CAPTION | {"qa": [{"question": "Q", "answer": "A"}]}, "'qa' that is not used .* are inside of it"),
+    "questions inside": (
+        CAPTION | {"qa": [{"question": "Q", "answer": "A"}]},
+        "'qa' that is not used .* are inside of it",
+    ),
     "an image of another name": ({"bild": "a.png", "question": "Q", "answer": "A"}, "'bild' .*: it names an image"),
     "a size of its own": (
         chat([{"type": "image", "image": "a.png", "max_pixels": 9}, {"type": "text", "text": "a"}], "b", images=[]),

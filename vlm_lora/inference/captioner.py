@@ -64,6 +64,11 @@ class Captioner:
         another thread is at work with the device."""
         self._base: Captioner | None = None  # of one that shares another's base
 
+    def __repr__(self) -> str:
+        contract = self.adapter.contract if self.adapter else None
+        how = f"{contract.method} adapter on {contract.base}" if contract else "an adapter" if self.tuned else "a base"
+        return f"<Captioner: {how}, prompt {self.prompt!r}>"
+
     @classmethod
     def load(  # arguments: what a user may choose, as on the command line
         cls,

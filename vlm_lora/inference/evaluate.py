@@ -380,6 +380,8 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
 
 
 def _part(examples: Sequence[Example] | Dataset) -> Sequence[Example]:
+    if isinstance(examples, str | Path):
+        raise ConfigError(f"evaluate takes what read_dataset gives: read_dataset({str(examples)!r}).")
     return examples.part("test", "val").examples if isinstance(examples, Dataset) else examples
 
 

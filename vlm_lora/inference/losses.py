@@ -29,10 +29,10 @@ def sample_of(images: int, of: int) -> str:
     return f"sample of {images:,} of {of:,} images"
 
 
-def read_losses(run: Path) -> Losses:
+def read_losses(run: str | Path) -> Losses:
     """The losses in a run folder's ``metrics.jsonl``. Without the file there are none; a line that was cut off is
     skipped."""
-    losses, file = Losses(), run / "metrics.jsonl"
+    losses, file = Losses(), Path(run) / "metrics.jsonl"
     sample, of_all = None, None
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else ():
         try:

@@ -102,7 +102,7 @@ def write_report(
     return path
 
 
-def show_learning(run: Path, pictures: Mapping[str, ImageRef]) -> Markup:
+def show_learning(run: str | Path, pictures: Mapping[str, ImageRef]) -> Markup:
     """HTML of a run's loss curve, and of the captions that were watched while it trained (``--watch``).
 
     It can be called while the run is still training, and is empty as long as there is nothing to show.
@@ -111,7 +111,7 @@ def show_learning(run: Path, pictures: Mapping[str, ImageRef]) -> Markup:
         run: the run folder.
         pictures: the watched images, by the id of their example.
     """
-    films, (plot, loss) = read_filmstrip(run), _loss_plot(read_losses(run))
+    films, (plot, loss) = read_filmstrip(Path(run)), _loss_plot(read_losses(run))
     if not (films or plot):
         return Markup()
     return render(

@@ -297,7 +297,7 @@ class FailedExample:
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Scores:
     """The scores of an evaluation. ``vlm-lora eval --json`` prints them key by key, without what is None or False.
 
@@ -338,6 +338,14 @@ class Scores:
     also: "Scores | None" = None
     unmoved: dict[str, Unmoved] | None = None
     tasks: dict[str, TaskScores]
+
+    def __repr__(self) -> str:
+        told = []
+        for task, of in self.tasks.items():
+            key, metric = next(iter(of.metrics.items()))
+            values = [f"{who} {metric.text(of.scores[who][key])}" for who in ("base", "tuned") if who in of.scores]
+            told.append(f"{TASKS[task].title}, {metric.name}: {', '.join(values)}")
+        return f"<Scores of {self.answers:,} answers. {'. '.join(told)}>"
 
     @property
     def models(self) -> dict[str, ModelScores]:

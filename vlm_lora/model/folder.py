@@ -155,7 +155,8 @@ def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> dict
     if not (folder / "config.json").exists():
         raise ModelError(
             f"--model {name}: {folder} holds no config.json. "
-            "A base model's folder holds config.json, tokenizer files and *.safetensors."
+            "A base model's folder holds config.json, tokenizer files and *.safetensors. A run or an adapter goes with "
+            "--adapter (in Python adapter=)."
         )
     config = read_json(folder / "config.json")
     if (folder / "adapter_config.json").exists():
