@@ -35,10 +35,10 @@ class TrainReport(Events):
             say(f"  {part.name:<22}{part.modules:>14,}{part.trained:>14,}{part.frozen:>16,}")
 
     def looks(self, done, total) -> None:
-        self.progress.count("Images looked at:", done, total)
+        self.progress.count("Images checked:", done, total)
 
     def tokens(self, done, total) -> None:
-        self.progress.count("Examples in tokens:", done, total)
+        self.progress.count("Tokens counted, examples:", done, total)
 
     def survey(self, survey, folder, seen_once) -> None:
         images = f"{survey.images:,} images, {size(survey.num_bytes)}"
@@ -47,7 +47,7 @@ class TrainReport(Events):
         elif seen_once:
             say(f"Vision tower: each image is seen once, so that its features ({images}) are not kept.")
         else:
-            say(f"Feature cache: {images} on disk in {folder}; {survey.missing:,} images are still to be computed.")
+            say(f"Feature cache: {images} on disk in {folder}; {survey.missing:,} images are not in it yet.")
             if survey.missing_bytes > survey.room:
                 say(
                     f"  There is room for {size(survey.room)} of {size(survey.missing_bytes)}; the other images go "

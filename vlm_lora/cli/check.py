@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     if counts_tokens:
         from vlm_lora.check.tokens import with_tokens  # brings torch
 
-        check = with_tokens(check, config, partial(progress.count, "Examples in tokens:"))
+        check = with_tokens(check, config, partial(progress.count, "Tokens counted, examples:"))
     facts = check.facts()
     if options.json:
         # A file name may be no UTF-8; backslashreplace writes of it what JSON reads

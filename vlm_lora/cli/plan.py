@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
         accelerator=_accelerator(options),
         tflops=options.tflops,
         device_memory=options.device_memory and options.device_memory * 1e9,
-        progress=lambda done, total: progress.count("Examples in tokens:", done, total),
+        progress=lambda done, total: progress.count("Tokens counted, examples:", done, total),
     )
     if options.json:
         print(json.dumps(asdict(plan) | {"memory": plan.cost.memory}))
@@ -147,6 +147,6 @@ def _disk(plan: "Estimate", config: TrainConfig) -> Iterator[str]:
         yield f"            {room} (--cache-gb {config.cache_gb:g}, free disk); of the rest, {in_memory}"
     if plan.cached:
         yield (
-            f"            {plan.cached:,} images are in the cache already; those of this run need no vision tower "
-            "(which of them are of this run is known only once the weights are loaded)"
+            f"            {plan.cached:,} images are in the cache already; if they are of this run, it needs no vision "
+            "tower for them"
         )
