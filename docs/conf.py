@@ -35,16 +35,28 @@ napoleon_use_ivar = True  # or a field would be listed twice
 napoleon_numpy_docstring = False
 
 
-def describe_setting(app, what, name, thing, options, lines: list[str]) -> None:
-    """The fields of TrainConfig, from the table that `--help` is made from."""
+COLON = "\ufffc"
+"""Stands for a colon in the text of a field while napoleon, which takes the words before one for a type, reads it."""
+
+
+def describe_field(app, what, name, thing, options, lines: list[str]) -> None:
+    """The fields of TrainConfig get their text from the table that `--help` is made from."""
     owner, _, field = name.rpartition(".")
     if owner.endswith(".TrainConfig") and field in KNOBS:
         knob = KNOBS[field]
         said = [knob.help[0].upper() + knob.help[1:] + "."]
         said += [f"One of {', '.join(knob.choices)}."] if knob.choices else []
         said += [f"{str(knob.bounds).capitalize()}."] if knob.bounds else []
-        lines[:] = [re.sub(r"([*|`_])", r"\\\1", " ".join(said))]
+        text = re.sub(r"([*|`_])", r"\\\1", " ".join(said))
+        lines[:] = [re.sub(r"(--[a-z-]+)", r"``\1``", text)]
+    if what in ("attribute", "property"):
+        lines[:] = [line.replace(":", COLON) for line in lines]
+
+
+def restore_colons(app, what, name, thing, options, lines: list[str]) -> None:
+    lines[:] = [line.replace(COLON, ":") for line in lines]
 
 
 def setup(app) -> None:
-    app.connect("autodoc-process-docstring", describe_setting)
+    app.connect("autodoc-process-docstring", describe_field, priority=400)  # before napoleon, whose priority is 500
+    app.connect("autodoc-process-docstring", restore_colons, priority=600)

@@ -231,29 +231,26 @@ class TypeScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskScores:
-    """The scores of the answers of one task.
-
-    Attributes:
-        reference_words: the mean number of words of the data's answers.
-        scores: by model (each of `WHO` that answered) and metric; `STATISTICS` too.
-        intervals: the 95 % intervals of the metrics, by model and metric.
-        gains: tuned minus each of `RIVALS`, by rival and metric.
-        types: the scores by type of question.
-        guess: the commonest answer; if it differs by question, the commonest of these.
-        guess_source: which data it is the commonest answer of.
-        fields: for JSON, the scores by field. A field is a path without indices, such as ``items[].name``.
-    """
+    """The scores of the answers of one task."""
 
     examples: int
     answers: int
     reference_words: float
+    """The mean number of words of the data's answers."""
     scores: dict[str, dict[str, float]]
+    """The scores by model (each of `WHO` that answered) and metric; `STATISTICS` too."""
     intervals: dict[str, dict[str, Interval]]
+    """The 95 % intervals of the metrics, by model and metric."""
     gains: dict[str, dict[str, Gain]]
+    """Tuned minus each of `RIVALS`, by rival and metric."""
     types: dict[str, TypeScores]
+    """The scores by type of question."""
     guess: str | None = None
+    """The commonest answer; if it differs by question, the commonest of these."""
     guess_source: str = ""
+    """Which data it is the commonest answer of."""
     fields: dict[str, TypeScores] = field(default_factory=dict)
+    """For JSON, the scores by field. A field is a path without indices, such as ``items[].name``."""
 
     @property
     def metrics(self) -> dict[str, Metric]:
@@ -303,41 +300,39 @@ class Scores:
 
     The report and the verdict use ``tasks``. All other scores are over all answers together: if the data has captions
     and questions, they say little.
-
-    Attributes:
-        examples: the number of examples.
-        answers: the number of questions that were answered.
-        tokens: the name of the rule that cuts texts into words or characters.
-        reference_words: the mean number of words of the data's answers.
-        intervals: the 95 % intervals, by model ("base", "tuned", "blanked") and metric, from resampled images. An
-            earlier version has none for BLEU.
-        base: the scores of the base model.
-        tuned: those of the tuned model.
-        blanked: those of the tuned model with grey images, if asked for.
-        gain: tuned minus base, by metric.
-        by_kind: by type of question.
-        base_in_four_bits: whether the base is in four bits, because of QLoRA or ``--load-in-4bit``.
-        failed: the examples that were left out.
-        also: the scores on the other data.
-        unmoved: the share of answers that stay the same with a grey picture ("blanked"), and with another ("other").
-        tasks: the scores of each task: "captions", "answers", "choices", "boxes", "json", "texts".
     """
 
     examples: int
+    """The number of examples."""
     answers: int
+    """The number of questions that were answered."""
     tokens: str
+    """The name of the rule that cuts texts into words or characters."""
     reference_words: float
+    """The mean number of words of the data's answers."""
     intervals: dict[str, dict[str, Interval]]
+    """The 95 % intervals, by model ("base", "tuned", "blanked") and metric, from resampled images. An earlier version
+    has none for BLEU."""
     base: ModelScores
+    """The scores of the base model."""
     tuned: ModelScores | None = None
+    """Those of the tuned model."""
     blanked: ModelScores | None = None
+    """Those of the tuned model with grey images, if asked for."""
     gain: dict[str, Gain] | None = None
+    """Tuned minus base, by metric."""
     by_kind: dict[str, KindScores]
+    """By type of question."""
     base_in_four_bits: bool = False
+    """Whether the base is in four bits, because of QLoRA or ``--load-in-4bit``."""
     failed: tuple[FailedExample, ...] = ()
+    """The examples that were left out."""
     also: "Scores | None" = None
+    """The scores on the other data."""
     unmoved: dict[str, Unmoved] | None = None
+    """The share of answers that stay the same with a grey picture ("blanked"), and with another ("other")."""
     tasks: dict[str, TaskScores]
+    """The scores of each task: "captions", "answers", "choices", "boxes", "json", "texts"."""
 
     def __repr__(self) -> str:
         told = []
