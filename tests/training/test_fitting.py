@@ -15,6 +15,7 @@ from vlm_lora.cli import main
 from vlm_lora.config import TrainConfig
 from vlm_lora.console import StopSignals, size
 from vlm_lora.data.example import Example
+from vlm_lora.inference.losses import read_memory
 from vlm_lora.progress import TrainReport
 from vlm_lora.training import fitting, loop, run
 from vlm_lora.training.cost import TRAINED, CostModel
