@@ -90,8 +90,8 @@ class Captioner:
             prompt: the instruction for captions; by default the one that the adapter, or a merged model, was trained
                 with. The same holds for ``system`` and the pixel limits.
             system: the system message.
-            dtype: the number format of the base: "float32", "bfloat16", or "auto", which is bfloat16 where the device
-                is fast with it.
+            dtype: the number format of the base: "float32", "bfloat16", "float16", or "auto": on a GPU bfloat16, or
+                float16 where it has no bfloat16; else float32.
             min_pixels, max_pixels: the smallest and largest area of an image, in pixels; others are resized.
             load_in_4bit: keep the base's language layers in NF4 (arXiv:2305.14314), a quarter of their memory. Adapters
                 of ``--method qlora`` always are on such a base; the answers of others change a little.
