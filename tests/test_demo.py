@@ -26,7 +26,7 @@ from vlm_lora.cli import main  # noqa: E402
 from vlm_lora.config import TrainConfig, config_from, read_yaml, write_yaml  # noqa: E402
 from vlm_lora.demo import LOOPBACK, build_app, launch, safe_settings  # noqa: E402
 from vlm_lora.demo.downloads import FORMATS, unlike, write_captions  # noqa: E402
-from vlm_lora.demo.runs import Evaluations, Pictures, find_runs, read_losses  # noqa: E402
+from vlm_lora.demo.runs import Evaluations, Pictures, find_runs  # noqa: E402
 from vlm_lora.demo.speaker import MAX_WAITING, Speaker, Turn  # noqa: E402
 from vlm_lora.errors import AdapterError, ConfigError, DataError  # noqa: E402
 from vlm_lora.inference.review import Reviewed  # noqa: E402
@@ -178,7 +178,7 @@ def test_page_opens_and_names_nothing_elsewhere(app):
     drawn = {part["props"].get("label"): part["type"] for part in config["components"]}
     assert (drawn["Picture"], drawn["Pictures, up to 50"], drawn["Seed"]) == ("image", "file", "number")
     assert drawn["Most tokens"] == "slider"
-    assert {"Picture", "Base", "Tuned", "What the data says", "Held-out pictures of the run", "Loss"} <= labels
+    assert {"Picture", "Base", "Tuned", "What the data says", "Held-out pictures of the run"} <= labels
     assert app.share_url is None
     assert not list(Path(demo.__file__).parent.glob("*.pyi"))  # Gradio likes to write one
 
@@ -356,7 +356,7 @@ def test_who_has_to_wait_is_told_and_blocks_nobody(picture):
 
 
 def test_the_evaluation_is_not_drawn_before_somebody_looks(app):
-    drawn = [fn.name for fn in app.fns.values() if "gallery" in [part.elem_id for part in fn.outputs]]
+    drawn = [fn.name for fn in app.fns.values() if "changed" in [part.elem_id for part in fn.outputs]]
     assert "show" in drawn
     assert "look" not in drawn
 
@@ -682,27 +682,43 @@ def test_examples_are_held_out_pictures_with_references(tmp_path):
     assert evaluations.examples("", 8) == evaluations.examples("nowhere", 8) == []
 
 
-def test_the_gallery_is_sorted_by_gain_and_shows_what_got_worse(tmp_path):
-    evaluations = Evaluations({"run": write_run(tmp_path, count=9)})
-    verdicts = [verdict for _, verdict in evaluations.by_gain("run", only_worse=False)]
-    assert verdicts == ["Better"] * 6 + ["Worse"] * 3
-    worse = evaluations.by_gain("run", only_worse=True)
-    assert {row.example for row, _ in worse} == {"1.png", "4.png", "7.png"}
-    wrong = evaluations.still_wrong("run")
-    assert {row.example for row, _ in wrong} == {"1.png", "4.png", "7.png"}
-    assert {verdict for _, verdict in wrong} == {"Wrong"}
-    told = {(f"picture {i}", f"{HTML} lost", 1) for i in (1, 4, 7)}
-    assert set(evaluations.mistakes("run", 60)) == {(a, b.casefold(), n) for a, b, n in told}
-    assert len(evaluations.mistakes("run", 2)) == 2
-    assert evaluations.still_wrong("nowhere") == evaluations.mistakes("nowhere", 2) == []
-    assert "6 better and 3 worse; 0 score the same" in evaluations.summary("run", 60)
-    assert evaluations.summary("run", 60).startswith("The base model alone")  # as the file has no gain
-    assert "At most 4" in evaluations.summary("run", 4)
+def test_answers_come_by_what_became_of_them(tmp_path):
+    run = write_run(tmp_path, count=9)
+    evaluations = Evaluations({"run": run})
+    places = evaluations.places("run")
+    assert {kind: sorted(of) for kind, of in places.items()} == {
+        "Better": [0, 2, 3, 5, 6, 8], "Worse": [1, 4, 7], "Still wrong": [1, 4, 7],
+    }  # fmt: skip
+    assert evaluations.places("nowhere") == evaluations.places("") == {}
+    (tmp_path / "photos/4.png").unlink()
+    assert 4 not in Evaluations({"run": run}).places("run")["Worse"]
 
 
-def test_losses_are_read_up_to_the_line_that_was_cut(tmp_path):
-    assert read_losses(write_run(tmp_path)) == [(1, 3.0, "training"), (2, 2.0, "training"), (2, 2.5, "held out")]
-    assert read_losses(tmp_path) == read_losses(None) == []
+def test_what_changed_is_shown_answer_by_answer(app):
+    """The figures, the picture with both answers, and what to do where there is nothing; all of it as text."""
+
+    def called(name: str, *given) -> list:
+        (number,) = (i for i, fn in app.fns.items() if fn.name == name and len(fn.inputs) == len(given))
+        asked = {"data": list(given), "fn_index": number, "session_hash": "x"}
+        return httpx.post(f"{app.local_url}gradio_api/run/predict", json=asked, timeout=60).json()["data"]
+
+    (show,) = {i for i, fn in app.fns.items() if fn.name == "show" and fn.outputs[0].elem_id == "changed"} - {
+        i for i, fn in app.fns.items() if fn.js
+    }
+    asked = {"data": ["run"], "fn_index": show, "session_hash": "x"}
+    head, _, radio, _, place, card, tail = httpx.post(
+        f"{app.local_url}gradio_api/run/predict", json=asked, timeout=60
+    ).json()["data"]
+    assert "Too few images to tell" not in head  # as the file has no gain
+    assert [label for label, _ in radio["choices"]] == ["Better 2", "Worse 1", "Still wrong 1"]
+    assert "<b>1</b> of 2" in place
+    assert "picture 0" in card
+    assert 'src="data:image/png;base64,' in card
+    assert "step" in tail
+    place, card = called("turn", "run", "Worse", -4)  # before the first comes the last
+    assert "<b>1</b> of 1" in place
+    assert "<mark>lost</mark>" in card
+    assert "<img src=x" not in card + head + tail
 
 
 def test_reviewed_captions_come_with_their_pictures(tmp_path):
@@ -728,11 +744,10 @@ def test_a_run_whose_data_or_files_are_gone_is_told_plainly(tmp_path):
     for image in (tmp_path / "photos").iterdir():
         image.unlink()
     evaluations = Evaluations({"run": run})
-    assert evaluations.by_gain("run", only_worse=False) == evaluations.examples("run", 8) == []
-    assert "no longer where they were" in evaluations.summary("run", 60)
+    assert evaluations.places("run") == {}
+    assert evaluations.examples("run", 8) == []
     (run / "scores.json").unlink()
-    assert "was not evaluated" in Evaluations({"run": run}).summary("run", 60)
-    assert "Choose an adapter" in evaluations.summary("", 60)
+    assert Evaluations({"run": run}).of("run") is None
 
 
 def rewrite_config(run: Path, **settings) -> None:

@@ -398,32 +398,37 @@ def test_captions_do_not_go_over_to_other_pictures_of_the_same_name(open_page, p
     expect(page.get_by_test_id("toast-body").first).to_contain_text("There are no captions yet", timeout=SLOW)
 
 
-def test_the_evaluation_by_keyboard_alone(open_page):
+def test_what_changed_by_keyboard_alone(open_page):
     page = open_page()
-    tab = page.get_by_role("tab", name="Evaluation")
+    tab = page.get_by_role("tab", name="What changed")
     for _ in range(20):
         page.keyboard.press("Tab")
         if tab.evaluate("tab => tab === document.activeElement"):
             break
-        if page.get_by_role("tab", name="Picture").evaluate("tab => tab === document.activeElement"):
+        if page.get_by_role("tab", name="Picture", exact=True).evaluate("tab => tab === document.activeElement"):
             page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
-    expect(page.locator("#gallery .thumbnail-item")).to_have_count(4, timeout=SLOW)
-    last = page.locator("#gallery .thumbnail-item").last
-    for _ in range(30):
-        page.keyboard.press("Tab")
-        if last.evaluate("item => item === document.activeElement"):
-            break
-    page.keyboard.press("Enter")
-    name = last.get_attribute("aria-label")
-    assert re.match(r"(Better|Worse|Same): ", name)
-    expect(said(page, "Tuned")).to_have_value(name.partition(": ")[2], timeout=SLOW)
+    card, place = page.locator("#answer"), page.locator(".steps").get_by_text("of 4")
+    expect(place).to_contain_text("1 of 4", timeout=SLOW)
+    expect(page.locator(".figure b")).to_be_visible()
+    first = card.locator("dd").first.inner_text()
+    assert first.startswith(HTML)
+    assert card.locator("mark").first.inner_text() == "Emoji."
+    seen = {card.locator("img").get_attribute("alt")}
+    page.locator("body").evaluate("() => document.activeElement.blur()")
+    for i in (2, 3, 4, 1):
+        page.keyboard.press("ArrowRight")
+        expect(place).to_contain_text(f"{i} of 4", timeout=SLOW)
+        seen.add(card.locator("img").get_attribute("alt"))
+    assert len(seen) == 4
+    page.keyboard.press("ArrowLeft")
+    expect(place).to_contain_text("4 of 4", timeout=SLOW)
     expect(page.get_by_role("tabpanel").locator("svg", has_text="held out").first).to_be_visible(timeout=SLOW)
 
 
 def test_doubtful_captions_are_seen_beside_their_pictures(open_page):
     page = open_page()
-    page.get_by_role("tab", name="Evaluation").click()
+    page.get_by_role("tab", name="What changed").click()
     page.get_by_role("button", name="A second look at the data").click()
     items = page.locator("#review .thumbnail-item")
     expect(items).to_have_count(8, timeout=SLOW)
@@ -455,8 +460,8 @@ def test_a_caption_by_keyboard_alone(open_page):
 def test_a_phone_scrolls_up_and_down_only(open_page, scheme):
     page = open_page(viewport={"width": 320, "height": 640}, color_scheme=scheme)
     assert page.locator("body").evaluate("body => body.classList.contains('dark')") == (scheme == "dark")
-    for name in ("Picture", "Several", "Evaluation"):
-        page.get_by_role("tab", name=name).click()
+    for name in ("Train", "Picture", "Several", "What changed"):
+        page.get_by_role("tab", name=name, exact=True).click()
         page.wait_for_timeout(200)
         assert page.evaluate("document.documentElement.scrollWidth") <= 320, name
     page.get_by_role("button", name="Advanced").click()
@@ -534,7 +539,7 @@ def test_from_an_empty_page_to_a_tuned_adapter(empty, browser, tmp_path):
     corrected = next((tmp_path / "runs/uploads").glob("*-corrected/captions.jsonl")).read_text()
     assert corrected.count("A corrected one.") == 1
     assert corrected.count("Emoji.") == 15
-    page.get_by_role("tab", name="Picture").click()
+    page.get_by_role("tab", name="Picture", exact=True).click()
     upload(page, next(each for each in photos.iterdir() if each.suffix != ".txt"))
     caption(page)
     expect(said(page, "Tuned")).to_have_value(re.compile("Emoji|corrected"), timeout=SLOW)

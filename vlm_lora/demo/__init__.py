@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from gradio.themes import Default
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -209,6 +210,7 @@ def safe_settings(hosts: Sequence[str], share: bool = False) -> dict[str, Any]:
         "footer_links": ["api"],
         "prevent_thread_lock": True,
         "quiet": True,
+        "theme": Default(primary_hue="blue", font=("system-ui", "sans-serif")),
         "css": STYLE,
         "js": SCRIPT,
     }

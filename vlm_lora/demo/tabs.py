@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
-import pandas as pd
 
 from vlm_lora import ImageRef
 from vlm_lora.config import DEFAULT_PROMPT
 from vlm_lora.demo.downloads import BESIDE, FORMATS, unlike, write_captions
 from vlm_lora.demo.inputs import MAX_FILES, SafeFiles, SafeImage, decoding, plain
-from vlm_lora.demo.runs import Evaluations, Pictures, read_losses
+from vlm_lora.demo.runs import Evaluations, Pictures
 from vlm_lora.demo.speaker import Speaker, Turn, turns
 from vlm_lora.errors import ConfigError
 
@@ -25,10 +24,7 @@ MAX_PROMPT = 2000
 """Characters."""
 EXAMPLES = 8
 GALLERY = 60
-"""Held-out pictures shown at once."""
-GAINED, WORSE, WRONG = "Gained most first", "Only where tuned is worse", "Still wrong"
-MISTAKES = 12
-"""Kinds of mistakes in the table."""
+"""Captions that are looked at a second time, shown at once."""
 
 # Gradio's arguments, as Any: its signatures name each value, which a dictionary cannot.
 STILL: dict[str, Any] = {"allow_preview": False, "object_fit": "contain", "buttons": [], "interactive": False}
@@ -254,61 +250,6 @@ class SeveralPictures:
         return [_placeholder(self.desk, adapter)]
 
 
-class EvaluationOfRun:
-    """What the run was worth on held-out pictures, one by one, and its losses."""
-
-    def __init__(self, desk: Desk):
-        self.desk = desk
-        summary = _text("Base against tuned on held-out pictures", lines=2)
-        order = gr.Radio([GAINED, WORSE, WRONG], value=GAINED, label="Show", visible=False)
-        with gr.Row():
-            with gr.Column(min_width=280) as details:
-                texts = [_text(label) for label in ("Question", "What the data says", "Base", "Tuned")]
-            with gr.Column(min_width=280, scale=2):
-                gallery = gr.Gallery(label="Choose a picture", height=480, elem_id="gallery", **STILL)
-        mistakes = gr.Dataframe(
-            headers=["The data says", "Tuned says", "Times"],
-            datatype=["str", "str", "number"],
-            label="What was taken for what",
-            type="array",
-            interactive=False,
-            wrap=True,
-            visible=False,
-            elem_id="mistakes",
-        )
-        losses = gr.LinePlot(x="step", y="loss", color="data", label="Loss", height=320, buttons=[], visible=False)
-        filled = [gallery, details, *texts]
-        self.outputs = [summary, order, mistakes, losses, *filled]
-        order.input(self.fill, [desk.adapter, order], filled, queue=False, **QUIETLY)
-        gallery.select(self.choose, [desk.adapter, order], texts, queue=False, **QUIETLY)
-
-    def rows_of(self, adapter: str, order: str) -> "list[tuple[Answered, str, str]]":
-        """Answers, whether tuned is better, and the pictures' files."""
-        evaluations = self.desk.evaluations
-        wrong = order == WRONG
-        rows = evaluations.still_wrong(adapter) if wrong else evaluations.by_gain(adapter, only_worse=order == WORSE)
-        rows = rows[:GALLERY]
-        files = [(row, verdict, self.desk.pictures.file(row.images[0], small=True)) for row, verdict in rows]
-        return [(row, verdict, str(file)) for row, verdict, file in files if file]
-
-    def fill(self, adapter: str, order: str) -> list:
-        rows = self.rows_of(adapter, order)
-        shown = [(file, f"{verdict}: {row.tuned}") for row, verdict, file in rows]
-        texts = _texts_of(rows[0][0]) if rows else [""] * 4
-        return [gr.Gallery(shown, selected_index=0 if rows else None), gr.Column(visible=bool(rows)), *texts]
-
-    def choose(self, adapter: str, order: str, event: gr.SelectData) -> list[str]:
-        return _texts_of(self.rows_of(adapter, order)[event.index][0])
-
-    def show(self, adapter: str) -> list:
-        points = pd.DataFrame(read_losses(self.desk.evaluations.runs.get(adapter)), columns=["step", "loss", "data"])
-        summary, any_rows = self.desk.evaluations.summary(adapter, GALLERY), bool(self.rows_of(adapter, GAINED))
-        plot = gr.LinePlot(points, visible=len(points) > 1)
-        mistakes = [list(row) for row in self.desk.evaluations.mistakes(adapter, MISTAKES)]
-        table = gr.Dataframe(mistakes, visible=bool(mistakes))
-        return [summary, gr.Radio(value=GAINED, visible=any_rows), table, plot, *self.fill(adapter, GAINED)]
-
-
 class ReviewOfRun:
     """The captions that the run was trained on, those first that their pictures speak against."""
 
@@ -400,10 +341,6 @@ def _asked(prompt: str | None) -> str | None:
     if len(prompt or "") > MAX_PROMPT:
         raise plain(f"The question is longer than {MAX_PROMPT:,} characters.")
     return (prompt or "").strip() or None
-
-
-def _texts_of(row: "Answered") -> list[str]:
-    return [row.question, _references(row), row.base or "", row.tuned or ""]
 
 
 def _texts_of_review(row: dict) -> list[str]:

@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from markupsafe import Markup, escape
 from vlm_lora import DataSettings, ImageRef, TrainConfig, Turn, VlmLoraError, read_dataset
 from vlm_lora.config import DEFAULT_PROMPT
 from vlm_lora.demo.inputs import SafeFiles, plain
-from vlm_lora.demo.runs import Evaluations, data_of, started_in
+from vlm_lora.demo.runs import Evaluations, pictures_of, started_in
 from vlm_lora.demo.tabs import AT_ONCE, QUIETLY, STILL, Desk, captions_table
 from vlm_lora.demo.trainer import State, Trainer, ask
 from vlm_lora.demo.uploads import MOST_FILES, PICTURES, Roots, stem_of, take_in
@@ -106,7 +105,6 @@ class Training:
 
     def __init__(self, app: gr.Blocks, desk: Desk, roots: Roots, place: Path):
         self.desk, self.roots, self.trainer, self.place = desk, roots, Trainer(place), place
-        self.pictures = cache(lambda name: {e.id: e.images[0] for e in data_of(place / name) if e.images})
         names = roots.names()
         chosen, seen, drawn = gr.State(None), gr.Textbox("", visible="hidden"), gr.Textbox("", visible="hidden")
         with gr.Row():
@@ -275,7 +273,7 @@ class Training:
         from vlm_lora import show_learning  # here, as it brings torch
 
         run = self.place / state.name
-        return Markup(show_learning(run, self.pictures(state.name) if (run / "config.yaml").is_file() else {}))
+        return show_learning(run, pictures_of(run) if (run / "config.yaml").is_file() else {})
 
 
 # -- words -------------------------------------------------------------------------------------------------------
