@@ -6,13 +6,13 @@ import gradio as gr
 from markupsafe import Markup
 
 from vlm_lora.demo.runs import KINDS, pictures_of
-from vlm_lora.demo.tabs import QUIETLY, Desk
+from vlm_lora.demo.tabs import QUIETLY, Desk, empty
 
-EMPTY = Markup('<div class="empty"><p class="big">{}</p><p>{}</p></div>')
 ALONE = "Nothing to compare yet.", "The base model is alone. Choose an adapter above, or train one."
 UNSEEN = "{} was not compared with its base.", "Train it with held-out pictures: --val-split or --val."
 GONE = Markup("<p>The pictures are no longer where they were when it was trained.</p>")
-MARKED = "of {:,}. Marked words are in nothing that the data says. The arrow keys turn."
+KEYS = "<span class='keys'>. Marked words are in nothing that the data says. The arrow keys turn.</span>"
+PLACE = Markup("<p><b>{:,}</b> of {:,}" + KEYS + "</p>")
 
 
 class WhatChanged:
@@ -46,8 +46,7 @@ class WhatChanged:
         if not evaluation or not places:
             return Markup(""), Markup("")
         at = int(number) % len(places)
-        told = Markup("<p><b>{:,}</b> {}</p>").format(at + 1, MARKED.format(len(places)))
-        return told, show_answer(evaluation, places[at])
+        return PLACE.format(at + 1, len(places)), show_answer(evaluation, places[at])
 
     def show(self, adapter: str) -> list:
         from vlm_lora import show_evaluation, show_learning
@@ -57,7 +56,7 @@ class WhatChanged:
         kinds = self.desk.evaluations.places(adapter)
         if evaluation is None or not evaluation.scores.tuned:
             big, small = UNSEEN if adapter else ALONE
-            head, tail = EMPTY.format(big.format(adapter), small), Markup("")
+            head, tail = empty(big.format(adapter), small), Markup("")
         else:
             head, tail = show_evaluation(evaluation)
             head += Markup("") if kinds else GONE

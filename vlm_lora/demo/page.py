@@ -8,30 +8,29 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS
 from vlm_lora.demo.changed import WhatChanged
+from vlm_lora.demo.folder import WholeFolder
 from vlm_lora.demo.inputs import MAX_NEW_TOKENS, Number, Slider
 from vlm_lora.demo.runs import Evaluations, Pictures
+from vlm_lora.demo.sheet import Albums
 from vlm_lora.demo.speaker import MAX_WAITING, Speaker
-from vlm_lora.demo.tabs import QUIETLY, Desk, OnePicture, ReviewOfRun, SeveralPictures
+from vlm_lora.demo.tabs import QUIETLY, Desk, OnePicture
 from vlm_lora.demo.training import Training
-from vlm_lora.demo.uploads import Roots
+from vlm_lora.demo.uploads import KEPT_SECONDS, UPLOADS, Roots
 
 if TYPE_CHECKING:
     from vlm_lora import Captioner
-
-KEPT_SECONDS = 3600
-"""Uploaded pictures are deleted after that long, and when the demo ends."""
 
 STYLE, SCRIPT = (resources.files("vlm_lora.demo").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
 STYLE += resources.files("vlm_lora.inference").joinpath("templates/learning.css").read_text("utf-8")
 
 IF_OPEN = """adapter => {
-  if (!document.querySelector('#%s')?.offsetParent) throw new Error('nobody looks');
+  if (!document.querySelector('#changed')?.offsetParent) throw new Error('nobody looks');
   return adapter;
 }"""
 
@@ -118,17 +117,17 @@ def build_app(
             runs, Speaker(future, runs, chosen), Evaluations(runs), Pictures(Path(files.name)), adapter, numbers
         )
         with gr.Tabs(selected="picture" if chosen or not training else "train"):
-            if training:
+            roots, place = training or (Roots([], Path(files.name) / UPLOADS, passing=True), None)
+            albums = Albums(roots)
+            if place:
                 with gr.Tab("Train", id="train"):
-                    Training(app, desk, *training)
+                    Training(app, desk, albums, place)
             with gr.Tab("Picture", id="picture"):
                 one = OnePicture(desk)
-            with gr.Tab("Several"):
-                several = SeveralPictures(desk)
+            with gr.Tab("Pictures"):
+                several = WholeFolder(app, desk, albums)
             with gr.Tab("What changed") as changed_opened:
                 changed = WhatChanged(desk)
-                with gr.Accordion("A second look at the data", open=False) as review_opened:
-                    review = ReviewOfRun(desk)
         with gr.Accordion("Advanced: length and sampling", open=False):
             for number in numbers:
                 number.render()
@@ -144,11 +143,9 @@ def build_app(
             return [gr.Textbox(visible=False), gr.Timer(active=False), *one.show(adapter), *several.show(adapter)]
 
         gr.on([app.load, timer.tick, adapter.change], look, adapter, outputs, queue=False, **QUIETLY)
-        # An evaluation, and thumbnails of large photos, take long: they are made when somebody looks.
-        opened = ((changed, changed_opened.select, "changed"), (review, review_opened.expand, "review"))
-        for part, event, seen in opened:
-            shown = {"fn": part.show, "inputs": adapter, "outputs": part.outputs, "queue": False}
-            event(**shown, show_progress="minimal", api_visibility="private")
-            adapter.change(**shown, js=IF_OPEN % seen, **QUIETLY)
+        # An evaluation takes long to draw: that is done when somebody looks.
+        shown: dict[str, Any] = {"fn": changed.show, "inputs": adapter, "outputs": changed.outputs, "queue": False}
+        changed_opened.select(**shown, show_progress="minimal", api_visibility="private")
+        adapter.change(**shown, js=IF_OPEN, **QUIETLY)
     app.queue(max_size=4 * MAX_WAITING, default_concurrency_limit=1)
     return app

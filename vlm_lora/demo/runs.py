@@ -87,33 +87,11 @@ class Evaluations:
         shown = ((kind, [i for i in places if evaluation.answered[i].images]) for kind, places in kinds)
         return {kind: places for kind, places in shown if places}
 
-    def reviewed(self, name: str, most: int) -> list[tuple[dict, ImageRef]]:
-        """The most doubtful of the run's captions, as `eval --review --output RUN` wrote them, and their pictures."""
+    def reviewed(self, name: str) -> list[tuple[dict, ImageRef]]:
+        """The run's captions and pictures, the most doubtful first, as `eval --review --output RUN` wrote them."""
         run = self.runs.get(name)
-        rows = read_review(run) if run else []
-        if not rows or run is None:
-            return []
-        images = {image.name: image for example in self.data(name) for image in example.images[:1]}
-        return [(row, images[row["image"]]) for row in rows if row["image"] in images][:most]
-
-    def review_summary(self, name: str, most: int) -> str:
-        """How many captions were reviewed; or the command that does it."""
-        run = self.runs.get(name)
-        if run is None:
-            return "There is nothing to review: the base is alone. Choose an adapter, or start the demo with one."
-        rows = read_review(run)
-        if not rows:
-            return (
-                f"The captions that {name} was trained on were not reviewed yet: "
-                f"vlm-lora eval DATA --adapter {name} --review --output {name}, "
-                f"where DATA is what it was trained on, and {name} its run folder"
-            )
-        shown = len(self.reviewed(name, most))
-        missing = "" if shown else " Their pictures are not where they were when it was trained."
-        return (
-            f"{len(rows):,} captions were reviewed, the most doubtful first; {shown} are shown. "
-            f"Below 0 the picture speaks against its caption.{missing}"
-        )
+        images = {image.name: image for e in self.data(name) for image in e.images[:1]} if run else {}
+        return [(row, images[row["image"]]) for row in read_review(run) if row["image"] in images] if run else []
 
 
 def _read(run: Path) -> "Evaluation | None":
