@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import time
 import zipfile
 from pathlib import Path
@@ -467,67 +469,131 @@ def test_another_run_is_chosen(open_page, pictures):
 
 
 @pytest.fixture
-def empty(browser, tmp_path, monkeypatch):
-    """A demo without any run, in a folder of its own."""
+def photos(tmp_path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for source in sorted((ROOT / "data/emoji_scenes/images").glob("*"))[:16]:
+        shutil.copy(source, folder)
+        (folder / f"{source.stem}.txt").write_text("Emoji.")
+    return folder
+
+
+@pytest.fixture
+def empty(browser, photos, tmp_path, monkeypatch):
+    """A demo without any run, in a folder of its own; ``open(width)`` opens it."""
     monkeypatch.setenv("VLM_LORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
-    app = launch("tiny", None, port=None, block=False)
-    yield app
-    app.close(verbose=False)
-
-
-@pytest.mark.long
-def test_from_an_empty_page_to_a_tuned_adapter(empty, browser, tmp_path):
-    """By mouse: pictures are dropped, a caption is corrected, the run is stopped, and resumed from another page."""
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for source in sorted((ROOT / "data/emoji_scenes/images").glob("*"))[:16]:
-        shutil.copy(source, photos)
-        (photos / f"{source.stem}.txt").write_text("Emoji.")
-    wrong = []
+    app, wrong = launch("tiny", None, port=None, block=False, roots=[photos]), []
 
     def open_page(width: int):
         page = browser.new_page(viewport={"width": width, "height": 900})
         page.set_default_timeout(SLOW)
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.goto(empty.local_url)
+        page.goto(app.local_url)
         return page
 
-    page = open_page(1280)
+    yield open_page
+    app.close(verbose=False)
+    assert wrong == []
+
+
+@pytest.mark.long
+def test_from_an_empty_page_to_a_tuned_adapter(empty, photos, tmp_path):
+    """By mouse: pictures are dropped, a caption is corrected, the run is stopped, resumed from another page, killed and
+    resumed again."""
+    page = empty(1280)
     expect(page.get_by_text("Nothing has been trained here yet.")).to_be_visible(timeout=SLOW)
     page.locator("#data input[type=file]").set_input_files(sorted(photos.iterdir()))
-    expect(page.locator("#data").get_by_text("txt").last).to_be_visible(timeout=SLOW)
-    page.get_by_role("button", name="Look at the pictures").click()
     expect(page.get_by_text("16 pictures, 16 captions.")).to_be_visible(timeout=SLOW)
-    cell = page.locator("#captions [role=gridcell]").nth(1)
-    cell.dblclick()
-    editor = page.locator("#captions :is(textarea, input):focus")
-    editor.fill("A corrected one.")
-    editor.press("Enter")
-    page.get_by_label("Times through the pictures").first.fill("40")
+    first = sorted(photos.glob("*.png"))[0].name
+    page.get_by_role("textbox", name=first, exact=True).fill("A corrected one.")
+    expect(page.get_by_text(f"Saved: {first}")).to_be_visible(timeout=SLOW)
+    page.get_by_label("Times through the pictures").first.fill("60")
     page.get_by_label("Learning rate").fill("0.005")
     page.get_by_label("Learning rate").press("Tab")
     page.get_by_role("button", name="What will it cost?").click()
     expect(page.get_by_text("It fits.")).to_be_visible(timeout=SLOW)
     page.get_by_role("button", name="Train", exact=True).click()
     expect(page.locator(".run.learning .big", has_text="Step")).to_be_visible(timeout=SLOW)
-    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Stop").locator("visible=true").click()
     expect(page.locator(".run.stopped")).to_be_visible(timeout=SLOW)
-    other = open_page(390)
+    other = empty(390)
     other.get_by_role("button", name="Resume").click()
     expect(other.locator(".run.learning .big", has_text="Step")).to_be_visible(timeout=SLOW)
-    expect(page.locator(".run.learning")).to_be_visible(timeout=SLOW)  # who had it open sees it too
+    expect(page.locator(".run.learning .big", has_text="Step")).to_be_visible(timeout=SLOW)  # who had it open sees it
     other.close()
+    (record,) = (tmp_path / "runs").glob("*.train.json")
+    os.kill(json.loads(record.read_text())["pid"], signal.SIGKILL)
+    expect(page.locator(".run.stopped")).to_be_visible(timeout=SLOW)
+    page.get_by_role("button", name="Resume").click()
     expect(page.locator(".run.done")).to_be_visible(timeout=SLOW)
     assert page.locator("#learning svg").count()
     run = next((tmp_path / "runs").glob("*/report.html")).parent
     expect(page.get_by_label("Adapter", exact=True)).to_have_value(run.name)
-    corrected = next((tmp_path / "runs/uploads").glob("*-corrected/captions.jsonl")).read_text()
-    assert corrected.count("A corrected one.") == 1
-    assert corrected.count("Emoji.") == 15
+    texts = [path.read_text().strip() for path in (tmp_path / "runs/uploads").glob("*/*.txt")]
+    assert sorted(texts) == ["A corrected one.", *["Emoji."] * 15]
     page.get_by_role("tab", name="Picture", exact=True).click()
     upload(page, next(each for each in photos.iterdir() if each.suffix != ".txt"))
     caption_it(page)
     expect(said(page, "Tuned")).to_have_value(re.compile("Emoji|corrected"), timeout=SLOW)
-    assert wrong == []
+    page.get_by_role("tab", name="What changed").click()
+    expect(page.locator("#answer img")).to_be_visible(timeout=SLOW)
+
+
+def reach(page, what) -> None:
+    """Press Tab until it has the focus."""
+    passed = []
+    for _ in range(120):
+        if what.count() and what.first.evaluate("it => it === document.activeElement"):
+            return
+        page.keyboard.press("Tab")
+        passed.append(page.evaluate("document.activeElement.outerHTML.slice(0, 80)"))
+    raise AssertionError(f"{what} is not reached by Tab, but {passed}")
+
+
+@pytest.mark.long
+def test_from_a_folder_to_its_captions_by_keyboard_alone(empty, photos, tmp_path):
+    """On a phone's width: a folder is trained on, and what has no caption there gets one."""
+    page = empty(390)
+    folder = page.get_by_label("A folder of this machine").locator("visible=true")
+    expect(folder).to_be_visible(timeout=SLOW)
+    reach(page, folder)
+    page.keyboard.type("photos")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("16 pictures, 16 captions.")).to_be_visible(timeout=SLOW)
+    reach(page, page.get_by_label("Times through the pictures").first)
+    page.keyboard.press("Control+a")
+    page.keyboard.type("40")
+    reach(page, page.get_by_label("Learning rate"))
+    page.keyboard.press("Control+a")
+    page.keyboard.type("0.005")
+    reach(page, page.get_by_role("button", name="Train", exact=True))
+    page.keyboard.press("Enter")
+    expect(page.locator(".run.done")).to_be_visible(timeout=SLOW)
+    new = [photos / f"{i}.png" for i in range(2)]
+    for path, source in zip(new, sorted((ROOT / "data/emoji_scenes/more").glob("*.png")), strict=False):
+        shutil.copy(source, path)
+    tabs = page.get_by_role("tab")
+    page.evaluate("scrollTo(0, 0); document.activeElement.blur()")
+    reach(page, tabs.first)
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+        if page.evaluate("document.activeElement.innerText") == "Pictures":
+            break
+    page.keyboard.press("Enter")
+    reach(page, page.get_by_label("A folder of this machine").locator("visible=true"))
+    page.keyboard.type("photos")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("2 without a caption.")).to_be_visible(timeout=SLOW)
+    reach(page, page.get_by_role("button", name="Caption those without one"))
+    page.keyboard.press("Enter")
+    expect(page.locator("#captioned")).to_contain_text("2 of 2", timeout=SLOW)
+    assert [path.with_suffix(".txt").read_text() for path in new] == ["Emoji.\n"] * 2
+    box = page.get_by_role("textbox", name="0.png", exact=True).locator("visible=true")
+    expect(box).to_have_value("Emoji.", timeout=SLOW)
+    reach(page, box)
+    page.keyboard.press("Control+a")
+    page.keyboard.type("By hand.")
+    expect(page.get_by_text("Saved: 0.png")).to_be_visible(timeout=SLOW)
+    assert new[0].with_suffix(".txt").read_text() == "By hand.\n"

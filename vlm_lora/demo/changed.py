@@ -24,8 +24,8 @@ class WhatChanged:
         with gr.Column(visible=False) as answers:
             kind = gr.Radio(list(KINDS), label="Answers", show_label=False, container=False)
             with gr.Row(elem_classes="steps"):
-                previous = gr.Button("Previous", min_width=80, scale=0, elem_id="previous")
-                following = gr.Button("Next", min_width=80, scale=0, elem_id="next")
+                previous = gr.Button("Previous", min_width=110, scale=0, elem_id="previous")
+                following = gr.Button("Next", min_width=110, scale=0, elem_id="next")
                 place = gr.HTML(Markup(""))
             card = gr.HTML(Markup(""), elem_id="answer")
         tail = gr.HTML(Markup(""))
