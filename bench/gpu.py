@@ -131,7 +131,7 @@ PEAKS = {  # dense operations per second in bfloat16, as NVIDIA's data sheets ha
 
 
 def write_model(size: str, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """A checkpoint of random weights, made on the device."""
+    """A checkpoint of random weights, made on the device; on the meta device of its shapes alone."""
     shape, newer = SIZES[size], size.startswith("qwen3.5")
     text, patch = shape["text"], shape["vision"]["patch_size"]
     model, processing = ("Qwen3_5", "Qwen3VL") if newer else ("Qwen2VL", "Qwen2VL")
@@ -168,7 +168,7 @@ def write_model(size: str, folder: Path, device: torch.device, dtype: torch.dtyp
         video_processor=video_class(patch_size=patch, size=limits),
         tokenizer=tokenizer, chat_template=tokenizer.chat_template,
     )  # fmt: skip
-    model.save_pretrained(folder)
+    (config if device.type == "meta" else model).save_pretrained(folder)
     processor.save_pretrained(folder)
 
 

@@ -200,7 +200,7 @@ def run(
     ``loaded`` names what every fork finds imported; ``grace`` are seconds on top of the usual time of the tests.
     """
     started = time.monotonic()
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # the latter as tests/conftest.py, but before imports
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(loaded))
     sources = {mutant.file: (root / mutant.file).read_text(encoding="utf-8") for mutant, _ in queue}
     with tempfile.TemporaryDirectory() as temporary:

@@ -117,7 +117,14 @@ def test_gain_is_said_in_one_sentence_and_pictures_are_inside(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": s, "loss": 3 / s, "lr": 1e-4}) + "\n" for s in range(1, 200))
         + json.dumps({"step": 100, "held_out_loss": 0.5})
-        + '\n{"step": 200, "loss": NaN}\n{"step": 201, "lo'
+        + '\n{"step": 200, "loss": NaN}\n'
+        + json.dumps(
+            {
+                "predicted": {"memory_by_part": {"base weights": 2_000_000_000, "an adapter": 700_000_000}},
+                "measured": {"memory_bytes": 3_100_000_000, "reserved_bytes": 3_300_000_000},
+            }
+        )
+        + '\n{"step": 201, "lo'
     )
     path = write_report(tmp_path, evaluated(tmp_path, rows), title="photos", command="vlm-lora train photos")
     assert path == tmp_path / "report.html"
@@ -132,6 +139,9 @@ def test_gain_is_said_in_one_sentence_and_pictures_are_inside(tmp_path):
     assert "over 199 steps" in page.text
     assert len(page.named("circle")) == 2  # the one held-out loss, and the legend's
     assert "vlm-lora train photos" in page.text
+    memory = " ".join(page.text[page.text.index("Memory Predicted Measured") :].split())
+    assert "base weights 2.0 GB an adapter 700.0 MB together 2.7 GB used at the highest 3.1 GB reserved" in memory
+    assert "3.3 GB" in memory
 
 
 def test_the_filmstrip_shows_how_the_captions_came_about(tmp_path):

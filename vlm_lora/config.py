@@ -20,6 +20,7 @@ DEFAULT_PROMPT = "Describe this image."
 DEFAULT_MAX_NEW_TOKENS = 64
 DEFAULT_CACHE_GB = 50.0
 DEFAULT_EVAL_IMAGES = 200
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_TOKENS = 4096
 """Of a micro-batch on what is no CPU: the least on a GPU, where memory and data decide (training/fitting.py)."""
 COMPILED_FROM = 1000
@@ -182,8 +183,9 @@ class TrainConfig:
         identity=False,  # its weights' fingerprint is what counts
     )  # fmt: skip
     dtype: str = knob(
-        "auto", "number format of the base; auto: bfloat16 where the device is fast with it, else float32", "model",
-        choices=("auto", "float32", "bfloat16"),
+        "auto",
+        "number format of the base; auto: on a GPU bfloat16, or float16 where it has no bfloat16; else float32",
+        "model", choices=DTYPES,
     )  # fmt: skip
     min_pixels: int | None = knob(
         None, "smallest image area in pixels (default: the model's own)", "model",

@@ -119,10 +119,18 @@ def test_bfloat16_is_refused_where_the_device_cannot_do_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GeForce GTX 750")
     with pytest.raises(ConfigError, match="--dtype bfloat16: GeForce GTX 750 cannot compute in it"):
         resolve_dtype("bfloat16", gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (5, 0))
+    capability = {"a GTX 750": (5, 0), "a T4": (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability["a GTX 750"])
     assert resolve_dtype("auto", gpu) == resolve_dtype("float32", gpu) == torch.float32
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability["a T4"])
+    assert resolve_dtype("auto", gpu) == resolve_dtype("float16", gpu) == torch.float16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # a T4
+    assert resolve_dtype("auto", gpu) == resolve_dtype("float16", gpu) == torch.float16
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
     assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert resolve_dtype("bfloat16", gpu) == torch.bfloat16
+    assert resolve_dtype("auto", gpu) == resolve_dtype("bfloat16", gpu) == torch.bfloat16
 
 
 def test_a_cpu_without_memory_is_known_as_such():

@@ -12,6 +12,7 @@ from vlm_lora.model.adapters import lora
 from vlm_lora.model.adapters.lora import _PlainLora
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import load_backbone
+from vlm_lora.training.trace import Trace
 
 
 @pytest.fixture(scope="module", params=[0.0, 0.3], ids=["no dropout", "dropout"])
@@ -95,3 +96,19 @@ def test_switched_off_it_is_the_base(layer):
     assert torch.equal(layer(x), layer.base_layer(x))
     layer.enable_adapters(True)
     assert not torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_a_gpu_converts_each_of_its_tensors_once():
+    """Of a linear over a base in bfloat16: both of its tensors there, both of their gradients back."""
+    out, x = (torch.empty(8, 40, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(2))
+    down, up = (
+        torch.empty(4, 40, device="meta", requires_grad=True),
+        torch.empty(40, 4, device="meta", requires_grad=True),
+    )
+    with Trace() as trace:
+        added = lora._AddLowRank.apply(out, x, down, up, 2.0, torch.bfloat16)
+        torch.autograd.grad(added, (out, x, down, up), torch.empty_like(added))
+    started = {kernel.name: 0 for kernel in trace.kernels}
+    for kernel, times in trace.kernels.items():
+        started[kernel.name] += times
+    assert started == {"_to_copy": 4, "mul": 2, "mm": 5, "addmm": 1}

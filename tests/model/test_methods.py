@@ -465,9 +465,10 @@ def test_targets_are_checked(targets):
         TrainConfig(data="x", targets=targets or ",")
 
 
+@pytest.mark.parametrize(("dtype", "off", "alike"), [("bfloat16", 0.02, 0.97), ("float16", 1e-3, 0.999)])
 @pytest.mark.parametrize("method", METHODS)
-def test_over_a_base_in_bfloat16_the_adapter_trains_in_float32(checkpoints, examples, tmp_path, method):
-    backbone = load_backbone(str(checkpoints["qwen2_vl"]), dtype="bfloat16")
+def test_over_a_base_in_sixteen_bits_the_adapter_trains_in_float32(checkpoints, examples, method, dtype, off, alike):
+    backbone = load_backbone(str(checkpoints["qwen2_vl"]), dtype=dtype)
     adapter = attach_adapter(backbone, TrainConfig(data="none", **METHODS[method]))
     precise = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32")
     expected = attach_adapter(precise, TrainConfig(data="none", **METHODS[method]))
@@ -475,10 +476,10 @@ def test_over_a_base_in_bfloat16_the_adapter_trains_in_float32(checkpoints, exam
         assert one.dtype == torch.float32
         one.data = other.data.clone()
     loss, wanted = fast(backbone, examples, 4096), fast(precise, examples, 4096)
-    assert abs(loss - wanted) < 0.02 * wanted
+    assert abs(loss - wanted) < off * wanted
     ours, theirs = gradients(adapter, loss), gradients(expected, wanted)
     together = [torch.cat([g.flatten() for g in grads.values()]) for grads in (ours, theirs)]
-    assert torch.cosine_similarity(*together, dim=0) > 0.97
+    assert torch.cosine_similarity(*together, dim=0) > alike
 
 
 def test_pissa_starts_as_the_base_from_its_largest_parts_and_one_half_stays(checkpoints, examples):

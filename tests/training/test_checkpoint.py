@@ -12,7 +12,7 @@ import torch
 from bench.kill_campaign import stopped_at
 from vlm_lora.errors import CheckpointError
 from vlm_lora.training import checkpoint
-from vlm_lora.training.checkpoint import Progress, load_checkpoint, load_optimizer, save_checkpoint
+from vlm_lora.training.checkpoint import FORMAT, Progress, load_checkpoint, load_optimizer, save_checkpoint
 
 LOOKING = {"close", "fspath", "fstat", "fsync", "getpid", "is_dir", "listdir", "lstat", "read", "scandir", "stat"}
 """Calls that change nothing a kill would leave: before one it leaves what it leaves before the next. The campaign stops
@@ -173,8 +173,8 @@ def test_with_no_whole_checkpoint_left_a_run_does_not_begin_anew(tmp_path):
 
 def test_another_releases_checkpoint_is_refused_and_left_as_it_is(tmp_path):
     after(1, tmp_path)
-    rewritten(tmp_path / "step-000001", lambda manifest: manifest | {"format": 3})
-    with pytest.raises(CheckpointError, match=r"000001: was written by another release .*format 3; this one reads 2"):
+    rewritten(tmp_path / "step-000001", lambda manifest: manifest | {"format": FORMAT + 1})
+    with pytest.raises(CheckpointError, match=r"000001: was written by another release .*format 4; this one reads 3"):
         State().load(tmp_path)
     assert (tmp_path / "step-000001").is_dir()
 

@@ -15,6 +15,7 @@ from vlm_lora.cli import main
 from vlm_lora.config import TrainConfig
 from vlm_lora.console import StopSignals, size
 from vlm_lora.data.example import Example
+from vlm_lora.inference.losses import read_memory
 from vlm_lora.progress import TrainReport
 from vlm_lora.training import fitting, loop, run
 from vlm_lora.training.cost import TRAINED, CostModel
@@ -155,5 +156,9 @@ def test_on_a_cpu_the_peak_is_the_processs(checkpoints, photo_folder, tmp_path, 
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert "memory_used" not in lines[0]
     peak = lines[-1]["measured"]["process_bytes"]
+    planned, measured = read_memory(tmp_path / "run")
+    assert planned == lines[-1]["predicted"]["memory_by_part"]
+    assert sum(planned.values()) == lines[-1]["predicted"]["memory"]
+    assert list(measured.values()) == [peak]
     assert 0.9 * psutil.Process().memory_info().rss < peak < psutil.virtual_memory().total
     assert f"Memory at its highest: {size(peak)}, of the whole process" in capsys.readouterr().err

@@ -482,7 +482,7 @@ def test_a_run_is_priced_for_a_device_by_its_name(checkpoints, photo_folder, tmp
     assert 0 < told["peak_share"] < 0.01  # of a model that is nearly nothing, launches are all
     assert told["rate"] == pytest.approx(told["step_seconds"] and told["cost"]["operations"] / told["step_seconds"])
     assert main([*command, "--device", "t4", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["dtype"] == "float32"  # it has no bfloat16
+    assert json.loads(capsys.readouterr().out)["dtype"] == "float16"  # it has no bfloat16
     assert main([*command, "--device", "h200"]) == 0
     out = capsys.readouterr().out
     assert "waits for launches" in out

@@ -399,7 +399,7 @@ def recipe(program: str, module: str, data: str, *flags: str, **changes: str) ->
     return [sys.executable, "-m", module, *head, data, *flags]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_recipes_lines_run_and_one_killed_process_ends_the_run(forks, command, tmp_path):
     """Killed on one of two machines, which are this one; resumed to the end under accelerate, sharded."""
     # At the other tests' 1e-2, rounding grows over 30 steps in some tensors: AdamW divides gradients by their own size.

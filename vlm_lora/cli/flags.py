@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from vlm_lora.config import GROUPS, KNOBS, Knob, TrainConfig, config_from, flag_of, inherited, read_yaml
+from vlm_lora.config import DTYPES, GROUPS, KNOBS, Knob, TrainConfig, config_from, flag_of, inherited, read_yaml
 from vlm_lora.errors import ConfigError
 
 READING = tuple(each.name for each in KNOBS.values() if each.reads)
@@ -56,7 +56,7 @@ def add_server(parser: argparse.ArgumentParser, help: str) -> None:
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
     """The flags of a command that answers with a model, about the numbers it is kept in."""
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto")
     parser.add_argument(
         "--load-in-4bit",
         action="store_true",

@@ -15,12 +15,13 @@ from pathlib import Path
 from markupsafe import Markup, escape
 from PIL import Image, ImageDraw
 
+from vlm_lora.console import size
 from vlm_lora.data.example import Example, ImageRef
 from vlm_lora.data.images import load_image
 from vlm_lora.errors import DataError
 from vlm_lora.inference.evaluate import Answered, Evaluation
 from vlm_lora.inference.filmstrip import read_filmstrip, steps_shown
-from vlm_lora.inference.losses import Losses, read_losses
+from vlm_lora.inference.losses import Losses, read_losses, read_memory
 from vlm_lora.inference.metrics.boxes import boxes_in, shares
 from vlm_lora.inference.metrics.tokens import LONE, tokenize
 from vlm_lora.inference.pages import render
@@ -90,6 +91,8 @@ def write_report(
         other=other[2] if other else None,
         versus=versus(other[2], *other[:2]) if other else [],
         titles=columns_of(*other[:2]) if other else COLUMNS,
+        memory=read_memory(folder),
+        size=size,
         uri_of=_uri,
         boxes=_colours(evaluation) if BOXES in scores.tasks else "",
         marked=_marked,

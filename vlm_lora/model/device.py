@@ -52,17 +52,21 @@ def in_one_order() -> Iterator[None]:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 where the device computes it natively and fast, float32 elsewhere.
+    """``auto`` is bfloat16 where a GPU computes it natively, float16 on one that has products in that alone (compute
+    capability 7.0 to 7.5, as a T4), float32 elsewhere.
 
     Raises:
         ConfigError: bfloat16 is asked for, and the device cannot do it.
     """
     if dtype == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if fast else torch.float32
+        if device.type != "cuda":
+            return torch.float32
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        return torch.float16 if torch.cuda.get_device_capability(device) >= (7, 0) else torch.float32
     if dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ConfigError(
-            f"--dtype bfloat16: {torch.cuda.get_device_name(device)} cannot compute in it. Give --dtype float32, or "
-            "leave --dtype out."
+            f"--dtype bfloat16: {torch.cuda.get_device_name(device)} cannot compute in it. Give --dtype float16 or "
+            "float32, or leave --dtype out."
         )
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]

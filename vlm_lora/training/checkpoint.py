@@ -25,8 +25,13 @@ from vlm_lora.errors import CheckpointError, ConfigError
 
 MANIFEST = "manifest.json"
 ADAPTER, OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
-FORMAT = 2
-"""Of the manifest; one more with every change that an older release would misread. 1 has no ``val_images``."""
+FORMAT = 3
+"""Of the manifest; one more with every change that an older release would misread. 1 has no ``val_images``, 2 no
+``loss_scale``."""
+
+FIRST_SCALE, DOUBLED_AFTER = 2.0**16, 2000
+"""Of float16: gradients below 6e-8 would be zeros in it, so that the loss is scaled up as far as they can be held
+(arXiv:1710.03740). The scale at first, and the steps after which it is doubled; torch's GradScaler has the same."""
 
 NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
 
@@ -46,6 +51,12 @@ class Progress:
     """Evaluations on held-out data since the best one."""
     val_images: int | None = None
     """Held-out images that the losses so far are of; None: all there are."""
+    loss_scale: float | None = None
+    """What the loss is multiplied by before the backward pass; None, for nothing, but in float16."""
+    steps_at_scale: int = 0
+    """Steps since the scale was last changed."""
+    overflows: int = 0
+    """How often a step was computed again, with half the scale."""
 
     def note_held_out_loss(self, loss: float) -> None:
         """The held-out loss after ``step``: the best so far, or one more since."""
@@ -53,6 +64,18 @@ class Progress:
             self.best_step, self.best_loss, self.since_best = self.step, loss, 0
         else:
             self.since_best += 1
+
+    def halve_scale(self) -> None:
+        assert self.loss_scale is not None
+        self.loss_scale, self.steps_at_scale, self.overflows = self.loss_scale / 2, 0, self.overflows + 1
+
+    def note_scaled_step(self) -> None:
+        """A step whose gradients were finite: after many, the scale may be doubled."""
+        if self.loss_scale is None:
+            return
+        self.steps_at_scale += 1
+        if self.steps_at_scale == DOUBLED_AFTER:
+            self.loss_scale, self.steps_at_scale = 2 * self.loss_scale, 0
 
 
 @contextmanager
@@ -235,7 +258,7 @@ def _read(path: Path) -> tuple[Progress, dict, dict[str, bytes]]:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if manifest.pop("sha256") != _digest(manifest):
             raise _Damaged(f"{MANIFEST} is not what was written")
-        if manifest.get("format") not in (1, FORMAT):
+        if manifest.get("format") not in (1, 2, FORMAT):
             raise CheckpointError(
                 f"{path}: was written by another release of vlm-lora (format {manifest.get('format')!r}; this one "
                 f"reads {FORMAT}). Resume with that release, or start again with another --output."

@@ -41,7 +41,7 @@ def _obstacle(config: TrainConfig, backbone: Backbone, sharded: bool) -> str | N
 COMPILER_ERRORS = (RuntimeError, AssertionError, OSError, ImportError, subprocess.SubprocessError)
 """What a compiler that is missing or lacks a header may raise, and what it made, met by a shape that it cannot do."""
 
-GRADIENTS_WITHIN = {torch.bfloat16: 0.1, torch.float32: 1e-3}
+GRADIENTS_WITHIN = {torch.bfloat16: 0.1, torch.float16: 0.1, torch.float32: 1e-3}
 """By the base's format: how far the gradients of compiled layers may be from those of the plain ones, over their norm.
 In bfloat16 the same step in another order differs by 0.02 (bench/results/gpu-7b.json)."""
 

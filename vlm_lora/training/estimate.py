@@ -220,7 +220,7 @@ def _elsewhere(config: TrainConfig, gpus: int | None, accelerator: Device | None
             f"--gpus {gpus}: there is no GPU here to be measured. Name one, as --device h100, or say what it has: "
             "--tflops (attained, which is well below its data sheet's) and --device-memory (GB)."
         )
-    dtype = "bfloat16" if not accelerator or accelerator.bfloat16 else "float32"
+    dtype = "bfloat16" if not accelerator or accelerator.bfloat16 else "float16"
     return config.replace(dtype=dtype) if config.dtype == "auto" else config
 
 

@@ -17,7 +17,14 @@ from vlm_lora.errors import Stopped, TrainingError
 from vlm_lora.model.adapters.base import ADAPTED, Adapter
 from vlm_lora.model.device import is_out_of_memory, peak_memory
 from vlm_lora.training.batches import Fetched, Loader, imbalance, largest_micro_batch
-from vlm_lora.training.checkpoint import Progress, load_checkpoint, load_optimizer, load_weights, save_checkpoint
+from vlm_lora.training.checkpoint import (
+    FIRST_SCALE,
+    Progress,
+    load_checkpoint,
+    load_optimizer,
+    load_weights,
+    save_checkpoint,
+)
 from vlm_lora.training.compiled import COMPILER_ERRORS, difference, in_short, shaken
 from vlm_lora.training.cost import cost_model
 from vlm_lora.training.events import Events
@@ -129,13 +136,13 @@ class TrainingLoop:
             examples, max_tokens, fetched = next(batches)
             if max_tokens != self.progress.micro_batch_tokens:  # memory has run out since it was fetched
                 fetched = None
-            loss = self._gradients(step, examples, fetched)
-            result = add_up_and_clip(loss, self.tensors, self.config.max_grad_norm, self.processes)
+            result = self._compute(step, examples, fetched)
             rate = learning_rate(step, last, self.config.lr, self.config.warmup)
             if result.finite:
                 if step < first + 2:
                     self._warn_of_dead_tensors(step - first)
                 apply_gradients(self.optimizer, rate, self.config.lr)
+                self.progress.note_scaled_step()
             else:
                 self.folder.log({"step": step + 1, "examples": _sources(examples)})
                 self._skip_or_stop(result, examples)
@@ -174,6 +181,10 @@ class TrainingLoop:
                 self.events.warning, allow_change,
             )
         )  # fmt: skip
+        if self.backbone.dtype != torch.float16:
+            self.progress.loss_scale = None
+        elif self.progress.loss_scale is None:
+            self.progress.loss_scale = FIRST_SCALE
         _start_alike(self.tensors, self.optimizer, self.progress.step, self.processes)
         return self.progress.step
 
@@ -270,6 +281,18 @@ class TrainingLoop:
         examples, max_tokens = self._examples(step), self.progress.micro_batch_tokens
         return examples, max_tokens, self.loader.fetch(examples, max_tokens)
 
+    def _compute(self, step: int, examples: Sequence[Lesson], fetched: Sequence[Fetched] | None) -> StepResult:
+        """Leave the step's gradients in ``.grad``. Where they are too large for float16, the step is computed again
+        with half the loss scale: it is not left out."""
+        while True:
+            loss, scale = self._gradients(step, examples, fetched), self.progress.loss_scale or 1.0
+            result = add_up_and_clip(loss, self.tensors, self.config.max_grad_norm, self.processes, scale)
+            if scale <= 1 or not result.overflowed:
+                return result
+            self.progress.halve_scale()
+            self.optimizer.zero_grad(set_to_none=True)
+            fetched = None
+
     def _gradients(self, step: int, examples: Sequence[Lesson], fetched) -> torch.Tensor:
         seed = _step_seed(self.config.seed, step)
         if self.backbone.compiled and self.processes.count == 1:
@@ -323,6 +346,8 @@ class TrainingLoop:
         if peak and peak != self.peak:
             self.peak, (used, reserved) = peak, peak
             shares |= {"memory_used": used, "memory_reserved": reserved}
+        if self.progress.loss_scale:
+            shares |= {"loss_scale": self.progress.loss_scale, "overflows": self.progress.overflows}
         self.folder.log({"step": step} | (numbers if result.finite else {"skipped": True}) | work | shares)
         left = (num_steps - step) * seconds / (step - first)
         self.events.step(step=step, num_steps=num_steps, seconds_left=left, **numbers, **work)

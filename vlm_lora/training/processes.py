@@ -54,7 +54,7 @@ def require_possible(method: str, settings: Mapping[str, str]) -> bool:
     if precision := given("ACCELERATE_MIXED_PRECISION", "no"):
         raise ConfigError(
             f"accelerate is set to {precision}; give the number format with --dtype "
-            "(bfloat16 or float32), and leave accelerate's mixed precision at no."
+            "(bfloat16, float16 or float32), and leave accelerate's mixed precision at no."
         )
     if compiler := given("ACCELERATE_DYNAMO_BACKEND", "no"):
         raise ConfigError(

@@ -262,7 +262,8 @@ def _report_cost(
     if predicted.steps > 3 and config.save_every > 2:  # else there is nothing to predict, or a pause in what is timed
         seconds = ends[2] - started + predicted.seconds_left(ends[2] - ends[0])
     loop.events.cost(predicted, seconds, measured)
-    numbers = asdict(predicted) | {"memory": predicted.memory, "seconds": seconds}
+    memory = {"memory": predicted.memory, "memory_by_part": predicted.memory_by_part}
+    numbers = asdict(predicted) | memory | {"seconds": seconds}
     folder.append_to_log({"step": predicted.steps, "predicted": numbers, "measured": measured.to_json()})
 
 

@@ -55,6 +55,11 @@ class StepResult:
     def finite(self) -> bool:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
+    @property
+    def overflowed(self) -> bool:
+        """The loss is a number, but its gradients are too large for their format."""
+        return math.isfinite(self.loss) and not math.isfinite(self.grad_norm)
+
 
 # ---- loss ---------------------------------------------------------------------------------------------------------
 
@@ -128,7 +133,8 @@ def accumulate_gradients(
     progress: Progress,
     warn: Callable[[str], None],
 ) -> torch.Tensor:
-    """Leave the gradients of a step's loss (this process's share) in ``.grad``, and return that loss.
+    """Leave the gradients of a step's loss (this process's share) in ``.grad``, times `Progress.loss_scale` where there
+    is one, and return that loss.
 
     ``fetched`` is what `Loader.fetch` gives for the examples, where that has been done ahead.
 
@@ -145,7 +151,7 @@ def accumulate_gradients(
         torch.manual_seed(seed + processes.index)
         if fetched is None:
             fetched = loader.fetch(examples, progress.micro_batch_tokens)
-        loss = _backward(loader, fetched, num_labels)
+        loss = _backward(loader, fetched, num_labels, progress.loss_scale or 1.0)
         if not processes.highest(loss is None):
             assert loss is not None
             return loss
@@ -158,8 +164,8 @@ def accumulate_gradients(
         warn(f"{text}; what a step learns from, and its learning rate, stay as they are.")
 
 
-def _backward(loader: Loader, fetched: Sequence[Fetched], num_labels: int) -> torch.Tensor | None:
-    """The loss of these micro-batches, their gradients added up; None where memory ran out."""
+def _backward(loader: Loader, fetched: Sequence[Fetched], num_labels: int, scale: float) -> torch.Tensor | None:
+    """The loss of these micro-batches, their gradients, times ``scale``, added up; None where memory ran out."""
     backbone, processes = loader.backbone, loader.processes
     loss = torch.zeros((), device=backbone.device)
     try:
@@ -167,7 +173,7 @@ def _backward(loader: Loader, fetched: Sequence[Fetched], num_labels: int) -> to
             for each in fetched:
                 batch_loss = loss_sum(backbone, loader.place(each), loader.techniques.label_logits) / num_labels
                 if batch_loss.requires_grad:  # not if only the projector is trained and no row has an image
-                    batch_loss.backward()
+                    (batch_loss * scale).backward()
                 loss += batch_loss.detach()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -221,13 +227,13 @@ def make_optimizer(config: TrainConfig, parameters: Sequence[tuple[str, torch.nn
 
 
 def add_up_and_clip(
-    loss: torch.Tensor, tensors: Sequence[torch.Tensor], most: float, processes: Processes
+    loss: torch.Tensor, tensors: Sequence[torch.Tensor], most: float, processes: Processes, scale: float = 1.0
 ) -> StepResult:
-    """Give ``.grad`` the sum over all processes, its norm at most ``most``."""
+    """Give ``.grad`` the sum over all processes, divided by ``scale``, its norm at most ``most``."""
     grads = [t.grad if t.grad is not None else torch.zeros_like(t) for t in tensors]
     loss, *grads = processes.add_up([loss, *grads])
     for tensor, grad in zip(tensors, grads, strict=True):
-        tensor.grad = grad
+        tensor.grad = grad if scale == 1 else grad.div_(scale)  # a power of 2: nothing is rounded
     grad_norm = torch.nn.utils.clip_grad_norm_(tensors, most)
     return StepResult(*torch.stack([loss, grad_norm]).tolist())  # the one time that the CPU waits for the device
 

@@ -174,11 +174,12 @@ class _AddLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out, x, down, up, scaling: float, kind: torch.dtype) -> torch.Tensor:
-        narrow = scaling * F.linear(x.to(kind), down.to(kind))
+        ctx.scaling, ctx.kind, ctx.trained_in = scaling, kind, up.dtype
+        down, up = down.to(kind), up.to(kind)
+        narrow = scaling * F.linear(x.to(kind), down)
         ctx.save_for_backward(x, narrow, down, up)
-        ctx.scaling, ctx.kind = scaling, kind
         total = out.to(kind)
-        total = torch.addmm(out, narrow, up.to(kind).T) if total is out else total.addmm_(narrow, up.T)
+        total = torch.addmm(out, narrow, up.T) if total is out else total.addmm_(narrow, up.T)
         # Not by a `to` that does nothing: compiled by torch 2.11, its result has no gradient.
         return total if kind == out.dtype else total.to(out.dtype)
 
@@ -189,11 +190,11 @@ class _AddLowRank(torch.autograd.Function):
         (x, narrow, down, up), kind = ctx.saved_tensors, ctx.kind
         wide = grad.to(kind)
         # At rank 8 a CPU takes twice as long for `wide @ up`.
-        back = ctx.scaling * F.linear(wide, up.to(kind).T.contiguous())
-        of_up = (narrow.T @ wide).T.to(up.dtype)
+        back = ctx.scaling * F.linear(wide, up.T.contiguous() if wide.is_cpu else up.T)
+        of_up = (narrow.T @ wide).T.to(ctx.trained_in)
         del wide  # of the float32 copies over a base in bfloat16, one at a time
-        of_down = (back.T @ x.to(kind)).to(down.dtype)
-        of_x = (back @ down.to(kind)).to(x.dtype) if ctx.needs_input_grad[1] else None
+        of_down = (back.T @ x.to(kind)).to(ctx.trained_in)
+        of_x = (back @ down).to(x.dtype) if ctx.needs_input_grad[1] else None
         return grad, of_x, of_down, of_up, None, None
 
 
