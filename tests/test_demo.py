@@ -9,7 +9,6 @@ import re
 import signal
 import threading
 import time
-import zipfile
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -21,12 +20,11 @@ gradio = pytest.importorskip("gradio")
 gradio_client = pytest.importorskip("gradio_client")
 
 from tests.conftest import ROOT  # noqa: E402
-from vlm_lora import ImageRef, demo, load_image, read_dataset  # noqa: E402
+from vlm_lora import ImageRef, demo, load_image  # noqa: E402
 from vlm_lora.cli import main  # noqa: E402
 from vlm_lora.config import TrainConfig, config_from, read_yaml, write_yaml  # noqa: E402
 from vlm_lora.demo import LOOPBACK, build_app, launch, safe_settings  # noqa: E402
-from vlm_lora.demo.downloads import FORMATS, unlike, write_captions  # noqa: E402
-from vlm_lora.demo.runs import Evaluations, Pictures, find_runs, read_losses  # noqa: E402
+from vlm_lora.demo.runs import Evaluations, Pictures, find_runs  # noqa: E402
 from vlm_lora.demo.speaker import MAX_WAITING, Speaker, Turn  # noqa: E402
 from vlm_lora.errors import AdapterError, ConfigError, DataError  # noqa: E402
 from vlm_lora.inference.review import Reviewed  # noqa: E402
@@ -176,9 +174,9 @@ def test_page_opens_and_names_nothing_elsewhere(app):
     labels = {part["props"].get("label") for part in config["components"]}
     # What the browser draws them as; a name that it does not know, it leaves out.
     drawn = {part["props"].get("label"): part["type"] for part in config["components"]}
-    assert (drawn["Picture"], drawn["Pictures, up to 50"], drawn["Seed"]) == ("image", "file", "number")
+    assert (drawn["Picture"], drawn["Pictures, or a zip of them"], drawn["Seed"]) == ("image", "file", "number")
     assert drawn["Most tokens"] == "slider"
-    assert {"Picture", "Base", "Tuned", "What the data says", "Held-out pictures of the run", "Loss"} <= labels
+    assert {"Picture", "Base", "Tuned", "What the data says", "Held-out pictures of the run"} <= labels
     assert app.share_url is None
     assert not list(Path(demo.__file__).parent.glob("*.pyi"))  # Gradio likes to write one
 
@@ -356,7 +354,7 @@ def test_who_has_to_wait_is_told_and_blocks_nobody(picture):
 
 
 def test_the_evaluation_is_not_drawn_before_somebody_looks(app):
-    drawn = [fn.name for fn in app.fns.values() if "gallery" in [part.elem_id for part in fn.outputs]]
+    drawn = [fn.name for fn in app.fns.values() if "changed" in [part.elem_id for part in fn.outputs]]
     assert "show" in drawn
     assert "look" not in drawn
 
@@ -682,45 +680,59 @@ def test_examples_are_held_out_pictures_with_references(tmp_path):
     assert evaluations.examples("", 8) == evaluations.examples("nowhere", 8) == []
 
 
-def test_the_gallery_is_sorted_by_gain_and_shows_what_got_worse(tmp_path):
-    evaluations = Evaluations({"run": write_run(tmp_path, count=9)})
-    verdicts = [verdict for _, verdict in evaluations.by_gain("run", only_worse=False)]
-    assert verdicts == ["Better"] * 6 + ["Worse"] * 3
-    worse = evaluations.by_gain("run", only_worse=True)
-    assert {row.example for row, _ in worse} == {"1.png", "4.png", "7.png"}
-    wrong = evaluations.still_wrong("run")
-    assert {row.example for row, _ in wrong} == {"1.png", "4.png", "7.png"}
-    assert {verdict for _, verdict in wrong} == {"Wrong"}
-    told = {(f"picture {i}", f"{HTML} lost", 1) for i in (1, 4, 7)}
-    assert set(evaluations.mistakes("run", 60)) == {(a, b.casefold(), n) for a, b, n in told}
-    assert len(evaluations.mistakes("run", 2)) == 2
-    assert evaluations.still_wrong("nowhere") == evaluations.mistakes("nowhere", 2) == []
-    assert "6 better and 3 worse; 0 score the same" in evaluations.summary("run", 60)
-    assert evaluations.summary("run", 60).startswith("The base model alone")  # as the file has no gain
-    assert "At most 4" in evaluations.summary("run", 4)
+def test_answers_come_by_what_became_of_them(tmp_path):
+    run = write_run(tmp_path, count=9)
+    evaluations = Evaluations({"run": run})
+    places = evaluations.places("run")
+    assert {kind: sorted(of) for kind, of in places.items()} == {
+        "Better": [0, 2, 3, 5, 6, 8], "Worse": [1, 4, 7], "Still wrong": [1, 4, 7],
+    }  # fmt: skip
+    assert evaluations.places("nowhere") == evaluations.places("") == {}
+    (tmp_path / "photos/4.png").unlink()
+    assert 4 not in Evaluations({"run": run}).places("run")["Worse"]
 
 
-def test_losses_are_read_up_to_the_line_that_was_cut(tmp_path):
-    assert read_losses(write_run(tmp_path)) == [(1, 3.0, "training"), (2, 2.0, "training"), (2, 2.5, "held out")]
-    assert read_losses(tmp_path) == read_losses(None) == []
+def test_what_changed_is_shown_answer_by_answer(app):
+    """The figures, the picture with both answers, and what to do where there is nothing; all of it as text."""
+
+    def called(name: str, *given) -> list:
+        (number,) = (
+            i for i, fn in app.fns.items() if fn.name == name and (len(fn.inputs), len(fn.outputs)) == (len(given), 2)
+        )
+        asked = {"data": list(given), "fn_index": number, "session_hash": "x"}
+        return httpx.post(f"{app.local_url}gradio_api/run/predict", json=asked, timeout=60).json()["data"]
+
+    (show,) = {i for i, fn in app.fns.items() if fn.name == "show" and fn.outputs[0].elem_id == "changed"} - {
+        i for i, fn in app.fns.items() if fn.js
+    }
+    asked = {"data": ["run"], "fn_index": show, "session_hash": "x"}
+    head, _, radio, _, place, card, tail = httpx.post(
+        f"{app.local_url}gradio_api/run/predict", json=asked, timeout=60
+    ).json()["data"]
+    assert "Too few images to tell" not in head  # as the file has no gain
+    assert [label for label, _ in radio["choices"]] == ["Better 2", "Worse 1", "Still wrong 1"]
+    assert "<b>1</b> of 2" in place
+    assert "picture 0" in card
+    assert 'src="data:image/png;base64,' in card
+    assert "step" in tail
+    place, card = called("turn", "run", "Worse", -4)  # before the first comes the last
+    assert "<b>1</b> of 1" in place
+    assert "<mark>lost</mark>" in card
+    assert "<img src=x" not in card + head + tail
 
 
 def test_reviewed_captions_come_with_their_pictures(tmp_path):
     run = write_run(tmp_path)
     evaluations = Evaluations({"run": run})
-    assert evaluations.reviewed("run", 60) == evaluations.reviewed("", 60) == []
-    assert "vlm-lora eval DATA --adapter run --review --output run" in evaluations.review_summary("run", 60)
-    assert "Choose an adapter" in evaluations.review_summary("", 60)
+    assert evaluations.reviewed("run") == evaluations.reviewed("") == []
     write_review(run, {"0.png": 1.5, "1.png": -0.25, "2.png": 0.5, "gone.png": -3.0})
     with (run / "review.jsonl").open("a") as file:  # of a picture that could not be read
         file.write(json.dumps({"image": "3.png", "caption": "x", "error": "is not an image"}) + "\n")
-    rows = evaluations.reviewed("run", 60)
+    rows = evaluations.reviewed("run")
     assert [(row["image"], row["score"]) for row, _ in rows] == [("1.png", -0.25), ("2.png", 0.5), ("0.png", 1.5)]
     assert [image.name for _, image in rows] == ["1.png", "2.png", "0.png"]
-    assert len(evaluations.reviewed("run", 2)) == 2
-    assert "4 captions were reviewed, the most doubtful first; 3 are shown" in evaluations.review_summary("run", 60)
     (run / "review.jsonl").write_text("{")
-    assert evaluations.reviewed("run", 60) == []
+    assert evaluations.reviewed("run") == []
 
 
 def test_a_run_whose_data_or_files_are_gone_is_told_plainly(tmp_path):
@@ -728,11 +740,10 @@ def test_a_run_whose_data_or_files_are_gone_is_told_plainly(tmp_path):
     for image in (tmp_path / "photos").iterdir():
         image.unlink()
     evaluations = Evaluations({"run": run})
-    assert evaluations.by_gain("run", only_worse=False) == evaluations.examples("run", 8) == []
-    assert "no longer where they were" in evaluations.summary("run", 60)
+    assert evaluations.places("run") == {}
+    assert evaluations.examples("run", 8) == []
     (run / "scores.json").unlink()
-    assert "was not evaluated" in Evaluations({"run": run}).summary("run", 60)
-    assert "Choose an adapter" in evaluations.summary("", 60)
+    assert Evaluations({"run": run}).of("run") is None
 
 
 def rewrite_config(run: Path, **settings) -> None:
@@ -779,107 +790,6 @@ def test_a_damaged_picture_is_left_out(tmp_path, caplog):
     path.write_bytes(b"nothing")
     assert Pictures(tmp_path).file(ImageRef(path=path, name="a.png")) is None
     assert "a.png" in caplog.text
-
-
-# -- several pictures ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def captions(tmp_path):
-    """Name, caption and picture; two that would share a sidecar, and texts that a format could spoil."""
-    found = []
-    for i, (name, text) in enumerate(
-        [
-            ("a.png", 'He said "no", twice.'),
-            ("a.jpg", "two\nlines"),
-            ("été 狐.png", HTML),
-            ("c.webp", "=1+1 \u2028 end"),
-            ("without a suffix", "Five."),
-        ]
-    ):
-        path = tmp_path / "given" / name
-        path.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (8, 6), (60 * i, 0, 0)).save(path, None if path.suffix else "PNG")
-        found.append((name, text, ImageRef(path=path, name=name)))
-    return found
-
-
-@pytest.mark.parametrize("kind", FORMATS)
-def test_a_download_is_training_data(kind, captions, tmp_path):
-    file = write_captions(kind, captions, tmp_path)
-    place = tmp_path / "given"  # rows are taken beside their pictures
-    if file.suffix == ".zip":
-        place = tmp_path / "unpacked"
-        zipfile.ZipFile(file).extractall(place)
-    else:
-        file.rename(place / file.name)
-    data = read_dataset(place if file.suffix == ".zip" else place / file.name, prompt="Describe.")
-    assert data.bad == ()
-    said = {
-        load_image(example.images[0]).getpixel((0, 0))[0]: example.dialogues[0].turns[0].assistant
-        for example in data.examples
-    }
-    for i, (_, text, _) in enumerate(captions):
-        near = min(said, key=lambda red, i=i: abs(red - 60 * i))  # a JPEG and a WebP change colours a little
-        assert abs(near - 60 * i) < 8
-        assert said[near] == text
-    assert len(said) == 5
-    if file.suffix == ".csv":
-        assert (place / file.name).read_text().startswith("image,caption")
-
-
-def sent(path: Path) -> dict:
-    return {"path": str(path), "orig_name": path.name, "meta": {"_type": "gradio.FileData"}}
-
-
-def taken_away(app, kind: str, pictures: list[Path], rows: list[list]) -> bytes | str:
-    """What the button gives for a table and the pictures above it: the file, or the sentence why not."""
-    (number,) = (number for number, fn in app.fns.items() if fn.name == "download")
-    given = [sent(Path(upload(app, path.read_bytes(), path.name))) for path in pictures]
-    table = {"headers": ["File", "Caption"], "data": rows, "metadata": None}
-    asked = {"data": [kind, given, table], "fn_index": number, "session_hash": "s"}
-    assert httpx.post(f"{app.local_url}gradio_api/queue/join", json=asked).status_code == 200
-    events = httpx.get(f"{app.local_url}gradio_api/queue/data?session_hash=s", timeout=20).text
-    last = [
-        json.loads(line[6:]) for line in events.split("\n\n") if "process_generating" in line or "completed" in line
-    ]
-    if "error" in last[0]["output"]:
-        return last[0]["output"]["error"]
-    return httpx.get(last[0]["output"]["data"][0]["value"]["url"]).content
-
-
-@pytest.fixture
-def twins(tmp_path):
-    """Three pictures: two of one name, and one of the name that the second of them would get."""
-    for i, name in enumerate(("x/a.png", "y/a.png", "x/a-2.png")):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (8, 6), (80 * i, 0, 0)).save(tmp_path / name)
-    return [tmp_path / name for name in ("x/a.png", "y/a.png", "x/a-2.png")]
-
-
-def test_pictures_of_one_name_are_not_mixed_up(app, twins, tmp_path):
-    rows = [["a-2-2.png", "third"], ["a-2.png", "second"], ["a.png", "first"]]  # sorted by hand
-    for kind in ("JSONL", "CSV"):  # beside the pictures a-2.png is the third one
-        assert "Several pictures are called 'a.png'" in taken_away(app, kind, twins, rows)
-    file = io.BytesIO(taken_away(app, "Zip of pictures and captions", twins, rows))
-    zipfile.ZipFile(file).extractall(tmp_path / "data")
-    data = read_dataset(tmp_path / "data", prompt="Describe.")
-    said = {load_image(e.images[0]).getpixel((0, 0))[0]: e.dialogues[0].turns[0].assistant for e in data.examples}
-    assert said == {0: "first", 80: "second", 160: "third"}
-
-
-def test_a_row_of_no_picture_is_told_and_an_empty_one_left_out(app, twins):
-    rows = [["a.png", "first"], ["", ""], ["a-2.png", " "]]
-    for name, told in (("renamed.png", "'renamed.png'"), ("", "'second'"), (None, "'second'")):
-        assert f"The row of {told} belongs to no picture" in taken_away(
-            app, "JSONL", twins[::2], [*rows, [name, "second"]]
-        )
-    assert taken_away(app, "JSONL", twins[::2], rows) == b'{"image": "a.png", "caption": "first"}\n'
-
-
-def test_names_that_are_alike_get_numbers():
-    assert unlike(["a.png", "A.png", "a-2.png", "a.jpg"]) == ["a.png", "A-2.png", "a-2-2.png", "a.jpg"]
-    assert unlike(["a.png", "a.jpg"], stems=True) == ["a.png", "a-2.jpg"]
 
 
 # -- the documentation ---------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ import pytest
 
 from tests.conftest import picture
 from tests.test_demo import Parrot, serve
-from vlm_lora import DataSettings, ImageRef, read_dataset
+from vlm_lora import ImageRef
 from vlm_lora.cli import main
 from vlm_lora.demo import trainer, uploads
+from vlm_lora.demo.album import Album
 from vlm_lora.demo.page import build_app
 from vlm_lora.demo.trainer import State, Trainer
-from vlm_lora.demo.training import Chosen, _in_words, _told
+from vlm_lora.demo.training import _in_words, _told
 from vlm_lora.demo.uploads import Roots, take_in
 from vlm_lora.errors import ConfigError, DataError
 
@@ -93,7 +94,8 @@ def test_a_zip_that_lies_about_its_size_is_cut_short(tmp_path, monkeypatch):
 def test_pictures_texts_and_zips_are_taken_in_together(photos, tmp_path):
     packed = zipped(tmp_path / "x.zip", {"more/9.png": (photos / "2.png").read_bytes(), "more/9.txt": b"Nine."})
     folder = take_in([sent(photos / "0.png"), sent(photos / "0.txt"), packed], tmp_path / "here")
-    assert Chosen.of(folder, "x").captions == {"0.png": "Number 0.", "more/9.png": "Nine."}
+    album = Album(folder, rows=False)
+    assert album.captions(album.pictures) == {"0.png": "Number 0.", "more/9.png": "Nine."}
     with pytest.raises(DataError, match="is there twice"):
         take_in([sent(photos / "0.png"), sent(photos / "1.png", "0.png")], tmp_path / "twice")
     broken = tmp_path / "broken.zip"
@@ -108,7 +110,7 @@ def test_only_what_is_below_a_root_is_read(photos, tmp_path):
     (photos / "out").symlink_to("/etc")
     (photos / ".hidden").mkdir()
     (photos / ".hidden/a.png").write_bytes(b"")
-    roots = Roots([photos])
+    roots = Roots([photos], tmp_path / "uploads")
     assert roots.names() == ["photos", "photos/inner"]
     assert roots.folder("photos/inner") == photos / "inner"
     for name in (
@@ -124,41 +126,6 @@ def test_only_what_is_below_a_root_is_read(photos, tmp_path):
     ):
         with pytest.raises(DataError, match="no folder that the demo may read"):
             roots.folder(name)
-
-
-def test_corrected_captions_are_data_beside_which_the_folder_stays_as_it_is(photos, tmp_path):
-    before = sorted(photos.iterdir())
-    chosen = Chosen.of(photos, "photos")
-    assert chosen.captions == {"0.png": "Number 0.", "1.png": "Number 1.", "2.png": ""}
-    table = [[name, text] for name, text in chosen.captions.items()]
-    assert chosen.corrected(table) == {"0.png": "Number 0.", "1.png": "Number 1."}
-    table[2][1] = " Two, “quoted”. "
-    data, flag, images = chosen.data(table, tmp_path / "new")
-    assert (flag, images) == ("--images", str(photos))
-    examples = read_dataset([data], DataSettings(images=images)).examples
-    assert [(e.images[0].path.name, e.dialogues[0].turns[0].assistant) for e in examples] == [
-        ("0.png", "Number 0."), ("1.png", "Number 1."), ("2.png", "Two, “quoted”."),
-    ]  # fmt: skip
-    assert sorted(photos.iterdir()) == before
-    table[2][1] = ""
-    (photos / "2.png").unlink()
-    whole = Chosen.of(photos, "photos")
-    assert whole.data(table[:2], tmp_path / "none") == [str(photos)]
-    assert not (tmp_path / "none").exists()
-    for wrong in ([["other.png", "x"]], [["0.png", "a"], ["0.png", "b"]], [["", "x"]]):
-        with pytest.raises(DataError, match="belongs to no picture"):
-            chosen.corrected(wrong)
-    with pytest.raises(DataError, match="no captions yet"):
-        chosen.data([["0.png", " "]], tmp_path / "none")
-
-
-def test_questions_are_not_edited_here(photos, tmp_path):
-    (photos / "train.jsonl").write_text(json.dumps({"image": "0.png", "question": "What?", "answer": "A cat."}) + "\n")
-    for i in range(2):
-        (photos / f"{i}.txt").unlink()
-    chosen = Chosen.of(photos, "photos")
-    assert not chosen.editable
-    assert chosen.data([], tmp_path / "none") == [str(photos)]
 
 
 COMMAND = """
@@ -241,9 +208,9 @@ def test_what_is_said_of_a_run_and_of_data_is_text(photos):
     bad = {"source": f"a/{HTML}", "line": None, "reason": HTML}
     group = {"count": 1, "first": []}
     facts = {"images": 1, "answers": 1, "bad": [bad] * 7, "repeated": [[HTML, 3]], "duplicates": group}
-    said += _in_words(facts | {"near_duplicates": group}, "", Chosen(photos, HTML))
+    said += _in_words(facts | {"near_duplicates": group}, "", Album(photos, rows=False))
     assert "<img" not in said
-    assert said.count("&lt;img") == 13
+    assert said.count("&lt;img") == 14
     assert "And 2 more" in said
 
 
@@ -271,7 +238,7 @@ def test_the_page_trains_only_for_its_own_pages_and_where_it_may(tmp_path, monke
     closed = build_app(Parrot())
     assert "Train" not in labels(closed)
     closed.close()
-    app = serve(build_app(Parrot(), training=(Roots([]), tmp_path / "runs")))
+    app = serve(build_app(Parrot(), training=(Roots([], tmp_path / "uploads"), tmp_path / "runs")))
     try:
         assert "Train" in labels(app)
         asked = {"data": [None, None], "fn_index": 0, "session_hash": "x"}

@@ -20,7 +20,7 @@ from vlm_lora.inference.evaluate import Answered, Evaluation, evaluate
 from vlm_lora.inference.report import PICTURES, write_report
 from vlm_lora.inference.scores import FEW_IMAGES, METRICS, TASKS, FailedExample, KindScores, Metric, Scores
 from vlm_lora.inference.tasks import ANSWERS
-from vlm_lora.inference.verdict import score_table, summary, tables_as_text
+from vlm_lora.inference.verdict import headlines, score_table, summary, tables_as_text
 from vlm_lora.run import train
 from vlm_lora.training.events import Events
 
@@ -196,6 +196,24 @@ def test_what_is_no_gain_is_not_called_one(tmp_path, rows, told):
     assert told in page.text
     assert "Tuning helped" not in page.text
     assert "Loss" not in page.text.split()  # no metrics.jsonl, no curve
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([("dog", "cat", ["cat"])] * 23 + [("dog", "dog", ["cat"])] * 7, ("77\u00a0%", "0\u00a0%", "good")),
+        ([("cat", "dog", ["cat"])] * 30, ("0\u00a0%", "100\u00a0%", "bad")),
+        ([("dog", "cat", ["cat"])] * 3, ("100\u00a0%", "0\u00a0%", "")),  # too few to tell
+        ([("dog", "cat", ["cat"]), *[("cat", "cat", ["cat"])] * 299], ("100.0\u00a0%", "99.7\u00a0%", "")),
+    ],
+)
+def test_the_figure_to_be_read_from_afar(tmp_path, rows, told):
+    (line,) = headlines(evaluated(tmp_path, rows).scores)
+    assert (line.tuned, line.base, line.verdict) == told
+    assert line.of.startswith(f"exact match, tuned against base: {len(rows)} images")
+    (line,) = headlines(evaluated(tmp_path, rows[-1:] * 3, adapter=False).scores)
+    assert (line.base, line.verdict) == ("", "")
+    assert "the base alone" in line.of
 
 
 def test_a_gain_in_form_is_called_that(tmp_path):

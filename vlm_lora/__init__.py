@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vlm_lora.inference.evaluate import Evaluation, evaluate
     from vlm_lora.inference.export import Merged, merge
     from vlm_lora.inference.losses import Losses, read_losses
-    from vlm_lora.inference.report import show_learning
+    from vlm_lora.inference.report import show_answer, show_evaluation, show_learning
     from vlm_lora.inference.scores import Scores
     from vlm_lora.run import RunResult, train
 
@@ -44,6 +44,8 @@ _HOMES = {
     "merge": "inference.export",
     "Losses": "inference.losses",
     "read_losses": "inference.losses",
+    "show_answer": "inference.report",
+    "show_evaluation": "inference.report",
     "show_learning": "inference.report",
     "Scores": "inference.scores",
     "RunResult": "run",
@@ -53,7 +55,7 @@ _HOMES = {
 __all__ = [
     "Box", "Caption", "Captioner", "DataSettings", "Dataset", "Decoding", "Dialogue", "Evaluation", "Example",
     "ImageRef", "Losses", "Merged", "RunResult", "Scores", "TrainConfig", "Turn", "VlmLoraError", "evaluate",
-    "load_image", "merge", "read_dataset", "read_losses", "show_learning", "train",
+    "load_image", "merge", "read_dataset", "read_losses", "show_answer", "show_evaluation", "show_learning", "train",
 ]  # fmt: skip
 
 

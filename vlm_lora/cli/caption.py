@@ -25,10 +25,20 @@ from typing import TYPE_CHECKING
 
 from vlm_lora.cli.flags import add_precision, add_server
 from vlm_lora.cli.several import team_of
-from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT, flag_of
+from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT
 from vlm_lora.console import Progress, say
 from vlm_lora.errors import ConfigError
-from vlm_lora.inference.sinks import NotWritten, Rows, Sidecars, Stdout, one_line, printable
+from vlm_lora.inference.sinks import (
+    DECODING,
+    STEERING,
+    NotWritten,
+    Rows,
+    Sidecars,
+    Stdout,
+    made_with,
+    one_line,
+    printable,
+)
 from vlm_lora.inference.team import share_of
 
 if TYPE_CHECKING:
@@ -56,11 +66,6 @@ where they are killed."""
 
 BASE = "base"
 """What to give as --adapter for the base alone."""
-DECODING = ("max_new_tokens", "num_beams", "temperature", "top_p", "seed")
-"""The fields of `Decoding` that a file of captions has been made with in every version, which have a flag each."""
-STEERING = ("top_k", "min_p", "repetition_penalty", "no_repeat_ngram", "begin_with", "avoid", "require", "attempts")
-STEERING += ("words", "whole_sentences", "cut_loops")
-"""Those that came later: named beside the captions where they are not at their default."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -337,19 +342,10 @@ def _sink(
         file = folders[0] / "metadata.jsonl"
     if not file:
         return Stdout(options.format, adapters=adapters, alone=alone)
-    made_with = {"--model": options.model, "--prompt": options.prompt, "--endpoint": options.endpoint}
-    made_with |= {"--system": options.system} if options.system is not None else {}
-    made_with |= {"--load-in-4bit": True} if options.load_in_4bit else {}
-    made_with |= {"--adapter": [os.path.realpath(a) if os.path.isdir(a) else a for a in adapters]}
-    made_with |= {flag_of(name): getattr(options, name) for name in ("prefix", "suffix")}
-    made_with |= {flag_of(name): getattr(decoding, name) for name in DECODING}
-    steered, default = {name: getattr(decoding, name) for name in STEERING}, type(decoding)()
-    made_with |= {
-        flag_of(name): list(value) if isinstance(value, tuple) else value  # as JSON gives it back
-        for name, value in steered.items()
-        if value != getattr(default, name)
-    }
-    rows = {"made_with": made_with, "adapters": adapters, "inputs": inputs}
+    given = {name: getattr(options, name) for name in ("model", "prompt", "endpoint", "prefix", "suffix")}
+    given |= {"system": options.system} if options.system is not None else {}
+    given |= {"load_in_4bit": True} if options.load_in_4bit else {}
+    rows = {"made_with": made_with(decoding, adapters, **given), "adapters": adapters, "inputs": inputs}
     return Rows(paths, options.format, file, overwrite=options.overwrite, **rows)
 
 

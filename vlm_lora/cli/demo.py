@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FOLDER",
-        help="a folder below which the page may take pictures to train on; may be given several times",
+        help="a folder below which the page may take pictures and write captions; may be given several times",
     )
     parser.add_argument(
         "--allow-training",

@@ -1,5 +1,5 @@
-"""The web demo: a picture and a question in, what base and tuned model say side by side out; several pictures in,
-training data out; and what was gained on the held-out pictures of a run.
+"""The web demo: a picture and a question in, what base and tuned model say side by side out; a folder of pictures in,
+captions and an adapter out; and what was gained on the held-out pictures of a run.
 
 Made to be shown to a colleague, and safe by default: on this machine only, no other host name accepted,
 nothing sent to anybody, uploads and answers bounded, and what a model says shown as plain text alone.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from gradio.themes import Default
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -28,7 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vlm_lora.demo.page import SCRIPT, STYLE, Page, build_app, set_variable
 from vlm_lora.demo.runs import find_runs, place_of_runs
 from vlm_lora.demo.speaker import MAX_WAITING
-from vlm_lora.demo.uploads import Roots
+from vlm_lora.demo.uploads import UPLOADS, Roots
 from vlm_lora.errors import ConfigError
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -64,7 +65,7 @@ def launch(  # arguments: the flags of `vlm-lora demo`
         without_auth: insist on sharing, or on another host than loopback, with no password.
         allowed_hosts: further names under which the demo is reached, behind a proxy say. On loopback all
             others are refused: a web page could point its own name at the demo, and read what it shows.
-        roots: folders below which the page may take pictures to train on, beside those that are uploaded.
+        roots: folders below which the page may take pictures and write captions, beside those that are uploaded.
         allow_training: let also those train who reach the demo from elsewhere. Who is on this machine may always.
         block: stay until Ctrl-C.
 
@@ -83,8 +84,8 @@ def launch(  # arguments: the flags of `vlm-lora demo`
     if port is not None and not 0 < port < 2**16:
         raise ConfigError(f"--port {port}: is no port. Give one from 1 to 65535.")
     trains = allow_training or (local and not share and not allowed_hosts)
-    training = (_roots(roots, trains), place_of_runs(adapter)) if trains or roots else None
-    runs = find_runs(adapter)
+    runs, place = find_runs(adapter), place_of_runs(adapter)
+    training = (_roots(roots, trains, place / UPLOADS), place) if trains or roots else None
     loading: Future = Future()
     base = Path(model).name if model else "the base model"  # names alone: the page shows no path
     chosen = next(iter(runs)) if adapter else ""
@@ -131,7 +132,7 @@ def _open(app: Page, host: str, port: int | None, auth: tuple[str, str] | None, 
         raise ConfigError("--share: gradio gave no public link; is there a way to the internet? Or leave it out.")
 
 
-def _roots(folders: Sequence[str | Path], trains: bool) -> Roots:
+def _roots(folders: Sequence[str | Path], trains: bool, uploads: Path) -> Roots:
     """Raises ConfigError for what is no folder, for two of one name, and where nobody may train."""
     if not trains:
         raise ConfigError("--roots are for training, and the demo is open to others: say --allow-training if they may.")
@@ -139,9 +140,12 @@ def _roots(folders: Sequence[str | Path], trains: bool) -> Roots:
     for path, folder in zip(paths, folders, strict=True):
         if not path.is_dir():
             raise ConfigError(f"--roots {folder}: there is no such folder. Give one that holds folders of pictures.")
-    if len({path.name for path in paths}) < len(paths):
-        raise ConfigError("--roots: two folders of one name could not be told apart on the page; give the one above.")
-    return Roots(paths)
+    if len({UPLOADS, *(path.name for path in paths)}) <= len(paths):
+        raise ConfigError(
+            f"--roots: two folders of one name (or one called {UPLOADS!r}, as the page has) cannot be told apart "
+            "on the page; give the one above."
+        )
+    return Roots(paths, uploads)
 
 
 def _in_url(host: str) -> str:
@@ -209,6 +213,7 @@ def safe_settings(hosts: Sequence[str], share: bool = False) -> dict[str, Any]:
         "footer_links": ["api"],
         "prevent_thread_lock": True,
         "quiet": True,
+        "theme": Default(primary_hue="blue", font=("system-ui", "sans-serif")),
         "css": STYLE,
         "js": SCRIPT,
     }

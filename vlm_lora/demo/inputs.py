@@ -12,10 +12,9 @@ from gradio.data_classes import FileData, ImageData
 from pydantic import ValidationError
 
 from vlm_lora import ImageRef, load_image
+from vlm_lora.demo.uploads import MOST_FILES
 from vlm_lora.errors import DataError
 
-MAX_FILES = 50
-"""Pictures captioned in one go."""
 MAX_NEW_TOKENS = 512
 
 
@@ -83,7 +82,7 @@ class SafeFiles(gr.File, _FromTheirMachine, metaclass=_WithoutStub):
     """Several pictures at once; whether each can be read is found out when it is its turn."""
 
     is_template = True
-    most = MAX_FILES
+    most = MOST_FILES
 
     def preprocess(self, payload: Any) -> Any:
         files = list(payload or [])

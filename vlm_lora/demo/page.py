@@ -8,61 +8,29 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS
+from vlm_lora.demo.changed import WhatChanged
+from vlm_lora.demo.folder import WholeFolder
 from vlm_lora.demo.inputs import MAX_NEW_TOKENS, Number, Slider
 from vlm_lora.demo.runs import Evaluations, Pictures
+from vlm_lora.demo.sheet import Albums
 from vlm_lora.demo.speaker import MAX_WAITING, Speaker
-from vlm_lora.demo.tabs import QUIETLY, Desk, EvaluationOfRun, OnePicture, ReviewOfRun, SeveralPictures
+from vlm_lora.demo.tabs import QUIETLY, Desk, OnePicture
 from vlm_lora.demo.training import Training
-from vlm_lora.demo.uploads import Roots
+from vlm_lora.demo.uploads import KEPT_SECONDS, UPLOADS, Roots
 
 if TYPE_CHECKING:
     from vlm_lora import Captioner
 
-KEPT_SECONDS = 3600
-"""Uploaded pictures are deleted after that long, and when the demo ends."""
-
-STYLE = """
-.gradio-container { width: 100%; max-width: 72rem !important; margin: auto !important; }
-#status textarea { font-weight: 600; }
-#picture img { width: 100%; height: 100%; object-fit: contain; }
-.answer .error { display: none; } /* the toast says what is wrong */
-.grid-wrap { min-height: 0 !important; }
-.grid-container { grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr)) !important; padding-top: 1.75rem; }
-:is(#gallery, #review) .grid-container { grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)) !important; }
-#examples .caption-label { display: none; } /* for screen readers, see SCRIPT */
-.gradio-container { --ink: var(--body-text-color); --mark: #ffe3a3;
-  --soft: color-mix(in srgb, var(--body-text-color) 65%, transparent);
-  --line: var(--border-color-primary); --paper: var(--background-fill-primary); --blue: #1565c0; --orange: #c75b00; }
-.dark { --mark: #6b4e00; --blue: #74b3ff; --orange: #ffa657; }
-.run, .empty { padding: .5rem 0; }
-.run p, .empty p, :is(#found, #cost) p { margin: .25rem 0; max-width: 46rem; overflow-wrap: anywhere; }
-:is(.run, .empty) .big { font-size: 2rem; line-height: 1.15; font-weight: 700; letter-spacing: -.02em; }
-.run .name { color: var(--soft); font-size: .875rem; }
-.run .bar { height: .5rem; border-radius: .25rem; background: var(--line); margin: .75rem 0; overflow: hidden; }
-.run .bar div { height: 100%; background: var(--color-accent); }
-:is(#found, #cost) .lead { font-size: 1.35rem; font-weight: 700; line-height: 1.25; }
-#shown .grid-container { grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)) !important; }
-#captions :is(td, th, textarea, span) { font-family: var(--font); font-size: 1rem; }
-@media (max-width: 30rem) { .tab-container button { padding: 0 .5rem !important; } } /* all of them are seen */
-""" + (resources.files("vlm_lora.inference") / "templates/learning.css").read_text(encoding="utf-8")
-
-# Gradio's names for screen readers are thin: a thumbnail's is its number, a box with a copy button has none.
-SCRIPT = """() => {
-new MutationObserver(() => {
-  const name = (element, text) => { if (text && element.ariaLabel !== text) element.ariaLabel = text; };
-  for (const button of document.querySelectorAll('.thumbnail-item'))
-    name(button, button.querySelector('.caption-label')?.textContent);
-  for (const label of document.querySelectorAll('.answer label'))
-    name(label.querySelector('textarea'), label.querySelector('[data-testid=block-info]')?.textContent.trim());
-}).observe(document.body, {childList: true, subtree: true, characterData: true}); }"""
+STYLE, SCRIPT = (resources.files("vlm_lora.demo").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+STYLE += resources.files("vlm_lora.inference").joinpath("templates/learning.css").read_text("utf-8")
 
 IF_OPEN = """adapter => {
-  if (!document.querySelector('#%s')?.offsetParent) throw new Error('nobody looks');
+  if (!document.querySelector('#changed')?.offsetParent) throw new Error('nobody looks');
   return adapter;
 }"""
 
@@ -149,17 +117,17 @@ def build_app(
             runs, Speaker(future, runs, chosen), Evaluations(runs), Pictures(Path(files.name)), adapter, numbers
         )
         with gr.Tabs(selected="picture" if chosen or not training else "train"):
-            if training:
+            roots, place = training or (Roots([], Path(files.name) / UPLOADS, passing=True), None)
+            albums = Albums(roots)
+            if place:
                 with gr.Tab("Train", id="train"):
-                    Training(app, desk, *training)
+                    Training(app, desk, albums, place)
             with gr.Tab("Picture", id="picture"):
                 one = OnePicture(desk)
-            with gr.Tab("Several"):
-                several = SeveralPictures(desk)
-            with gr.Tab("Evaluation") as evaluation_opened:
-                evaluation = EvaluationOfRun(desk)
-                with gr.Accordion("A second look at the data", open=False) as review_opened:
-                    review = ReviewOfRun(desk)
+            with gr.Tab("Pictures"):
+                several = WholeFolder(app, desk, albums)
+            with gr.Tab("What changed") as changed_opened:
+                changed = WhatChanged(desk)
         with gr.Accordion("Advanced: length and sampling", open=False):
             for number in numbers:
                 number.render()
@@ -175,11 +143,9 @@ def build_app(
             return [gr.Textbox(visible=False), gr.Timer(active=False), *one.show(adapter), *several.show(adapter)]
 
         gr.on([app.load, timer.tick, adapter.change], look, adapter, outputs, queue=False, **QUIETLY)
-        # Thumbnails of large photos take long: they are made when somebody looks.
-        opened = ((evaluation, evaluation_opened.select, "gallery"), (review, review_opened.expand, "review"))
-        for part, event, gallery in opened:
-            shown = {"fn": part.show, "inputs": adapter, "outputs": part.outputs, "queue": False}
-            event(**shown, show_progress="minimal", api_visibility="private")
-            adapter.change(**shown, js=IF_OPEN % gallery, **QUIETLY)
+        # An evaluation takes long to draw: that is done when somebody looks.
+        shown: dict[str, Any] = {"fn": changed.show, "inputs": adapter, "outputs": changed.outputs, "queue": False}
+        changed_opened.select(**shown, show_progress="minimal", api_visibility="private")
+        adapter.change(**shown, js=IF_OPEN, **QUIETLY)
     app.queue(max_size=4 * MAX_WAITING, default_concurrency_limit=1)
     return app

@@ -1,4 +1,4 @@
-"""What the run folders hold for the page: which there are, held-out pictures with their answers, the losses."""
+"""What the run folders hold for the page: which there are, and held-out pictures with their answers."""
 
 import io
 import json
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-import vlm_lora
 from vlm_lora import DataSettings, Example, ImageRef, VlmLoraError, load_image, read_dataset
 from vlm_lora.config import HUB_NAME, config_from, read_yaml
 from vlm_lora.errors import AdapterError, DataError
@@ -25,9 +24,9 @@ log = logging.getLogger(__name__)
 
 BROWSER_FORMATS = ("GIF", "JPEG", "PNG", "WEBP")
 THUMBNAIL = 512
-"""Longest side of a picture in the gallery, in pixels."""
-POINTS = 500
-"""Of the loss curve."""
+"""Longest side of a small picture, in pixels."""
+KINDS = ("Better", "Worse", "Still wrong", "The same")
+"""What can become of an answer."""
 
 
 def find_runs(adapter: str | Path | None, beside: str | Path = "runs") -> dict[str, Path]:
@@ -59,19 +58,6 @@ def place_of_runs(adapter: str | Path | None, beside: str | Path = "runs") -> Pa
     return next(iter(runs.values())).parent if runs else Path(beside).resolve()
 
 
-def read_losses(run: Path | None) -> list[tuple[int, float, str]]:
-    """(step, loss, "training" or "held out") of a run, thinned; where the latter is of a sample, it says so."""
-    if run is None:
-        return []
-    losses = vlm_lora.read_losses(run)
-    held_out = f"held out, {losses.held_out_of}" if losses.sample else "held out"
-    return [
-        (step, loss, name)
-        for name, points in (("training", losses.training), (held_out, losses.held_out))
-        for step, loss in points[:: max(1, len(points) // POINTS)]
-    ]
-
-
 class Evaluations:
     """Base against tuned as each run ended with it, read when first asked for."""
 
@@ -90,71 +76,22 @@ class Evaluations:
         rows = list(first.values())
         return rows[:: max(1, len(rows) // most)][:most]
 
-    def by_gain(self, name: str, only_worse: bool) -> list[tuple["Answered", str]]:
-        """Answers, and if tuned is better or worse: gained most first; or the worse ones, lost most first."""
+    def places(self, name: str) -> dict[str, list[int]]:
+        """Of each kind of change, the answers that have pictures, as places in the evaluation; the most telling first.
+        A kind without any is left out."""
         evaluation = self.of(name)
         if evaluation is None or not evaluation.scores.tuned:
-            return []
-        changes, rows = evaluation.changes(), evaluation.answered
-        better, same, worse = (
-            [(rows[i], verdict) for i in places if rows[i].images]
-            for verdict, places in (("Better", changes.better), ("Same", changes.same), ("Worse", changes.worse))
-        )
-        return worse if only_worse else [*better, *same, *reversed(worse)]
+            return {}
+        changes = evaluation.changes()
+        kinds = zip(KINDS, (changes.better, changes.worse, evaluation.still_wrong(), changes.same), strict=True)
+        shown = ((kind, [i for i in places if evaluation.answered[i].images]) for kind, places in kinds)
+        return {kind: places for kind, places in shown if places}
 
-    def reviewed(self, name: str, most: int) -> list[tuple[dict, ImageRef]]:
-        """The most doubtful of the run's captions, as `eval --review --output RUN` wrote them, and their pictures."""
+    def reviewed(self, name: str) -> list[tuple[dict, ImageRef]]:
+        """The run's captions and pictures, the most doubtful first, as `eval --review --output RUN` wrote them."""
         run = self.runs.get(name)
-        rows = read_review(run) if run else []
-        if not rows or run is None:
-            return []
-        images = {image.name: image for example in self.data(name) for image in example.images[:1]}
-        return [(row, images[row["image"]]) for row in rows if row["image"] in images][:most]
-
-    def review_summary(self, name: str, most: int) -> str:
-        """How many captions were reviewed; or the command that does it."""
-        run = self.runs.get(name)
-        if run is None:
-            return "There is nothing to review: the base is alone. Choose an adapter, or start the demo with one."
-        rows = read_review(run)
-        if not rows:
-            return (
-                f"The captions that {name} was trained on were not reviewed yet: "
-                f"vlm-lora eval DATA --adapter {name} --review --output {name}, "
-                f"where DATA is what it was trained on, and {name} its run folder"
-            )
-        shown = len(self.reviewed(name, most))
-        missing = "" if shown else " Their pictures are not where they were when it was trained."
-        return (
-            f"{len(rows):,} captions were reviewed, the most doubtful first; {shown} are shown. "
-            f"Below 0 the picture speaks against its caption.{missing}"
-        )
-
-    def still_wrong(self, name: str) -> list[tuple["Answered", str]]:
-        """Answers that tuned still has wrong, and that they are; the commonest mistakes first."""
-        evaluation = self.of(name)
-        if evaluation is None:
-            return []
-        return [(row, "Wrong") for i in evaluation.still_wrong() if (row := evaluation.answered[i]).images]
-
-    def mistakes(self, name: str, most: int) -> list[tuple[str, str, int]]:
-        """What the data says, what tuned said instead, and how often; the commonest first."""
-        evaluation = self.of(name)
-        found = evaluation.mistakes().most_common(most) if evaluation else []
-        return [(reference, said or "nothing", times) for (reference, said), times in found]
-
-    def summary(self, name: str, most: int) -> str:
-        """The verdict, what was gained, and why there is less to see than there could be."""
-        if not name:
-            return "There is nothing to compare: the base is alone. Choose an adapter, or start the demo with one."
-        evaluation = self.of(name)
-        if evaluation is None or not evaluation.scores.tuned:
-            return f"{name} was not evaluated: train it with held-out pictures (--val-split or --val)."
-        text = "\n".join([*evaluation.verdict(), f"{evaluation.changes()} All scores are in the run's report."])
-        shown = sum(bool(row.images) for row in evaluation.answered)
-        if not shown:
-            return text + " The pictures are no longer where they were when it was trained."
-        return text + (f" At most {most} are shown." if shown > most else "")
+        images = {image.name: image for e in self.data(name) for image in e.images[:1]} if run else {}
+        return [(row, images[row["image"]]) for row in read_review(run) if row["image"] in images] if run else []
 
 
 def _read(run: Path) -> "Evaluation | None":
@@ -187,6 +124,12 @@ def data_of(run: Path, *, val: bool = False) -> list[Example]:
     except VlmLoraError as error:
         log.warning("No pictures: the data of %s cannot be read again (%s)", run, error)
         return []
+
+
+@cache
+def pictures_of(run: Path) -> dict[str, ImageRef]:
+    """Those that a run may have watched, by the id of their example."""
+    return {e.id: e.images[0] for e in [*data_of(run), *data_of(run, val=True)] if e.images}
 
 
 def read_review(run: Path) -> list[dict]:

@@ -3,16 +3,17 @@
 import asyncio
 import itertools
 import logging
+import math
 import reprlib
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
@@ -21,7 +22,7 @@ from vlm_lora.demo.inputs import plain
 from vlm_lora.errors import AdapterError, ConfigError, DataError
 
 if TYPE_CHECKING:
-    from vlm_lora import Captioner
+    from vlm_lora import Caption, Captioner
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,7 @@ def plainly(error: Exception) -> gr.Error:
 class Answer:
     """What was said so far: written by the thread that decodes, read by the page, in whose loop it is made."""
 
-    base: str = ""
-    tuned: str = ""
+    said: Any
     done: bool = False
     cut: bool = False
     stopped: bool = False
@@ -149,7 +149,7 @@ class Speaker:
         except Exception as error:
             raise plainly(error) from None
 
-    async def say(
+    def say(
         self,
         image: ImageRef,
         prompt: str | None,
@@ -158,13 +158,51 @@ class Speaker:
         who: tuple[str, ...],
         turn: Turn | None = None,
     ) -> AsyncGenerator[tuple[str, str] | int, None]:
-        """(base, tuned) so far, whenever there is more; how many requests come first, while any do.
+        """(base, tuned) so far, whenever there is more; how many requests come first, while any do."""
+
+        def said(captioner: "Captioner") -> Generator[tuple[str, str]]:
+            from vlm_lora import Decoding  # here, as it brings torch, which the page does not wait for
+
+            texts, decoding = {"base": "", "tuned": ""}, Decoding(**numbers)
+            for speaker in who:
+                for text in captioner.stream(image, prompt, tuned=speaker == "tuned", decoding=decoding):
+                    texts[speaker] = text
+                    yield texts["base"], texts["tuned"]
+
+        return self._in_turn(name, said, Answer(("", "")), turn)
+
+    def caption(
+        self, images: Sequence[ImageRef], prompt: str | None, numbers: dict, name: str
+    ) -> AsyncGenerator[list["Caption"] | int, None]:
+        """The captions of all of them so far, as one request, decoded as `Captioner.caption` does."""
+
+        def said(captioner: "Captioner") -> Generator[list["Caption"]]:
+            from vlm_lora import Decoding
+
+            captions = []
+            for caption in captioner.caption(images, prompt, decoding=Decoding(**numbers)):
+                captions.append(caption)
+                yield captions[:]
+
+        return self._in_turn(name, said, Answer([]), None, waits=math.inf, seconds=math.inf)
+
+    async def _in_turn(  # arguments: what is said, and to whom
+        self,
+        name: str,
+        said: "Callable[[Captioner], Generator]",
+        answer: Answer,
+        turn: Turn | None,
+        *,
+        waits: float = MAX_WAITING,
+        seconds: float = MAX_SECONDS,
+    ) -> AsyncGenerator[Any, None]:
+        """What is said so far, whenever there is more; how many requests come first, while any do.
 
         It ends, and the decoding with it, where the generator is closed or cancelled, or ``turn`` goes on to the next.
         """
-        if len(self.line) > MAX_WAITING:
+        if len(self.line) > waits:
             raise plain(f"{MAX_WAITING} requests wait already. Try again later")
-        answer, begun, done = Answer(), False, False
+        begun, done = False, False
         if turn:
             if turn.answer:
                 turn.answer.stop()
@@ -176,11 +214,11 @@ class Speaker:
                 if not await answer.news():
                     return
             begun = True
-            threading.Thread(target=self._decode, args=(answer, image, prompt, numbers, name, who), daemon=True).start()
+            threading.Thread(target=self._decode, args=(answer, name, said, seconds), daemon=True).start()
             while not done and await answer.news():
-                done = answer.done  # read before the texts, which are whole then
+                done = answer.done  # read before what was said, which is whole then
                 if answer.error is None:
-                    yield answer.base, answer.tuned
+                    yield answer.said
         finally:
             answer.stopped = True
             if not begun:
@@ -195,19 +233,13 @@ class Speaker:
         for other in self.line:
             other.changed.set()
 
-    def _decode(
-        self, answer: Answer, image: ImageRef, prompt: str | None, numbers: dict, name: str, who: tuple[str, ...]
-    ) -> None:
+    def _decode(self, answer: Answer, name: str, said: "Callable[[Captioner], Generator]", seconds: float) -> None:
         try:
-            captioner = self.captioner(name)
-            from vlm_lora import Decoding  # here, as it brings torch, which the page does not wait for
-
-            decoding, end = Decoding(**numbers), time.monotonic() + MAX_SECONDS
-            for speaker in who:
-                if answer.stopped:
-                    return
-                for text in captioner.stream(image, prompt, tuned=speaker == "tuned", decoding=decoding):
-                    setattr(answer, speaker, text)
+            captioner, end = self.captioner(name), time.monotonic() + seconds
+            if answer.stopped:
+                return
+            with closing(said(captioner)) as news:
+                for answer.said in news:
                     answer.in_loop(answer.changed.set)
                     answer.cut = time.monotonic() > end
                     if answer.cut or answer.stopped:

@@ -1,22 +1,18 @@
 """The tabs. What a person types, what data holds and what a model says is shown as plain text alone."""
 
-import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
-import pandas as pd
+from markupsafe import Markup
 
-from vlm_lora import ImageRef
 from vlm_lora.config import DEFAULT_PROMPT
-from vlm_lora.demo.downloads import BESIDE, FORMATS, unlike, write_captions
-from vlm_lora.demo.inputs import MAX_FILES, SafeFiles, SafeImage, decoding, plain
-from vlm_lora.demo.runs import Evaluations, Pictures, read_losses
+from vlm_lora.demo.inputs import SafeImage, decoding, plain
+from vlm_lora.demo.runs import Evaluations, Pictures
 from vlm_lora.demo.speaker import Speaker, Turn, turns
-from vlm_lora.errors import ConfigError
 
 if TYPE_CHECKING:
     from vlm_lora.inference.evaluate import Answered
@@ -24,11 +20,6 @@ if TYPE_CHECKING:
 MAX_PROMPT = 2000
 """Characters."""
 EXAMPLES = 8
-GALLERY = 60
-"""Held-out pictures shown at once."""
-GAINED, WORSE, WRONG = "Gained most first", "Only where tuned is worse", "Still wrong"
-MISTAKES = 12
-"""Kinds of mistakes in the table."""
 
 # Gradio's arguments, as Any: its signatures name each value, which a dictionary cannot.
 STILL: dict[str, Any] = {"allow_preview": False, "object_fit": "contain", "buttons": [], "interactive": False}
@@ -79,7 +70,7 @@ class OnePicture:
                     placeholder="Drop a picture here, or choose one",
                     height=320,
                 )
-                prompt = _prompt()
+                prompt = prompt_box()
                 with gr.Row():
                     go = gr.Button("Caption or answer", variant="primary", min_width=120)
                     stop = gr.Button("Stop", min_width=80, scale=0)
@@ -130,7 +121,7 @@ class OnePicture:
             raise plain("Choose a picture first.")
         numbers = decoding(max_new_tokens, temperature, top_p, seed)
         who = ("tuned", "base") if adapter else ("base",)
-        async with aclosing(self.desk.speaker.say(image, _asked(prompt), numbers, adapter, who, turn)) as answer:
+        async with aclosing(self.desk.speaker.say(image, asked_text(prompt), numbers, adapter, who, turn)) as answer:
             async for texts in answer:
                 if isinstance(texts, int):
                     progress((texts, None), unit=_come_first(texts))  # reads "1 request comes first"
@@ -153,191 +144,11 @@ class OnePicture:
     def show(self, adapter: str) -> list:
         shown = [(file, f"Example: {_references(row)}") for row, file in self.examples_of(adapter)]
         return [
-            _placeholder(self.desk, adapter),
+            placeholder(self.desk, adapter),
             gr.Textbox(label="Base" if adapter else "Answer"),
             gr.Textbox(visible=bool(adapter)),
             gr.Gallery(shown, visible=bool(shown)),
         ]
-
-
-class SeveralPictures:
-    """Several pictures; their captions in a table, to be corrected and taken away as training data."""
-
-    def __init__(self, desk: Desk):
-        self.desk, self.turn_of = desk, turns()
-        label = f"Pictures, up to {MAX_FILES}"
-        files = SafeFiles(label=label, file_count="multiple", file_types=["image"], height=160, elem_id="files")
-        prompt = _prompt()
-        with gr.Row():
-            go = gr.Button("Caption all", variant="primary", min_width=120)
-            stop = gr.Button("Stop", min_width=80, scale=0)
-        state = _text("How far it is", lines=2)
-        table = captions_table("File", elem_id="table")
-        with gr.Row():
-            kind = gr.Dropdown(list(FORMATS), label="As training data", scale=2)
-            make = gr.Button("Make the file", min_width=120)
-        file = gr.File(label="Download", interactive=False, visible=False, elem_id="download")
-        number = gr.Number(0, visible="hidden")
-        self.outputs = [prompt]
-
-        asked = [files, prompt, *desk.numbers, desk.adapter, number]
-        number.change(self.caption_all, asked, [table, state], **ANSWER)
-        go.click(self.begin, files, number, **AT_ONCE)
-        stop.click(_end(self.turn_of, stays=True), **AT_ONCE)
-        files.change(self.changed, files, [table, state], **IN_ORDER)
-        make.click(self.download, [kind, files, table], file, api_visibility="private")
-        # A file with other captions than the table's must not be taken for it.
-        stale = [table.change, files.change, kind.change]
-        gr.on(stale, lambda: gr.File(visible=False), None, file, queue=False, **QUIETLY)
-
-    async def begin(self, images, request: gr.Request):
-        return self.turn_of(request).next(images)
-
-    def changed(self, images: list[ImageRef], request: gr.Request):
-        """Captions belong to the pictures they were made of: others may have the same names."""
-        turn = self.turn_of(request)
-        if images == turn.about:  # a busy page tells of them after they were asked about
-            return gr.skip(), gr.skip()
-        turn.next()
-        return [], ""
-
-    async def caption_all(  # arguments: a field of the page each
-        self, images, prompt, max_new_tokens, temperature, top_p, seed, adapter, number, request: gr.Request
-    ) -> AsyncIterator[tuple]:
-        """Of so many arguments as the page has fields."""
-        turn = self.turn_of(request)
-        if number != turn.number:
-            yield gr.skip(), gr.skip()
-            return
-        if not images:
-            raise plain("Choose some pictures first.")
-        asked, numbers = _asked(prompt), decoding(max_new_tokens, temperature, top_p, seed)
-        who = ("tuned",) if adapter else ("base",)
-        yield [], "Waiting for the model."
-        rows, errors = [], []
-        for name, image in _by_name(images).items():
-            caption = ""
-            try:
-                async with aclosing(self.desk.speaker.say(image, asked, numbers, adapter, who, turn)) as answer:
-                    async for texts in answer:
-                        caption = f"{texts} {_come_first(texts)}" if isinstance(texts, int) else "".join(texts)
-                        yield rows, f"{len(rows)} of {len(images)} captioned. {name}: {caption}"
-            except gr.Error as error:
-                if isinstance(error.__cause__, ConfigError):  # of the adapter or a number, and so of all pictures
-                    raise
-                errors.append(str(error.message))
-                continue
-            if number != turn.number:  # a caption that was stopped half-way never gets into the table
-                if not turn.stays:
-                    yield [], ""
-                return
-            rows = [*rows, [name, caption]]
-        yield rows, "\n".join([f"{len(rows)} of {len(images)} captioned.", *errors])
-
-    def download(self, kind: str, images: list[ImageRef], table: list[list]) -> Iterator[gr.File]:
-        by_name = _by_name(images)
-        rows = [(str(name or ""), str(text or "").strip()) for name, text in table]
-        rows = [(name, text) for name, text in rows if text]
-        if not rows:
-            raise plain("There are no captions yet.")
-        strange = [name or text for name, text in rows if name not in by_name]
-        if strange:
-            raise plain(f"The row of {strange[0]!r} belongs to no picture above. Put its file name back, or remove it")
-        alike = [image.name for name, image in by_name.items() if name != image.name]
-        if alike and kind in BESIDE:  # under its number a row would be taken for another picture, or for none
-            raise plain(f"Several pictures are called {alike[0]!r}, which a table cannot tell apart. Take the zip")
-        captions = [(name, text, by_name[name]) for name, text in rows]
-        with tempfile.TemporaryDirectory(dir=self.desk.pictures.folder) as folder:
-            yield gr.File(str(write_captions(kind, captions, Path(folder))), visible=True)  # gradio takes a copy
-
-    def show(self, adapter: str) -> list:
-        return [_placeholder(self.desk, adapter)]
-
-
-class EvaluationOfRun:
-    """What the run was worth on held-out pictures, one by one, and its losses."""
-
-    def __init__(self, desk: Desk):
-        self.desk = desk
-        summary = _text("Base against tuned on held-out pictures", lines=2)
-        order = gr.Radio([GAINED, WORSE, WRONG], value=GAINED, label="Show", visible=False)
-        with gr.Row():
-            with gr.Column(min_width=280) as details:
-                texts = [_text(label) for label in ("Question", "What the data says", "Base", "Tuned")]
-            with gr.Column(min_width=280, scale=2):
-                gallery = gr.Gallery(label="Choose a picture", height=480, elem_id="gallery", **STILL)
-        mistakes = gr.Dataframe(
-            headers=["The data says", "Tuned says", "Times"],
-            datatype=["str", "str", "number"],
-            label="What was taken for what",
-            type="array",
-            interactive=False,
-            wrap=True,
-            visible=False,
-            elem_id="mistakes",
-        )
-        losses = gr.LinePlot(x="step", y="loss", color="data", label="Loss", height=320, buttons=[], visible=False)
-        filled = [gallery, details, *texts]
-        self.outputs = [summary, order, mistakes, losses, *filled]
-        order.input(self.fill, [desk.adapter, order], filled, queue=False, **QUIETLY)
-        gallery.select(self.choose, [desk.adapter, order], texts, queue=False, **QUIETLY)
-
-    def rows_of(self, adapter: str, order: str) -> "list[tuple[Answered, str, str]]":
-        """Answers, whether tuned is better, and the pictures' files."""
-        evaluations = self.desk.evaluations
-        wrong = order == WRONG
-        rows = evaluations.still_wrong(adapter) if wrong else evaluations.by_gain(adapter, only_worse=order == WORSE)
-        rows = rows[:GALLERY]
-        files = [(row, verdict, self.desk.pictures.file(row.images[0], small=True)) for row, verdict in rows]
-        return [(row, verdict, str(file)) for row, verdict, file in files if file]
-
-    def fill(self, adapter: str, order: str) -> list:
-        rows = self.rows_of(adapter, order)
-        shown = [(file, f"{verdict}: {row.tuned}") for row, verdict, file in rows]
-        texts = _texts_of(rows[0][0]) if rows else [""] * 4
-        return [gr.Gallery(shown, selected_index=0 if rows else None), gr.Column(visible=bool(rows)), *texts]
-
-    def choose(self, adapter: str, order: str, event: gr.SelectData) -> list[str]:
-        return _texts_of(self.rows_of(adapter, order)[event.index][0])
-
-    def show(self, adapter: str) -> list:
-        points = pd.DataFrame(read_losses(self.desk.evaluations.runs.get(adapter)), columns=["step", "loss", "data"])
-        summary, any_rows = self.desk.evaluations.summary(adapter, GALLERY), bool(self.rows_of(adapter, GAINED))
-        plot = gr.LinePlot(points, visible=len(points) > 1)
-        mistakes = [list(row) for row in self.desk.evaluations.mistakes(adapter, MISTAKES)]
-        table = gr.Dataframe(mistakes, visible=bool(mistakes))
-        return [summary, gr.Radio(value=GAINED, visible=any_rows), table, plot, *self.fill(adapter, GAINED)]
-
-
-class ReviewOfRun:
-    """The captions that the run was trained on, those first that their pictures speak against."""
-
-    def __init__(self, desk: Desk):
-        self.desk = desk
-        summary = _text("Captions of the data", lines=2)
-        with gr.Row():
-            with gr.Column(min_width=280) as details:
-                texts = [_text(label) for label in ("Caption", "Where it stands", "What the picture says for it")]
-            with gr.Column(min_width=280, scale=2):
-                gallery = gr.Gallery(label="The most doubtful first", height=480, elem_id="review", **STILL)
-        self.outputs = [summary, gallery, details, *texts]
-        gallery.select(self.choose, desk.adapter, texts, queue=False, **QUIETLY)
-
-    def rows_of(self, adapter: str) -> list[tuple[dict, str]]:
-        """Reviewed captions, and the pictures' files."""
-        rows = self.desk.evaluations.reviewed(adapter, GALLERY)
-        files = [(row, self.desk.pictures.file(image, small=True)) for row, image in rows]
-        return [(row, str(file)) for row, file in files if file]
-
-    def choose(self, adapter: str, event: gr.SelectData) -> list[str]:
-        return _texts_of_review(self.rows_of(adapter)[event.index][0])
-
-    def show(self, adapter: str) -> list:
-        rows = self.rows_of(adapter)
-        shown = [(file, f"{row['score']:+.2f}: {row['caption']}") for row, file in rows]
-        texts = _texts_of_review(rows[0][0]) if rows else [""] * 3
-        gallery = gr.Gallery(shown, selected_index=0 if rows else None)
-        return [self.desk.evaluations.review_summary(adapter, GALLERY), gallery, gr.Column(visible=bool(rows)), *texts]
 
 
 # -- small parts ---------------------------------------------------------------------------------------------
@@ -356,31 +167,26 @@ def _come_first(count: int) -> str:
     return "request comes first" if count == 1 else "requests come first"
 
 
-def _by_name(images: list[ImageRef]) -> dict[str, ImageRef]:
-    return dict(zip(unlike([image.name for image in images]), images, strict=True))
+def empty(big: str, small: str) -> Markup:
+    """Where there is nothing to see yet: what to do."""
+    return Markup('<div class="empty"><p class="big">{}</p><p>{}</p></div>').format(big, small)
 
 
-def captions_table(first: str, **settings: Any) -> gr.Dataframe:
-    """A caption in each row, which can be corrected; ``first`` is the heading of what it is of."""
-    return gr.Dataframe(
-        headers=[first, "Caption"],
-        label="Captions (double-click or press Enter to correct one)",
-        type="array",
-        column_count=2,
-        column_widths=["30%", "70%"],
-        static_columns=[0],
-        interactive=True,
-        wrap=True,
-        **settings,
-    )
+def progress(kind: str, name: str, big: str, share: float, small: str) -> Markup:
+    """How far something is, in a line that is read from afar, and one below it; ``kind`` becomes a class."""
+    return Markup(
+        '<div class="run {}"><p class="name">{}</p><p class="big">{}</p><div class="bar" role="progressbar" '
+        'aria-label="{}" aria-valuenow="{:.0f}" aria-valuemin="0" aria-valuemax="100">'
+        '<div style="width: {:.1f}%"></div></div><p>{}</p></div>'
+    ).format(kind, name, big, name, 100 * share, 100 * share, small)
 
 
-def _prompt() -> gr.Textbox:
+def prompt_box() -> gr.Textbox:
     hint = f"Leave empty for: {DEFAULT_PROMPT}"
     return gr.Textbox("", label="Question or instruction", placeholder=hint, max_length=MAX_PROMPT, max_lines=6)
 
 
-def _placeholder(desk: Desk, adapter: str) -> gr.Textbox:
+def placeholder(desk: Desk, adapter: str) -> gr.Textbox:
     return gr.Textbox(placeholder=f"Leave empty for: {desk.speaker.prompt(adapter)}")
 
 
@@ -396,20 +202,10 @@ def _text(label: str, lines: int = 1, visible: bool = True) -> gr.Textbox:
     )
 
 
-def _asked(prompt: str | None) -> str | None:
+def asked_text(prompt: str | None) -> str | None:
     if len(prompt or "") > MAX_PROMPT:
         raise plain(f"The question is longer than {MAX_PROMPT:,} characters.")
     return (prompt or "").strip() or None
-
-
-def _texts_of(row: "Answered") -> list[str]:
-    return [row.question, _references(row), row.base or "", row.tuned or ""]
-
-
-def _texts_of_review(row: dict) -> list[str]:
-    likely, blind = row["log_probability"], row["without_picture"]
-    told = f"{row['score']:+.2f} a token: log-probability {likely:.2f} with the picture, {blind:.2f} without"
-    return [str(row["caption"]), str(row["place"]), told]
 
 
 def _references(row: "Answered") -> str:

@@ -1,8 +1,10 @@
-"""Data that the page may train on: folders below the roots that the demo was started with, and what was uploaded."""
+"""Pictures that the page may use: in folders below the roots that the demo was started with, and what was uploaded."""
 
 import re
+import secrets
 import shutil
 import stat
+import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,18 +20,28 @@ MOST_BYTES = 1 << 30
 MOST_FOLDERS = 500
 """That are offered; others are found by their names."""
 DEPTH = 3
+UPLOADS = "uploads"
+KEPT_SECONDS = 3600
+"""So long uploads are kept where they are no data to train on; and never beyond the demo."""
 
 
 class Roots:
-    """The folders below which the page may read, under their names: no path of the machine is shown."""
+    """The folders below which the page may read and write, under their names: no path of the machine is shown.
 
-    def __init__(self, folders: Sequence[Path]):
+    Args:
+        uploads: where uploads go.
+        passing: uploads are somebody else's: they are offered to nobody, and deleted when their time is over.
+    """
+
+    def __init__(self, folders: Sequence[Path], uploads: Path, *, passing: bool = False):
+        self.uploads, self.passing = uploads.resolve(), passing
         self.folders = {folder.name: folder for folder in map(Path.resolve, folders)}
 
     def names(self) -> list[str]:
         """The folders that hold files of ours, to be chosen from; hidden ones and links are passed over."""
         found = []
-        for name, root in self.folders.items():
+        uploads = {UPLOADS: self.uploads} if self.uploads.is_dir() and not self.passing else {}
+        for name, root in (self.folders | uploads).items():
             for folder in _below(root, DEPTH):
                 if any(each.suffix.lower() in PICTURES + TEXTS for each in folder.iterdir() if each.is_file()):
                     found.append("/".join((name, *folder.relative_to(root).parts)))
@@ -40,11 +52,20 @@ class Roots:
     def folder(self, name: str) -> Path:
         """Raises DataError for what is no folder below a root; a link that leads out of it is none."""
         first, *rest = str(name or "").split("/")
-        root = self.folders.get(first)
+        root = self.uploads if first == UPLOADS and rest else self.folders.get(first)
         path = root.joinpath(*rest).resolve() if root and "\0" not in str(name) else None
         if root is None or path is None or not path.is_relative_to(root) or not path.is_dir():
             raise DataError(f"{name!r} is no folder that the demo may read; --roots says which it may")
         return path
+
+    def take_in(self, files: Sequence[ImageRef]) -> str:
+        """The name of the new folder that uploads are put into, by `take_in`."""
+        old = (folder for folder in self.uploads.glob("*") if folder.stat().st_mtime < time.time() - KEPT_SECONDS)
+        for folder in old if self.passing else ():
+            shutil.rmtree(folder, ignore_errors=True)
+        name = f"{stem_of(files[0].name)}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+        take_in(files, self.uploads / name)
+        return f"{UPLOADS}/{name}"
 
 
 def _below(folder: Path, depth: int) -> Iterator[Path]:
@@ -129,3 +150,10 @@ def _require_room(room: int, count: int) -> None:
 def stem_of(name: str) -> str:
     """A plain name for a folder, from any."""
     return re.sub(r"[^\w-]+", "-", name.rpartition("/")[2].split(".")[0]).strip("-")[:60] or "pictures"
+
+
+def short(text: str, *folders: Path) -> str:
+    """Without the paths of this machine."""
+    for path in (above for folder in folders for above in (folder, *folder.parents[:-1])):
+        text = text.replace(f"{path}/", "").replace(str(path), path.name)
+    return text

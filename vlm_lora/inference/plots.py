@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from vlm_lora.inference.pages import render
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 306, 48, 608, 34, 270
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 312, 48, 608, 34, 270
 """Of the drawing, and where the axes begin and end in it."""
 
 
@@ -16,12 +16,14 @@ def line_plot(
     *,
     title: str,
     shown: tuple[float, float],
+    names: tuple[str, str],
     dots: Collection[str] = (),
 ) -> Markup:
     """An SVG element: lines by name through points (x, y) in order of x, axes with numbers, and a legend.
 
     Args:
         shown: the range of y that is to be seen; lines that leave it are cut off.
+        names: those of x and y.
         dots: names of the lines whose points are marked.
     """
     xs = [x for points in lines.values() for x, _ in points]
@@ -39,6 +41,7 @@ def line_plot(
         "line_plot.svg",
         edges=(WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM),
         title=title,
+        names=names,
         x_ticks=[(across(tick), f"{tick:,.0f}") for tick in below],
         y_ticks=[(down(tick), f"{tick:g}") for tick in ticks],
         lines={name: [(across(x), down(y)) for x, y in points] for name, points in lines.items()},

@@ -9,6 +9,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from markupsafe import Markup, escape
@@ -32,6 +33,7 @@ from vlm_lora.inference.verdict import (
     LEGEND,
     columns_of,
     counts,
+    headlines,
     part_tables,
     score_table,
     summary,
@@ -43,12 +45,15 @@ PICTURES = 24
 """Cards in the gallery, but for those of what is still wrong."""
 STILL_WRONG = 12
 """Cards, and mistakes in the table, of what is still wrong."""
-THUMBNAIL = 256
-"""Longest side of a picture in the report, in pixels."""
+THUMBNAIL, LARGE = 256, 1024
+"""Longest side of a picture in the report, and of one that is shown alone, in pixels."""
 BOXED = {"references": ("the data's", "green"), "base": ("base's", "orange"), "tuned": ("tuned's", "blue")}
 """Whose boxes are drawn into a picture, in this order, by their fields of `Answered`."""
 CRISP = 128
 """Pictures up to this side are shown enlarged with their pixels sharp."""
+TABLES = {"tasks": TASKS, "counts": counts, "score_table": score_table, "part_tables": part_tables, "legend": LEGEND}
+TABLES |= {"columns": COLUMNS, "most_mistakes": STILL_WRONG}
+"""What the templates draw tables of scores with."""
 
 
 def write_report(
@@ -78,11 +83,6 @@ def write_report(
         version=__version__,
         evaluation=evaluation,
         summary=summary,
-        score_table=score_table,
-        part_tables=part_tables,
-        counts=counts,
-        tasks=TASKS,
-        legend=LEGEND,
         learning=show_learning(folder, {name: images[0] for name, images in pictures.items() if images}),
         question=asked.pop() if len(asked) == 1 else "",
         changes=str(evaluation.changes()) if scores.tuned else "",
@@ -91,13 +91,12 @@ def write_report(
         other=other[2] if other else None,
         versus=versus(other[2], *other[:2]) if other else [],
         titles=columns_of(*other[:2]) if other else COLUMNS,
-        columns=COLUMNS,
         memory=read_memory(folder),
         size=size,
-        most_mistakes=STILL_WRONG,
         uri_of=_uri,
         boxes=_colours(evaluation) if BOXES in scores.tasks else "",
         marked=_marked,
+        **TABLES,
     )
     path = folder / "report.html"
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,6 +127,20 @@ def show_learning(run: str | Path, pictures: Mapping[str, ImageRef]) -> Markup:
     )
 
 
+def show_evaluation(evaluation: Evaluation) -> tuple[Markup, Markup]:
+    """HTML of what a run was worth: its figures, to be read from afar, with the verdict; and below the answers what was
+    taken for what, and all scores by kind."""
+    head = render("verdict.html", headlines=headlines(evaluation.scores), summary=evaluation.verdict())
+    return head, render("scores.html", evaluation=evaluation, mistakes=evaluation.mistakes(), **TABLES)
+
+
+def show_answer(evaluation: Evaluation, place: int) -> Markup:
+    """HTML of one of `Evaluation.answered`: its picture, large, and what each model and the data say, with words marked
+    that the data does not say."""
+    uri_of = partial(_uri, side=LARGE)
+    return render("answer.html", evaluation=evaluation, place=place, uri_of=uri_of, marked=_marked)
+
+
 # -- the loss curve ------------------------------------------------------------------------------------------
 
 
@@ -152,7 +165,8 @@ def _loss_plot(losses: Losses) -> tuple[Markup, str]:
     lines = {"each step": _thin(train, 600), "smoothed": _thin(smooth, 300)}
     if held_out:
         lines[held_out_name] = _thin(held_out, 60)
-    return line_plot(lines, title=text, shown=(min(shown), max(shown)), dots={held_out_name}), text
+    plot = line_plot(lines, title=text, shown=(min(shown), max(shown)), names=("step", "loss"), dots={held_out_name})
+    return plot, text
 
 
 def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -213,8 +227,9 @@ def _said(row: Answered) -> tuple:
     return (said,) if row.task in (CAPTIONS, TEXTS) else (said, row.base, row.question, row.references)
 
 
-def _uri(image: ImageRef, row: Answered | None = None) -> str | None:
-    """A small copy of an image, in a data URI: a PNG if its pixels are to be seen; None if it can no longer be read.
+def _uri(image: ImageRef, row: Answered | None = None, side: int = THUMBNAIL) -> str | None:
+    """A copy of an image, up to ``side`` pixels long, in a data URI: a PNG if its pixels are to be seen; None if it can
+    no longer be read.
 
     The boxes of the row are drawn into it, where the image is the only one that they can be of.
     """
@@ -222,7 +237,7 @@ def _uri(image: ImageRef, row: Answered | None = None) -> str | None:
         picture = load_image(image)
     except DataError:
         return None
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    picture.thumbnail((side, side))
     if row and len(row.images) == len(row.frames) == 1:
         _draw_boxes(picture, row)
     kind = "png" if max(picture.size) <= CRISP else "jpeg"

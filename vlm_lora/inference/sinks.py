@@ -13,13 +13,36 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
+from vlm_lora.config import flag_of
 from vlm_lora.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from vlm_lora.inference.caption import Decoding
 
 CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
 NAME_KEY = {"jsonl": "image", "metadata": "file_name"}
 """What a row calls its image, by format."""
+DECODING = ("max_new_tokens", "num_beams", "temperature", "top_p", "seed")
+"""The fields of `Decoding` that a file of captions has been made with in every version, which have a flag each."""
+STEERING = ("top_k", "min_p", "repetition_penalty", "no_repeat_ngram", "begin_with", "avoid", "require", "attempts")
+STEERING += ("words", "whole_sentences", "cut_loops")
+"""Those that came later: named beside the captions where they are not at their default."""
+
+
+def made_with(decoding: "Decoding", adapters: Sequence[str], **given: object) -> dict[str, object]:
+    """What captions depend on, by the command's flags, for `Rows`. ``given``: those beside decoding and adapters."""
+    told: dict[str, object] = {"--model": None, "--prompt": None, "--endpoint": None, "--prefix": "", "--suffix": ""}
+    told |= {flag_of(name): value for name, value in given.items()}
+    told |= {"--adapter": [os.path.realpath(a) if os.path.isdir(a) else a for a in adapters]}
+    told |= {flag_of(name): getattr(decoding, name) for name in DECODING}
+    steered, default = {name: getattr(decoding, name) for name in STEERING}, type(decoding)()
+    return told | {
+        flag_of(name): list(value) if isinstance(value, tuple) else value  # as JSON gives it back
+        for name, value in steered.items()
+        if value != getattr(default, name)
+    }
 
 
 class Stdout:

@@ -60,6 +60,32 @@ def summary(scores: Scores) -> list[str]:
     return sentences
 
 
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """A task's first metric, to be read from afar: "77 %" against "0 %"; without an adapter the base's alone."""
+
+    tuned: str
+    base: str
+    of: str
+    verdict: Literal["", "good", "bad"]
+
+
+def headlines(scores: Scores) -> list[Headline]:
+    """One of each task. A gain has a verdict where chance does not explain it."""
+    return [_headline(task, of) for task, of in scores.tasks.items()]
+
+
+def _headline(task: str, of: TaskScores) -> Headline:
+    key, metric = next(iter(of.metrics.items()))
+    values = [of.scores[who][key] for who in ("tuned", "base") if who in of.scores]
+    shown = [f"{100 * value:.0f}\u00a0%" if metric.in_percent else metric.text(value) for value in values]
+    if len(set(shown)) == 1:  # so near that rounding hides the difference
+        shown = list(map(metric.text, values))
+    told = f"{metric.name}, {'tuned against base' if len(values) > 1 else 'the base alone'}: {counts(task, of)}"
+    verdict = _gain_cell(of, key).verdict if key in of.gains.get("base", {}) else ""
+    return Headline(shown[0], shown[1] if len(shown) > 1 else "", told, verdict)
+
+
 def versus(scores: Scores, ours: str, theirs: str) -> list[str]:
     """Of each task, which of two adapters is better, if that can be told.
 

@@ -1,0 +1,197 @@
+"""The tab on which all pictures of a folder are captioned, any number of them, as the command `caption` does it."""
+
+import asyncio
+import json
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from markupsafe import Markup
+
+from vlm_lora import ImageRef, VlmLoraError
+from vlm_lora.demo.album import METADATA, Album
+from vlm_lora.demo.inputs import decoding, plain
+from vlm_lora.demo.sheet import ALL, DOUBTFUL, LONGEST, WITHOUT, Albums, Sheet, chooser
+from vlm_lora.demo.speaker import plainly
+from vlm_lora.demo.tabs import AT_ONCE, QUIETLY, Desk, asked_text, empty, placeholder, progress, prompt_box
+from vlm_lora.demo.uploads import UPLOADS, short
+from vlm_lora.inference.sinks import made_with
+
+BESIDE, ROWS = "Beside each picture, as cat.txt", f"All in {METADATA}"
+EMPTY = empty("A whole folder at once.", "Choose a folder, or drop pictures. Each gets its caption beside it.")
+MOST, SOON, LATE = 32, 4.0, 12.0
+"""Pictures that are captioned together: more where they took fewer seconds, fewer where they took more, so that others
+need not wait long for the model, nor Stop."""
+
+
+@dataclass(eq=False)
+class Job:
+    """The pictures of a folder that had no caption. It goes on without the page."""
+
+    album: Album
+    names: list[str]
+    done: int = 0
+    ahead: int = 0
+    wrong: list[str] = field(default_factory=list)
+    running: bool = True
+    stopped: bool = False
+    task: asyncio.Task | None = None
+
+
+class WholeFolder:
+    """``show(adapter)`` gives, as every tab's does, a value for each of ``outputs``."""
+
+    def __init__(self, app: gr.Blocks, desk: Desk, albums: Albums):
+        self.desk, self.albums = desk, albums
+        self.jobs: dict[Album, Job] = {}
+        with gr.Row():
+            with gr.Column(min_width=300):
+                folder, files = chooser(app, albums.roots, "Pictures, or a zip of them", "files")
+            with gr.Column(min_width=300, scale=2):
+                state = gr.HTML(EMPTY, elem_id="captioned")
+                with gr.Column(visible=False) as work:
+                    form = gr.Radio([BESIDE, ROWS], value=BESIDE, label="Where captions go")
+                    prompt = prompt_box()
+                    with gr.Row():
+                        go = gr.Button("Caption those without one", variant="primary", min_width=120)
+                        stop = gr.Button("Stop", min_width=80, scale=0)
+                        make = gr.Button("Take away", min_width=80, scale=0)
+                    file = gr.File(label="Download", interactive=False, visible=False, elem_id="download")
+        self.sheet = sheet = Sheet(desk, albums, (ALL, WITHOUT, LONGEST, DOUBTFUL))
+        timer = gr.Timer(1, active=False)
+        self.outputs = [prompt]
+
+        private: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1}
+        opened = [work, form, make, file, state, timer, *sheet.outputs]
+        folder.input(self.open, folder, opened, **private)
+        files.upload(self.take_in, files, opened, **private)
+        form.input(self.again, [sheet.where, form], opened, **private)
+        numbers = [sheet.where, prompt, *desk.numbers, desk.adapter]
+        go.click(self.begin, numbers, [state, timer], **AT_ONCE)
+        stop.click(self.stop, sheet.where, **AT_ONCE)
+        timer.tick(self.tick, [sheet.where, *sheet.texts], [state, timer, *sheet.texts], queue=False, **QUIETLY)
+        make.click(self.take_away, sheet.where, file, api_visibility="private")
+
+    def take_in(self, files: list[ImageRef], request: gr.Request) -> list:
+        try:
+            return self.open(self.albums.roots.take_in(files), request)
+        except VlmLoraError as error:
+            raise plain(str(error)) from None
+
+    def open(self, name: str | None, request: gr.Request, rows: bool | None = None) -> list:
+        """The folder of that name; its captions are in ``rows``, or as they are already."""
+        try:
+            path = self.albums.roots.folder(name or "")
+            rows = (path / METADATA).is_file() if rows is None else rows
+            shown = self.sheet.open(str(name), rows, request.session_hash)
+            job = self.jobs.get(self.albums.of(str(name), rows))
+        except VlmLoraError as error:
+            raise plain(str(error)) from None
+        mine = gr.Button(
+            visible=str(name).startswith(f"{UPLOADS}/")
+        )  # what lies in a folder of theirs is there already
+        said = _told(job) if job else Markup("")
+        work = [gr.Column(visible=True), ROWS if rows else BESIDE, mine, gr.File(visible=False)]
+        return [*work, said, gr.Timer(active=bool(job and job.running)), *shown]
+
+    def again(self, where: str, form: str, request: gr.Request) -> list:
+        return self.open(json.loads(where)["folder"], request, form == ROWS)
+
+    async def begin(
+        self, where: str, prompt, max_new_tokens, temperature, top_p, seed, adapter
+    ):  # arguments: a field each
+        """Caption what has no caption, from where it stopped."""
+        from vlm_lora import Decoding  # here, as it is not quick to load
+
+        album, numbers = self._album(where), decoding(max_new_tokens, temperature, top_p, seed)
+        if (job := self.jobs.get(album)) and job.running:
+            raise plain("This folder is being captioned already.")
+        if not self.desk.speaker.first.done():
+            raise plain("The model is still being loaded. Try again in a moment.")
+        try:
+            base = None if adapter else self.desk.speaker.first.result().backbone.name
+            runs = [str(self.desk.runs.get(adapter, adapter))] if adapter else []
+            how = made_with(Decoding(**numbers), runs, model=base, prompt=asked_text(prompt))
+            names = [name for name, text in album.captions(album.pictures).items() if text == ""]
+            album.sink(names, how)
+        except VlmLoraError as error:
+            raise plain(short(str(error), album.folder, *self.desk.runs.values())) from None
+        if not names:
+            raise plain("Every picture has a caption.")
+        job = self.jobs[album] = Job(album, names)
+        job.task = asyncio.create_task(self._work(job, asked_text(prompt), numbers, adapter, how))
+        return _told(job), gr.Timer(active=True)
+
+    async def _work(self, job: Job, prompt: str | None, numbers: dict, adapter: str, how: dict) -> None:
+        size, captions = 1, []
+        try:
+            while job.done < len(job.names) and not job.stopped:
+                batch, began = job.names[job.done : job.done + size], time.monotonic()
+                images = [job.album.pictures[name] for name in batch]
+                async with aclosing(self.desk.speaker.caption(images, prompt, numbers, adapter)) as answer:
+                    async for said in answer:
+                        job.ahead, captions = (said, []) if isinstance(said, int) else (0, said)
+                        if job.stopped:
+                            break
+                new = dict(zip(batch, captions, strict=False))  # fewer where it was stopped
+                job.wrong += await asyncio.to_thread(job.album.write, new, how)
+                job.done, took = job.done + len(new), time.monotonic() - began
+                size = min(MOST, 2 * size) if took < SOON else max(1, size // 2) if took > LATE else size
+        except Exception as error:
+            told = error if isinstance(error, gr.Error) else plainly(error)
+            job.wrong.append(str(told.message))
+        finally:
+            job.running = False
+
+    async def stop(self, where: str) -> None:
+        if job := self.jobs.get(self._album(where)):
+            job.stopped = True
+
+    def tick(self, where: str, *texts: str) -> list:
+        """How far it is; and captions that have come, where nobody has typed one meanwhile."""
+        album = self._album(where)
+        job, names = self.jobs.get(album), json.loads(where)["names"]
+        if job is None:
+            return [Markup(""), gr.Timer(active=False), *[gr.skip()] * len(texts)]
+        captions = [text or "" for text in album.captions(names).values()]
+        new = [captions[i] if i < len(names) and not texts[i] and captions[i] else gr.skip() for i in range(len(texts))]
+        return [_told(job), gr.Timer(active=job.running), *new]
+
+    def take_away(self, where: str) -> Iterator[gr.File]:
+        """The pictures and their captions in a zip, as they lie in the folder: what `train` reads."""
+        at = json.loads(where)
+        if not str(at["folder"]).startswith(f"{UPLOADS}/"):
+            raise plain("The captions lie in the folder already.")
+        album = self._album(where)
+        with tempfile.TemporaryDirectory(dir=self.desk.pictures.folder) as place:
+            file = Path(place) / "captions.zip"
+            with zipfile.ZipFile(file, "w") as target:  # stored: pictures are compressed already
+                for path in sorted(album.folder.rglob("*")):
+                    if path.is_file() and not path.name.startswith("."):
+                        target.write(path, path.relative_to(album.folder))
+            yield gr.File(str(file), visible=True)  # gradio takes a copy
+
+    def show(self, adapter: str) -> list:
+        return [placeholder(self.desk, adapter)]
+
+    def _album(self, where: str) -> Album:
+        try:
+            at = json.loads(where or "{}")
+            return self.albums.of(at.get("folder", ""), at.get("rows", False))
+        except VlmLoraError as error:
+            raise plain(str(error)) from None
+
+
+def _told(job: Job) -> Markup:
+    kind = "learning" if job.running else "done" if job.done == len(job.names) else "stopped"
+    big = f"{job.done:,} of {len(job.names):,}"
+    small = [f"Waiting: {job.ahead} come first."] if job.ahead else []
+    small += ["Stopped. The rest is captioned when you press the button again."] if kind == "stopped" else []
+    small += [f"{len(job.wrong):,} without one: {' '.join(job.wrong[:3])}"] if job.wrong else []
+    return progress(kind, "Captions", big, job.done / len(job.names), " ".join(small))
