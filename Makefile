@@ -48,7 +48,7 @@ WORKERS := $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 1)")
 test: lint
 	@$(if $(CHROMIUM),true,PLAYWRIGHT_DOWNLOAD_CONNECTION_TIMEOUT=10000 $(BIN)/playwright install chromium) \
 	  || echo "No Chromium here, and none to be fetched: the tests of the web demo in a browser are skipped."
-	$(BIN)/python -m pytest -rs -n $(WORKERS) --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -rs -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-long: install
 	$(BIN)/python -m pytest -rs -m long

@@ -151,9 +151,9 @@ def shape_of(answers: int, shared: bool, patches: int = PATCHES) -> MicroShape:
 def fused_kernels(folder: Path) -> list[Fused]:
     """Of one layer's forward and backward pass, as the compiler accounts for them."""
     sizes, counts = [], []
-    for width in (64, 128):
+    for width in (32, 64):
         counts.append(2 * width)
-        sizes.append(_accounted(folder, MicroShape(2, width, 32, 2, 8, ())))
+        sizes.append(_accounted(folder, MicroShape(2, width, 20, 2, 8, ())))
     (few, many), (small, large) = counts, sizes
     assert len(small) == len(large), "the same layer was compiled into other kernels for other tokens"
     lines = [((b - a) / (many - few), a, few) for a, b in zip(small, large, strict=True)]

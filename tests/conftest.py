@@ -177,6 +177,15 @@ def copy_checkpoint(source: Path, target: Path) -> Path:
     return target
 
 
+LONGEST = ("readme", "processes", "plan", "train", "cli", "demo_browser", "hub", "exactness", "survival", "compiled")
+"""Files of tests that take a minute or more."""
+
+
+def pytest_collection_modifyitems(items):
+    """They come first: else the last of them runs alone at the end, and the other cores wait."""
+    items.sort(key=lambda item: LONGEST.index(name) if (name := item.path.stem[5:]) in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="module")
 def browser():
     """Chromium: the system's, or Playwright's own. Without one these tests are skipped, and `make test` says which."""

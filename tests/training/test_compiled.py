@@ -108,7 +108,7 @@ def test_what_a_compiler_gets_wrong_is_not_used(checkpoints, photo_folder, tmp_p
     run = train(settings, events=heard)
     (warning,) = heard.warnings
     assert why in warning
-    assert "goes on without" in warning
+    assert "continues without" in warning
     assert_same(adapter_of(run.folder), adapter_of(plain.folder))
 
 

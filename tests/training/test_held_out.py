@@ -162,7 +162,7 @@ def test_another_number_of_images_finds_the_best_anew(checkpoints, many, tmp_pat
         patch.setattr(loop, "mean_loss", lambda loader, examples, *rest: seen.append(len(examples)) or 5.0)
         train(settings.replace(val_images=30), resume=True, events=told)
     assert seen == [30, 80]
-    assert "were of 20 images" in told.warnings[0]
+    assert "losses are of 20 images" in told.warnings[0]
     (best,) = told.of("best")
     assert (best["loss"], best["images"], best["of"]) == (5.0, 30, 80)
 

@@ -186,7 +186,9 @@ def test_an_adapter_that_does_not_fit_is_refused(checkpoints, adapter_folder, da
     [
         ("qwen2_vl", {}, range(1, 9)),
         ("qwen2_vl", {"micro_batch_tokens": 60, "cache": False}, (2, 5)),
-        ("qwen3_5", {"micro_batch_tokens": 60, "gradient_checkpointing": True}, (3,)),
+        pytest.param(
+            "qwen3_5", {"micro_batch_tokens": 60, "gradient_checkpointing": True}, (3,), marks=pytest.mark.long
+        ),
     ],
     ids=["plain", "accumulated", "recurrent"],
 )
