@@ -11,7 +11,7 @@ from vlm_lora.demo.tabs import QUIETLY, Desk, empty
 ALONE = "Nothing to compare yet.", "The base model is alone. Choose an adapter above, or train one."
 UNSEEN = "{} was not compared with its base.", "Train it with held-out pictures: --val-split or --val."
 GONE = Markup("<p>The pictures are no longer where they were when it was trained.</p>")
-KEYS = "<span class='keys'>. Marked words are in nothing that the data says. The arrow keys turn.</span>"
+KEYS = "<span class='keys'>. Marked words are in none of the references. Turn with the arrow keys.</span>"
 PLACE = Markup("<p><b>{:,}</b> of {:,}" + KEYS + "</p>")
 
 

@@ -97,7 +97,7 @@ class Sheet:
                             gr.Textbox("", lines=3, max_lines=12, max_length=MOST_CHARACTERS, interactive=True)
                         )
             with gr.Row(elem_classes="steps"):
-                back, on = (gr.Button(text, min_width=140, scale=0) for text in ("Page before", "Next page"))
+                back, on = (gr.Button(text, min_width=140, scale=0) for text in ("Previous page", "Next page"))
                 undo = gr.Button("Undo", min_width=80, scale=0)
                 saved = gr.HTML(Markup(""), elem_classes="saved")
         self.where = gr.Textbox("", visible="hidden")
