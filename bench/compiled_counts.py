@@ -35,7 +35,8 @@ from vlm_lora.training.devices import DEVICES, Device, kernel_seconds, price
 from vlm_lora.training.step import loss_sum
 from vlm_lora.training.trace import Kernel, MicroShape, Traced, TracedModel, micro_batch
 
-STAYS = ("mm", "addmm", "bmm", "_scaled_dot_product")
+ATTENTION = "_scaled_dot_product"
+STAYS = ("mm", "addmm", "bmm", ATTENTION)
 """What a compiler leaves as it is, by what the names begin with."""
 PROMPT, ANSWER, LABELS, PATCHES = 21, 23, 14, 1024
 """Tokens of the question's part of a prefix, of a branch and of those with loss in it; patches of 448 x 448 pixels."""
@@ -129,7 +130,7 @@ class Sizes:
         shape = shape_of(5, shared=True, patches=patches)
         step = self.compiled(shape)
         took = sum(
-            c * max(kernel_seconds(k, self.device)) for k, c in step.kernels.items() if k.name.startswith(STAYS[-1])
+            c * max(kernel_seconds(k, self.device)) for k, c in step.kernels.items() if k.name.startswith(ATTENTION)
         )
         masked, causal = (shape.width - shape.prefix) * shape.width, shape.prefix**2
         return {

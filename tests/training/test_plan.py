@@ -483,6 +483,13 @@ def test_a_run_is_priced_for_a_device_by_its_name(checkpoints, photo_folder, tmp
     assert told["rate"] == pytest.approx(told["step_seconds"] and told["cost"]["operations"] / told["step_seconds"])
     assert main([*command, "--device", "t4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["dtype"] == "float16"  # it has no bfloat16
+    wide = [*command, "--device", "t4", "--dtype", "float32"]
+    assert main([*wide, "--json"]) == 0
+    short = 0.6 * json.loads(capsys.readouterr().out)["memory"] / 1e9
+    assert main([*wide, "--device-memory", str(short)]) == 0
+    out = capsys.readouterr().out
+    assert "--dtype float16" in out
+    assert "bfloat16" not in out
     assert main([*command, "--device", "h200"]) == 0
     out = capsys.readouterr().out
     assert "waits for launches" in out

@@ -135,7 +135,10 @@ def _open(app: Page, host: str, port: int | None, auth: tuple[str, str] | None, 
 def _roots(folders: Sequence[str | Path], trains: bool, uploads: Path) -> Roots:
     """Raises ConfigError for what is no folder, for two of one name, and where nobody may train."""
     if not trains:
-        raise ConfigError("--roots are for training, and the demo is open to others: say --allow-training if they may.")
+        raise ConfigError(
+            "--roots lets whoever opens the page read pictures and write captions there, and train. The demo is open "
+            "to others: say --allow-training if they may."
+        )
     paths = [Path(folder).expanduser().resolve() for folder in folders]
     for path, folder in zip(paths, folders, strict=True):
         if not path.is_dir():

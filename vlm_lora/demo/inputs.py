@@ -82,12 +82,11 @@ class SafeFiles(gr.File, _FromTheirMachine, metaclass=_WithoutStub):
     """Several pictures at once; whether each can be read is found out when it is its turn."""
 
     is_template = True
-    most = MOST_FILES
 
     def preprocess(self, payload: Any) -> Any:
         files = list(payload or [])
-        if len(files) > self.most:
-            raise plain(f"{len(files):,} files are too many at once; choose {self.most:,} or fewer")
+        if len(files) > MOST_FILES:
+            raise plain(f"{len(files):,} files are too many at once; choose {MOST_FILES:,} or fewer")
         return [_reference(file) for file in files]
 
 

@@ -142,6 +142,7 @@ def estimate_run(
     tower = cost.tower_operations + kept * sum(map(model.tower_operations, learnt.values()))
     tower += sum(map(model.tower_operations, held_once.values()))
     cost = replace(cost, features=features, tower_operations=tower)
+    half = "float16" if dtype == torch.float16 or (accelerator and not accelerator.bfloat16) else "bfloat16"
     rates, priced, share = _rates(config, model, cost.largest, accelerator, tflops, device)
     return Estimate(
         cost=cost,
@@ -165,7 +166,7 @@ def estimate_run(
         price=priced,
         kernels=round(model.trace(cost.largest).num_kernels),
         peak_share=share,
-        advice=tuple(_advice(config, model, cost, memory, cost_of, can_shard=gpus > 1 and not sharded)),
+        advice=tuple(_advice(config, model, cost, memory, cost_of, half, can_shard=gpus > 1 and not sharded)),
     )
 
 
@@ -236,9 +237,9 @@ def _prepare(config: TrainConfig, progress: Callable[[int, int], None]) -> tuple
 
 
 def _advice(  # arguments: what was asked for, what it costs, and what may be tried instead
-    config: TrainConfig, model: CostModel, cost: Prediction, memory: float, cost_of, can_shard: bool
+    config: TrainConfig, model: CostModel, cost: Prediction, memory: float, cost_of, half: str, can_shard: bool
 ) -> Iterator[str]:
-    """Whether it fits, and if it does not, which knobs would make it fit."""
+    """Whether it fits, and if it does not, which knobs would make it fit; ``half``: the device's 16-bit format."""
     if cost.memory < FILLED * memory:
         yield "It fits."
         return
@@ -248,8 +249,8 @@ def _advice(  # arguments: what was asked for, what it costs, and what may be tr
     tried = [
         *smaller,
         {"gradient_checkpointing": True},
-        {"dtype": "bfloat16"},
-        *({"dtype": "bfloat16"} | change for change in smaller),
+        {"dtype": half},
+        *({"dtype": half} | change for change in smaller),
         *({"method": "qlora", "variant": None} | change for change in smaller if config.method == "lora" and has_4bit),
     ]
     offered = 0
