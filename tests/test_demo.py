@@ -166,6 +166,12 @@ def given(path) -> dict:
 NUMBERS = (32, 0.0, 1.0, 0, "run")
 
 
+def parts(layout: dict):
+    yield layout
+    for child in layout.get("children", ()):
+        yield from parts(child)
+
+
 def test_page_opens_and_names_nothing_elsewhere(app):
     page = httpx.get(app.local_url)
     assert page.status_code == 200
@@ -176,6 +182,11 @@ def test_page_opens_and_names_nothing_elsewhere(app):
     drawn = {part["props"].get("label"): part["type"] for part in config["components"]}
     assert (drawn["Picture"], drawn["Pictures, or a zip of them"], drawn["Seed"]) == ("image", "file", "number")
     assert drawn["Most tokens"] == "slider"
+    of_type = {each["id"]: each["type"] for each in config["components"]}
+    tabs = [part for part in parts(config["layout"]) if of_type.get(part.get("id")) == "tabitem"]
+    inside = [{part["id"] for part in parts(tab)} for tab in tabs]
+    advanced = [each["id"] for each in config["components"] if each["props"].get("label", "").startswith("Advanced")]
+    assert [len(each & set(advanced)) for each in inside] == [1, 1, 0]  # below a question alone
     assert {"Picture", "Base", "Tuned", "What the data says", "Held-out pictures of the run"} <= labels
     assert app.share_url is None
     assert not list(Path(demo.__file__).parent.glob("*.pyi"))  # Gradio likes to write one
@@ -783,6 +794,21 @@ def test_data_is_found_from_wherever_the_demo_is_started(tmp_path, monkeypatch, 
     (run / "predictions.jsonl").write_text(re.sub(r'"(\d.png)"', r'"photos/\1"', text))
     rewrite_config(run, data=("photos:2", "texts"), val=None, images="photos")
     assert len(Evaluations({"run": run}).examples("run", 8)) == 3
+
+
+def test_data_is_found_from_where_the_run_was_started(tmp_path, monkeypatch, caplog):
+    """Recorded in config.yaml: that the run's own name is absolute tells nothing of it."""
+    run = write_run(tmp_path / "runs")
+    (tmp_path / "there").mkdir()
+    data = (tmp_path / "runs/photos").rename(tmp_path / "there/photos")
+    monkeypatch.chdir(tmp_path / "there")
+    rewrite_config(run, data="photos", output=str(run))
+    monkeypatch.chdir(tmp_path)
+    assert len(Evaluations({"run": run}).examples("run", 8)) == 3
+    data.rename(tmp_path / "gone")
+    assert Evaluations({"run": run}).examples("run", 8) == []
+    assert f"'photos' is not in {tmp_path / 'there'}, where it was started" in caplog.text
+    assert "hub" not in caplog.text
 
 
 def test_a_damaged_picture_is_left_out(tmp_path, caplog):

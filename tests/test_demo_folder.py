@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from concurrent.futures import Future
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import gradio as gr
@@ -13,6 +14,7 @@ from tests.conftest import picture
 from tests.test_demo import Parrot, write_review, write_run
 from vlm_lora import Caption, Decoding
 from vlm_lora.cli import main
+from vlm_lora.demo import album, sheet
 from vlm_lora.demo.album import Album
 from vlm_lora.demo.folder import WholeFolder
 from vlm_lora.demo.runs import Evaluations, Pictures
@@ -21,6 +23,7 @@ from vlm_lora.demo.speaker import Speaker
 from vlm_lora.demo.tabs import Desk
 from vlm_lora.demo.uploads import Roots
 from vlm_lora.errors import ConfigError, DataError
+from vlm_lora.inference import sinks
 from vlm_lora.inference.sinks import made_with
 
 PAGE = SimpleNamespace(session_hash="a page")
@@ -119,6 +122,23 @@ def test_the_command_resumes_what_the_page_began(photos, tmp_path, rows, capsys)
         assert "captions were made with --adapter" in capsys.readouterr().err
 
 
+def test_what_is_not_a_caption_of_ours_stays_to_the_byte(photos):
+    """Blank lines, ends of lines, and a last line without one."""
+    file, one = photos / "metadata.jsonl", '{"file_name": "1.png", "text": "One"}'
+    for before in (f'\n{one}\r\n\n  \n{{"file_name": "gone.png"}}\n\n', f"\n\n{one}", f"{one}\n"):
+        file.write_bytes(before.encode())
+        album = Album(photos, rows=True)
+        was, _ = album.save("1.png", "Uno")
+        assert file.read_bytes() == before.replace("One", "Uno").encode()
+        album.change("1.png", lambda _, was=was: was)
+        assert file.read_bytes() == before.encode()
+        album.save("2.png", "Two")
+        ended = before if before.endswith("\n") else before + "\n"
+        assert file.read_bytes() == (ended + '{"file_name": "2.png", "text": "Two"}\n').encode()
+        album.save("2.png", "")
+        assert file.read_bytes() == ended.encode()
+
+
 class Captions(Parrot):
     """Says which picture it is, and of one that it is damaged."""
 
@@ -146,7 +166,7 @@ def tab(photos, tmp_path):
             Evaluations(runs),
             Pictures(tmp_path),
             adapter,
-            [gr.Number() for _ in NUMBERS],
+            ExitStack(),
         )
         return WholeFolder(app, desk, Albums(Roots([photos], tmp_path / "uploads")))
 
@@ -165,18 +185,18 @@ def test_a_folder_is_captioned_stopped_and_resumed(tab, photos):
         assert page["texts"] == {"0.png": "Zero,\r\nin two lines.", "1.png": "One", "2.png": "", "in/3.png": ""}
         where = page["where"]
         with pytest.raises(gr.Error, match="expected a whole number"):
-            await tab.begin(where, "", None, 0.0, 1.0, 0, "")
+            await tab.begin(where, "", "", None, 0.0, 1.0, 0)
         captioner = tab.desk.speaker.first.result()
         captioner.slow = 0.2
-        await tab.begin(where, "Say", *NUMBERS, "")
+        await tab.begin(where, "Say", "", *NUMBERS)
         with pytest.raises(gr.Error, match="is being captioned already"):
-            await tab.begin(where, "Say", *NUMBERS, "")
+            await tab.begin(where, "Say", "", *NUMBERS)
         await tab.stop(where)
         (job,) = tab.jobs.values()
         await asyncio.wait_for(job.task, 20)
         assert not (photos / "in/3.txt").exists()
         tab.sheet.albums.of("photos", False).save("in/3.png", "Typed meanwhile.")
-        await tab.begin(where, "Say", *NUMBERS, "")
+        await tab.begin(where, "Say", "", *NUMBERS)
         (job,) = tab.jobs.values()
         told, timer, *texts = tab.tick(where, *[""] * 12)
         assert timer.active
@@ -186,13 +206,13 @@ def test_a_folder_is_captioned_stopped_and_resumed(tab, photos):
         assert "2.png: is damaged" in told
         assert texts[:1] == [gr.skip()]  # of one that somebody types
         assert texts[3] == "Typed meanwhile."
-        with pytest.raises(gr.Error, match="is no folder that the demo may read"):
-            await tab.begin(json.dumps({"folder": "photos/../..", "rows": False}), "", *NUMBERS, "")
+        with pytest.raises(DataError, match="is no folder that the demo may read"):
+            await tab.begin(json.dumps({"folder": "photos/../..", "rows": False}), "", "", *NUMBERS)
 
     asyncio.run(visit())
 
 
-def test_pages_orders_and_undo(tab, photos):
+def test_pages_orders_and_undo(tab, photos, monkeypatch):
     for i in range(10, 24):
         picture(i, (32, 32)).save(photos / f"{i}.png")
     page = shown(tab, tab.open("photos", PAGE, rows=True))
@@ -202,8 +222,10 @@ def test_pages_orders_and_undo(tab, photos):
     def turned(order: str, adapter: str = "") -> dict:
         return shown(tab, tab.sheet.turn(where, order, adapter, PAGE), 0)
 
-    def typed(where: str, card: int, text: str, at: float) -> None:
-        asyncio.run(tab.sheet.save(json.dumps(json.loads(where) | {"card": card, "at": at}), text, PAGE))
+    def typed(where: str, number: int, text: str, at: float) -> None:
+        asyncio.run(tab.sheet.save(card(where, number, at), text, PAGE))
+
+    monkeypatch.setattr(sheet, "PAUSE", 0.01)
 
     without = turned(WITHOUT)
     typed(without["where"], 0, "Ze", 1.0)
@@ -225,6 +247,51 @@ def test_pages_orders_and_undo(tab, photos):
     with pytest.raises(gr.Error, match="has another caption since"):
         tab.sheet.undo(where, PAGE)
     assert turned(ALL)["texts"]["0.png"] == "Somebody else's"
+
+
+def card(where: str, number: int, at: float) -> str:
+    """What the page says of the card in which somebody types."""
+    return json.dumps(json.loads(where) | {"card": number, "at": at})
+
+
+def test_what_is_typed_is_written_once_there_is_a_pause_and_keeps_nobody_waiting(tab, photos, monkeypatch):
+    """Also where the page, or the demo, is closed before the pause is over."""
+    written, file = [], photos / "2.txt"
+
+    def slowly(file, text):
+        time.sleep(1)
+        written.append(text)
+        sinks.replace_text(file, text)
+
+    monkeypatch.setattr(album, "replace_text", slowly)
+    monkeypatch.setattr(sheet, "PAUSE", 0.2)
+    where = shown(tab, tab.open("photos", PAGE))["where"]
+
+    async def visit():
+        keys = [asyncio.ensure_future(tab.sheet.save(card(where, 2, i), "Two"[:i], PAGE)) for i in (1, 2, 3)]
+        longest = 0.0
+        while not all(key.done() for key in keys):
+            began = time.monotonic()
+            await asyncio.sleep(0.01)
+            longest = max(longest, time.monotonic() - began)
+        assert longest < 0.9  # the loop serves everybody
+        assert written == ["Two\n"]
+        assert [key.result() for key in keys] == [gr.skip(), gr.skip(), "<p>Saved: 2.png</p>"]
+        closed = asyncio.ensure_future(tab.sheet.save(card(where, 2, 4.0), "Page closed", PAGE))
+        await asyncio.sleep(0)
+        closed.cancel()
+        while len(written) < 2:
+            await asyncio.sleep(0.01)
+        last = asyncio.ensure_future(tab.sheet.save(card(where, 2, 5.0), "Demo closed", PAGE))
+        await asyncio.sleep(0)
+        tab.desk.at_close.close()
+        assert file.read_text() == "Demo closed\n"
+        await last
+
+    asyncio.run(asyncio.wait_for(visit(), 60))
+    assert written == ["Two\n", "Page closed\n", "Demo closed\n"]
+    tab.sheet.undo(where, PAGE)  # one change, however it was typed
+    assert not file.exists()
 
 
 def test_the_worst_by_review_come_with_what_the_review_says(tab, tmp_path):

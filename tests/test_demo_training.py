@@ -163,11 +163,11 @@ def until(true, seconds: float = 30.0):
 
 def test_a_run_goes_on_without_the_demo_and_there_is_one_at_a_time(place):
     assert Trainer(place).state() is None
-    Trainer(place).start("photos-1", ["wait"], [])
+    Trainer(place).start("photos-1", ["wait"])
     later = Trainer(place)  # of a demo that was started anew
     state = until(lambda: (s := later.state()) and s.step and s.said and s)
     assert state == State("photos-1", "learning", 7, 20, "about 1 min 05 s left")
-    for begin in (lambda: later.start("photos-2", ["wait"], []), lambda: later.resume(place)):
+    for begin in (lambda: later.start("photos-2", ["wait"]), lambda: later.resume(place)):
         with pytest.raises(ConfigError):
             begin()
     later.stop()
@@ -178,11 +178,11 @@ def test_a_run_goes_on_without_the_demo_and_there_is_one_at_a_time(place):
 
 def test_how_a_run_has_ended(place):
     demo = Trainer(place)
-    demo.start("photos-1", ["done"], [])
+    demo.start("photos-1", ["done"])
     until(lambda: demo.state().kind == "done")
     with pytest.raises(ConfigError, match="no run to go on with"):
         demo.resume(place)
-    demo.start("photos-2", ["fail"], [])
+    demo.start("photos-2", ["fail"])
     state = until(lambda: (s := demo.state()).kind == "failed" and s)
     assert (state.name, state.said) == ("photos-2", "the data is gone; put it back.")
     (place / "photos-3").mkdir()  # begun on the command line since, and not done
@@ -194,7 +194,7 @@ def test_how_a_run_has_ended(place):
 
 def test_another_process_with_its_number_is_not_the_run(place):
     demo = Trainer(place)
-    demo.start("photos-1", ["fail"], [])
+    demo.start("photos-1", ["fail"])
     until(lambda: demo.state().kind == "failed")
     record = {"pid": os.getpid(), "began": 1.0}
     (place / "photos-1.train.json").write_text(json.dumps(record))

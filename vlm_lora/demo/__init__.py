@@ -27,7 +27,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vlm_lora.demo.page import SCRIPT, STYLE, Page, build_app, set_variable
-from vlm_lora.demo.runs import find_runs, place_of_runs
+from vlm_lora.demo.runs import find_runs
 from vlm_lora.demo.speaker import MAX_WAITING
 from vlm_lora.demo.uploads import UPLOADS, Roots
 from vlm_lora.errors import ConfigError
@@ -55,18 +55,13 @@ def launch(  # arguments: the flags of `vlm-lora demo`
     """Serve the demo; the page is up before the model is loaded.
 
     Args:
-        model: base model; by default the one the adapter names.
-        adapter: run folder or adapter folder; a run's held-out pictures become examples, and the runs beside it
-            can be chosen on the page. None: base alone, until one of the runs in ``runs`` is chosen.
-        host: address to listen on. Whoever can reach it can use the demo.
+        adapter: a run's held-out pictures become examples, and the runs beside it can be chosen on the page. None: base
+            alone, until one of the runs in ``runs`` is chosen.
         port: None takes the first free one from 7860.
-        share: also serve it to the internet, by a public link through gradio's servers.
-        auth: user and password, asked for on the page.
+        auth: user and password.
         without_auth: insist on sharing, or on another host than loopback, with no password.
         allowed_hosts: further names under which the demo is reached, behind a proxy say. On loopback all
             others are refused: a web page could point its own name at the demo, and read what it shows.
-        roots: folders below which the page may take pictures and write captions, beside those that are uploaded.
-        allow_training: let also those train who reach the demo from elsewhere. Who is on this machine may always.
         block: stay until Ctrl-C.
 
     Raises:
@@ -84,7 +79,8 @@ def launch(  # arguments: the flags of `vlm-lora demo`
     if port is not None and not 0 < port < 2**16:
         raise ConfigError(f"--port {port}: is no port. Give one from 1 to 65535.")
     trains = allow_training or (local and not share and not allowed_hosts)
-    runs, place = find_runs(adapter), place_of_runs(adapter)
+    runs = find_runs(adapter)
+    place = next((run.parent for run in runs.values() if run.is_dir()), Path("runs").resolve())
     training = (_roots(roots, trains, place / UPLOADS), place) if trains or roots else None
     loading: Future = Future()
     base = Path(model).name if model else "the base model"  # names alone: the page shows no path
@@ -125,7 +121,9 @@ def _open(app: Page, host: str, port: int | None, auth: tuple[str, str] | None, 
     try:
         app.launch(server_name=_in_url(host), server_port=port, auth=auth, **settings)
     except OSError as error:
-        if not _is_own(host):
+        try:  # on any port
+            socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        except OSError:
             raise ConfigError(f"--host {host}: is no address of this machine. Leave it out, or give one.") from error
         raise ConfigError(f"--port {port}: in use, or not allowed on {host}. Give another one.") from error
     if settings["share"] and not app.share_url:
@@ -140,9 +138,8 @@ def _roots(folders: Sequence[str | Path], trains: bool, uploads: Path) -> Roots:
             "to others: say --allow-training if they may."
         )
     paths = [Path(folder).expanduser().resolve() for folder in folders]
-    for path, folder in zip(paths, folders, strict=True):
-        if not path.is_dir():
-            raise ConfigError(f"--roots {folder}: there is no such folder. Give one that holds folders of pictures.")
+    if missing := [folder for folder, path in zip(folders, paths, strict=True) if not path.is_dir()]:
+        raise ConfigError(f"--roots {missing[0]}: there is no such folder. Give one that holds folders of pictures.")
     if len({UPLOADS, *(path.name for path in paths)}) <= len(paths):
         raise ConfigError(
             f"--roots: two folders of one name (or one called {UPLOADS!r}, as the page has) cannot be told apart "
@@ -162,15 +159,6 @@ def _is_loopback(host: str) -> bool:
         return host in LOOPBACK
 
 
-def _is_own(host: str) -> bool:
-    """Whether this machine can listen there, on any port."""
-    try:
-        socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError:
-        return False
-    return True
-
-
 class OwnPages:
     """Refuses what another web page sends; its browser says where it comes from. The name under which a proxy was asked
     takes the place of the host's, and is so checked in the same way."""
@@ -179,15 +167,15 @@ class OwnPages:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = self.app
         if scope["type"] == "http":
             headers = MutableHeaders(scope=scope)
             if forwarded := headers.get("x-forwarded-host"):
                 headers["host"] = forwarded.partition(",")[0].strip()
             origin = headers.get("origin")
             if origin and (_name_in(origin) or "null") != _name_in(f"//{headers.get('host')}"):
-                await PlainTextResponse("This comes from another web page.", 403)(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+                answer = PlainTextResponse("This comes from another web page.", 403)
+        await answer(scope, receive, send)
 
 
 def _name_in(url: str) -> str | None:
@@ -200,18 +188,13 @@ def _name_in(url: str) -> str | None:
 def safe_settings(hosts: Sequence[str], share: bool = False) -> dict[str, Any]:
     """Arguments of `gr.Blocks.launch`: all of them, as environment variables could turn on what is left out."""
     names = Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    return {
+    off = ("show_error", "enable_monitoring", "run_history", "mcp_server", "ssr_mode", "pwa")
+    return dict.fromkeys(off, False) | {
         "share": share,
         "app_kwargs": {"middleware": [names, Middleware(OwnPages), names]},
         "max_file_size": MAX_UPLOAD,
         "max_threads": MAX_WAITING + 8,  # so that those who wait for the model keep nobody else waiting
         "allowed_paths": [],
-        "show_error": False,
-        "enable_monitoring": False,
-        "run_history": False,
-        "mcp_server": False,
-        "ssr_mode": False,
-        "pwa": False,
         "strict_cors": True,
         "footer_links": ["api"],
         "prevent_thread_lock": True,

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from vlm_lora import Caption, ImageRef
 from vlm_lora.demo.uploads import PICTURES
@@ -31,16 +32,20 @@ class Album:
 
     def __init__(self, folder: Path, rows: bool):
         self.folder, self.rows, self.lock = folder, rows, threading.Lock()
+        self.look()
+
+    def look(self) -> None:
+        """Find the pictures that are there now."""
         self.pictures: dict[str, ImageRef] = {}
-        for parent, folders, files in os.walk(folder):
+        for parent, folders, files in os.walk(self.folder):
             folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
             for path in (Path(parent, file) for file in sorted(files) if not file.startswith((".", "__"))):
-                name = path.relative_to(folder).as_posix()
+                name = path.relative_to(self.folder).as_posix()
                 is_text = name.encode("utf-8", "ignore").decode() == name  # else no page can show it
-                if path.suffix.lower() in PICTURES and is_text and path.resolve().is_relative_to(folder):
+                if path.suffix.lower() in PICTURES and is_text and path.resolve().is_relative_to(self.folder):
                     self.pictures[name] = ImageRef(path=path, name=name)
-        self.sink(self.pictures, None)
-        self.files = {} if rows else Sidecars([image.path for image in self.pictures.values()]).files
+        sink = self.sink(self.pictures, None)
+        self.files = sink.files if isinstance(sink, Sidecars) else {}
 
     def sink(self, names: Iterable[str], made_with: Mapping[str, object] | None) -> Rows | Sidecars:
         """Where the command would write these pictures' captions; None: only to look whether it could."""
@@ -52,8 +57,17 @@ class Album:
 
     def captions(self, names: Iterable[str]) -> dict[str, str | None]:
         """By name; "" where there is none, None where it is no plain text of a reasonable length."""
-        lines = dict(reversed(self._lines())) if self.rows else {}
-        return {name: self._said(lines.get(name) if self.rows else self._content(name)) for name in names}
+        rows = {row.get("file_name"): row for row in map(_row, reversed(self._lines()))} if self.rows else {}
+        found: dict[str, str | None] = {}
+        for name in names:
+            try:
+                row = rows.get(name, {}) if self.rows else {"text": _read(self._file(name)) or ""}
+                text: Any = row.get(_key(row), None if row else "")
+                ok = len(text) <= MOST_CHARACTERS and text.encode("utf-8", "ignore").decode() == text
+                found[name] = text.removeprefix("\ufeff").strip() if ok else None
+            except (DataError, OSError, AttributeError, TypeError):  # a link that leads out; no text
+                found[name] = None
+        return found
 
     def save(self, name: str, text: str) -> tuple[str | None, str | None]:
         """Put this caption in place of the picture's; without a word, the caption goes. What was held, and is now."""
@@ -61,31 +75,27 @@ class Album:
 
         def line(held: str | None) -> str:
             row = json.loads(held or "{}")
-            return json.dumps({"file_name": name} | row | {_key(row): text}, ensure_ascii=False)
+            new = json.dumps({"file_name": name} | row | {_key(row): text}, ensure_ascii=False)
+            return new + "\r" * (held or "").endswith("\r")
 
         return self.change(name, lambda held: None if not text else line(held) if self.rows else text + "\n")
 
     def change(self, name: str, to: Change) -> tuple[str | None, str | None]:
-        """Replace what is held of a picture. Raises DataError where that cannot be."""
+        """Replace what is held of a picture, and nothing else. Raises DataError where that cannot be."""
         with self.lock:
             file = self._file(name)
             try:
-                if not self.rows:
-                    before = _read(file)
-                    after = to(before)
-                    if after is None:
-                        file.unlink(missing_ok=True)
-                    elif after != before:
-                        replace_text(file, after)
-                    return before, after
-                lines = self._lines()
-                at = next((i for i, (of, _) in enumerate(lines) if of == name), None)
-                before = None if at is None else lines[at][1]
+                lines = self._lines() if self.rows else []
+                end = len(lines) - (lines[-1:] == [""])  # where a new line goes
+                at = next((i for i, line in enumerate(lines) if _row(line).get("file_name") == name), end)
+                before = (lines[at] if at < end else None) if self.rows else _read(file)
                 after = to(before)
-                new = [] if after is None else [(name, after)]
-                lines[len(lines) if at is None else at : len(lines) if at is None else at + 1] = new
-                if before != after:
-                    replace_text(file, "".join(text + "\n" for _, text in lines))
+                if self.rows:
+                    lines[at : at + 1] = ([] if after is None else [after]) + [""] * (at == end)
+                if after is None and not self.rows:
+                    file.unlink(missing_ok=True)
+                elif after != before:
+                    replace_text(file, "\n".join(lines) if self.rows else after or "")
                 return before, after
             except OSError as error:
                 raise DataError(f"{file.name} cannot be written ({error.strerror})") from None
@@ -112,24 +122,9 @@ class Album:
             raise DataError(f"{file.name} is a link that leads out of the folder; put a file in its place")
         return file
 
-    def _content(self, name: str) -> str | None:
-        try:
-            return _read(self._file(name))
-        except (DataError, OSError):
-            return "\ud800"  # no text
-
-    def _lines(self) -> list[tuple[str | None, str]]:
-        """Those of metadata.jsonl, and whose they are."""
-        lines = [line for line in (_read(self._file("")) or "").split("\n") if line.strip()]
-        return [(_row(line).get("file_name"), line) for line in lines]
-
-    def _said(self, held: str | None) -> str | None:
-        text = held or ""
-        if self.rows and held:
-            row = _row(held)
-            text = row.get(_key(row), "\ud800")
-        ok = isinstance(text, str) and len(text) <= MOST_CHARACTERS and text.encode("utf-8", "ignore").decode() == text
-        return text.removeprefix("\ufeff").strip() if ok else None
+    def _lines(self) -> list[str]:
+        """Those of metadata.jsonl, blank ones too, as they are; the last is "" where the file ends its last line."""
+        return (_read(self._file("")) or "").split("\n")
 
 
 def _row(line: str) -> dict:

@@ -5,7 +5,7 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
-from vlm_lora.demo.runs import KINDS, pictures_of
+from vlm_lora.demo.runs import KINDS
 from vlm_lora.demo.tabs import QUIETLY, Desk, empty
 
 ALONE = "Nothing to compare yet.", "The base model is alone. Choose an adapter above, or train one."
@@ -52,7 +52,7 @@ class WhatChanged:
         from vlm_lora import show_evaluation, show_learning
 
         run, evaluation = self.desk.runs.get(adapter), self.desk.evaluations.of(adapter)
-        learning = show_learning(run, pictures_of(run)) if run else Markup("")
+        learning = show_learning(run, self.desk.evaluations.pictures(run)) if run else Markup("")
         kinds = self.desk.evaluations.places(adapter)
         if evaluation is None or not evaluation.scores.tuned:
             big, small = UNSEEN if adapter else ALONE

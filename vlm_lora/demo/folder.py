@@ -14,13 +14,11 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
-from vlm_lora import ImageRef, VlmLoraError
 from vlm_lora.demo.album import METADATA, Album
-from vlm_lora.demo.inputs import decoding, plain
+from vlm_lora.demo.inputs import decoding, plain, plainly
 from vlm_lora.demo.sheet import ALL, DOUBTFUL, LONGEST, WITHOUT, Albums, Sheet, chooser
-from vlm_lora.demo.speaker import plainly
-from vlm_lora.demo.tabs import AT_ONCE, QUIETLY, Desk, asked_text, empty, placeholder, progress, prompt_box
-from vlm_lora.demo.uploads import UPLOADS, short
+from vlm_lora.demo.tabs import AT_ONCE, QUIETLY, Desk, advanced, asked_text, empty, placeholder, progress, prompt_box
+from vlm_lora.demo.uploads import UPLOADS
 from vlm_lora.inference.sinks import made_with
 
 BESIDE, ROWS = "Beside each picture, as cat.txt", f"All in {METADATA}"
@@ -52,12 +50,13 @@ class WholeFolder:
         self.jobs: dict[Album, Job] = {}
         with gr.Row():
             with gr.Column(min_width=300):
-                folder, files = chooser(app, albums.roots, "Pictures, or a zip of them", "files")
+                folder, chosen = chooser(app, albums.roots, "Pictures, or a zip of them", "files")
             with gr.Column(min_width=300, scale=2):
                 state = gr.HTML(EMPTY, elem_id="captioned")
                 with gr.Column(visible=False) as work:
                     form = gr.Radio([BESIDE, ROWS], value=BESIDE, label="Where captions go")
                     prompt = prompt_box()
+                    numbers = advanced()
                     with gr.Row():
                         go = gr.Button("Caption those without one", variant="primary", min_width=120)
                         stop = gr.Button("Stop", min_width=80, scale=0)
@@ -69,63 +68,44 @@ class WholeFolder:
 
         private: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1}
         opened = [work, form, make, file, state, timer, *sheet.outputs]
-        folder.input(self.open, folder, opened, **private)
-        files.upload(self.take_in, files, opened, **private)
+        for event in chosen:
+            event(self.open, folder, opened, **private)
         form.input(self.again, [sheet.where, form], opened, **private)
-        numbers = [sheet.where, prompt, *desk.numbers, desk.adapter]
-        go.click(self.begin, numbers, [state, timer], **AT_ONCE)
+        go.click(self.begin, [sheet.where, prompt, desk.adapter, *numbers], [state, timer], **AT_ONCE)
         stop.click(self.stop, sheet.where, **AT_ONCE)
         timer.tick(self.tick, [sheet.where, *sheet.texts], [state, timer, *sheet.texts], queue=False, **QUIETLY)
         make.click(self.take_away, sheet.where, file, api_visibility="private")
 
-    def take_in(self, files: list[ImageRef], request: gr.Request) -> list:
-        try:
-            return self.open(self.albums.roots.take_in(files), request)
-        except VlmLoraError as error:
-            raise plain(str(error)) from None
-
     def open(self, name: str | None, request: gr.Request, rows: bool | None = None) -> list:
         """The folder of that name; its captions are in ``rows``, or as they are already."""
-        try:
-            path = self.albums.roots.folder(name or "")
-            rows = (path / METADATA).is_file() if rows is None else rows
-            shown = self.sheet.open(str(name), rows, request.session_hash)
-            job = self.jobs.get(self.albums.of(str(name), rows))
-        except VlmLoraError as error:
-            raise plain(str(error)) from None
-        mine = gr.Button(
-            visible=str(name).startswith(f"{UPLOADS}/")
-        )  # what lies in a folder of theirs is there already
-        said = _told(job) if job else Markup("")
+        rows = (self.albums.roots.folder(name) / METADATA).is_file() if rows is None else rows
+        shown = self.sheet.open(str(name), rows, request.session_hash)
+        job = self.jobs.get(self.albums.of(str(name), rows))
+        mine = gr.Button(visible=str(name).startswith(f"{UPLOADS}/"))  # a folder of theirs they have already
         work = [gr.Column(visible=True), ROWS if rows else BESIDE, mine, gr.File(visible=False)]
-        return [*work, said, gr.Timer(active=bool(job and job.running)), *shown]
+        return [*work, _told(job), gr.Timer(active=bool(job and job.running)), *shown]
 
     def again(self, where: str, form: str, request: gr.Request) -> list:
         return self.open(json.loads(where)["folder"], request, form == ROWS)
 
-    async def begin(
-        self, where: str, prompt, max_new_tokens, temperature, top_p, seed, adapter
-    ):  # arguments: a field each
+    async def begin(self, where: str, prompt: str, adapter: str, *numbers: Any) -> tuple[Markup, gr.Timer]:
         """Caption what has no caption, from where it stopped."""
         from vlm_lora import Decoding  # here, as it is not quick to load
 
-        album, numbers = self._album(where), decoding(max_new_tokens, temperature, top_p, seed)
+        album, decoded, asked = self._album(where), decoding(*numbers), asked_text(prompt)
         if (job := self.jobs.get(album)) and job.running:
             raise plain("This folder is being captioned already.")
         if not self.desk.speaker.first.done():
             raise plain("The model is still being loaded. Try again in a moment.")
-        try:
-            base = None if adapter else self.desk.speaker.first.result().backbone.name
-            runs = [str(self.desk.runs.get(adapter, adapter))] if adapter else []
-            how = made_with(Decoding(**numbers), runs, model=base, prompt=asked_text(prompt))
-            names = [name for name, text in album.captions(album.pictures).items() if text == ""]
-            album.sink(names, how)
-        except VlmLoraError as error:
-            raise plain(short(str(error), album.folder, *self.desk.runs.values())) from None
+        base = None if adapter else self.desk.speaker.first.result().backbone.name
+        runs = [str(self.desk.runs.get(adapter, adapter))] if adapter else []
+        how = made_with(Decoding(**decoded), runs, model=base, prompt=asked)
+        names = [name for name, text in album.captions(album.pictures).items() if text == ""]
+        album.sink(names, how)
         if not names:
             raise plain("Every picture has a caption.")
         job = self.jobs[album] = Job(album, names)
-        job.task = asyncio.create_task(self._work(job, asked_text(prompt), numbers, adapter, how))
+        job.task = asyncio.create_task(self._work(job, asked, decoded, adapter, how))
         return _told(job), gr.Timer(active=True)
 
     async def _work(self, job: Job, prompt: str | None, numbers: dict, adapter: str, how: dict) -> None:
@@ -144,8 +124,7 @@ class WholeFolder:
                 job.done, took = job.done + len(new), time.monotonic() - began
                 size = min(MOST, 2 * size) if took < SOON else max(1, size // 2) if took > LATE else size
         except Exception as error:
-            told = error if isinstance(error, gr.Error) else plainly(error)
-            job.wrong.append(str(told.message))
+            job.wrong.append(str(plainly(error).message))
         finally:
             job.running = False
 
@@ -156,39 +135,36 @@ class WholeFolder:
     def tick(self, where: str, *texts: str) -> list:
         """How far it is; and captions that have come, where nobody has typed one meanwhile."""
         album = self._album(where)
-        job, names = self.jobs.get(album), json.loads(where)["names"]
-        if job is None:
-            return [Markup(""), gr.Timer(active=False), *[gr.skip()] * len(texts)]
-        captions = [text or "" for text in album.captions(names).values()]
-        new = [captions[i] if i < len(names) and not texts[i] and captions[i] else gr.skip() for i in range(len(texts))]
-        return [_told(job), gr.Timer(active=job.running), *new]
+        job, left = self.jobs.get(album), [gr.skip()] * len(texts)
+        captions = [text or gr.skip() for text in album.captions(json.loads(where)["names"]).values()] if job else []
+        new = [gr.skip() if text else caption for text, caption in zip(texts, captions + left, strict=False)]
+        return [_told(job), gr.Timer(active=bool(job and job.running)), *new]
 
     def take_away(self, where: str) -> Iterator[gr.File]:
         """The pictures and their captions in a zip, as they lie in the folder: what `train` reads."""
-        at = json.loads(where)
-        if not str(at["folder"]).startswith(f"{UPLOADS}/"):
+        if not str(json.loads(where)["folder"]).startswith(f"{UPLOADS}/"):
             raise plain("The captions lie in the folder already.")
-        album = self._album(where)
+        folder = self._album(where).folder
         with tempfile.TemporaryDirectory(dir=self.desk.pictures.folder) as place:
             file = Path(place) / "captions.zip"
             with zipfile.ZipFile(file, "w") as target:  # stored: pictures are compressed already
-                for path in sorted(album.folder.rglob("*")):
+                for path in sorted(folder.rglob("*")):
                     if path.is_file() and not path.name.startswith("."):
-                        target.write(path, path.relative_to(album.folder))
+                        target.write(path, path.relative_to(folder))
             yield gr.File(str(file), visible=True)  # gradio takes a copy
 
     def show(self, adapter: str) -> list:
         return [placeholder(self.desk, adapter)]
 
     def _album(self, where: str) -> Album:
-        try:
-            at = json.loads(where or "{}")
-            return self.albums.of(at.get("folder", ""), at.get("rows", False))
-        except VlmLoraError as error:
-            raise plain(str(error)) from None
+        self.sheet.flush()
+        at = json.loads(where or "{}")
+        return self.albums.of(at.get("folder", ""), at.get("rows", False))
 
 
-def _told(job: Job) -> Markup:
+def _told(job: Job | None) -> Markup:
+    if job is None:
+        return Markup("")
     kind = "learning" if job.running else "done" if job.done == len(job.names) else "stopped"
     big = f"{job.done:,} of {len(job.names):,}"
     small = [f"Waiting: {job.ahead} come first."] if job.ahead else []

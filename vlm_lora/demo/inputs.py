@@ -1,5 +1,6 @@
 """What comes in: pictures, through the loader that training uses and through no other, and numbers."""
 
+import logging
 import re
 import reprlib
 from abc import ABCMeta
@@ -9,11 +10,14 @@ from typing import Any
 import gradio as gr
 from gradio.blocks import Block
 from gradio.data_classes import FileData, ImageData
+from gradio.exceptions import ComponentProcessingError
 from pydantic import ValidationError
 
 from vlm_lora import ImageRef, load_image
 from vlm_lora.demo.uploads import MOST_FILES
-from vlm_lora.errors import DataError
+from vlm_lora.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 512
 
@@ -22,6 +26,17 @@ def plain(text: str) -> gr.Error:
     """An error as a person at the page sees it: a sentence, and nothing in the log."""
     text = text.removesuffix(".") + "."
     return gr.Error(text[0].upper() + text[1:], print_exception=False)
+
+
+def plainly(error: BaseException) -> gr.Error:
+    """What a person at the page is told of any error: what they can do something about, and else where it is told."""
+    error = error.__cause__ or error if isinstance(error, ComponentProcessingError) else error  # what `preprocess` says
+    if isinstance(error, gr.Error):
+        return error
+    if isinstance(error, DataError | ConfigError):
+        return plain(str(error))
+    log.error("The demo could not do what was asked", exc_info=error)
+    return plain("This did not work. What went wrong is in the demo's log.")
 
 
 # What `preprocess` gives is Any below: the types of gradio's own are those of its own components' values.
@@ -35,6 +50,8 @@ class _WithoutStub(type(gr.Image)):
 
 
 class _FromTheirMachine(Block):
+    is_template = True  # drawn in the browser as its first base is
+
     async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
         """Refuses web addresses, which the API would have the server fetch."""
         if str(url_or_file_path).startswith(("http:", "https:")):
@@ -64,24 +81,17 @@ class _SentImage(ImageData):
 class SafeImage(gr.Image, _FromTheirMachine, metaclass=_WithoutStub):
     """An image input whose pictures go through our loader: a bad one gives a plain sentence."""
 
-    is_template = True  # drawn in the browser as its first base is
     data_model = _SentImage
 
     def preprocess(self, payload: Any) -> Any:
-        if payload is None:
-            return None
-        picture = _reference(payload)
-        try:
+        picture = payload and _reference(payload)
+        if picture:
             load_image(picture)
-        except DataError as error:
-            raise plain(str(error)) from None
         return picture
 
 
 class SafeFiles(gr.File, _FromTheirMachine, metaclass=_WithoutStub):
     """Several pictures at once; whether each can be read is found out when it is its turn."""
-
-    is_template = True
 
     def preprocess(self, payload: Any) -> Any:
         files = list(payload or [])
@@ -110,17 +120,17 @@ class Number(_AsSent, gr.Number, metaclass=_WithoutStub):
     pass
 
 
-def decoding(max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any) -> dict[str, Any]:
-    """What was sent, as numbers; the bounds are `Decoding`'s, but for those of the demo."""
-    seed = 0 if seed is None else seed  # an emptied field
-    numbers = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+def decoding(*sent: Any) -> dict[str, Any]:
+    """What was sent, as numbers by name; the bounds are `Decoding`'s, but for those of the demo."""
+    numbers: dict[str, Any] = dict(zip(("max_new_tokens", "temperature", "top_p", "seed"), sent, strict=True))
+    numbers["seed"] = 0 if numbers["seed"] is None else numbers["seed"]  # an emptied field
     for name, number in numbers.items():
         flag, integer = "--" + name.replace("_", "-"), name in ("max_new_tokens", "seed")
         if type(number) not in (int, float) or (integer and number % 1 != 0):
-            sent = "empty" if number is None else reprlib.repr(number)
-            raise plain(f"{flag} is {sent}; expected a {'whole ' * integer}number")
+            told = "empty" if number is None else reprlib.repr(number)
+            raise plain(f"{flag} is {told}; expected a {'whole ' * integer}number")
         if integer:
             numbers[name] = int(number)
     if numbers["max_new_tokens"] > MAX_NEW_TOKENS:
-        raise plain(f"--max-new-tokens is {max_new_tokens:.0f}; the demo gives {MAX_NEW_TOKENS} or fewer")
+        raise plain(f"--max-new-tokens is {sent[0]:.0f}; the demo gives {MAX_NEW_TOKENS} or fewer")
     return numbers

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS
 from vlm_lora.demo.changed import WhatChanged
 from vlm_lora.demo.folder import WholeFolder
-from vlm_lora.demo.inputs import MAX_NEW_TOKENS, Number, Slider
+from vlm_lora.demo.inputs import plainly
 from vlm_lora.demo.runs import Evaluations, Pictures
 from vlm_lora.demo.sheet import Albums
 from vlm_lora.demo.speaker import MAX_WAITING, Speaker
-from vlm_lora.demo.tabs import QUIETLY, Desk, OnePicture
+from vlm_lora.demo.tabs import QUIETLY, Desk, OnePicture, choices
 from vlm_lora.demo.training import Training
-from vlm_lora.demo.uploads import KEPT_SECONDS, UPLOADS, Roots
+from vlm_lora.demo.uploads import KEPT_SECONDS, UPLOADS, Roots, short
 
 if TYPE_CHECKING:
     from vlm_lora import Captioner
@@ -36,10 +35,12 @@ IF_OPEN = """adapter => {
 
 
 class Page(gr.Blocks):
-    """Gradio's blocks, whose `close` also leaves the contexts in ``at_close``: folders, the environment."""
+    """Gradio's blocks, whose `close` also leaves the contexts in ``at_close``: folders, the environment. What is asked
+    and goes wrong is told in a sentence, without the paths ``of_this_machine``."""
 
     def __init__(self, **settings):
         self.at_close = ExitStack()
+        self.of_this_machine: list[Path] = []
         telemetry = "HF_HUB_DISABLE_TELEMETRY"  # gradio switches it off for the whole process
         self.at_close.callback(set_variable, telemetry, os.environ.get(telemetry))
         super().__init__(**settings)
@@ -48,28 +49,20 @@ class Page(gr.Blocks):
         super().close(verbose=verbose)
         self.at_close.close()
 
+    async def process_api(self, *given, **more) -> dict[str, Any]:
+        try:
+            return await super().process_api(*given, **more)
+        except Exception as error:
+            told = plainly(error)
+            told.message = short(told.message, *self.of_this_machine)
+            raise told from None
+
 
 def set_variable(name: str, value: str | None) -> None:
     """Set an environment variable, or remove it."""
     os.environ.pop(name, None)
     if value is not None:
         os.environ[name] = value
-
-
-def _ready(captioner: "Captioner") -> "Future[Captioner]":
-    future: Future[Captioner] = Future()
-    future.set_result(captioner)
-    return future
-
-
-def _numbers() -> list[Slider | Number]:
-    """Of all tabs, and so below them."""
-    return [
-        Slider(1, MAX_NEW_TOKENS, DEFAULT_MAX_NEW_TOKENS, step=1, precision=0, label="Most tokens", render=False),
-        Slider(0, 2, 0, step=0.05, label="Temperature (0: always the likeliest word)", render=False),
-        Slider(0.05, 1, 1, step=0.05, label="Top p (only with a temperature)", render=False),
-        Number(0, label="Seed", precision=0, render=False),
-    ]
 
 
 def build_app(
@@ -89,35 +82,24 @@ def build_app(
         loading: what the page says is being loaded.
         training: from where pictures may be taken to train on, and where runs are written; None: nobody trains here.
     """
-    future = captioner if isinstance(captioner, Future) else _ready(captioner)
-    runs = dict(runs or {})
-    started = time.monotonic()
+    future: Future = captioner if isinstance(captioner, Future) else Future()
+    if future is not captioner:
+        future.set_result(captioner)
+    runs, started = dict(runs or {}), time.monotonic()
 
     with Page(title="vlm-lora", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as app:
         files = tempfile.TemporaryDirectory(prefix="vlm-lora-pictures-", ignore_cleanup_errors=True)
-        app.at_close.enter_context(files)
+        pictures = Pictures(Path(app.at_close.enter_context(files)))
+        roots, place = training or (Roots([], pictures.folder / UPLOADS, passing=True), None)
+        app.of_this_machine = [roots.uploads, *roots.folders.values(), *([place] if place else []), *runs.values()]
         gr.Markdown("# What does the model say?")
-        status = gr.Textbox(
-            f"Loading {loading}. You can choose a picture already.",
-            visible=not future.done(),
-            interactive=False,
-            show_label=False,
-            container=False,
-            elem_id="status",
-        )
-        names = [(name, name) for name in runs]
-        adapter = gr.Dropdown(
-            names if chosen else [("none: the base alone", ""), *names],
-            value=chosen,
-            label="Adapter",
-            visible=[*runs] != [chosen] and bool(runs),
-        )
-        numbers = _numbers()
-        desk = Desk(
-            runs, Speaker(future, runs, chosen), Evaluations(runs), Pictures(Path(files.name)), adapter, numbers
-        )
+        bare: dict[str, Any] = {"show_label": False, "container": False, "interactive": False, "elem_id": "status"}
+        text = f"Loading {loading}. You can choose a picture already."
+        status = gr.Textbox(text, visible=not future.done(), **bare)
+        several = [*runs] != [chosen] and bool(runs)
+        adapter = gr.Dropdown(choices(runs, chosen), value=chosen, label="Adapter", visible=several)
+        desk = Desk(runs, Speaker(future, runs, chosen), Evaluations(runs), pictures, adapter, app.at_close)
         with gr.Tabs(selected="picture" if chosen or not training else "train"):
-            roots, place = training or (Roots([], Path(files.name) / UPLOADS, passing=True), None)
             albums = Albums(roots)
             if place:
                 with gr.Tab("Train", id="train"):
@@ -125,22 +107,19 @@ def build_app(
             with gr.Tab("Picture", id="picture"):
                 one = OnePicture(desk)
             with gr.Tab("Pictures"):
-                several = WholeFolder(app, desk, albums)
+                folder = WholeFolder(app, desk, albums)
             with gr.Tab("What changed") as changed_opened:
                 changed = WhatChanged(desk)
-        with gr.Accordion("Advanced: length and sampling", open=False):
-            for number in numbers:
-                number.render()
 
         timer = gr.Timer(1, active=not future.done())
-        outputs = [status, timer, *one.outputs, *several.outputs]
+        outputs = [status, timer, *one.outputs, *folder.outputs]
 
-        def look(adapter: str):
+        def look(adapter: str) -> list:
             """How far the loading is: on opening the page, and once a second until it is done."""
             if not future.done():
                 text = f"Loading {loading}: {time.monotonic() - started:.0f} s. You can choose a picture already."
                 return [text, *[gr.skip()] * (len(outputs) - 1)]
-            return [gr.Textbox(visible=False), gr.Timer(active=False), *one.show(adapter), *several.show(adapter)]
+            return [gr.Textbox(visible=False), gr.Timer(active=False), *one.show(adapter), *folder.show(adapter)]
 
         gr.on([app.load, timer.tick, adapter.change], look, adapter, outputs, queue=False, **QUIETLY)
         # An evaluation takes long to draw: that is done when somebody looks.

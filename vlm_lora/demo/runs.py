@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from vlm_lora import DataSettings, Example, ImageRef, VlmLoraError, load_image, read_dataset
-from vlm_lora.config import HUB_NAME, config_from, read_yaml
-from vlm_lora.errors import AdapterError, DataError
+from vlm_lora.config import HUB_NAME, STARTED_IN, TrainConfig, config_from, read_yaml
+from vlm_lora.errors import AdapterError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from vlm_lora import Evaluation
@@ -52,28 +53,32 @@ def find_runs(adapter: str | Path | None, beside: str | Path = "runs") -> dict[s
     return {run.name: run for run in ([given] if given else []) + runs}
 
 
-def place_of_runs(adapter: str | Path | None, beside: str | Path = "runs") -> Path:
-    """The folder of the runs that `find_runs` finds, where there are some."""
-    runs = find_runs(adapter, beside)
-    return next(iter(runs.values())).parent if runs else Path(beside).resolve()
-
-
 class Evaluations:
-    """Base against tuned as each run ended with it, read when first asked for."""
+    """Base against tuned as each run ended with it, and its data; read when first asked for."""
 
     def __init__(self, runs: Mapping[str, Path]):
-        self.runs = runs
-        self.data = cache(lambda name: [*data_of(runs[name]), *data_of(runs[name], val=True)])
-        self.of = cache(lambda name: _read(runs[name]) if name in runs else None)
+        self.runs, self.data = runs, cache(data_of)
+        self.of = cache(lambda name: self._read(runs[name]) if name in runs else None)
+
+    def _read(self, run: Path) -> "Evaluation | None":
+        """None where it has none. Without pictures where the data is gone."""
+        from vlm_lora import Evaluation  # here, as it brings torch
+
+        try:
+            return Evaluation.read(run, self.data(run)) if (run / "predictions.jsonl").is_file() else None
+        except DataError as error:
+            log.warning("%s", error)
+            return None
+
+    def pictures(self, run: Path) -> dict[str, ImageRef]:
+        """Those that the run may have watched, by the id of their example; none before it has told its settings."""
+        return {e.id: e.images[0] for e in self.data(run) if e.images} if (run / "config.yaml").is_file() else {}
 
     def examples(self, name: str, most: int) -> list["Answered"]:
         """The first answer about each held-out picture, evenly from all that can be shown."""
         evaluation = self.of(name)
-        first: dict[str, Answered] = {}
-        for row in evaluation.answered if evaluation else ():
-            if len(row.images) == 1:
-                first.setdefault(row.example, row)
-        rows = list(first.values())
+        answered = evaluation.answered if evaluation else ()
+        rows = list({row.example: row for row in reversed(answered) if len(row.images) == 1}.values())[::-1]
         return rows[:: max(1, len(rows) // most)][:most]
 
     def places(self, name: str) -> dict[str, list[int]]:
@@ -89,79 +94,64 @@ class Evaluations:
 
     def reviewed(self, name: str) -> list[tuple[dict, ImageRef]]:
         """The run's captions and pictures, the most doubtful first, as `eval --review --output RUN` wrote them."""
-        run = self.runs.get(name)
-        images = {image.name: image for e in self.data(name) for image in e.images[:1]} if run else {}
-        return [(row, images[row["image"]]) for row in read_review(run) if row["image"] in images] if run else []
-
-
-def _read(run: Path) -> "Evaluation | None":
-    """What the run's evaluation wrote; None where it has none. Without pictures where the data is gone."""
-    from vlm_lora import Evaluation  # here, as it brings torch
-
-    if not (run / "predictions.jsonl").is_file():
-        return None
-    try:
-        return Evaluation.read(run, data_of(run, val=True) or data_of(run))
-    except DataError as error:
-        log.warning("%s", error)
-        return None
-
-
-def data_of(run: Path, *, val: bool = False) -> list[Example]:
-    """The data that the run was given, or its --val; nothing where there is none, or it is gone."""
-    try:
-        config = config_from(read_yaml(run / "config.yaml"), str(run / "config.yaml"))
-        start = _started_in(run, config.output)
-        given = config.sources if not val else [config.val] if config.val else []
-        sources = [_seen_from(start, source) for source in given]
-        reading: dict[str, Any] = config.reading
-        reading["images"] = config.images and _seen_from(start, config.images)
-        if not sources:
+        if name not in self.runs or not (file := self.runs[name] / "review.jsonl").is_file():
             return []
-        dataset = read_dataset(sources, DataSettings(**reading))
-        examples = dataset.examples + dataset.val + dataset.test
-        return [replace(example, id=example.id.removeprefix(f"{start.as_posix()}/")) for example in examples]
-    except VlmLoraError as error:
-        log.warning("No pictures: the data of %s cannot be read again (%s)", run, error)
-        return []
+        images = {image.name: image for e in self.data(self.runs[name]) for image in e.images[:1]}
+        try:
+            rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+            rows = [(row, images[row["image"]]) for row in rows if "score" in row and row["image"] in images]
+            return sorted(rows, key=lambda each: each[0]["score"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            log.warning("%s cannot be read: %s", file, error)
+            return []
 
 
-@cache
-def pictures_of(run: Path) -> dict[str, ImageRef]:
-    """Those that a run may have watched, by the id of their example."""
-    return {e.id: e.images[0] for e in [*data_of(run), *data_of(run, val=True)] if e.images}
+def config_of(run: Path) -> tuple[TrainConfig, Path]:
+    """The run's settings, and the folder in which it was started: the recorded one; else, of an earlier release, that
+    from which its name for the run leads there; else this process's.
+
+    Raises:
+        ConfigError: there are none, or they cannot be read.
+    """
+    file, here = run / "config.yaml", run.resolve()
+    config = config_from(read_yaml(file), str(file))
+    recorded = re.match(f"{STARTED_IN}(.*)", file.read_text(encoding="utf-8"))
+    starts = [Path(json.loads(recorded[1]))] if recorded else []
+    starts += [folder for folder in here.parents if config.output and (folder / config.output).resolve() == here]
+    starts += [Path.cwd()]
+    given = [*config.sources, *([config.val] if config.val else [])]
+    return config, next((folder for folder in starts if any(_is_in(folder, name) for name in given)), starts[0])
 
 
-def read_review(run: Path) -> list[dict]:
-    """Rows of the run's review.jsonl that have a score, the lowest first; none where there is no such file."""
+def data_of(run: Path) -> list[Example]:
+    """The data that the run was given, then its --val, as far as they are still there."""
+    examples: list[Example] = []
     try:
-        lines = (run / "review.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        return sorted((row for row in rows if "score" in row), key=lambda row: row["score"])
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        log.warning("%s cannot be read: %s", run / "review.jsonl", error)
-        return []
+        config, start = config_of(run)
+        for given in (config.sources, (config.val,) if config.val else ()):
+            gone = [name for name in given if not (_is_in(start, name) or name.startswith(("hf:", "hf-stream:")))]
+            seen = [
+                (start / name).as_posix() if _is_in(start, name) else name for name in (*given, config.images or "")
+            ]
+            try:
+                reading: dict[str, Any] = config.reading | {"images": seen[-1] or None}
+                dataset = read_dataset(seen[:-1], DataSettings(**reading))
+            except VlmLoraError as error:
+                why = f"{gone[0]!r} is not in {start}, where it was started; put it back there" if gone else error
+                log.warning("No pictures: the data of %s cannot be read again: %s", run, why)
+                continue
+            # Of several sources, the training named pictures by the folder that it was given
+            own = "" if any(Path(name).is_absolute() for name in given) else f"{start.as_posix()}/"
+            found = dataset.examples + dataset.val + dataset.test
+            examples += [replace(example, id=example.id.removeprefix(own)) for example in found]
+    except ConfigError as error:
+        log.warning("No pictures: %s", error)
+    return examples
 
 
-def started_in(run: Path) -> Path:
-    """The folder in which the training was started that wrote the run's config.yaml."""
-    return _started_in(run, config_from(read_yaml(run / "config.yaml"), "config.yaml").output)
-
-
-def _started_in(run: Path, output: str | None) -> Path:
-    """The folder in which the training was started; this process's where ``output``, its name for the run, does not
-    tell."""
-    run, name = run.resolve(), Path(output or run.resolve())
-    above = () if name.is_absolute() else run.parents
-    return next((folder for folder in above if (folder / name).resolve() == run), Path.cwd())
-
-
-def _seen_from(start: Path, name: str) -> str:
-    """A file that config.yaml names, perhaps with a weight after it; what is not there stays as it is: a hub's name."""
-    there = any((start / path).exists() for path in (name, name.rpartition(":")[0] or name))
-    return (start / name).as_posix() if there else name
+def _is_in(folder: Path, name: str) -> bool:
+    """Whether a file or folder that config.yaml names is there, perhaps with a weight after it; a hub's name is not."""
+    return bool(name) and any((folder / path).exists() for path in (name, name.rpartition(":")[0] or name))
 
 
 class Pictures:

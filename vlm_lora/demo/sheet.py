@@ -1,8 +1,10 @@
 """Pictures beside their captions, a page at a time. What is typed is saved at once, and can be undone."""
 
+import asyncio
 import base64
 import json
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
@@ -10,16 +12,16 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
-from vlm_lora import VlmLoraError
 from vlm_lora.demo.album import MOST_CHARACTERS, Album
 from vlm_lora.demo.inputs import SafeFiles, plain
 from vlm_lora.demo.speaker import MAX_PAGES
 from vlm_lora.demo.tabs import QUIETLY, Desk
-from vlm_lora.demo.uploads import Roots, short
-from vlm_lora.errors import DataError
+from vlm_lora.demo.uploads import Roots
 
 CARDS = 12
 """Pictures on a page."""
+PAUSE = 0.5
+"""Seconds without another key after which what is typed is written."""
 ALL, WITHOUT, LONGEST, DOUBTFUL, NOTICED = "All", "Without caption", "Longest first", "Worst by review", "Look at these"
 NONE_OF = {
     ALL: "No pictures here.",
@@ -29,7 +31,6 @@ NONE_OF = {
     "where RUN is the adapter's run folder.",
     NOTICED: "Nothing was noticed: no picture is there twice, or looks like another.",
 }
-SAVED = "What you type is saved in the folder at once."
 # Gradio's `input` (6.31) passes over what is pasted or deleted; `change` also tells of what the server has written.
 SAVE = """(where, text) => {
   if (document.activeElement?.value !== text) throw new Error('nobody typed this');
@@ -37,7 +38,7 @@ SAVE = """(where, text) => {
 }"""
 
 
-@dataclass
+@dataclass(eq=False)
 class View:
     """What one open page looks at: the pictures in order, what is noted of them, and what it has changed."""
 
@@ -51,30 +52,24 @@ class Albums:
     """By folder and form, one for all pages, as those who write take turns."""
 
     def __init__(self, roots: Roots):
-        self.roots = roots
-        self._of = cache(lambda folder, rows: Album(folder, rows))
+        self.roots, self._of = roots, cache(Album)
 
     def of(self, name: str, rows: bool, *, anew: bool = False) -> Album:
         """Raises VlmLoraError; ``anew``: with the pictures that are there now."""
-        folder = self.roots.folder(name)
-        try:
-            album = self._of(folder, bool(rows))
-            if anew:
-                fresh = Album(folder, bool(rows))
-                album.pictures, album.files = fresh.pictures, fresh.files
-        except VlmLoraError as error:
-            raise DataError(short(str(error), folder)) from None
+        album = self._of(self.roots.folder(name), bool(rows))
+        if anew:
+            album.look()
         return album
 
 
-def chooser(app: gr.Blocks, roots: Roots, label: str, name: str) -> tuple[gr.Dropdown, SafeFiles]:
-    """A folder, or files to drop."""
-    folder = gr.Dropdown(
-        [], value=None, label="A folder of this machine", allow_custom_value=True, visible=bool(roots.folders)
-    )
+def chooser(app: gr.Blocks, roots: Roots, label: str, name: str) -> tuple[gr.Dropdown, tuple[Callable, Callable]]:
+    """A folder, or files to drop, which become one; and the events after which it is to be opened."""
+    visible, label_ = bool(roots.folders) or "hidden", "A folder of this machine"
+    folder = gr.Dropdown([], value=None, label=label_, allow_custom_value=True, visible=visible)
     files = SafeFiles(label=label, file_count="multiple", height=140, elem_id=name)
     app.load(lambda: gr.Dropdown(choices=roots.names()), None, folder, queue=False, **QUIETLY)
-    return folder, files
+    taken = files.upload(roots.take_in, files, folder, api_visibility="private", concurrency_limit=1)
+    return folder, (folder.input, taken.success)
 
 
 class Sheet:
@@ -84,6 +79,9 @@ class Sheet:
     def __init__(self, desk: Desk, albums: Albums, orders: Sequence[str]):
         self.desk, self.albums = desk, albums
         self.views = lru_cache(MAX_PAGES)(lambda page: View())
+        self.waiting: dict[tuple[View, Album, str], str] = {}
+        self.writing = threading.Lock()
+        desk.at_close.callback(self.flush)
         with gr.Column(visible=False) as all_of_it:
             order = gr.Radio(list(orders), value=ALL, label="Order", show_label=False, container=False)
             head = gr.HTML(Markup(""), elem_classes="head")
@@ -93,9 +91,8 @@ class Sheet:
                     with gr.Column(visible=False, min_width=200) as card:
                         cards.append(card)
                         pictures.append(gr.HTML(Markup("")))
-                        self.texts.append(
-                            gr.Textbox("", lines=3, max_lines=12, max_length=MOST_CHARACTERS, interactive=True)
-                        )
+                        box = gr.Textbox("", lines=3, max_lines=12, max_length=MOST_CHARACTERS, interactive=True)
+                        self.texts.append(box)
             with gr.Row(elem_classes="steps"):
                 back, on = (gr.Button(text, min_width=140, scale=0) for text in ("Previous page", "Next page"))
                 undo = gr.Button("Undo", min_width=80, scale=0)
@@ -116,13 +113,13 @@ class Sheet:
         self.albums.of(name, rows, anew=True)
         view = self.views(page)
         view.notes = notes or {}
-        return self._show({"folder": name, "rows": rows, "page": 0}, view, ALL, "")
+        return self._show({"folder": name, "rows": rows, "page": 0}, view, ALL)
 
     def turn(self, where: str, order: str, adapter: str, request: gr.Request) -> list:
         """The same folder in another order."""
         return self._show(json.loads(where) | {"page": 0}, self.views(request.session_hash), order, adapter)
 
-    def step_by(self, step: int):
+    def step_by(self, step: int) -> Callable:
         def go(where: str, request: gr.Request) -> list:
             at = json.loads(where)
             return self._show(at | {"page": at["page"] + step}, self.views(request.session_hash))
@@ -130,24 +127,37 @@ class Sheet:
         return go
 
     async def save(self, where: str, text: str, request: gr.Request) -> Markup | dict:
+        """Write what is typed when there is a pause, in a thread, also for a page that is closed meanwhile."""
         at, view = json.loads(where), self.views(request.session_hash)
         name = at["names"][at["card"]]
         if at["at"] < view.typed.get(name, 0.0):  # it comes after what was typed later
             return gr.skip()
         view.typed[name] = at["at"]
+        self.waiting[view, self.albums.of(at["folder"], at["rows"]), name] = text
         try:
-            album = self.albums.of(at["folder"], at["rows"])
-            if album.captions([name])[name] == text.strip():
-                return gr.skip()
-            before, after = album.save(name, text)
-        except VlmLoraError as error:
-            raise plain(str(error)) from None
-        if view.changes and view.changes[-1][:2] == (album, name):
-            before = view.changes.pop()[2]  # one change, however many keys it took
-        view.changes.append((album, name, before, after))
+            await asyncio.sleep(PAUSE)
+        finally:
+            last = view.typed[name] == at["at"]
+            written = asyncio.get_running_loop().run_in_executor(None, self.flush) if last else None
+        if written is None:
+            return gr.skip()
+        await written
         return Markup("<p>Saved: {}</p>").format(name)
 
+    def flush(self) -> None:
+        """Write at once what was typed."""
+        with self.writing:
+            while self.waiting:
+                (view, album, name), text = self.waiting.popitem()
+                if album.captions([name])[name] == text.strip():
+                    continue
+                before, after = album.save(name, text)
+                if view.changes and view.changes[-1][:2] == (album, name):
+                    before = view.changes.pop()[2]  # one change, however many keys it took
+                view.changes.append((album, name, before, after))
+
     def undo(self, where: str, request: gr.Request) -> list:
+        self.flush()
         view = self.views(request.session_hash)
         if not view.changes:
             raise plain("There is nothing to undo.")
@@ -158,63 +168,48 @@ class Sheet:
                 raise plain(f"{name} has another caption since, which stays.")
             return before
 
-        try:
-            album.change(name, back)
-        except VlmLoraError as error:
-            raise plain(str(error)) from None
+        album.change(name, back)
         return self._show(json.loads(where), view, said=f"As it was: {name}")
 
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _show(self, at: dict, view: View, order: str | None = None, adapter: str = "", said: str = "") -> list:
         """The page ``at``; with an ``order``, all pictures are put in it first, and stay in it while pages turn."""
-        try:
-            album = self.albums.of(at["folder"], at["rows"])
-        except VlmLoraError as error:
-            raise plain(str(error)) from None
-        head = gr.skip()
+        self.flush()
+        album, head = self.albums.of(at["folder"], at["rows"]), gr.skip()
         if order:
             captions = album.captions(album.pictures)
-            view.names, view.notes = self._in_order(album, captions, order, adapter, view)
-            head = self._head(order, captions, view)
+            view.names = self._in_order(album, captions, order, adapter, view)
+            without = sum(text == "" for text in captions.values())
+            told = f"{without:,} without a caption." if without else "Each has a caption."
+            told = f"{told} What you type is saved in the folder at once."
+            head = Markup("<p><b>{:,} pictures.</b> {}</p>").format(len(captions), told)
+            head += Markup("") if view.names else Markup('<p class="lead">{}</p>').format(NONE_OF[order])
         last = max(0, -(-len(view.names) // CARDS) - 1)
         page = min(max(0, at["page"]), last)
         names = view.names[page * CARDS : (page + 1) * CARDS]
-        captions, left = album.captions(names), CARDS - len(names)
         where = {key: at[key] for key in ("folder", "rows")} | {"page": page, "names": names}
         told = Markup("<p>{}</p>").format(said or (f"Page {page + 1:,} of {last + 1:,}" if last else ""))
-        hidden = [gr.Column(visible=False)] * left
         texts = [
-            gr.Textbox(
-                captions[name] or "", label=name, info=view.notes.get(name), interactive=captions[name] is not None
-            )
-            for name in names
+            gr.Textbox(text or "", label=name, info=view.notes.get(name), interactive=text is not None)
+            for name, text in album.captions(names).items()
         ]
+        left = CARDS - len(names)
         shown = [gr.Column(visible=True), order or gr.skip(), head, json.dumps(where), told]
-        shown += [gr.Column(visible=True)] * len(names) + hidden
+        shown += [gr.Column(visible=i < len(names)) for i in range(CARDS)]
         return [*shown, *(self._picture(album, name) for name in names), *[""] * left, *texts, *[gr.Textbox("")] * left]
 
-    def _head(self, order: str, captions: Mapping[str, str | None], view: View) -> Markup:
-        without = sum(text == "" for text in captions.values())
-        told = f"{without:,} without a caption." if without else "Each has a caption."
-        line = Markup("<p><b>{:,} pictures.</b> {} {}</p>").format(len(captions), told, SAVED)
-        return line if view.names else line + Markup('<p class="lead">{}</p>').format(NONE_OF[order])
-
-    def _in_order(
-        self, album: Album, captions: Mapping[str, str | None], order: str, adapter: str, view: View
-    ) -> tuple[list[str], Mapping[str, str]]:
-        if order == WITHOUT:
-            return [name for name, text in captions.items() if text == ""], view.notes
-        if order == LONGEST:
-            return sorted(captions, key=lambda name: -len(captions[name] or "")), view.notes
-        if order == NOTICED:
-            return [name for name in view.notes if name in captions], view.notes
+    def _in_order(self, album: Album, captions: Mapping[str, str | None], order: str, adapter: str, view: View) -> list:
+        """The names of the pictures to show."""
         if order == DOUBTFUL:
             by_path = {image.path.resolve(): name for name, image in album.pictures.items()}
             rows = [(by_path.get(image.path.resolve()), row) for row, image in self.desk.evaluations.reviewed(adapter)]
-            notes = {name: f"{row['score']:+.2f} a token for “{row['caption']}”" for name, row in rows if name}
-            return list(notes), notes
-        return list(captions), view.notes
+            view.notes = {name: f"{row['score']:+.2f} a token for “{row['caption']}”" for name, row in rows if name}
+        if order in (DOUBTFUL, NOTICED):
+            return [name for name in view.notes if name in captions]
+        if order == LONGEST:
+            return sorted(captions, key=lambda name: -len(captions[name] or ""))
+        return [name for name, text in captions.items() if order != WITHOUT or text == ""]
 
     def _picture(self, album: Album, name: str) -> Markup:
         file = self.desk.pictures.file(album.pictures[name], small=True)

@@ -19,7 +19,7 @@ import gradio as gr
 
 from vlm_lora import ImageRef
 from vlm_lora.demo.inputs import plain
-from vlm_lora.errors import AdapterError, ConfigError, DataError
+from vlm_lora.errors import AdapterError, ConfigError
 
 if TYPE_CHECKING:
     from vlm_lora import Caption, Captioner
@@ -36,19 +36,11 @@ NUMBERS = itertools.count(1)
 """Of all requests, so that none has the number of another."""
 
 
-def plainly(error: Exception) -> gr.Error:
-    """What a person at the page is told: errors about the picture say what to do, others stay in the log."""
-    if isinstance(error, DataError | ConfigError):
-        return plain(str(error))
-    log.error("The demo could not answer", exc_info=error)
-    return plain("The model could not answer this. What went wrong is in the demo's log.")
-
-
 @dataclass(eq=False)
 class Answer:
     """What was said so far: written by the thread that decodes, read by the page, in whose loop it is made."""
 
-    said: Any
+    said: Any = None
     done: bool = False
     cut: bool = False
     stopped: bool = False
@@ -80,17 +72,20 @@ class Turn:
     """
 
     number: int = 0
-    about: object = None
     stays: bool = False
     """Whether what was said stays on the page."""
     answer: Answer | None = None
 
-    def next(self, about: object = None, *, stays: bool = False) -> int:
-        """The number of a new request, which is ``about`` something; or of none, where all is to end."""
-        self.number, self.about, self.stays = next(NUMBERS), about, stays
+    def next(self, *, stays: bool = False) -> int:
+        """The number of a new request; or of none, where all is to end."""
+        self.number, self.stays = next(NUMBERS), stays
+        self.answered_by(None)
+        return self.number
+
+    def answered_by(self, answer: Answer | None) -> None:
         if self.answer:
             self.answer.stop()
-        return self.number
+        self.answer = answer
 
 
 def turns() -> Callable[[gr.Request], Turn]:
@@ -112,9 +107,7 @@ class Speaker:
     """
 
     def __init__(self, first: "Future[Captioner]", runs: Mapping[str, Path], chosen: str):
-        self.first = first
-        self.runs = runs
-        self.chosen = chosen
+        self.first, self.runs, self.chosen = first, runs, chosen
         self.others: dict[str, Captioner] = {}
         self.attaching = threading.Lock()
         self.line: list[Answer] = []  # the one that is decoded, and those that wait
@@ -128,10 +121,8 @@ class Speaker:
         if name not in (self.chosen, *self.runs):
             raise ConfigError(f"--adapter is {reprlib.repr(name)}; expected one of: {', '.join(self.runs)}")
         first = self.first.result()
-        if name == self.chosen:
-            return first
         with self.attaching:
-            if name not in self.others:
+            if name != self.chosen and name not in self.others:
                 try:
                     self.others[name] = first.with_adapter(self.runs[name])
                 except AdapterError as error:
@@ -140,14 +131,7 @@ class Speaker:
                         f"The adapter {name} does not go with the base model that is loaded, or is damaged. "
                         "What is wrong is in the demo's log; for another base, start a demo with that adapter"
                     ) from None
-            return self.others[name]
-
-    def prompt(self, name: str) -> str:
-        """What that adapter asks for captions with."""
-        try:
-            return self.captioner(name).prompt
-        except Exception as error:
-            raise plainly(error) from None
+        return self.others.get(name, first)
 
     def say(
         self,
@@ -155,7 +139,7 @@ class Speaker:
         prompt: str | None,
         numbers: dict,
         name: str,
-        who: tuple[str, ...],
+        who: Sequence[str],
         turn: Turn | None = None,
     ) -> AsyncGenerator[tuple[str, str] | int, None]:
         """(base, tuned) so far, whenever there is more; how many requests come first, while any do."""
@@ -164,12 +148,13 @@ class Speaker:
             from vlm_lora import Decoding  # here, as it brings torch, which the page does not wait for
 
             texts, decoding = {"base": "", "tuned": ""}, Decoding(**numbers)
+            yield "", ""
             for speaker in who:
                 for text in captioner.stream(image, prompt, tuned=speaker == "tuned", decoding=decoding):
                     texts[speaker] = text
                     yield texts["base"], texts["tuned"]
 
-        return self._in_turn(name, said, Answer(("", "")), turn)
+        return self._in_turn(name, said, turn, MAX_WAITING, MAX_SECONDS)
 
     def caption(
         self, images: Sequence[ImageRef], prompt: str | None, numbers: dict, name: str
@@ -184,17 +169,10 @@ class Speaker:
                 captions.append(caption)
                 yield captions[:]
 
-        return self._in_turn(name, said, Answer([]), None, waits=math.inf, seconds=math.inf)
+        return self._in_turn(name, said, None, math.inf, math.inf)
 
-    async def _in_turn(  # arguments: what is said, and to whom
-        self,
-        name: str,
-        said: "Callable[[Captioner], Generator]",
-        answer: Answer,
-        turn: Turn | None,
-        *,
-        waits: float = MAX_WAITING,
-        seconds: float = MAX_SECONDS,
+    async def _in_turn(
+        self, name: str, said: "Callable[[Captioner], Generator]", turn: Turn | None, waits: float, seconds: float
     ) -> AsyncGenerator[Any, None]:
         """What is said so far, whenever there is more; how many requests come first, while any do.
 
@@ -202,11 +180,9 @@ class Speaker:
         """
         if len(self.line) > waits:
             raise plain(f"{MAX_WAITING} requests wait already. Try again later")
-        begun, done = False, False
+        begun, done, answer = False, False, Answer()
         if turn:
-            if turn.answer:
-                turn.answer.stop()
-            turn.answer = answer
+            turn.answered_by(answer)
         self.line.append(answer)
         try:
             while ahead := self.line.index(answer):
@@ -217,14 +193,14 @@ class Speaker:
             threading.Thread(target=self._decode, args=(answer, name, said, seconds), daemon=True).start()
             while not done and await answer.news():
                 done = answer.done  # read before what was said, which is whole then
-                if answer.error is None:
+                if answer.said is not None and answer.error is None:
                     yield answer.said
         finally:
             answer.stopped = True
             if not begun:
                 self._leave(answer)
         if done and answer.error is not None:
-            raise plainly(answer.error) from answer.error
+            raise answer.error
         if answer.cut:
             gr.Warning(f"Stopped after {MAX_SECONDS} seconds.")
 

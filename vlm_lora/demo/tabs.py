@@ -1,7 +1,7 @@
 """The tabs. What a person types, what data holds and what a model says is shown as plain text alone."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from markupsafe import Markup
 
-from vlm_lora.config import DEFAULT_PROMPT
-from vlm_lora.demo.inputs import SafeImage, decoding, plain
+from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT
+from vlm_lora.demo.inputs import MAX_NEW_TOKENS, Number, SafeImage, Slider, decoding, plain
 from vlm_lora.demo.runs import Evaluations, Pictures
 from vlm_lora.demo.speaker import Speaker, Turn, turns
 
@@ -41,7 +41,7 @@ API_DESCRIPTION = (
 
 @dataclass(frozen=True)
 class Desk:
-    """What all tabs work with: the models, the runs, and the inputs that they share."""
+    """What all tabs work with: the models, the runs, and the adapter that is chosen."""
 
     runs: dict[str, Path]
     """Those that can be chosen, by name: what is trained here comes to them."""
@@ -49,7 +49,8 @@ class Desk:
     evaluations: Evaluations
     pictures: Pictures
     adapter: gr.Dropdown
-    numbers: Sequence[gr.Slider | gr.Number]
+    at_close: ExitStack
+    """What is still to be done when the page is closed for good."""
 
 
 class OnePicture:
@@ -62,15 +63,11 @@ class OnePicture:
         self.desk, self.turn_of = desk, turns()
         with gr.Row():
             with gr.Column(min_width=300):
-                image = SafeImage(
-                    label="Picture",
-                    elem_id="picture",
-                    sources=["upload", "clipboard", "webcam"],
-                    buttons=["fullscreen"],
-                    placeholder="Drop a picture here, or choose one",
-                    height=320,
-                )
+                how: dict[str, Any] = {"sources": ["upload", "clipboard", "webcam"], "buttons": ["fullscreen"]}
+                hint = "Drop a picture here, or choose one"
+                image = SafeImage(label="Picture", elem_id="picture", placeholder=hint, height=320, **how)
                 prompt = prompt_box()
+                numbers = advanced()
                 with gr.Row():
                     go = gr.Button("Caption or answer", variant="primary", min_width=120)
                     stop = gr.Button("Stop", min_width=80, scale=0)
@@ -83,7 +80,7 @@ class OnePicture:
         number = gr.Number(0, visible="hidden")
         self.outputs = [prompt, base, tuned, examples]
 
-        asked = [image, prompt, *desk.numbers, desk.adapter]
+        asked = [image, prompt, *numbers, desk.adapter]
         api: dict[str, Any] = {"api_name": "caption", "api_description": API_DESCRIPTION, "concurrency_limit": None}
         gr.on([], self.caption, asked, [base, tuned], **api)
         number.change(self.caption, [*asked, number], [base, tuned], **ANSWER)
@@ -99,19 +96,10 @@ class OnePicture:
     async def begin(self, request: gr.Request):
         return "", "", self.turn_of(request).next()
 
-    async def caption(  # arguments: a field of the page each
-        self,
-        image,
-        prompt,
-        max_new_tokens,
-        temperature,
-        top_p,
-        seed,
-        adapter,
-        number: int = 0,  # a program that asks has none
-        request: gr.Request | None = None,
-        progress=gr.Progress(),  # noqa: B008
-    ) -> AsyncIterator[tuple]:
+    async def caption(  # arguments: a field of the page each; a program that asks has no number
+        self, image, prompt, max_new_tokens, temperature, top_p, seed, adapter, number: int = 0,
+        request: gr.Request | None = None, progress=gr.Progress(),  # noqa: B008
+    ) -> AsyncIterator[tuple]:  # fmt: skip
         """Of so many arguments as the page has fields."""
         turn = self.turn_of(request) if number and request else None
         if turn and number != turn.number:
@@ -143,12 +131,8 @@ class OnePicture:
 
     def show(self, adapter: str) -> list:
         shown = [(file, f"Example: {_references(row)}") for row, file in self.examples_of(adapter)]
-        return [
-            placeholder(self.desk, adapter),
-            gr.Textbox(label="Base" if adapter else "Answer"),
-            gr.Textbox(visible=bool(adapter)),
-            gr.Gallery(shown, visible=bool(shown)),
-        ]
+        label, tuned = gr.Textbox(label="Base" if adapter else "Answer"), gr.Textbox(visible=bool(adapter))
+        return [placeholder(self.desk, adapter), label, tuned, gr.Gallery(shown, visible=bool(shown))]
 
 
 # -- small parts ---------------------------------------------------------------------------------------------
@@ -186,20 +170,28 @@ def prompt_box() -> gr.Textbox:
     return gr.Textbox("", label="Question or instruction", placeholder=hint, max_length=MAX_PROMPT, max_lines=6)
 
 
+def advanced() -> list[Slider | Number]:
+    """What `decoding` takes, folded away below a question."""
+    with gr.Accordion("Advanced: length and sampling", open=False):
+        return [
+            Slider(1, MAX_NEW_TOKENS, DEFAULT_MAX_NEW_TOKENS, step=1, precision=0, label="Most tokens"),
+            Slider(0, 2, 0, step=0.05, label="Temperature (0: always the likeliest word)"),
+            Slider(0.05, 1, 1, step=0.05, label="Top p (only with a temperature)"),
+            Number(0, label="Seed", precision=0),
+        ]
+
+
+def choices(runs: Iterable[str], chosen: str) -> list[tuple[str, str]]:
+    """The adapters to choose from; the base alone where the demo was started without one."""
+    return [*([] if chosen else [("none: the base alone", "")]), *((name, name) for name in runs)]
+
+
 def placeholder(desk: Desk, adapter: str) -> gr.Textbox:
-    return gr.Textbox(placeholder=f"Leave empty for: {desk.speaker.prompt(adapter)}")
+    return gr.Textbox(placeholder=f"Leave empty for: {desk.speaker.captioner(adapter).prompt}")
 
 
-def _text(label: str, lines: int = 1, visible: bool = True) -> gr.Textbox:
-    return gr.Textbox(
-        label=label,
-        lines=lines,
-        interactive=False,
-        buttons=["copy"],
-        min_width=200,
-        elem_classes="answer",
-        visible=visible,
-    )
+def _text(label: str, **how: Any) -> gr.Textbox:
+    return gr.Textbox(label=label, interactive=False, buttons=["copy"], min_width=200, elem_classes="answer", **how)
 
 
 def asked_text(prompt: str | None) -> str | None:

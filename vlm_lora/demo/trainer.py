@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -39,11 +40,9 @@ class State:
 
 def ask(*arguments: str) -> dict:
     """What a command prints with --json. Raises DataError with what it says where it fails."""
+    how: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "errors": "replace", "timeout": ASKED_SECONDS}
     try:
-        done = subprocess.run(
-            [*COMMAND, *arguments, "--json"], capture_output=True, encoding="utf-8", errors="replace",
-            timeout=ASKED_SECONDS, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        done = subprocess.run([*COMMAND, *arguments, "--json"], stdin=subprocess.DEVNULL, **how)
         return json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         raise DataError(f"This takes more than {ASKED_SECONDS // 60} minutes; ask on the command line") from None
@@ -64,20 +63,36 @@ class Trainer:
         name = self._newest()
         if name is None:
             return None
-        run, log = self.place / name, _read(self.place / (name + LOG))
-        step, steps = _progress(run, log)
+        run, log = self.place / name, _end_of(self.place / (name + LOG))
+        taken = re.findall(r'^\{"step": (\d+), "loss"', _end_of(run / "metrics.jsonl"), re.MULTILINE)
+        total = re.findall(r"^([\d,]+) steps over ", log, re.MULTILINE)
+        step, steps = (int(found[-1].replace(",", "")) if found else 0 for found in (taken, total))
         if self._process(name):
             return State(name, "learning", step, steps, _doing(log))
         if (run / "adapter" / "adapter_config.json").is_file():
             return State(name, "done", step, steps)
         said = _last_words(log)
-        kind = "stopped" if not said or "--resume" in said else "failed"
-        return State(name, kind, step, steps, said)
+        return State(name, "stopped" if not said or "--resume" in said else "failed", step, steps, said)
 
-    def start(self, name: str, data: Sequence[str], flags: Sequence[str]) -> None:
-        """A new run. Raises ConfigError while another one learns."""
-        output = self.place / name
-        self._begin(name, ["train", *data, "--output", str(output), *flags])
+    def start(self, name: str, arguments: Sequence[str], folder: Path | None = None) -> None:
+        """Begin a run, or with --resume go on with it, from ``folder``. Raises ConfigError while another one learns."""
+        with self.starting:
+            newest = self._newest()
+            if newest and self._process(newest):
+                raise ConfigError(f"{newest} is being trained; one run at a time")
+            self.place.mkdir(parents=True, exist_ok=True)
+            command = [*COMMAND, "train", *arguments, "--output", str(self.place / name)]
+            with (self.place / (name + LOG)).open("wb") as log:  # Ctrl-C is for the demo: a session of its own
+                how: dict[str, Any] = {
+                    "stdout": log,
+                    "stderr": log,
+                    "stdin": subprocess.DEVNULL,
+                    "start_new_session": True,
+                }
+                self.child = subprocess.Popen(command, cwd=folder, **how)
+            began = psutil.Process(self.child.pid).create_time()
+            record = {"pid": self.child.pid, "began": began, "at": time.time()}
+            (self.place / (name + RECORD)).write_text(json.dumps(record), encoding="utf-8")
 
     def resume(self, start: Path) -> None:
         """Go on with the run that is not done; ``start`` is the folder in which it was begun.
@@ -87,11 +102,10 @@ class Trainer:
         state = self.state()
         if state is None or state.kind in ("done", "learning"):
             raise ConfigError("There is no run to go on with")
-        run = self.place / state.name
-        flags = ["--config", str(run / "config.yaml"), "--output", str(run), "--resume"]
-        if not (run / "config.yaml").is_file():
+        config = self.place / state.name / "config.yaml"
+        if not config.is_file():
             raise ConfigError(f"{state.name} ended before its first step; train anew")
-        self._begin(state.name, ["train", *flags], start)
+        self.start(state.name, ["--config", str(config), "--resume"], start)
 
     def stop(self) -> None:
         """Have it finish its step, save and end; a second time, end at once. Raises ConfigError where none learns."""
@@ -100,21 +114,6 @@ class Trainer:
         if process is None:
             raise ConfigError("Nothing is being trained")
         process.terminate()
-
-    def _begin(self, name: str, arguments: Sequence[str], folder: Path | None = None) -> None:
-        with self.starting:
-            newest = self._newest()
-            if newest and self._process(newest):
-                raise ConfigError(f"{newest} is being trained; one run at a time")
-            self.place.mkdir(parents=True, exist_ok=True)
-            with (self.place / (name + LOG)).open("wb") as log:
-                self.child = subprocess.Popen(
-                    [*COMMAND, *arguments], stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=folder,
-                    start_new_session=True,  # Ctrl-C is for the demo
-                )  # fmt: skip
-            began = psutil.Process(self.child.pid).create_time()
-            record = {"pid": self.child.pid, "began": began, "at": time.time()}
-            (self.place / (name + RECORD)).write_text(json.dumps(record), encoding="utf-8")
 
     def _newest(self) -> str | None:
         """The run that a page began last; or one of the command line's that is newer and not done."""
@@ -138,32 +137,20 @@ class Trainer:
         return process if alive else None
 
 
-def _read(path: Path, most: int = 1 << 20) -> str:
-    """A log's end."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - most))
-            return file.read().decode("utf-8", "replace")
-    except OSError:
+def _end_of(path: Path, most: int = 1 << 20) -> str:
+    """What a log ends with; nothing where there is none."""
+    if not path.is_file():
         return ""
-
-
-def _progress(run: Path, log: str) -> tuple[int, int]:
-    """The last step in metrics.jsonl, and how many there are; 0 where that is not known yet."""
-    last = re.findall(r'^\{"step": (\d+), "loss"', _read(run / "metrics.jsonl"), re.MULTILINE)
-    total = re.findall(r"^([\d,]+) steps over ", log, re.MULTILINE)
-    return int(last[-1]) if last else 0, int(total[-1].replace(",", "")) if total else 0
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - most))
+        return file.read().decode("utf-8", "replace")
 
 
 def _doing(log: str) -> str:
     """What it does now, where that is no step: "Images prepared: 3 of 40"; of a step, how long the rest takes."""
-    lines = [line for line in log.splitlines() if line.strip()]
-    left = next((re.search(r"(\S.*) left$", line) for line in lines[::-1] if line.startswith("step ")), None)
-    counted = re.search(r"^[A-Z][\w ]+: [\d,]+ of [\d,]+", lines[-1]) if lines else None
-    if counted:
-        return counted[0]
-    rest = left[1].rpartition("answers/s")[2].strip() if left else "0 s"
-    return f"about {rest} left" if rest != "0 s" else ""
+    counted = re.search(r"^([A-Z][\w ]+: [\d,]+ of [\d,]+).*\s*\Z", log, re.MULTILINE)
+    left = re.findall(r"^step .* answers/s\s+(\S.*) left$", log, re.MULTILINE)
+    return counted[1] if counted else f"about {left[-1]} left" if left and left[-1] != "0 s" else ""
 
 
 def _last_words(said: str) -> str:

@@ -1,13 +1,16 @@
 """Pictures that the page may use: in folders below the roots that the demo was started with, and what was uploaded."""
 
+import os
 import re
 import secrets
 import shutil
 import stat
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from vlm_lora import ImageRef
 from vlm_lora.errors import DataError
@@ -40,16 +43,17 @@ class Roots:
     def names(self) -> list[str]:
         """The folders that hold files of ours, to be chosen from; hidden ones and links are passed over."""
         found = []
-        uploads = {UPLOADS: self.uploads} if self.uploads.is_dir() and not self.passing else {}
-        for name, root in (self.folders | uploads).items():
-            for folder in _below(root, DEPTH):
-                if any(each.suffix.lower() in PICTURES + TEXTS for each in folder.iterdir() if each.is_file()):
-                    found.append("/".join((name, *folder.relative_to(root).parts)))
+        for name, root in (self.folders | ({} if self.passing else {UPLOADS: self.uploads})).items():
+            for parent, folders, files in os.walk(root):
+                parts = Path(parent).relative_to(root).parts
+                folders[:] = sorted(each for each in folders if not each.startswith(".") and len(parts) < DEPTH)
+                if any(each.lower().endswith(PICTURES + TEXTS) for each in files):
+                    found.append("/".join((name, *parts)))
                 if len(found) == MOST_FOLDERS:
                     return found
         return found
 
-    def folder(self, name: str) -> Path:
+    def folder(self, name: str | None) -> Path:
         """Raises DataError for what is no folder below a root; a link that leads out of it is none."""
         first, *rest = str(name or "").split("/")
         root = self.uploads if first == UPLOADS and rest else self.folders.get(first)
@@ -68,14 +72,6 @@ class Roots:
         return f"{UPLOADS}/{name}"
 
 
-def _below(folder: Path, depth: int) -> Iterator[Path]:
-    yield folder
-    inside = sorted(each for each in folder.iterdir() if not each.name.startswith(".")) if depth else ()
-    for each in inside:
-        if each.is_dir() and not each.is_symlink():
-            yield from _below(each, depth - 1)
-
-
 def take_in(files: Sequence[ImageRef], folder: Path) -> Path:
     """Put uploaded pictures, texts and what is in zips into a new ``folder``, where they stay.
 
@@ -84,67 +80,59 @@ def take_in(files: Sequence[ImageRef], folder: Path) -> Path:
             folder is then not there.
     """
     folder.mkdir(parents=True)
+    room, count = MOST_BYTES, 0
     try:
-        room, count = MOST_BYTES, 0
         for file in files:
-            if file.path.suffix.lower() == ".zip" or file.name.lower().endswith(".zip"):
-                room, count = _unpack(file, folder, room, count)
-            else:
-                target = _target(folder, file.name)
-                room, count = room - file.path.stat().st_size, count + 1
-                _require_room(room, count)
-                shutil.copyfile(file.path, target)
-    except BaseException:
+            for name, source in _sent(file):
+                with source, _new(folder, name) as written:
+                    piece, count = b" ", count + 1
+                    while piece:
+                        piece = source.read(1 << 20)  # what a zip says of its sizes is not believed
+                        room -= len(piece)
+                        if room < 0 or count > MOST_FILES:
+                            raise DataError(
+                                f"This is too much for one upload: {MOST_FILES:,} files and {MOST_BYTES >> 20:,} MB "
+                                "unpacked are the most. Put larger data into a folder below --roots"
+                            )
+                        written.write(piece)
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, zipfile.BadZipFile | zlib.error | RuntimeError | EOFError | OSError):
+            what = f"cannot be unpacked ({type(error).__name__}); zip the folder again"
+            raise DataError(f"{file.name}: {what}") from error
         raise
     return folder
 
 
-def _unpack(file: ImageRef, folder: Path, room: int, count: int) -> tuple[int, int]:
-    """Bytes and files that there is still room for. What a zip says of its sizes is not believed."""
-    try:
-        with zipfile.ZipFile(file.path) as packed:
-            for member in packed.infolist():
-                if member.is_dir() or "__MACOSX" in member.filename:
-                    continue
-                mode = member.external_attr >> 16
-                if member.flag_bits & 1 or (mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG)):
-                    raise DataError(f"{file.name}: {member.filename!r} is a link, or has a password; zip plain files")
-                target, count = _target(folder, member.filename), count + 1
-                _require_room(room, count)
-                with packed.open(member) as source, target.open("xb") as written:
-                    while piece := source.read(1 << 20):
-                        room -= len(piece)
-                        _require_room(room, count)
-                        written.write(piece)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
-        raise DataError(f"{file.name}: cannot be unpacked ({type(error).__name__}); zip the folder again") from error
-    return room, count
+def _sent(file: ImageRef) -> Iterator[tuple[str, IO[bytes]]]:
+    """An uploaded file, or those in a zip, by name."""
+    if ".zip" not in (file.path.suffix.lower(), file.name.lower()[-4:]):
+        yield file.name, file.path.open("rb")
+        return
+    with zipfile.ZipFile(file.path) as packed:
+        for member in packed.infolist():
+            if member.is_dir() or "__MACOSX" in member.filename:
+                continue
+            if member.flag_bits & 1 or stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG):
+                raise DataError(f"{file.name}: {member.filename!r} is a link, or has a password; zip plain files")
+            yield member.filename, packed.open(member)
 
 
-def _target(folder: Path, name: str) -> Path:
-    """Where a file of this name goes, its folder made."""
+def _new(folder: Path, name: str) -> IO[bytes]:
+    """The file of this name, which is not there yet; its folder is made."""
     parts = name.split("/")
     if "\\" in name or "\0" in name or any(part in ("", ".", "..") or ":" in part for part in parts):
         raise DataError(f"{name!r} leads out of the folder it is to be in; give it a plain name")
     if Path(name).suffix.lower() not in PICTURES + TEXTS:
         raise DataError(f"{name!r} is neither a picture nor a text ({', '.join(PICTURES + TEXTS)}); leave it out")
     target = folder.joinpath(*parts)
-    if target.exists():
-        raise DataError(f"{name!r} is there twice; rename one of the two, or zip their folders")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        return target.open("xb")
+    except FileExistsError:
+        raise DataError(f"{name!r} is there twice; rename one of the two, or zip their folders") from None
     except OSError as error:
         raise DataError(f"{name!r}: cannot be put there ({error.strerror}); give it a shorter name") from error
-    return target
-
-
-def _require_room(room: int, count: int) -> None:
-    if room < 0 or count > MOST_FILES:
-        raise DataError(
-            f"This is too much for one upload: {MOST_FILES:,} files and {MOST_BYTES >> 20:,} MB unpacked are the most. "
-            "Put larger data into a folder below --roots"
-        )
 
 
 def stem_of(name: str) -> str:
