@@ -4,7 +4,6 @@ Flags, `--help`, YAML, validation, what other commands take over from a run, and
 resumed all follow from the fields of `TrainConfig`.
 """
 
-import json
 import math
 import os
 import re
@@ -583,12 +582,8 @@ def inherited(values: dict[str, Any], source: str) -> dict[str, Any]:
     return taken | values
 
 
-STARTED_IN = "# Started in "
-"""What the first line of a run's config.yaml begins with; the folder that its paths start from follows, as JSON."""
-
-
 def write_yaml(config: TrainConfig, path: Path) -> None:
     import yaml
 
-    text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
-    path.write_text(f"{STARTED_IN}{json.dumps(os.getcwd())}\n{text}", encoding="utf-8")
+    head = f"# Started in {os.getcwd()!r}\n"  # where relative paths begin
+    path.write_text(head + yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")

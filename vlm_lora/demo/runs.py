@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import tempfile
+from ast import literal_eval
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from vlm_lora import DataSettings, Example, ImageRef, VlmLoraError, load_image, read_dataset
-from vlm_lora.config import HUB_NAME, STARTED_IN, TrainConfig, config_from, read_yaml
+from vlm_lora.config import HUB_NAME, TrainConfig, config_from, read_yaml
 from vlm_lora.errors import AdapterError, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -115,8 +116,8 @@ def config_of(run: Path) -> tuple[TrainConfig, Path]:
     """
     file, here = run / "config.yaml", run.resolve()
     config = config_from(read_yaml(file), str(file))
-    recorded = re.match(f"{STARTED_IN}(.*)", file.read_text(encoding="utf-8"))
-    starts = [Path(json.loads(recorded[1]))] if recorded else []
+    recorded = re.match(r"# Started in (['\"].*['\"])\n", file.read_text(encoding="utf-8"))
+    starts = [Path(literal_eval(recorded[1]))] if recorded else []
     starts += [folder for folder in here.parents if config.output and (folder / config.output).resolve() == here]
     starts += [Path.cwd()]
     given = [*config.sources, *([config.val] if config.val else [])]
