@@ -16,12 +16,12 @@ from vlm_lora import Caption, Decoding
 from vlm_lora.cli import main
 from vlm_lora.demo import album, sheet
 from vlm_lora.demo.album import Album
-from vlm_lora.demo.folder import WholeFolder
+from vlm_lora.demo.folder import ROWS, WholeFolder
+from vlm_lora.demo.inputs import Roots
 from vlm_lora.demo.runs import Evaluations, Pictures
-from vlm_lora.demo.sheet import ALL, DOUBTFUL, LONGEST, WITHOUT, Albums
+from vlm_lora.demo.sheet import ALL, DOUBTFUL, LONGEST, WITHOUT
 from vlm_lora.demo.speaker import Speaker
 from vlm_lora.demo.tabs import Desk
-from vlm_lora.demo.uploads import Roots
 from vlm_lora.errors import ConfigError, DataError
 from vlm_lora.inference import sinks
 from vlm_lora.inference.sinks import made_with
@@ -161,14 +161,13 @@ def tab(photos, tmp_path):
     with gr.Blocks() as app:
         adapter = gr.Dropdown(["run"])
         desk = Desk(
-            runs,
-            Speaker(loaded, {}, ""),
+            Speaker(loaded, runs, ""),
             Evaluations(runs),
             Pictures(tmp_path),
             adapter,
             ExitStack(),
         )
-        return WholeFolder(app, desk, Albums(Roots([photos], tmp_path / "uploads")))
+        return WholeFolder(app, desk, Roots([photos], tmp_path / "uploads"))
 
 
 def shown(tab, values: list, first: int = 6) -> dict:
@@ -195,7 +194,7 @@ def test_a_folder_is_captioned_stopped_and_resumed(tab, photos):
         (job,) = tab.jobs.values()
         await asyncio.wait_for(job.task, 20)
         assert not (photos / "in/3.txt").exists()
-        tab.sheet.albums.of("photos", False).save("in/3.png", "Typed meanwhile.")
+        tab.sheet.roots.album("photos", False).save("in/3.png", "Typed meanwhile.")
         await tab.begin(where, "Say", "", *NUMBERS)
         (job,) = tab.jobs.values()
         told, timer, *texts = tab.tick(where, *[""] * 12)
@@ -215,7 +214,7 @@ def test_a_folder_is_captioned_stopped_and_resumed(tab, photos):
 def test_pages_orders_and_undo(tab, photos, monkeypatch):
     for i in range(10, 24):
         picture(i, (32, 32)).save(photos / f"{i}.png")
-    page = shown(tab, tab.open("photos", PAGE, rows=True))
+    page = shown(tab, tab.open("photos", PAGE, ROWS))
     assert list(page["texts"]) == ["0.png", "1.png", *(f"{i}.png" for i in range(10, 20))]
     where = page["where"]
 
@@ -232,7 +231,7 @@ def test_pages_orders_and_undo(tab, photos, monkeypatch):
     typed(without["where"], 0, "Zero", 3.0)
     typed(without["where"], 0, "Zer", 2.0)  # a key that arrives late
     typed(without["where"], 1, "One, which is longer", 4.0)
-    following = shown(tab, tab.sheet.step_by(1)(without["where"], PAGE), 0)
+    following = shown(tab, tab.sheet.leaf(json.dumps(json.loads(without["where"]) | {"page": 1}), PAGE), 0)
     assert next(iter(following["texts"])) == "2.png"  # none is passed over, though there are fewer now
     assert next(iter(turned(WITHOUT)["texts"])) == "10.png"
     assert list(turned(LONGEST)["texts"].values())[:3] == ["One, which is longer", "Zero", ""]
@@ -295,7 +294,7 @@ def test_what_is_typed_is_written_once_there_is_a_pause_and_keeps_nobody_waiting
 
 
 def test_the_worst_by_review_come_with_what_the_review_says(tab, tmp_path):
-    tab.sheet.albums.roots.folders["mine"] = (tmp_path / "runs/photos").resolve()
+    tab.sheet.roots.folders["mine"] = (tmp_path / "runs/photos").resolve()
     where = shown(tab, tab.open("mine", PAGE))["where"]
     assert shown(tab, tab.sheet.turn(where, DOUBTFUL, "run", PAGE), 0)["texts"] == {}
     write_review(tmp_path / "runs/run", {"0.png": 1.5, "1.png": -0.25, "gone.png": -3.0})

@@ -15,12 +15,11 @@ from tests.conftest import picture
 from tests.test_demo import Parrot, serve
 from vlm_lora import ImageRef
 from vlm_lora.cli import main
-from vlm_lora.demo import trainer, uploads
+from vlm_lora.demo import build_app, inputs, trainer
 from vlm_lora.demo.album import Album
-from vlm_lora.demo.page import build_app
+from vlm_lora.demo.inputs import Roots, take_in
 from vlm_lora.demo.trainer import State, Trainer
 from vlm_lora.demo.training import _in_words, _told
-from vlm_lora.demo.uploads import Roots, take_in
 from vlm_lora.errors import ConfigError, DataError
 
 HTML = "<img src=x onerror=alert(1)>"
@@ -72,8 +71,8 @@ def zipped(path: Path, members: dict[str, bytes], mode: int = 0, flags: int = 0)
     ],
 )
 def test_a_zip_that_means_harm_is_refused_and_leaves_nothing(tmp_path, monkeypatch, members, how, told):
-    monkeypatch.setattr(uploads, "MOST_BYTES", 4000)
-    monkeypatch.setattr(uploads, "MOST_FILES", 8)
+    monkeypatch.setattr(inputs, "MOST_BYTES", 4000)
+    monkeypatch.setattr(inputs, "MOST_FILES", 8)
     place = tmp_path / "in" / "here"
     with pytest.raises(DataError, match=told):
         take_in([zipped(tmp_path / "x.zip", members, **how)], place)
@@ -82,7 +81,7 @@ def test_a_zip_that_means_harm_is_refused_and_leaves_nothing(tmp_path, monkeypat
 
 
 def test_a_zip_that_lies_about_its_size_is_cut_short(tmp_path, monkeypatch):
-    monkeypatch.setattr(uploads, "MOST_BYTES", 4000)
+    monkeypatch.setattr(inputs, "MOST_BYTES", 4000)
     sent_zip = zipped(tmp_path / "x.zip", {"a.txt": b"x" * 1_000_000})
     data = sent_zip.path.read_bytes().replace((1_000_000).to_bytes(4, "little"), (10).to_bytes(4, "little"))
     sent_zip.path.write_bytes(data)
@@ -167,7 +166,7 @@ def test_a_run_goes_on_without_the_demo_and_there_is_one_at_a_time(place):
     later = Trainer(place)  # of a demo that was started anew
     state = until(lambda: (s := later.state()) and s.step and s.said and s)
     assert state == State("photos-1", "learning", 7, 20, "about 1 min 05 s left")
-    for begin in (lambda: later.start("photos-2", ["wait"]), lambda: later.resume(place)):
+    for begin in (lambda: later.start("photos-2", ["wait"]), lambda: later.resume()):
         with pytest.raises(ConfigError):
             begin()
     later.stop()
@@ -181,7 +180,7 @@ def test_how_a_run_has_ended(place):
     demo.start("photos-1", ["done"])
     until(lambda: demo.state().kind == "done")
     with pytest.raises(ConfigError, match="no run to go on with"):
-        demo.resume(place)
+        demo.resume()
     demo.start("photos-2", ["fail"])
     state = until(lambda: (s := demo.state()).kind == "failed" and s)
     assert (state.name, state.said) == ("photos-2", "the data is gone; put it back.")

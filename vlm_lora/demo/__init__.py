@@ -12,13 +12,16 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import gradio as gr
 from gradio.themes import Default
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
@@ -26,16 +29,32 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vlm_lora.demo.page import SCRIPT, STYLE, Page, build_app, set_variable
-from vlm_lora.demo.runs import find_runs
-from vlm_lora.demo.speaker import MAX_WAITING
-from vlm_lora.demo.uploads import UPLOADS, Roots
+from vlm_lora.demo.folder import WholeFolder
+from vlm_lora.demo.inputs import KEPT_SECONDS, UPLOADS, Roots, plainly, short
+from vlm_lora.demo.runs import Evaluations, Pictures, find_runs
+from vlm_lora.demo.speaker import MAX_WAITING, Speaker
+from vlm_lora.demo.tabs import QUIETLY, Desk, OnePicture, WhatChanged, choices
+from vlm_lora.demo.training import Training
 from vlm_lora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vlm_lora import Captioner
 
 LOOPBACK = ("127.0.0.1", "localhost")
 SHARED = "*.gradio.live"
 """Where gradio's public links lead to."""
 MAX_UPLOAD = "20mb"
+
+SCRIPT, STYLE, LEARNING, REPORT = (
+    resources.files("vlm_lora").joinpath(name).read_text("utf-8")
+    for name in ("demo/page.js", "demo/page.css", "inference/templates/learning.css", "inference/templates/report.css")
+)
+STYLE = f".report {{ {REPORT} }}\n{LEARNING}{STYLE}"  # what is the report's looks as it does there
+
+IF_OPEN = """adapter => {
+  if (!document.querySelector('#changed')?.offsetParent) throw new Error('nobody looks');
+  return adapter;
+}"""
 
 
 def launch(  # arguments: the flags of `vlm-lora demo`
@@ -51,17 +70,15 @@ def launch(  # arguments: the flags of `vlm-lora demo`
     roots: Sequence[str | Path] = (),
     allow_training: bool = False,
     block: bool = True,
-) -> Page:
+) -> "Page":
     """Serve the demo; the page is up before the model is loaded.
 
     Args:
         adapter: a run's held-out pictures become examples, and the runs beside it can be chosen on the page. None: base
             alone, until one of the runs in ``runs`` is chosen.
         port: None takes the first free one from 7860.
-        auth: user and password.
-        without_auth: insist on sharing, or on another host than loopback, with no password.
-        allowed_hosts: further names under which the demo is reached, behind a proxy say. On loopback all
-            others are refused: a web page could point its own name at the demo, and read what it shows.
+        allowed_hosts: further names under which the demo is reached. On loopback all others are refused: a web page
+            could point its own name at the demo, and read what it shows.
         block: stay until Ctrl-C.
 
     Raises:
@@ -86,18 +103,12 @@ def launch(  # arguments: the flags of `vlm-lora demo`
     base = Path(model).name if model else "the base model"  # names alone: the page shows no path
     chosen = next(iter(runs)) if adapter else ""
     what = f"{base} with {chosen}" if adapter else base
-    with ExitStack() as undo:
-        if block and threading.current_thread() is threading.main_thread():
-            # Else uploads would stay. A script's background job begins with the second one ignored.
-            for number in (signal.SIGTERM, signal.SIGINT):
-                before = signal.signal(number, signal.default_int_handler)
-                undo.callback(signal.signal, number, before or signal.SIG_DFL)
-        # By default uploads lie in a folder that outlives the demo.
-        folder = undo.enter_context(tempfile.TemporaryDirectory(prefix="vlm-lora-demo-", ignore_cleanup_errors=True))
-        undo.callback(set_variable, "GRADIO_TEMP_DIR", os.environ.get("GRADIO_TEMP_DIR"))
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        app = build_app(loading, runs=runs, chosen=chosen, loading=what, training=training)
-        app.at_close.enter_context(undo.pop_all())
+    # Else uploads would stay. A script's background job begins with the second one ignored.
+    numbers = (signal.SIGTERM, signal.SIGINT) if block and threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    app = build_app(loading, runs=runs, chosen=chosen, loading=what, training=training)
+    for number, before in handlers.items():
+        app.at_close.callback(signal.signal, number, before or signal.SIG_DFL)
     hosts = [*LOOPBACK, *([_in_url(host)] if local else []), *allowed_hosts, *([SHARED] if share else [])]
     try:
         _open(app, host, port, auth, safe_settings(hosts if local or allowed_hosts else ["*"], share))
@@ -116,7 +127,102 @@ def launch(  # arguments: the flags of `vlm-lora demo`
     return app
 
 
-def _open(app: Page, host: str, port: int | None, auth: tuple[str, str] | None, settings: dict[str, Any]) -> None:
+class Page(gr.Blocks):
+    """Gradio's blocks, whose `close` also leaves the contexts in ``at_close``: a folder of ``files``, the environment.
+    What is asked and goes wrong is told in a sentence, without the paths ``of_this_machine``."""
+
+    def __init__(self, **settings):
+        self.at_close, self.of_this_machine = ExitStack(), list[Path]()
+        files = tempfile.TemporaryDirectory(prefix="vlm-lora-demo-", ignore_cleanup_errors=True)
+        self.files = Path(self.at_close.enter_context(files))
+        # Gradio switches the first off for the whole process, and has uploads in a folder that outlives the demo.
+        before = {name: os.environ.get(name) for name in ("HF_HUB_DISABLE_TELEMETRY", "GRADIO_TEMP_DIR")}
+        self.at_close.callback(_set_variables, before)
+        os.environ["GRADIO_TEMP_DIR"] = str(self.files / "gradio")
+        super().__init__(**settings)
+
+    def close(self, verbose: bool = False) -> None:
+        super().close(verbose=verbose)
+        self.at_close.close()
+
+    async def process_api(self, *given, **more) -> dict[str, Any]:
+        try:
+            return await super().process_api(*given, **more)
+        except Exception as error:
+            told = plainly(error)
+            told.message = short(told.message, *self.of_this_machine)
+            raise told from None
+
+
+def _set_variables(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+def build_app(
+    captioner: "Captioner | Future[Captioner]",
+    *,
+    runs: Mapping[str, Path] | None = None,
+    chosen: str = "",
+    loading: str = "the model",
+    training: tuple[Roots, Path] | None = None,
+) -> Page:
+    """The page, to be launched with `safe_settings`; a future of the captioner, so that it is there while that loads.
+
+    Args:
+        runs: folders of the adapters that can be chosen, by name. The captioner has the one that is ``chosen``.
+        training: from where pictures may be taken to train on, and where runs are written; None: nobody trains here.
+    """
+    future: Future = captioner if isinstance(captioner, Future) else Future()
+    if future is not captioner:
+        future.set_result(captioner)
+    runs, started = dict(runs or {}), time.monotonic()
+
+    with Page(title="vlm-lora", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as app:
+        pictures = Pictures(app.files)
+        roots, place = training or (Roots([], app.files / UPLOADS, passing=True), None)
+        app.of_this_machine = [roots.uploads, *roots.folders.values(), *([place] if place else []), *runs.values()]
+        gr.Markdown("# What does the model say?")
+        bare: dict[str, Any] = {"show_label": False, "container": False, "interactive": False, "elem_id": "status"}
+        text = f"Loading {loading}. You can choose a picture already."
+        status = gr.Textbox(text, visible=not future.done(), **bare)
+        several = [*runs] != [chosen] and bool(runs)
+        adapter = gr.Dropdown(choices(runs, chosen), value=chosen, label="Adapter", visible=several)
+        desk = Desk(Speaker(future, runs, chosen), Evaluations(runs), pictures, adapter, app.at_close)
+        with gr.Tabs(selected="picture" if chosen or not training else "train"):
+            if place:
+                with gr.Tab("Train", id="train"):
+                    Training(app, desk, roots, place)
+            with gr.Tab("Picture", id="picture"):
+                one = OnePicture(desk)
+            with gr.Tab("Pictures"):
+                folder = WholeFolder(app, desk, roots)
+            with gr.Tab("What changed") as changed_opened:
+                changed = WhatChanged(desk)
+
+        timer = gr.Timer(1, active=not future.done())
+        outputs = [status, timer, *one.outputs, folder.prompt]
+
+        def look(adapter: str) -> list:
+            """How far the loading is: on opening the page, and once a second until it is done."""
+            if not future.done():
+                text = f"Loading {loading}: {time.monotonic() - started:.0f} s. You can choose a picture already."
+                return [text, *[gr.skip()] * (len(outputs) - 1)]
+            shown = one.show(adapter)
+            return [gr.Textbox(visible=False), gr.Timer(active=False), *shown, shown[0]]
+
+        gr.on([app.load, timer.tick, adapter.change], look, adapter, outputs, queue=False, **QUIETLY)
+        # An evaluation takes long to draw: that is done when somebody looks.
+        shown: dict[str, Any] = {"fn": changed.show, "inputs": adapter, "outputs": changed.outputs, "queue": False}
+        changed_opened.select(**shown, show_progress="minimal", api_visibility="private")
+        adapter.change(**shown, js=IF_OPEN, **QUIETLY)
+    app.queue(max_size=4 * MAX_WAITING, default_concurrency_limit=1)
+    return app
+
+
+def _open(app: "Page", host: str, port: int | None, auth: tuple[str, str] | None, settings: dict[str, Any]) -> None:
     """Raises ConfigError where the demo cannot be served as it is wanted."""
     try:
         app.launch(server_name=_in_url(host), server_port=port, auth=auth, **settings)

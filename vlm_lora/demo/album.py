@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from vlm_lora import Caption, ImageRef
-from vlm_lora.demo.uploads import PICTURES
 from vlm_lora.errors import DataError
 from vlm_lora.inference.sinks import NotWritten, Rows, Sidecars, replace_text
 
 METADATA = "metadata.jsonl"
+PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MOST_CHARACTERS = 20_000
 """Of a caption that is shown."""
-
-Change = Callable[[str | None], str | None]
 
 
 class Album:
@@ -80,7 +78,7 @@ class Album:
 
         return self.change(name, lambda held: None if not text else line(held) if self.rows else text + "\n")
 
-    def change(self, name: str, to: Change) -> tuple[str | None, str | None]:
+    def change(self, name: str, to: Callable[[str | None], str | None]) -> tuple[str | None, str | None]:
         """Replace what is held of a picture, and nothing else. Raises DataError where that cannot be."""
         with self.lock:
             file = self._file(name)

@@ -15,10 +15,9 @@ import gradio as gr
 from markupsafe import Markup
 
 from vlm_lora.demo.album import METADATA, Album
-from vlm_lora.demo.inputs import decoding, plain, plainly
-from vlm_lora.demo.sheet import ALL, DOUBTFUL, LONGEST, WITHOUT, Albums, Sheet, chooser
-from vlm_lora.demo.tabs import AT_ONCE, QUIETLY, Desk, advanced, asked_text, empty, placeholder, progress, prompt_box
-from vlm_lora.demo.uploads import UPLOADS
+from vlm_lora.demo.inputs import UPLOADS, Roots, decoding, plain, plainly
+from vlm_lora.demo.sheet import ALL, DOUBTFUL, LONGEST, WITHOUT, Sheet, chooser
+from vlm_lora.demo.tabs import AT_ONCE, QUIETLY, Desk, advanced, asked_text, empty, progress, prompt_box
 from vlm_lora.inference.sinks import made_with
 
 BESIDE, ROWS = "Beside each picture, as cat.txt", f"All in {METADATA}"
@@ -43,50 +42,46 @@ class Job:
 
 
 class WholeFolder:
-    """``show(adapter)`` gives, as every tab's does, a value for each of ``outputs``."""
+    """All pictures of a folder, and their captions as they come."""
 
-    def __init__(self, app: gr.Blocks, desk: Desk, albums: Albums):
-        self.desk, self.albums = desk, albums
+    def __init__(self, app: gr.Blocks, desk: Desk, roots: Roots):
+        self.desk, self.roots = desk, roots
         self.jobs: dict[Album, Job] = {}
         with gr.Row():
             with gr.Column(min_width=300):
-                folder, chosen = chooser(app, albums.roots, "Pictures, or a zip of them", "files")
+                folder, chosen = chooser(app, roots, "Pictures, or a zip of them", "files")
             with gr.Column(min_width=300, scale=2):
                 state = gr.HTML(EMPTY, elem_id="captioned")
                 with gr.Column(visible=False) as work:
                     form = gr.Radio([BESIDE, ROWS], value=BESIDE, label="Where captions go")
-                    prompt = prompt_box()
+                    self.prompt = prompt_box()
                     numbers = advanced()
                     with gr.Row():
                         go = gr.Button("Caption those without one", variant="primary", min_width=120)
                         stop = gr.Button("Stop", min_width=80, scale=0)
                         make = gr.Button("Take away", min_width=80, scale=0)
                     file = gr.File(label="Download", interactive=False, visible=False, elem_id="download")
-        self.sheet = sheet = Sheet(desk, albums, (ALL, WITHOUT, LONGEST, DOUBTFUL))
+        self.sheet = sheet = Sheet(desk, roots, (ALL, WITHOUT, LONGEST, DOUBTFUL))
         timer = gr.Timer(1, active=False)
-        self.outputs = [prompt]
 
         private: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1}
         opened = [work, form, make, file, state, timer, *sheet.outputs]
         for event in chosen:
             event(self.open, folder, opened, **private)
-        form.input(self.again, [sheet.where, form], opened, **private)
-        go.click(self.begin, [sheet.where, prompt, desk.adapter, *numbers], [state, timer], **AT_ONCE)
+        form.input(self.open, [folder, form], opened, **private)
+        go.click(self.begin, [sheet.where, self.prompt, desk.adapter, *numbers], [state, timer], **AT_ONCE)
         stop.click(self.stop, sheet.where, **AT_ONCE)
         timer.tick(self.tick, [sheet.where, *sheet.texts], [state, timer, *sheet.texts], queue=False, **QUIETLY)
         make.click(self.take_away, sheet.where, file, api_visibility="private")
 
-    def open(self, name: str | None, request: gr.Request, rows: bool | None = None) -> list:
-        """The folder of that name; its captions are in ``rows``, or as they are already."""
-        rows = (self.albums.roots.folder(name) / METADATA).is_file() if rows is None else rows
+    def open(self, name: str | None, request: gr.Request, form: str = "") -> list:
+        """The folder of that name; its captions in this form, or that which they have already."""
+        rows = form == ROWS if form else (self.roots.folder(name) / METADATA).is_file()
         shown = self.sheet.open(str(name), rows, request.session_hash)
-        job = self.jobs.get(self.albums.of(str(name), rows))
+        job = self.jobs.get(self.roots.album(str(name), rows))
         mine = gr.Button(visible=str(name).startswith(f"{UPLOADS}/"))  # a folder of theirs they have already
         work = [gr.Column(visible=True), ROWS if rows else BESIDE, mine, gr.File(visible=False)]
         return [*work, _told(job), gr.Timer(active=bool(job and job.running)), *shown]
-
-    def again(self, where: str, form: str, request: gr.Request) -> list:
-        return self.open(json.loads(where)["folder"], request, form == ROWS)
 
     async def begin(self, where: str, prompt: str, adapter: str, *numbers: Any) -> tuple[Markup, gr.Timer]:
         """Caption what has no caption, from where it stopped."""
@@ -98,7 +93,7 @@ class WholeFolder:
         if not self.desk.speaker.first.done():
             raise plain("The model is still being loaded. Try again in a moment.")
         base = None if adapter else self.desk.speaker.first.result().backbone.name
-        runs = [str(self.desk.runs.get(adapter, adapter))] if adapter else []
+        runs = [str(self.desk.speaker.runs.get(adapter, adapter))] if adapter else []
         how = made_with(Decoding(**decoded), runs, model=base, prompt=asked)
         names = [name for name, text in album.captions(album.pictures).items() if text == ""]
         album.sink(names, how)
@@ -153,13 +148,10 @@ class WholeFolder:
                         target.write(path, path.relative_to(folder))
             yield gr.File(str(file), visible=True)  # gradio takes a copy
 
-    def show(self, adapter: str) -> list:
-        return [placeholder(self.desk, adapter)]
-
     def _album(self, where: str) -> Album:
         self.sheet.flush()
         at = json.loads(where or "{}")
-        return self.albums.of(at.get("folder", ""), at.get("rows", False))
+        return self.roots.album(at.get("folder", ""), at.get("rows", False))
 
 
 def _told(job: Job | None) -> Markup:

@@ -118,7 +118,8 @@ def config_of(run: Path) -> tuple[TrainConfig, Path]:
     config = config_from(read_yaml(file), str(file))
     recorded = re.match(r"# Started in (['\"].*['\"])\n", file.read_text(encoding="utf-8"))
     starts = [Path(literal_eval(recorded[1]))] if recorded else []
-    starts += [folder for folder in here.parents if config.output and (folder / config.output).resolve() == here]
+    name = Path(config.output or here)
+    starts += [folder for folder in here.parents if not name.is_absolute() and (folder / name).resolve() == here]
     starts += [Path.cwd()]
     given = [*config.sources, *([config.val] if config.val else [])]
     return config, next((folder for folder in starts if any(_is_in(folder, name) for name in given)), starts[0])

@@ -6,17 +6,16 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import gradio as gr
 from markupsafe import Markup
 
 from vlm_lora.demo.album import MOST_CHARACTERS, Album
-from vlm_lora.demo.inputs import SafeFiles, plain
+from vlm_lora.demo.inputs import Roots, SafeFiles, plain
 from vlm_lora.demo.speaker import MAX_PAGES
 from vlm_lora.demo.tabs import QUIETLY, Desk
-from vlm_lora.demo.uploads import Roots
 
 CARDS = 12
 """Pictures on a page."""
@@ -24,9 +23,7 @@ PAUSE = 0.5
 """Seconds without another key after which what is typed is written."""
 ALL, WITHOUT, LONGEST, DOUBTFUL, NOTICED = "All", "Without caption", "Longest first", "Worst by review", "Look at these"
 NONE_OF = {
-    ALL: "No pictures here.",
     WITHOUT: "Every picture has a caption.",
-    LONGEST: "No pictures here.",
     DOUBTFUL: "These captions were not reviewed: vlm-lora eval FOLDER --adapter RUN --review --output RUN does that, "
     "where RUN is the adapter's run folder.",
     NOTICED: "Nothing was noticed: no picture is there twice, or looks like another.",
@@ -37,6 +34,8 @@ SAVE = """(where, text) => {
   return [JSON.stringify({...JSON.parse(where), card: %d, at: performance.now()}), text];
 }"""
 
+STEP = "where => { const at = JSON.parse(where); return JSON.stringify({...at, page: at.page + %d}); }"
+
 
 @dataclass(eq=False)
 class View:
@@ -46,20 +45,6 @@ class View:
     notes: Mapping[str, str] = field(default_factory=dict)
     changes: list[tuple[Album, str, str | None, str | None]] = field(default_factory=list)
     typed: dict[str, float] = field(default_factory=dict)
-
-
-class Albums:
-    """By folder and form, one for all pages, as those who write take turns."""
-
-    def __init__(self, roots: Roots):
-        self.roots, self._of = roots, cache(Album)
-
-    def of(self, name: str, rows: bool, *, anew: bool = False) -> Album:
-        """Raises VlmLoraError; ``anew``: with the pictures that are there now."""
-        album = self._of(self.roots.folder(name), bool(rows))
-        if anew:
-            album.look()
-        return album
 
 
 def chooser(app: gr.Blocks, roots: Roots, label: str, name: str) -> tuple[gr.Dropdown, tuple[Callable, Callable]]:
@@ -76,8 +61,8 @@ class Sheet:
     """``open`` gives a value for each of ``outputs``; ``where`` says, in the browser, what is on the page, so that what
     is typed is never taken for the caption of another picture."""
 
-    def __init__(self, desk: Desk, albums: Albums, orders: Sequence[str]):
-        self.desk, self.albums = desk, albums
+    def __init__(self, desk: Desk, roots: Roots, orders: Sequence[str]):
+        self.desk, self.roots = desk, roots
         self.views = lru_cache(MAX_PAGES)(lambda page: View())
         self.waiting: dict[tuple[View, Album, str], str] = {}
         self.writing = threading.Lock()
@@ -103,14 +88,14 @@ class Sheet:
         private: dict[str, Any] = {"queue": False} | QUIETLY
         order.input(self.turn, [self.where, order, desk.adapter], self.outputs, **private)
         for button, step in ((back, -1), (on, 1)):
-            button.click(self.step_by(step), self.where, self.outputs, **private)
+            button.click(self.leaf, self.where, self.outputs, js=STEP % step, **private)
         undo.click(self.undo, self.where, self.outputs, **private)
         for i, text in enumerate(self.texts):
             text.change(self.save, [self.where, text], saved, js=SAVE % i, trigger_mode="multiple", **private)
 
     def open(self, name: str, rows: bool, page: str | None, notes: Mapping[str, str] | None = None) -> list:
         """A folder from its first page on; ``notes``: what there is to say of some pictures. Raises VlmLoraError."""
-        self.albums.of(name, rows, anew=True)
+        self.roots.album(name, rows, anew=True)
         view = self.views(page)
         view.notes = notes or {}
         return self._show({"folder": name, "rows": rows, "page": 0}, view, ALL)
@@ -119,12 +104,9 @@ class Sheet:
         """The same folder in another order."""
         return self._show(json.loads(where) | {"page": 0}, self.views(request.session_hash), order, adapter)
 
-    def step_by(self, step: int) -> Callable:
-        def go(where: str, request: gr.Request) -> list:
-            at = json.loads(where)
-            return self._show(at | {"page": at["page"] + step}, self.views(request.session_hash))
-
-        return go
+    def leaf(self, where: str, request: gr.Request) -> list:
+        """Another page of it."""
+        return self._show(json.loads(where), self.views(request.session_hash))
 
     async def save(self, where: str, text: str, request: gr.Request) -> Markup | dict:
         """Write what is typed when there is a pause, in a thread, also for a page that is closed meanwhile."""
@@ -133,7 +115,7 @@ class Sheet:
         if at["at"] < view.typed.get(name, 0.0):  # it comes after what was typed later
             return gr.skip()
         view.typed[name] = at["at"]
-        self.waiting[view, self.albums.of(at["folder"], at["rows"]), name] = text
+        self.waiting[view, self.roots.album(at["folder"], at["rows"]), name] = text
         try:
             await asyncio.sleep(PAUSE)
         finally:
@@ -176,19 +158,20 @@ class Sheet:
     def _show(self, at: dict, view: View, order: str | None = None, adapter: str = "", said: str = "") -> list:
         """The page ``at``; with an ``order``, all pictures are put in it first, and stay in it while pages turn."""
         self.flush()
-        album, head = self.albums.of(at["folder"], at["rows"]), gr.skip()
+        album, head = self.roots.album(at["folder"], at["rows"]), gr.skip()
         if order:
             captions = album.captions(album.pictures)
             view.names = self._in_order(album, captions, order, adapter, view)
             without = sum(text == "" for text in captions.values())
             told = f"{without:,} without a caption." if without else "Each has a caption."
             told = f"{told} What you type is saved in the folder at once."
-            head = Markup("<p><b>{:,} pictures.</b> {}</p>").format(len(captions), told)
-            head += Markup("") if view.names else Markup('<p class="lead">{}</p>').format(NONE_OF[order])
+            none = "" if view.names else NONE_OF.get(order, "No pictures here.")
+            line = Markup('<p><b>{:,} pictures.</b> {}</p><p class="lead">{}</p>')
+            head = line.format(len(captions), told, none)
         last = max(0, -(-len(view.names) // CARDS) - 1)
         page = min(max(0, at["page"]), last)
         names = view.names[page * CARDS : (page + 1) * CARDS]
-        where = {key: at[key] for key in ("folder", "rows")} | {"page": page, "names": names}
+        where = {"folder": at["folder"], "rows": at["rows"], "page": page, "names": names}
         told = Markup("<p>{}</p>").format(said or (f"Page {page + 1:,} of {last + 1:,}" if last else ""))
         texts = [
             gr.Textbox(text or "", label=name, info=view.notes.get(name), interactive=text is not None)

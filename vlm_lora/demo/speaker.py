@@ -7,7 +7,7 @@ import math
 import reprlib
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -102,11 +102,11 @@ class Speaker:
 
     Args:
         first: the captioner that is being loaded.
-        runs: folders of the adapters that can be chosen, by name.
+        runs: folders of the adapters that can be chosen, by name; what is trained here comes to them.
         chosen: the name of the one that ``first`` has; empty where it has none.
     """
 
-    def __init__(self, first: "Future[Captioner]", runs: Mapping[str, Path], chosen: str):
+    def __init__(self, first: "Future[Captioner]", runs: dict[str, Path], chosen: str):
         self.first, self.runs, self.chosen = first, runs, chosen
         self.others: dict[str, Captioner] = {}
         self.attaching = threading.Lock()

@@ -3,15 +3,14 @@
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from markupsafe import Markup
 
 from vlm_lora.config import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT
-from vlm_lora.demo.inputs import MAX_NEW_TOKENS, Number, SafeImage, Slider, decoding, plain
-from vlm_lora.demo.runs import Evaluations, Pictures
+from vlm_lora.demo.inputs import MAX_NEW_TOKENS, SafeImage, decoding, plain
+from vlm_lora.demo.runs import KINDS, Evaluations, Pictures
 from vlm_lora.demo.speaker import Speaker, Turn, turns
 
 if TYPE_CHECKING:
@@ -38,13 +37,17 @@ API_DESCRIPTION = (
     "they grow."
 )
 
+ALONE = "Nothing to compare yet.", "The base model is alone. Choose an adapter above, or train one."
+UNSEEN = "{} was not compared with its base.", "Train it with held-out pictures: --val-split or --val."
+GONE = Markup("<p>The pictures are no longer where they were when it was trained.</p>")
+KEYS = "<span class='keys'>. Marked words are in none of the references. Turn with the arrow keys.</span>"
+PLACE = Markup("<p><b>{:,}</b> of {:,}" + KEYS + "</p>")
+
 
 @dataclass(frozen=True)
 class Desk:
     """What all tabs work with: the models, the runs, and the adapter that is chosen."""
 
-    runs: dict[str, Path]
-    """Those that can be chosen, by name: what is trained here comes to them."""
     speaker: Speaker
     evaluations: Evaluations
     pictures: Pictures
@@ -54,10 +57,8 @@ class Desk:
 
 
 class OnePicture:
-    """A picture and a question; base and tuned side by side, as they grow.
-
-    ``show(adapter)`` gives, as every tab's does, a value for each of ``outputs``.
-    """
+    """A picture and a question; base and tuned side by side, as they grow. ``show(adapter)`` gives a value for each of
+    ``outputs``."""
 
     def __init__(self, desk: Desk):
         self.desk, self.turn_of = desk, turns()
@@ -87,8 +88,7 @@ class OnePicture:
         gr.on([go.click, prompt.submit], self.begin, None, [base, tuned, number], **AT_ONCE)
         stop.click(_end(self.turn_of, stays=True), **AT_ONCE)
         # Answers never stand beside another picture, or below another adapter, than the one they are about.
-        answers = [base, tuned, reference]
-        changes = [image.input, desk.adapter.change]
+        answers, changes = [base, tuned, reference], [image.input, desk.adapter.change]
         gr.on(changes, _end(self.turn_of), **AT_ONCE)
         gr.on(changes, lambda: ["", "", gr.Textbox("", visible=False)], None, answers, **IN_ORDER)
         examples.select(self.pick, desk.adapter, [image, prompt, *answers], **IN_ORDER)
@@ -112,7 +112,8 @@ class OnePicture:
         async with aclosing(self.desk.speaker.say(image, asked_text(prompt), numbers, adapter, who, turn)) as answer:
             async for texts in answer:
                 if isinstance(texts, int):
-                    progress((texts, None), unit=_come_first(texts))  # reads "1 request comes first"
+                    unit = "request comes first" if texts == 1 else "requests come first"
+                    progress((texts, None), unit=unit)  # reads "1 request comes first"
                 else:
                     yield texts
         if turn and number != turn.number and not turn.stays:
@@ -121,8 +122,7 @@ class OnePicture:
     def examples_of(self, adapter: str) -> "list[tuple[Answered, str]]":
         """Answers about held-out pictures, and the pictures' files."""
         rows = self.desk.evaluations.examples(adapter, EXAMPLES)
-        files = [(row, self.desk.pictures.file(row.images[0])) for row in rows]
-        return [(row, str(file)) for row, file in files if file]
+        return [(row, str(file)) for row in rows if (file := self.desk.pictures.file(row.images[0]))]
 
     def pick(self, adapter: str, event: gr.SelectData, request: gr.Request):
         self.turn_of(request).next()
@@ -132,7 +132,59 @@ class OnePicture:
     def show(self, adapter: str) -> list:
         shown = [(file, f"Example: {_references(row)}") for row, file in self.examples_of(adapter)]
         label, tuned = gr.Textbox(label="Base" if adapter else "Answer"), gr.Textbox(visible=bool(adapter))
-        return [placeholder(self.desk, adapter), label, tuned, gr.Gallery(shown, visible=bool(shown))]
+        prompt = gr.Textbox(placeholder=f"Leave empty for: {self.desk.speaker.captioner(adapter).prompt}")
+        return [prompt, label, tuned, gr.Gallery(shown, visible=bool(shown))]
+
+
+class WhatChanged:
+    """What a run gained, answer by answer. ``show(adapter)`` gives a value for each of ``outputs``."""
+
+    def __init__(self, desk: Desk):
+        self.desk = desk
+        head = gr.HTML(Markup(""), elem_id="changed")
+        with gr.Column(visible=False) as answers:
+            kind = gr.Radio(list(KINDS), label="Answers", show_label=False, container=False)
+            with gr.Row(elem_classes="steps"):
+                previous = gr.Button("Previous", min_width=110, scale=0, elem_id="previous")
+                following = gr.Button("Next", min_width=110, scale=0, elem_id="next")
+                place = gr.HTML(Markup(""))
+            card = gr.HTML(Markup(""), elem_id="answer", elem_classes="report")
+        tail = gr.HTML(Markup(""), elem_classes="report")
+        number = gr.Number(0, visible="hidden", precision=0)
+        self.outputs = [head, answers, kind, number, place, card, tail]
+        shown: dict[str, Any] = {"outputs": [place, card], "queue": False, "trigger_mode": "always_last"} | QUIETLY
+        previous.click(None, number, number, js="number => number - 1", **QUIETLY)
+        following.click(None, number, number, js="number => number + 1", **QUIETLY)
+        number.change(self.turn, [desk.adapter, kind, number], **shown)
+        kind.input(self.turn, [desk.adapter, kind], **shown)
+        kind.input(lambda: 0, None, number, queue=False, **QUIETLY)
+
+    def turn(self, adapter: str, kind: str, number: int = 0) -> tuple[Markup, Markup]:
+        """An answer of the kind, and which it is; after the last comes the first."""
+        from vlm_lora import show_answer  # here, as it brings torch
+
+        evaluation, places = self.desk.evaluations.of(adapter), self.desk.evaluations.places(adapter).get(kind)
+        if not evaluation or not places:
+            return Markup(""), Markup("")
+        at = int(number) % len(places)
+        return PLACE.format(at + 1, len(places)), show_answer(evaluation, places[at])
+
+    def show(self, adapter: str) -> list:
+        from vlm_lora import show_evaluation, show_learning
+
+        run, evaluation = self.desk.speaker.runs.get(adapter), self.desk.evaluations.of(adapter)
+        learning = show_learning(run, self.desk.evaluations.pictures(run)) if run else Markup("")
+        kinds = self.desk.evaluations.places(adapter)
+        if evaluation is None or not evaluation.scores.tuned:
+            big, small = UNSEEN if adapter else ALONE
+            head, tail = empty(big.format(adapter), small), Markup("")
+        else:
+            head, tail = show_evaluation(evaluation)
+            head += Markup("") if kinds else GONE
+        first = next(iter(kinds), KINDS[0])
+        choices = [(f"{kind} {len(places):,}", kind) for kind, places in kinds.items()]
+        radio = gr.Radio(choices, value=first) if kinds else gr.skip()
+        return [head, gr.Column(visible=bool(kinds)), radio, 0, *self.turn(adapter, first), tail + learning]
 
 
 # -- small parts ---------------------------------------------------------------------------------------------
@@ -145,10 +197,6 @@ def _end(turn_of: Callable[[gr.Request], Turn], *, stays: bool = False) -> Calla
         turn_of(request).next(stays=stays)
 
     return end
-
-
-def _come_first(count: int) -> str:
-    return "request comes first" if count == 1 else "requests come first"
 
 
 def empty(big: str, small: str) -> Markup:
@@ -170,24 +218,23 @@ def prompt_box() -> gr.Textbox:
     return gr.Textbox("", label="Question or instruction", placeholder=hint, max_length=MAX_PROMPT, max_lines=6)
 
 
-def advanced() -> list[Slider | Number]:
+def advanced() -> list[Any]:
     """What `decoding` takes, folded away below a question."""
     with gr.Accordion("Advanced: length and sampling", open=False):
-        return [
-            Slider(1, MAX_NEW_TOKENS, DEFAULT_MAX_NEW_TOKENS, step=1, precision=0, label="Most tokens"),
-            Slider(0, 2, 0, step=0.05, label="Temperature (0: always the likeliest word)"),
-            Slider(0.05, 1, 1, step=0.05, label="Top p (only with a temperature)"),
-            Number(0, label="Seed", precision=0),
+        numbers: list[Any] = [
+            gr.Slider(1, MAX_NEW_TOKENS, DEFAULT_MAX_NEW_TOKENS, step=1, precision=0, label="Most tokens"),
+            gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: always the likeliest word)"),
+            gr.Slider(0.05, 1, 1, step=0.05, label="Top p (only with a temperature)"),
+            gr.Number(0, label="Seed", precision=0),
         ]
+    for number in numbers:  # gradio's own errors do not say which number they mean, and its bounds are the page's
+        number.preprocess = lambda payload: payload
+    return numbers
 
 
 def choices(runs: Iterable[str], chosen: str) -> list[tuple[str, str]]:
     """The adapters to choose from; the base alone where the demo was started without one."""
     return [*([] if chosen else [("none: the base alone", "")]), *((name, name) for name in runs)]
-
-
-def placeholder(desk: Desk, adapter: str) -> gr.Textbox:
-    return gr.Textbox(placeholder=f"Leave empty for: {desk.speaker.captioner(adapter).prompt}")
 
 
 def _text(label: str, **how: Any) -> gr.Textbox:

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from vlm_lora.demo.runs import config_of
 from vlm_lora.errors import ConfigError, DataError
 
 COMMAND = (sys.executable, "-P", "-m", "vlm_lora")
@@ -60,14 +61,14 @@ class Trainer:
 
     def state(self) -> State | None:
         """That of the newest run that is not done by a page, or of the one a page began last; None: there is none."""
-        name = self._newest()
+        name, process = self._newest()
         if name is None:
             return None
         run, log = self.place / name, _end_of(self.place / (name + LOG))
         taken = re.findall(r'^\{"step": (\d+), "loss"', _end_of(run / "metrics.jsonl"), re.MULTILINE)
         total = re.findall(r"^([\d,]+) steps over ", log, re.MULTILINE)
         step, steps = (int(found[-1].replace(",", "")) if found else 0 for found in (taken, total))
-        if self._process(name):
+        if process:
             return State(name, "learning", step, steps, _doing(log))
         if (run / "adapter" / "adapter_config.json").is_file():
             return State(name, "done", step, steps)
@@ -77,64 +78,54 @@ class Trainer:
     def start(self, name: str, arguments: Sequence[str], folder: Path | None = None) -> None:
         """Begin a run, or with --resume go on with it, from ``folder``. Raises ConfigError while another one learns."""
         with self.starting:
-            newest = self._newest()
-            if newest and self._process(newest):
+            newest, process = self._newest()
+            if process:
                 raise ConfigError(f"{newest} is being trained; one run at a time")
             self.place.mkdir(parents=True, exist_ok=True)
             command = [*COMMAND, "train", *arguments, "--output", str(self.place / name)]
+            cwd = folder if folder and folder.is_dir() else None
             with (self.place / (name + LOG)).open("wb") as log:  # Ctrl-C is for the demo: a session of its own
-                how: dict[str, Any] = {
-                    "stdout": log,
-                    "stderr": log,
-                    "stdin": subprocess.DEVNULL,
-                    "start_new_session": True,
-                }
-                self.child = subprocess.Popen(command, cwd=folder, **how)
+                self.child = subprocess.Popen(
+                    command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
             began = psutil.Process(self.child.pid).create_time()
             record = {"pid": self.child.pid, "began": began, "at": time.time()}
             (self.place / (name + RECORD)).write_text(json.dumps(record), encoding="utf-8")
 
-    def resume(self, start: Path) -> None:
-        """Go on with the run that is not done; ``start`` is the folder in which it was begun.
-
-        Raises ConfigError where there is none, or it is at work.
-        """
+    def resume(self) -> None:
+        """Go on with the run that is not done, from where it was begun. Raises ConfigError where there is none."""
         state = self.state()
         if state is None or state.kind in ("done", "learning"):
             raise ConfigError("There is no run to go on with")
-        config = self.place / state.name / "config.yaml"
-        if not config.is_file():
+        run = self.place / state.name
+        if not (run / "config.yaml").is_file():
             raise ConfigError(f"{state.name} ended before its first step; train anew")
-        self.start(state.name, ["--config", str(config), "--resume"], start)
+        self.start(state.name, ["--config", str(run / "config.yaml"), "--resume"], config_of(run)[1])
 
     def stop(self) -> None:
         """Have it finish its step, save and end; a second time, end at once. Raises ConfigError where none learns."""
-        name = self._newest()
-        process = self._process(name) if name else None
+        _, process = self._newest()
         if process is None:
             raise ConfigError("Nothing is being trained")
         process.terminate()
 
-    def _newest(self) -> str | None:
-        """The run that a page began last; or one of the command line's that is newer and not done."""
+    def _newest(self) -> tuple[str | None, psutil.Process | None]:
+        """The run that a page began last, or one of the command line's that is newer and not done; and the process that
+        is at work on it, where a page began it. Another process may have got its number since."""
         begun = {path: path.name.removesuffix(RECORD) for path in self.place.glob("*" + RECORD)}
         for path in self.place.glob("*/config.yaml"):
             if not (path.parent / "adapter").exists():
                 begun[path] = path.parent.name
-        newest = max(begun, key=lambda path: path.stat().st_mtime, default=None)
-        return begun[newest] if newest else None
-
-    def _process(self, name: str) -> psutil.Process | None:
-        """That of a run that a page began, while it is at work. Another process may have got its number since."""
+        name = begun.get(max(begun, key=lambda path: path.stat().st_mtime, default=Path()))
         if self.child and self.child.poll() is not None:
             self.child = None
         try:
-            record = json.loads((self.place / (name + RECORD)).read_text(encoding="utf-8"))
+            record = json.loads((self.place / f"{name}{RECORD}").read_text(encoding="utf-8"))
             process = psutil.Process(int(record["pid"]))
             alive = process.create_time() == record["began"] and process.status() != psutil.STATUS_ZOMBIE
         except (OSError, ValueError, KeyError, TypeError, psutil.Error):
-            return None
-        return process if alive else None
+            alive = False
+        return name, process if alive else None
 
 
 def _end_of(path: Path, most: int = 1 << 20) -> str:

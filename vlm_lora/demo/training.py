@@ -11,11 +11,11 @@ from markupsafe import Markup
 from vlm_lora import TrainConfig, VlmLoraError
 from vlm_lora.console import duration
 from vlm_lora.demo.album import METADATA, Album
-from vlm_lora.demo.runs import Evaluations, config_of
-from vlm_lora.demo.sheet import ALL, LONGEST, NOTICED, WITHOUT, Albums, Sheet, chooser
+from vlm_lora.demo.inputs import Roots, short, stem_of
+from vlm_lora.demo.runs import Evaluations
+from vlm_lora.demo.sheet import ALL, LONGEST, NOTICED, WITHOUT, Sheet, chooser
 from vlm_lora.demo.tabs import AT_ONCE, QUIETLY, Desk, choices, empty, progress
 from vlm_lora.demo.trainer import State, Trainer, ask
-from vlm_lora.demo.uploads import short, stem_of
 from vlm_lora.errors import ConfigError, DataError
 
 CHECKPOINTS = 6
@@ -29,13 +29,13 @@ EMPTY = empty(
 
 
 class Training:
-    """``show(adapter)`` gives, as every tab's does, a value for each of ``outputs``."""
+    """Pictures in, an adapter out. ``tell`` gives a value for each of ``outputs``."""
 
-    def __init__(self, app: gr.Blocks, desk: Desk, albums: Albums, place: Path):
-        self.desk, self.albums, self.trainer, self.place = desk, albums, Trainer(place), place
+    def __init__(self, app: gr.Blocks, desk: Desk, roots: Roots, place: Path):
+        self.desk, self.roots, self.trainer, self.place = desk, roots, Trainer(place), place
         with gr.Row():
             with gr.Column(min_width=300):
-                folder, chosen = chooser(app, albums.roots, "Pictures and their texts, or a zip", "data")
+                folder, chosen = chooser(app, roots, "Pictures and their texts, or a zip", "data")
                 found = gr.HTML(Markup(""), elem_id="found")
             with gr.Column(min_width=300, scale=2):
                 state = gr.HTML(EMPTY, elem_id="run")
@@ -51,7 +51,7 @@ class Training:
                 count = gr.Button("What will it cost?")
                 train = gr.Button("Train", variant="primary")
             cost = gr.HTML(Markup(""), elem_id="cost")
-        self.sheet = Sheet(desk, albums, (ALL, NOTICED, WITHOUT, LONGEST))
+        self.sheet = Sheet(desk, roots, (ALL, NOTICED, WITHOUT, LONGEST))
 
         private: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1}
         for event in chosen:
@@ -59,7 +59,7 @@ class Training:
         count.click(self.cost, [folder, epochs, rate], cost, **private)
         train.click(self.train, [folder, epochs, rate], cost, show_progress="minimal", **private)
         stop.click(self.trainer.stop, **AT_ONCE)
-        resume.click(self.resume, **AT_ONCE)
+        resume.click(self.trainer.resume, **AT_ONCE)
         seen, drawn, timer = gr.Textbox("", visible="hidden"), gr.Textbox("", visible="hidden"), gr.Timer(SELDOM)
         self.outputs = [seen, drawn, state, learning, stop, resume, desk.adapter, timer]
         told = [app.load, timer.tick, train.click, resume.click, stop.click]
@@ -69,18 +69,17 @@ class Training:
 
     def look_at(self, name: str | None, request: gr.Request) -> Iterator[list]:
         """What `check` finds, in words, and the captions."""
-        skipped = [gr.skip()] * (len(self.sheet.outputs) - 1)
-        yield [Markup("<p>Looking at the pictures …</p>"), gr.skip(), gr.skip(), gr.skip(), *skipped]
+        pages: list = [gr.skip()] * len(self.sheet.outputs)
+        yield [Markup("<p>Looking at the pictures …</p>"), gr.skip(), gr.skip(), *pages]
         self.sheet.flush()
-        facts, wrong, album, folder = {}, "", None, self.albums.roots.folder(name)
-        pages: list = [gr.Column(visible=False), *skipped]
-        rows = (folder / METADATA).is_file()
+        facts, wrong, album, folder = {}, "", None, self.roots.folder(name)
+        rows, pages[0] = (folder / METADATA).is_file(), gr.Column(visible=False)
         try:
             facts = ask("check", str(folder))
         except DataError as error:
             wrong = str(error)
         try:
-            album = self.albums.of(str(name), rows, anew=True)
+            album = self.roots.album(str(name), rows, anew=True)
             written = any(album.captions(album.pictures).values())
             if facts and not (written and facts["format"] == ("imagefolder" if rows else "sidecar")):
                 album = None  # what is said is elsewhere
@@ -93,7 +92,7 @@ class Training:
     def _command(self, name: str, epochs: Any, rate: Any) -> tuple[TrainConfig, list[str]]:
         """The run, and what the command is to be told of it."""
         self.sheet.flush()
-        model, folder = self.desk.speaker.first.result().backbone.name, str(self.albums.roots.folder(name))
+        model, folder = self.desk.speaker.first.result().backbone.name, str(self.roots.folder(name))
         try:
             config = TrainConfig(data=folder, model=model, epochs=float(epochs), lr=float(rate))
         except (TypeError, ValueError):
@@ -120,30 +119,24 @@ class Training:
 
     # -- while it learns -----------------------------------------------------------------------------------------
 
-    def resume(self) -> None:
-        state = self.trainer.state()
-        self.trainer.resume(config_of(self.place / (state.name if state else ""))[1])
-
     def tell(self, seen: str, drawn: str, adapter: str) -> list:
         """How far the run is, for a page that has ``seen`` and ``drawn`` what was then."""
+        from vlm_lora import show_learning  # here, as it brings torch
+
         state = self.trainer.state()
         now = state and f"{state.kind} {state.name} {state.step} {state.said}"
         part = state and f"{state.kind == 'done'} {state.name} {state.step // max(1, state.steps // 40)}"
         if state is None or (now, part) == (seen, drawn):
             return [gr.skip()] * len(self.outputs)
-        runs, run, choice, learns = self.desk.runs, self.place / state.name, gr.skip(), state.kind == "learning"
+        runs, run, choice, learns = self.desk.speaker.runs, self.place / state.name, gr.skip(), state.kind == "learning"
         if state.kind == "done":
             runs.setdefault(state.name, run)
             value = state.name if seen.startswith(f"learning {state.name} ") else adapter
             choice = gr.Dropdown(choices(runs, self.desk.speaker.chosen), value=value, visible=True)
-        shown = _told(state, self.desk.evaluations), self._drawn(run) if part != drawn else gr.skip()
+        curve = show_learning(run, self.desk.evaluations.pictures(run)) if part != drawn else gr.skip()
+        shown = _told(state, self.desk.evaluations), curve
         buttons = gr.Button(visible=learns), gr.Button(visible=state.kind in ("stopped", "failed"))
         return [now, part, *shown, *buttons, choice, gr.Timer(OFTEN if learns else SELDOM)]
-
-    def _drawn(self, run: Path) -> Markup:
-        from vlm_lora import show_learning  # here, as it brings torch
-
-        return show_learning(run, self.desk.evaluations.pictures(run))
 
 
 # -- words -------------------------------------------------------------------------------------------------------
