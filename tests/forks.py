@@ -45,13 +45,17 @@ class Ended:
 
 
 class Forks:
-    """The process that forks; `run` gives what became of each process of a run."""
+    """The process that forks; `run` gives what became of each process of a run.
 
-    def __init__(self):
+    Args:
+        env: what libraries read while they are imported, beside this process's own environment.
+    """
+
+    def __init__(self, env: dict | None = None):
         self.server = subprocess.Popen(
             [sys.executable, "-m", "tests.forks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             # On the CPU, also where there is a GPU: it would be one for several processes.
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | (env or {}),
         )  # fmt: skip
 
     def run(self, count: int, *arguments, env: dict | None = None, at: tuple | None = None, sabotage: str = ""):
