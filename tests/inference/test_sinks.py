@@ -253,7 +253,7 @@ def test_a_caption_file_that_cannot_be_written_is_that_image_alone(here, monkeyp
     assert not Sidecars(images).has(images[0])
 
 
-@pytest.mark.parametrize("name", ["a.TXT", "a.Txt", "a.Caption", "a.CAPTION", "a.caption"])
+@pytest.mark.parametrize("name", ["a.TXT", "a.Txt", "a.Caption", "a.CAPTION", "a.caption", "a.png.txt"])
 def test_a_caption_file_is_the_one_that_is_read(here, name):
     picture(0).save("a.png")
     (here / name).write_text("mine")
