@@ -454,14 +454,15 @@ def test_a_lost_entry_brings_the_tower_back_for_a_moment(checkpoints, images, tm
     assert tower_devices(backbone) == {"cpu"}
 
 
-def test_a_tower_that_is_needed_is_not_parked(checkpoints, images, tmp_path):
+@pytest.mark.parametrize("write", [False, True])
+def test_a_tower_that_is_needed_is_not_parked(checkpoints, images, tmp_path, write):
     backbone = load_backbone(str(checkpoints["qwen2_vl"]))
     fill(backbone, tmp_path, images[:3])
     devices = []
     backbone.park_tower = lambda device="meta": devices.append(str(device))  # without one: away from the model's
-    cache = FeatureCache(backbone, tmp_path, write=False)
+    cache = FeatureCache(backbone, tmp_path, write=write)
     cache.park_tower(images)
-    cache.get(images)
+    cache.get(images[:4])  # also where each of these is there now: others are not
     assert set(devices) == {"cpu"}
 
 
