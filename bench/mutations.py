@@ -63,7 +63,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "vlm_lora/data/readers/tables.py": READERS,
     "vlm_lora/data/readers/detect.py": READERS,
     "vlm_lora/data/readers/sources.py": (f"{DATA}/test_sources.py", *READERS),
-    "vlm_lora/training/checkpoint.py": (f"{TRAINING}/test_checkpoint.py", f"{TRAINING}/test_survival.py"),
+    "vlm_lora/training/checkpoint.py": (
+        f"{TRAINING}/test_checkpoint.py",
+        f"{TRAINING}/test_float16.py",
+        f"{TRAINING}/test_survival.py",
+    ),
     "vlm_lora/model/features.py": (f"{MODEL}/test_features.py",),
     "vlm_lora/model/encode.py": (
         f"{MODEL}/test_encode.py",
@@ -80,6 +84,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "vlm_lora/training/step.py": (
         f"{TRAINING}/test_step.py",
+        f"{MODEL}/test_qlora.py",
+        f"{TRAINING}/test_float16.py",
         f"{MODEL}/test_exactness.py",
         f"{TRAINING}/test_survival.py",
     ),

@@ -204,6 +204,12 @@ def test_a_running_run_keeps_its_own(backbone, images, tmp_path):
     assert equal(cache.get(images), FeatureCache(backbone, None).get(images))
     cache.survey(images)  # as a second process of the same run does
     assert cache_use(tmp_path).entries == 3
+    late = FeatureCache(backbone, tmp_path / "late", limit_gb=half / 1e9)
+    late.survey(images)
+    late.get(images[3:])  # whose room is for the others, which come later
+    assert cache_use(tmp_path / "late").entries == 0
+    late.get(images)
+    assert late.complete(images[:3])
 
 
 def test_what_is_kept_follows_from_the_images_alone(backbone, tmp_path):
