@@ -542,6 +542,7 @@ def test_the_fingerprint_follows_texts_and_order_but_not_the_place(pictures):
             r"nothing recognised among 3 files .3 images.; expected a caption beside each image \(cat\.txt",
         ),
         ({"a.jsonl": "", "b.jsonl": ""}, "holds 2 files of rows .a.jsonl, b.jsonl.; pass the one you mean"),
+        ({f"{letter}.csv": "" for letter in "abcdefghi"}, r"holds 9 files of rows .a.csv, .* g.csv, h.csv\)"),
         ({"a.jsonl": "\n \n"}, "a.jsonl: holds no rows; expected messages:"),
         ({"a.jsonl": '{"x": 1, "y": 2}\n'}, "none of 1 rows is understood: their fields are 'x', 'y'"),
         ({"a.jsonl": "hello\n"}, "the first one is not valid JSON"),
