@@ -5,6 +5,7 @@ import base64
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -44,7 +45,7 @@ class View:
     names: list[str] = field(default_factory=list)
     notes: Mapping[str, str] = field(default_factory=dict)
     changes: list[tuple[Album, str, str | None, str | None]] = field(default_factory=list)
-    typed: dict[str, float] = field(default_factory=dict)
+    typed: dict[str, tuple[float, asyncio.Event]] = field(default_factory=dict)
 
 
 def chooser(app: gr.Blocks, roots: Roots, label: str, name: str) -> tuple[gr.Dropdown, tuple[Callable, Callable]]:
@@ -112,15 +113,19 @@ class Sheet:
         """Write what is typed when there is a pause, in a thread, also for a page that is closed meanwhile."""
         at, view = json.loads(where), self.views(request.session_hash)
         name = at["names"][at["card"]]
-        if at["at"] < view.typed.get(name, 0.0):  # it comes after what was typed later
+        latest, another = view.typed.get(name, (0.0, asyncio.Event()))
+        if at["at"] < latest:  # it comes after what was typed later
             return gr.skip()
-        view.typed[name] = at["at"]
+        another.set()  # as a browser has few requests open at a time, none waits for its pause in vain
+        mine = view.typed[name] = at["at"], asyncio.Event()
         self.waiting[view, self.roots.album(at["folder"], at["rows"]), name] = text
+        written = None
         try:
-            await asyncio.sleep(PAUSE)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(mine[1].wait(), PAUSE)
         finally:
-            last = view.typed[name] == at["at"]
-            written = asyncio.get_running_loop().run_in_executor(None, self.flush) if last else None
+            if view.typed[name] is mine:
+                written = asyncio.get_running_loop().run_in_executor(None, self.flush)
         if written is None:
             return gr.skip()
         await written
