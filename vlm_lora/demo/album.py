@@ -33,21 +33,22 @@ class Album:
         self.look()
 
     def look(self) -> None:
-        """Find the pictures that are there now."""
-        self.pictures: dict[str, ImageRef] = {}
+        """Find the pictures that are there now, while others use those that were."""
+        pictures: dict[str, ImageRef] = {}
         for parent, folders, files in os.walk(self.folder):
             folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
             for path in (Path(parent, file) for file in sorted(files) if not file.startswith((".", "__"))):
                 name = path.relative_to(self.folder).as_posix()
                 is_text = name.encode("utf-8", "ignore").decode() == name  # else no page can show it
                 if path.suffix.lower() in PICTURES and is_text and path.resolve().is_relative_to(self.folder):
-                    self.pictures[name] = ImageRef(path=path, name=name)
-        sink = self.sink(self.pictures, None)
+                    pictures[name] = ImageRef(path=path, name=name)
+        sink = self.sink(pictures.values(), None)
         self.files = sink.files if isinstance(sink, Sidecars) else {}
+        self.pictures = pictures
 
-    def sink(self, names: Iterable[str], made_with: Mapping[str, object] | None) -> Rows | Sidecars:
+    def sink(self, images: Iterable[ImageRef], made_with: Mapping[str, object] | None) -> Rows | Sidecars:
         """Where the command would write these pictures' captions; None: only to look whether it could."""
-        paths = [self.pictures[name].path for name in names]
+        paths = [image.path for image in images]
         if not self.rows:
             return Sidecars(paths)
         how = {"made_with": dict(made_with or {}), "overwrite": made_with is None}
@@ -101,7 +102,7 @@ class Album:
     def write(self, captions: Mapping[str, Caption], made_with: Mapping[str, object]) -> list[str]:
         """Write new captions of pictures that have none. What was wrong with others, in sentences."""
         wrong = [f"{name}: {caption.error}" for name, caption in captions.items() if caption.error]
-        with self.lock, closing(self.sink(captions, made_with)) as sink:
+        with self.lock, closing(self.sink(map(self.pictures.__getitem__, captions), made_with)) as sink:
             there = self.captions(captions)  # a person may have written one since
             for name, caption in captions.items():
                 if caption.text is not None and there[name] == "":

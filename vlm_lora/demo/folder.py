@@ -96,7 +96,7 @@ class WholeFolder:
         runs = [str(self.desk.speaker.runs.get(adapter, adapter))] if adapter else []
         how = made_with(Decoding(**decoded), runs, model=base, prompt=asked)
         names = [name for name, text in album.captions(album.pictures).items() if text == ""]
-        album.sink(names, how)
+        album.sink([album.pictures[name] for name in names], how)
         if not names:
             raise plain("Every picture has a caption.")
         job = self.jobs[album] = Job(album, names)

@@ -1,4 +1,4 @@
-"""Pictures beside their captions, a page at a time. What is typed is saved at once, and can be undone."""
+"""Pictures beside their captions, a page at a time. What is typed is saved when there is a pause, and can be undone."""
 
 import asyncio
 import base64
@@ -50,8 +50,8 @@ class View:
 
 def chooser(app: gr.Blocks, roots: Roots, label: str, name: str) -> tuple[gr.Dropdown, tuple[Callable, Callable]]:
     """A folder, or files to drop, which become one; and the events after which it is to be opened."""
-    visible, label_ = bool(roots.folders) or "hidden", "A folder of this machine"
-    folder = gr.Dropdown([], value=None, label=label_, allow_custom_value=True, visible=visible)
+    visible, told = bool(roots.folders) or "hidden", "A folder of this machine"
+    folder = gr.Dropdown([], value=None, label=told, allow_custom_value=True, visible=visible)
     files = SafeFiles(label=label, file_count="multiple", height=140, elem_id=name)
     app.load(lambda: gr.Dropdown(choices=roots.names()), None, folder, queue=False, **QUIETLY)
     taken = files.upload(roots.take_in, files, folder, api_visibility="private", concurrency_limit=1)

@@ -1,7 +1,6 @@
 """The models behind the page: one base, loaded once, the adapters that were chosen, and one answer at a time."""
 
 import asyncio
-import itertools
 import logging
 import math
 import reprlib
@@ -32,8 +31,6 @@ MAX_WAITING = 16
 """Requests that wait for the model; whoever comes then is told so."""
 MAX_PAGES = 1000
 """Open pages whose last request is remembered."""
-NUMBERS = itertools.count(1)
-"""Of all requests, so that none has the number of another."""
 
 
 @dataclass(eq=False)
@@ -78,7 +75,7 @@ class Turn:
 
     def next(self, *, stays: bool = False) -> int:
         """The number of a new request; or of none, where all is to end."""
-        self.number, self.stays = next(NUMBERS), stays
+        self.number, self.stays = self.number + 1, stays
         self.answered_by(None)
         return self.number
 
@@ -101,9 +98,8 @@ class Speaker:
     spared that: it decodes at its own pace until done or stopped. The page waits for it without blocking anything.
 
     Args:
-        first: the captioner that is being loaded.
+        first: the captioner that is being loaded, with the adapter ``chosen``; empty where it has none.
         runs: folders of the adapters that can be chosen, by name; what is trained here comes to them.
-        chosen: the name of the one that ``first`` has; empty where it has none.
     """
 
     def __init__(self, first: "Future[Captioner]", runs: dict[str, Path], chosen: str):

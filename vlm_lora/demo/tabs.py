@@ -21,15 +21,11 @@ MAX_PROMPT = 2000
 EXAMPLES = 8
 
 # Gradio's arguments, as Any: its signatures name each value, which a dictionary cannot.
-STILL: dict[str, Any] = {"allow_preview": False, "object_fit": "contain", "buttons": [], "interactive": False}
-"""For galleries in which a picture is chosen."""
 QUIETLY: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """For events that only tidy up the page."""
 AT_ONCE: dict[str, Any] = QUIETLY | {"queue": False, "trigger_mode": "multiple"}
 IN_ORDER: dict[str, Any] = QUIETLY | {"concurrency_limit": None, "trigger_mode": "multiple"}
 """For events whose values must reach the page after all that was sent to it before: the queue sees to that."""
-ANSWER: dict[str, Any] = IN_ORDER | {"show_progress": "minimal"}
-"""For requests: they all begin at once, and wait for the model in `Speaker`, where they can be ended."""
 
 API_DESCRIPTION = (
     "Caption a picture, or answer a question about it. The parameters are those of `vlm-lora caption`; an empty prompt "
@@ -76,15 +72,18 @@ class OnePicture:
                 reference = _text("What the data says", visible=False)
                 with gr.Row():
                     base, tuned = _text("Base", lines=4), _text("Tuned", lines=4)
-                label = "Held-out pictures of the run"
-                examples = gr.Gallery(label=label, elem_id="examples", height="auto", visible=False, **STILL)
+                still: dict[str, Any] = {"allow_preview": False, "object_fit": "contain", "interactive": False}
+                told = {"label": "Held-out pictures of the run", "elem_id": "examples"}
+                examples = gr.Gallery(buttons=[], height="auto", visible=False, **told, **still)
         number = gr.Number(0, visible="hidden")
         self.outputs = [prompt, base, tuned, examples]
 
         asked = [image, prompt, *numbers, desk.adapter]
         api: dict[str, Any] = {"api_name": "caption", "api_description": API_DESCRIPTION, "concurrency_limit": None}
         gr.on([], self.caption, asked, [base, tuned], **api)
-        number.change(self.caption, [*asked, number], [base, tuned], **ANSWER)
+        # Requests all begin at once, and wait for the model in `Speaker`, where they can be ended.
+        answer: dict[str, Any] = IN_ORDER | {"show_progress": "minimal"}
+        number.change(self.caption, [*asked, number], [base, tuned], **answer)
         gr.on([go.click, prompt.submit], self.begin, None, [base, tuned, number], **AT_ONCE)
         stop.click(_end(self.turn_of, stays=True), **AT_ONCE)
         # Answers never stand beside another picture, or below another adapter, than the one they are about.
