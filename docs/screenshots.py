@@ -17,7 +17,7 @@ from vlm_lora.cli import main as vlm_lora
 from vlm_lora.demo import launch
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAIN = "--model tiny --val-split 0.2 --epochs 12 --batch-size 16 --lr 3e-3".split()
+TRAIN = ["--model", "tiny", "--val-split", "0.2", "--epochs", "12", "--batch-size", "16", "--lr", "3e-3"]
 
 
 def train(run: Path) -> None:
