@@ -91,6 +91,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "vlm_lora/training/prepare.py": (
         f"{TRAINING}/test_schedule.py",
+        f"{DATA}/test_sources.py",
         f"{DATA}/test_fields.py",
         f"{TRAINING}/test_train.py",
         f"{DATA}/test_fuzz.py",

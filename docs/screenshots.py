@@ -17,7 +17,12 @@ from vlm_lora.cli import main as vlm_lora
 from vlm_lora.demo import launch
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAIN = "--model tiny --val-split 0.2 --epochs 12 --batch-size 16 --lr 3e-3".split()
+TRAIN = ["--model", "tiny", "--val-split", "0.2", "--epochs", "12", "--batch-size", "16", "--lr", "3e-3"]
+
+EXAMPLE = 3
+"""Which of the held-out pictures is shown."""
+WIDE, SHOWN = 1280, 1120
+"""Pixels of the window, and of its middle, which is all there is on the page."""
 
 
 def train(run: Path) -> None:
@@ -27,10 +32,11 @@ def train(run: Path) -> None:
         raise SystemExit(code)
 
 
-def take(page: Page, name: str) -> None:
+def take(page: Page, name: str, height: int) -> None:
     page.mouse.move(0, 0)
     page.wait_for_timeout(1500)  # until what moves has come to rest
-    page.screenshot(path=ROOT / f"docs/{name}.jpg", type="jpeg", quality=88)
+    clip = {"x": (WIDE - SHOWN) / 2, "y": 0, "width": SHOWN, "height": height}
+    page.screenshot(path=ROOT / f"docs/{name}.jpg", type="jpeg", quality=88, full_page=True, clip=clip)
 
 
 def main(run: Path) -> None:
@@ -40,18 +46,17 @@ def main(run: Path) -> None:
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_context(viewport={"width": 1020, "height": 660}, color_scheme="light").new_page()
+        page = browser.new_context(viewport={"width": WIDE, "height": 900}, color_scheme="light").new_page()
         page.set_default_timeout(120_000)
         page.goto(app.local_url)
         page.get_by_role("tab", name="Picture", exact=True).click()
-        page.locator("#examples .thumbnail-item").first.click()
+        page.locator("#examples .thumbnail-item").nth(EXAMPLE).click()
         page.get_by_role("button", name="Caption or answer").click()
         page.get_by_role("button", name="Caption or answer").and_(page.locator(":enabled")).wait_for()
-        take(page, "demo-picture")
-        page.set_viewport_size({"width": 1020, "height": 900})
+        take(page, "demo-picture", height=780)
         page.get_by_role("tab", name="What changed").click()
         page.locator("#answer img").wait_for()
-        take(page, "demo-evaluation")
+        take(page, "demo-evaluation", height=930)
         browser.close()
     app.close()
 

@@ -534,6 +534,14 @@ def test_the_fingerprint_follows_texts_and_order_but_not_the_place(pictures):
     assert fingerprint("one", [*rows[:3], {"image": "c.png", "caption": "other"}]) != first
 
 
+@pytest.mark.parametrize(("header", "caption"), [("image,caption", "  a fox"), ("image, caption", "a fox")])
+def test_spaces_of_cells_stay_where_the_header_has_none(pictures, header, caption):
+    folder = pictures("a.png")
+    (folder / "x.csv").write_text(f"{header}\na.png,  a fox\n")
+    (example,) = read_dataset(folder, prompt=PROMPT).examples
+    assert example.dialogues[0].turns[0].assistant == caption
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

@@ -142,6 +142,8 @@ def test_a_run_sees_each_answer_as_often_as_its_weight_says(two, tmp_path, monke
     ]
     (told,) = [values["format"] for values in reported.of("data")]
     assert "b: 3 examples, 6 answers, each 3 times an epoch" in told
+    assert [tuple(values.values()) for values in reported.of("tokens")] == [(5, 5)]
+    assert [tuple(values.values()) for values in reported.of("cache")] == [(n, 5) for n in range(1, 6)]
     write_yaml(config, tmp_path / "config.yaml")
     assert read_yaml(tmp_path / "config.yaml")["data"] == ["a", "b:3"]
 
