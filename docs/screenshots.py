@@ -53,10 +53,11 @@ def main(run: Path) -> None:
         page.locator("#examples .thumbnail-item").nth(EXAMPLE).click()
         page.get_by_role("button", name="Caption or answer").click()
         page.get_by_role("button", name="Caption or answer").and_(page.locator(":enabled")).wait_for()
-        take(page, "demo-picture", height=780)
+        take(page, "demo-picture", height=680)
         page.get_by_role("tab", name="What changed").click()
         page.locator("#answer img").wait_for()
-        take(page, "demo-evaluation", height=930)
+        page.get_by_role("button", name="Next", exact=True).click()
+        take(page, "demo-evaluation", height=1080)
         browser.close()
     app.close()
 
