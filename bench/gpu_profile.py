@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.gpu import RANK, ROOT, SIZES, VARIANTS, Work, device_name, seconds, write_model
 from vlm_lora.config import TrainConfig
-from vlm_lora.model.adapters.lora import _AddLowRank
+from vlm_lora.model.adapters.lora import _Convert, _Lower, _Raise
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.attention import packed_attention
 from vlm_lora.model.backbone import load_backbone
@@ -138,40 +138,6 @@ def profiled(work: Work, variant: str) -> dict:
 # -- (b) pieces ------------------------------------------------------------------------------------------------------
 
 
-class Together(torch.autograd.Function):
-    """Linears of one input with their LoRA, base included: products in the base's format from float32 masters, one
-    product down for all. ``tensors`` are the weights, the ones down, the ones up."""
-
-    @staticmethod
-    def forward(ctx, x, scaling, *tensors):
-        n = len(tensors) // 3
-        weights = tensors[:n]
-        down = torch.cat(tensors[n : 2 * n]).to(x.dtype)
-        ups = [scaling * up.to(x.dtype) for up in tensors[2 * n :]]
-        narrow = F.linear(x, down)
-        parts = narrow.split(RANK, 1)
-        outs = tuple(F.linear(x, w).addmm_(part, up.T) for w, part, up in zip(weights, parts, ups, strict=True))
-        ctx.save_for_backward(x, narrow, down, *weights, *ups)
-        ctx.scaling = scaling
-        return outs
-
-    @staticmethod
-    def backward(ctx, *grads):
-        x, narrow, down, *rest = ctx.saved_tensors
-        n = len(grads)
-        backs = torch.cat([grad @ up for grad, up in zip(grads, rest[n:], strict=True)], 1)
-        of_x = backs @ down
-        for grad, weight in zip(grads, rest[:n], strict=True):
-            of_x.addmm_(grad, weight)
-        of_down = float_product(backs.T, x).split(RANK)
-        of_ups = [ctx.scaling * float_product(g.T, part) for g, part in zip(grads, narrow.split(RANK, 1), strict=True)]
-        return of_x, None, *[None] * n, *of_down, *of_ups
-
-
-def float_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.mm(a, b, out_dtype=torch.float32) if CUDA else a.float() @ b.float()
-
-
 def linears(tokens: int, width: int, outs: list[int]) -> dict:
     dtype = torch.bfloat16
     x = torch.randn(tokens, width, device=DEVICE, dtype=dtype)
@@ -183,24 +149,27 @@ def linears(tokens: int, width: int, outs: list[int]) -> dict:
     def base(x):
         return tuple(F.linear(x, w) for w in weights)
 
-    def today(x, *lora):
-        return tuple(_AddLowRank.apply(o, x, lora[i], lora[n + i], 2.0, o.dtype) for i, o in enumerate(base(x)))
-
     def autograd(x, *lora):
         lora = [t.to(dtype) for t in lora]
         return tuple(o + 2.0 * F.linear(F.linear(x, lora[i]), lora[n + i]) for i, o in enumerate(base(x)))
 
+    def some(x, which, lora):
+        ranks = (RANK,) * len(which)
+        down, *ups_ = _Convert.apply(dtype, (ranks,), *(lora[i] for i in which), *(lora[n + i] for i in which))
+        seen, *narrow = _Lower.apply(x, down, ranks)
+        return [_Raise.apply(F.linear(seen, weights[i]), narrow[k], ups_[k], 2.0) for k, i in enumerate(which)]
+
     def apart(x, *lora):
-        return tuple(o for i in range(n) for o in Together.apply(x, 2.0, weights[i], lora[i], lora[n + i]))
+        return tuple(out for i in range(n) for out in some(x, [i], lora))
 
     def together(x, *lora):
-        return Together.apply(x, 2.0, *weights, *lora)
+        return tuple(some(x, list(range(n)), lora))
 
     record = {"base alone": attempt(lambda: forward_backward(base, [x]))}
-    for way in (today, autograd, apart, together):
+    for way in (autograd, apart, together):
         record[way.__name__] = attempt(lambda way=way: forward_backward(way, [x, *downs, *ups]))
     expected = [F.linear(x.float(), w.float()) for w in weights]
-    for way in (today, together):
+    for way in (apart, together):
         outs = way(x, *downs, *ups)
         exact = [e + 2.0 * x.float() @ d.T @ u.T for e, d, u in zip(expected, downs, ups, strict=True)]
         record[f"error of {way.__name__}"] = max(float((o - e).norm() / e.norm()) for o, e in zip(outs, exact))  # noqa: B905

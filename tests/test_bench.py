@@ -6,13 +6,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import distributed, engines, methods, quality, speed
+from bench.plain_counts import PlainLoop
 from bench.quality import reached
 from bench.speed import COLD, EPOCHS, OURS
 from bench.speed_report import plots, summary, table
 from vlm_lora import cli
+from vlm_lora.config import TrainConfig
 from vlm_lora.model.backbone import Backbone
+from vlm_lora.training.trace import MicroShape, Traced, TracedModel
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +198,22 @@ def test_the_engines_table_in_the_docs_is_that_of_the_record():
     failed = [cell for cell in record["cells"] if cell["other"] and cell["format"] in record["margin"]]
     told = text.partition("<!-- end of engines -->")[2]
     assert all(cell["family"] in told for cell in failed), "a cell that fails is told of below the table"
+
+
+def test_the_plain_loop_that_is_counted_computes_what_this_does(checkpoints):
+    """The same products, to the operation; and beside them the conversions that are PEFT's."""
+    model, shape = str(checkpoints["qwen2_vl"]), MicroShape(3, 40, 30, 3, 12, (64,) * 3)
+    ours = TracedModel(TrainConfig(data="x", model=model, rank=4), torch.bfloat16, "cuda")
+    loop = PlainLoop(model, ours.num_layers, 4)
+
+    def products(traced: Traced) -> int:
+        return sum(n * kernel.operations for kernel, n in traced.kernels.items() if kernel.name in ("mm", "addmm"))
+
+    def conversions(traced: Traced) -> int:
+        return sum(n for kernel, n in traced.kernels.items() if kernel.name == "_to_copy")
+
+    here, theirs = ours.step(shape), loop.step(shape)
+    assert products(theirs) == products(here)
+    linears = 7 * ours.num_layers + 2  # of each: the input there and back, both tensors, and all four gradients
+    assert conversions(theirs) == 8 * linears + 1  # rotary angles
+    assert conversions(here) < conversions(theirs) / 2

@@ -3,16 +3,22 @@
 Run: pytest tests/model/test_lora.py
 """
 
+import gc
+import weakref
+from collections import Counter
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 
 from vlm_lora.config import TrainConfig
 from vlm_lora.model.adapters import lora
-from vlm_lora.model.adapters.lora import _PlainLora
-from vlm_lora.model.adapters.methods import attach_adapter
+from vlm_lora.model.adapters.lora import _PlainLora, compute_in_base_format
+from vlm_lora.model.adapters.methods import attach_adapter, load_adapter
 from vlm_lora.model.backbone import load_backbone
-from vlm_lora.training.trace import Trace
+from vlm_lora.training.step import loss_sum
+from vlm_lora.training.trace import MicroShape, TracedModel, micro_batch
 
 
 @pytest.fixture(scope="module", params=[0.0, 0.3], ids=["no dropout", "dropout"])
@@ -67,10 +73,11 @@ def test_in_bfloat16_it_is_as_right_as_pefts_float32(layer, monkeypatch, size):
     layer.lora_A.float()
     torch.nn.init.normal_(layer.lora_B.float()["default"].weight, std=size, generator=torch.Generator().manual_seed(3))
     theirs = outcome(layer, lambda x: Linear.forward(layer, x))
-    monkeypatch.setattr(lora, "_product_dtype", lambda out, up: out.dtype)
+    monkeypatch.setattr(layer, "in_base_format", True)
     ours = outcome(layer, layer)
     assert layer.lora_A["default"].weight.grad.dtype == torch.float32
 
+    monkeypatch.setattr(layer, "in_base_format", False)
     layer.base_layer.double()  # the values stay those of bfloat16
     layer.lora_A.double()
     layer.lora_B.double()
@@ -98,17 +105,182 @@ def test_switched_off_it_is_the_base(layer):
     assert not torch.equal(layer(x), layer.base_layer(x))
 
 
-def test_a_gpu_converts_each_of_its_tensors_once():
-    """Of a linear over a base in bfloat16: both of its tensors there, both of their gradients back."""
-    out, x = (torch.empty(8, 40, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(2))
-    down, up = (
-        torch.empty(4, 40, device="meta", requires_grad=True),
-        torch.empty(40, 4, device="meta", requires_grad=True),
+# -- several linears of one input: one product down ------------------------------------------------------------------
+
+SHAPE = MicroShape(2, 40, 24, 4, 12, (16, 16))
+
+
+def shaken(backbone) -> dict[str, torch.nn.Parameter]:
+    """LoRA's tensors, trained and zero nowhere."""
+    tensors = {name: p for name, p in backbone.model.named_parameters() if ".lora_" in name}
+    for i, tensor in enumerate(tensors.values()):
+        numbers = torch.Generator().manual_seed(i)
+        tensor.data = 0.1 * torch.randn(tensor.shape, generator=numbers).to(tensor.dtype)
+        tensor.requires_grad_()
+    backbone.model.train()
+    return tensors
+
+
+def learnt(backbone, batch) -> dict[str, torch.Tensor]:
+    """The loss, and the gradient of every tensor."""
+    backbone.model.zero_grad()
+    torch.manual_seed(5)  # dropout
+    loss = loss_sum(backbone, batch)
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad for n, p in backbone.model.named_parameters() if p.requires_grad}
+
+
+def of_some_linears(checkpoints, folder):
+    """A base with an adapter of PEFT's, of other ranks for some and none for others, that it has written itself."""
+    settings = LoraConfig(
+        r=4,
+        lora_alpha=7,
+        target_modules=r"model\.language_model.*\.(?:q_proj|v_proj|up_proj|down_proj)",
+        rank_pattern={"v_proj": 3, "down_proj": 5},
+        init_lora_weights=False,
     )
-    with Trace() as trace:
-        added = lora._AddLowRank.apply(out, x, down, up, 2.0, torch.bfloat16)
-        torch.autograd.grad(added, (out, x, down, up), torch.empty_like(added))
-    started = {kernel.name: 0 for kernel in trace.kernels}
-    for kernel, times in trace.kernels.items():
-        started[kernel.name] += times
-    assert started == {"_to_copy": 4, "mul": 2, "mm": 5, "addmm": 1}
+    base = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32")
+    get_peft_model(base.model, settings).save_pretrained(folder)
+    backbone = load_backbone(str(checkpoints["qwen2_vl"]), dtype="float32")
+    load_adapter(backbone, folder)
+    return backbone
+
+
+def attached(checkpoints, family="qwen2_vl", quantise=False, **changes):
+    backbone = load_backbone(str(checkpoints[family]), dtype="float32", quantise=quantise)
+    method = "qlora" if quantise else "lora"
+    attach_adapter(backbone, TrainConfig(data="none", method=method, rank=4, alpha=7, seed=1, **changes))
+    if changes.get("gradient_checkpointing"):
+        backbone.checkpoint_layers()
+    return backbone
+
+
+@pytest.mark.parametrize(("made", "groups"), [
+    ({}, 4),
+    ({"dropout": 0.3}, 7),  # none sees what another sees
+    ({"gradient_checkpointing": True}, 8),
+    ({"variant": "pissa"}, 4),
+    ({"targets": "language"}, 4),
+    ({"quantise": True}, 4),
+    ({"family": "qwen3_vl"}, 4),
+    ("some linears", 3),
+    ("hooked", 5),  # a hook gives one of three another tensor
+], ids=str)  # fmt: skip
+def test_one_product_down_is_as_good_as_many(checkpoints, tmp_path, monkeypatch, made, groups):
+    """In loss and every gradient, also where it cannot be for all; and how many products down a layer then has."""
+    backbone = of_some_linears(checkpoints, tmp_path) if made == "some linears" else None
+    backbone = backbone or attached(checkpoints, **({} if made == "hooked" else made))
+    layers = backbone.language_model.layers
+    if made == "hooked":
+        for layer in layers:
+            layer.self_attn.k_proj.register_forward_pre_hook(lambda _, args: (args[0] * 1,))
+    if not backbone.quantised:
+        backbone.model.double()
+    shaken(backbone)
+    torch.manual_seed(0)
+    batch = micro_batch(backbone, SHAPE)
+    batch.images.normal_()
+    compute_in_base_format(backbone, False)
+    apart = learnt(backbone, batch)
+    compute_in_base_format(backbone, True)
+    products, right = [], lora._lowered
+    monkeypatch.setattr(lora, "_lowered", lambda *given: products.append(1) or right(*given))
+    joined = learnt(backbone, batch)
+    projector = sum(isinstance(each, _PlainLora) for each in backbone.model.model.visual.modules())
+    assert len(products) == groups * len(layers) + projector
+    within = 1e-5 if backbone.quantised else 1e-12
+
+    def differing() -> list[str]:
+        return [name for name in apart if not (joined[name] - apart[name]).norm() <= within * apart[name].norm()]
+
+    assert differing() == []
+
+    def swapped(*given):  # negative control
+        seen, parts = right(*given)
+        return seen, parts if len({part.shape for part in parts}) > 1 else parts[::-1]
+
+    monkeypatch.setattr(lora, "_lowered", swapped)
+    joined = learnt(backbone, batch)
+    assert bool(differing()) == (groups in (4, 5, 8))  # where several of the same rank are joined
+
+
+@pytest.mark.parametrize("kind", ["self_attn", "mlp"])
+def test_joined_in_bfloat16_it_is_as_right_as_pefts_float32(checkpoints, monkeypatch, kind):
+    """As above, for a block: what it gives, and the gradients of its input and of all its LoRA."""
+    backbone = attached(checkpoints)
+    block = backbone.language_model.layers[0].get_submodule(kind)
+    tensors = shaken(backbone)
+    own = [tensor for name, tensor in tensors.items() if f"layers.0.{kind}." in name]
+    x = torch.randn(2, 30, backbone.language_model.norm.weight.numel(), generator=torch.Generator().manual_seed(0))
+    angles = backbone.language_model.rotary_emb(x, torch.arange(30).expand(3, 2, -1))
+
+    def outcome(dtype: torch.dtype) -> list[torch.Tensor]:
+        seen = x.bfloat16().to(dtype).requires_grad_()
+        more = {"position_embeddings": [a.bfloat16().to(dtype) for a in angles], "attention_mask": None}
+        out = block(hidden_states=seen, **more)[0] if kind == "self_attn" else block(seen)
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(dtype)
+        return [each.double() for each in (out.detach(), *torch.autograd.grad(out, (seen, *own), weights))]
+
+    for each in block.modules():
+        if isinstance(each, _PlainLora):
+            each.base_layer.bfloat16()
+    with monkeypatch.context() as patch:
+        patch.setattr(_PlainLora, "forward", lambda self, x: Linear.forward(self, x))
+        theirs = outcome(torch.bfloat16)
+    compute_in_base_format(backbone, True)
+    ours = outcome(torch.bfloat16)
+    compute_in_base_format(backbone, False)
+    block.double()  # the base's values stay those of bfloat16
+    exact = outcome(torch.float64)
+    for mine, other, expected in zip(ours, theirs, exact, strict=True):
+        off, usual = ((each - expected).norm() / expected.norm() for each in (mine, other))
+        assert off < 2.5 * usual
+    for layer in block.children():  # negative control
+        if isinstance(layer, _PlainLora):
+            layer.scaling["default"] *= 1.1
+    assert (outcome(torch.float64)[2] - exact[2]).norm() / exact[2].norm() > 0.02
+
+
+def test_a_pass_that_fails_leaves_nothing_that_it_has_kept(checkpoints, monkeypatch):
+    backbone = attached(checkpoints)
+    compute_in_base_format(backbone, True)
+    shaken(backbone)
+    layer = backbone.language_model.layers[1]
+    kept = []
+
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        kept.append(weakref.ref(layer.mlp.up_proj.given.narrow))
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(layer.mlp.up_proj.base_layer, "forward", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        loss_sum(backbone, micro_batch(backbone, SHAPE))
+    gc.collect()
+    assert kept[0]() is None
+
+
+def test_what_lora_of_a_layer_costs_a_gpu(checkpoints, monkeypatch):
+    """Kernels, and the bytes that each token adds to them: counted, so that they do not grow."""
+
+    def kernels(width: int, targets: str | None = None) -> Counter:
+        config = TrainConfig(data="x", model=str(checkpoints["qwen2_vl"]), rank=4, targets=targets)
+        traced = TracedModel(config, torch.bfloat16, "cuda")
+        step = traced.step(MicroShape(2, width, 24, 4, 12, (16, 16))).kernels
+        return Counter({kernel: times // traced.num_layers for kernel, times in step.items()})
+
+    def added(width: int) -> Counter:
+        with_lora, without = kernels(width), kernels(width, "projector")
+        with_lora.subtract(without)
+        return with_lora
+
+    def started() -> dict[str, int]:
+        names: Counter = Counter()
+        for kernel, times in added(40).items():
+            names[kernel.name] += times
+        return {name: times for name, times in names.items() if times}
+
+    # Down and its gradient 2 x 4; up, and its two gradients, 3 x 7; what x gets of the four inputs.
+    expected = {"_foreach_copy_": 4, "mm": 2 * 4, "addmm": 3 * 7 + 4, "cat": 2, "add_": 2 * 7}
+    assert started() == expected
+    monkeypatch.setattr(lora, "OF_ONE_INPUT", ())  # negative control
+    assert sum(started().values()) > sum(expected.values())

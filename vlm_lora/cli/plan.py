@@ -115,6 +115,8 @@ def _time(plan: "Estimate", options: argparse.Namespace) -> Iterator[str]:
             f"kernels in {1e3 * price.launches:,.0f} ms or more."
         )
         yield f"            The base's own products get {plan.peak_share:.0%} of the device's published rate."
+        if plan.compiles:
+            yield "            Plain layers are priced. This run would compile them (--compile), and be faster."
 
 
 def _memory(plan: "Estimate") -> Iterator[str]:

@@ -8,24 +8,28 @@ import torch
 
 from vlm_lora.config import COMPILED_FROM, TrainConfig
 from vlm_lora.model.backbone import Backbone
+from vlm_lora.model.families import Family
 from vlm_lora.training.events import Events
 
 
 def is_compiled(config: TrainConfig, backbone: Backbone, sharded: bool, steps: int, events: Events) -> bool:
     """Whether the layers of a run of so many steps are compiled. A function of what all processes know, and of what a
     resumed run knows too. Warns where it is asked for and cannot be."""
-    if config.compile == "no":
-        return False
-    obstacle = _obstacle(config, backbone, sharded)
+    obstacle = _obstacle(config, backbone.family, sharded)
     if config.compile == "yes" and obstacle:
         events.warning(f"--compile yes does not go with {obstacle}. Nothing is compiled.")
-    long = backbone.device.type == "cuda" and steps >= COMPILED_FROM
-    return not obstacle and (config.compile == "yes" or long)
+    return would_compile(config, backbone.family, backbone.device.type, sharded, steps)
 
 
-def _obstacle(config: TrainConfig, backbone: Backbone, sharded: bool) -> str | None:
+def would_compile(config: TrainConfig, family: Family, device: str, sharded: bool, steps: int) -> bool:
+    """The same of a run that is only planned, on a device of this type."""
+    asked = config.compile == "yes" or (config.compile == "auto" and device == "cuda" and steps >= COMPILED_FROM)
+    return asked and not _obstacle(config, family, sharded)
+
+
+def _obstacle(config: TrainConfig, family: Family, sharded: bool) -> str | None:
     """What cannot be compiled in one piece that serves all layers."""
-    if backbone.family.recurrent:
+    if family.recurrent:
         return f"{config.model}, whose linear attention has kernels of its own"
     if config.method == "prefix":
         return "--method prefix, whose layers each have keys and values of their own"

@@ -22,6 +22,7 @@ from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import store_in
 from vlm_lora.model.preprocess import Preprocessor, load_preprocessor
 from vlm_lora.model.shapes import load_sample
+from vlm_lora.training.compiled import would_compile
 from vlm_lora.training.cost import CostModel, Prediction, cost_model, predict
 from vlm_lora.training.devices import ATTAINED, Device, Price, price
 from vlm_lora.training.fitting import FILLED, device_here, fitting_tokens
@@ -68,6 +69,8 @@ class Estimate:
     """Of such a micro-batch."""
     peak_share: float | None
     """Of the device's published rate: the share that the base's own products get."""
+    compiles: bool
+    """Whether the run would compile its layers. What is priced is the step of plain ones."""
     advice: tuple[str, ...]
 
 
@@ -119,9 +122,8 @@ def estimate_run(
     gpus, config = gpus or 1, config.on(target)
     model = cost_model(config, dtype := resolve_dtype(config.dtype, device), target)
     prepared, headers = _prepare(config, progress)
-    examples = prepared.weighted
     patches, held = headers.of(prepared.train), headers.of(prepared.held_out)
-    schedule = Schedule.of(config, examples.num_branches)
+    schedule = Schedule.of(config, (examples := prepared.weighted).num_branches)
     memory = device_memory or (accelerator.memory if accelerator else device_memory_of(device))
     if not config.micro_batch_tokens:
         figures = replace(accelerator or _described(tflops, device), memory=memory)
@@ -166,6 +168,7 @@ def estimate_run(
         price=priced,
         kernels=round(model.trace(cost.largest).num_kernels),
         peak_share=share,
+        compiles=would_compile(config, headers.base.family, target, sharded, schedule.num_steps),
         advice=tuple(_advice(config, model, cost, memory, cost_of, half, can_shard=gpus > 1 and not sharded)),
     )
 

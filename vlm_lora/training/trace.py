@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from vlm_lora.config import TrainConfig
 from vlm_lora.model.adapters.base import Adapter
-from vlm_lora.model.adapters.lora import compute_products_in
+from vlm_lora.model.adapters.lora import compute_in_base_format
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.families import PARTS, part_of
@@ -273,7 +273,7 @@ def _attached(config: TrainConfig, dtype: torch.dtype, device: str, layers: Sequ
     with Trace():  # prefix and prompt start from words, whose numbers are looked at
         adapter = attach_adapter(backbone, config)
     if device == "cpu":
-        compute_products_in(backbone, torch.float32)
+        compute_in_base_format(backbone, False)
     if config.gradient_checkpointing:
         backbone.checkpoint_layers()
     backbone.model.train()

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +103,11 @@ def _adapter(backbone: Backbone, peft_model: PeftModel, contract: Contract | Non
     for layer in _lora_layers(peft_model):
         linear = isinstance(layer.get_base_layer(), torch.nn.Linear)
         if linear and not layer.lora_variant and not layer.lora_bias["default"]:  # no DoRA, no other tool's extras
-            layer.__class__ = _computed_plainly(type(layer))
+            layer.__class__ = _with(_PlainLora, type(layer))
+    for layer in backbone.language_model.layers:
+        for block in layer.children():
+            if any(isinstance(each, _PlainLora) for each in block.children()) and not isinstance(block, _Block):
+                block.__class__ = _with(_Block, type(block))
     return Adapter(backbone, contract, peft_model.disable_adapter, write, partial(_fill, backbone, peft_model))
 
 
@@ -125,42 +129,196 @@ def _lora_layers(peft_model: PeftModel) -> list[Any]:
     return [module for module in peft_model.modules() if isinstance(module, LoraLayer)]
 
 
-def compute_products_in(backbone: Backbone, dtype: torch.dtype) -> None:
-    """Have LoRA's products computed in ``dtype``, and not in what suits the device."""
+def compute_in_base_format(backbone: Backbone, on: bool) -> None:
+    """Have LoRA's products computed in the base's format, or in LoRA's own, and not in what suits the device."""
     for layer in backbone.model.modules():
         if isinstance(layer, _PlainLora):
-            layer.products = dtype
+            layer.in_base_format = on
 
 
 class _PlainLora:
-    """A layer of PEFT's that computes what its own forward does for one LoRA, by `_AddLowRank`. By its class, as each
+    """A layer of PEFT's that computes what its own forward does for one LoRA, in fewer passes. By its class, as each
     layer with a forward of its own would be compiled by itself."""
 
-    products: torch.dtype | None = None
-    """What LoRA's products are computed in; None: what suits the device."""
+    in_base_format: bool | None = None
+    """Whether LoRA's products are computed in the base's format, and not in LoRA's own; None: as suits the device."""
+    given: "_Given | None" = None
+    """By the block that it is part of, while that computes."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        out = self.base_layer(x)
         if self.disable_adapters:
-            return out
-        down, up = self.lora_A["default"].weight, self.lora_B["default"].weight
-        dropout, kind = self.lora_dropout["default"], self.products or _product_dtype(out, up)
+            return self.base_layer(x)
+        dropout, scaling = self.lora_dropout["default"], self.scaling["default"]
         # Without dropout the input itself is kept for the backward pass, which several linears share, not a copy.
-        seen = x if isinstance(dropout, torch.nn.Identity) else dropout(x.to(kind))
-        scaling = self.scaling["default"]
-        return _AddLowRank.apply(out.flatten(0, -2), seen.flatten(0, -2), down, up, scaling, kind).view_as(out)
+        dropped = not isinstance(dropout, torch.nn.Identity)
+        if not _in_base_format(self, x):
+            down, up = self.lora_A["default"].weight, self.lora_B["default"].weight
+            out = self.base_layer(x)
+            seen = dropout(x.to(up.dtype)) if dropped else x
+            return _AddLowRank.apply(out.flatten(0, -2), seen.flatten(0, -2), down, up, scaling).view_as(out)
+        given = self.given
+        if given is None or (given.seen is not None and given.seen is not x):
+            ((given,),) = _converted([[self]], x.dtype)
+        seen, narrow = given.seen, given.narrow
+        if narrow is None:
+            seen, (narrow,) = _lowered(dropout(x), given.down, (len(given.down),))
+        out = self.base_layer(x if dropped else seen)
+        return _Raise.apply(out.flatten(0, -2), narrow, given.up, scaling).view_as(out)
+
+
+class _Block:
+    """Attention or an MLP of the base's with LoRA in it: all of it converted to the base's format in one kernel, and
+    one product down for the linears that see one input.
+
+    It is a class, and no hook, as what it gives to its layers must be gone when it is through, also where memory runs
+    out: with it, all that the failed pass has kept would stay.
+    """
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        x, *more = args or (kwargs.pop("hidden_states"),)
+        layers: dict[str, Any] = {name: each for name, each in self._modules.items() if isinstance(each, _PlainLora)}
+        if layers and all(_in_base_format(each, x) and not each.disable_adapters for each in layers.values()):
+            x = _give(layers, x)
+        try:
+            return super().forward(x, *more, **kwargs)  # type: ignore[misc]
+        finally:
+            for each in layers.values():
+                each.given = None
+
+
+OF_ONE_INPUT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+"""Linears of attention, and of an MLP, by their names there: those of a block see what it is given itself."""
+
+
+class _Given(NamedTuple):
+    """LoRA in the base's format; ``narrow`` ``(tokens, r)`` is its product down with the input ``seen``, or not there
+    yet."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    seen: torch.Tensor | None = None
+    narrow: torch.Tensor | None = None
+
+
+def _give(layers: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
+    """Give a block's layers what they need beside their input, which is ``x`` for some. Returns ``x``, which the block
+    takes from here: the gradient that it brings back is the one that LoRA's is added to."""
+    first = [each for name, each in layers.items() if name in OF_ONE_INPUT]
+    # Dropout leaves each of them other parts of the input.
+    joined = all(isinstance(each.lora_dropout["default"], torch.nn.Identity) for each in first)
+    others = [[each] for name, each in layers.items() if not joined or name not in OF_ONE_INPUT]
+    groups = [first, *others] if first and joined else others
+    given = _converted(groups, x.dtype)
+    if first and joined:
+        x, parts = _lowered(x, given[0][0].down, [each.up.shape[1] for each in given[0]])
+        given[0] = [each._replace(seen=x, narrow=part) for each, part in zip(given[0], parts, strict=True)]
+    for layers_of, given_to in zip(groups, given, strict=True):
+        for layer, each in zip(layers_of, given_to, strict=True):
+            layer.given = each
+    return x
 
 
 @cache
-def _computed_plainly(kind: type) -> type:
-    return type(kind.__name__, (_PlainLora, kind), {})
+def _with(mixin: type, kind: type) -> type:
+    """The class ``kind``, which computes as ``mixin`` does."""
+    return type(kind.__name__, (mixin, kind), {})
 
 
-def _product_dtype(out: torch.Tensor, up: torch.Tensor) -> torch.dtype:
-    """What LoRA's products are computed in. A GPU takes the base's format, and adds up in float32 either way: in the
-    language layers of 2B LoRA costs an H200 152 ms for 8,192 tokens in float32, 30 in bfloat16, with the same error
-    (bench/results/gpu-profile.json). A CPU gains nothing by it, and computes in the LoRA's own float32."""
-    return up.dtype if out.is_cpu else out.dtype
+def _in_base_format(layer: Any, x: torch.Tensor) -> bool:
+    """Whether LoRA's products are computed in the base's 16 bits, added up in float32, and not in LoRA's own float32.
+    A GPU does: in the language layers of 2B LoRA costs an H200 152 ms for 8,192 tokens in float32, 30 in bfloat16, with
+    the same error (bench/results/gpu-profile.json). A CPU gains nothing by it."""
+    if layer.in_base_format is not None:
+        return layer.in_base_format
+    return not x.is_cpu and x.dtype.itemsize < layer.lora_B["default"].weight.dtype.itemsize
+
+
+def _converted(groups: Sequence[Sequence[Any]], kind: torch.dtype) -> list[list[_Given]]:
+    """LoRA of these groups of layers in ``kind``; what is down is one tensor for a group."""
+    layers = [layer for group in groups for layer in group]
+    downs = [layer.lora_A["default"].weight for layer in layers]
+    ups = [layer.lora_B["default"].weight for layer in layers]
+    ranks = tuple(tuple(layer.r["default"] for layer in group) for group in groups)
+    converted = _Convert.apply(kind, ranks, *downs, *ups)
+    joined, own = converted[: len(groups)], iter(converted[len(groups) :])
+    return [[_Given(down, next(own)) for _ in group] for down, group in zip(joined, groups, strict=True)]
+
+
+def _lowered(x: torch.Tensor, down: torch.Tensor, ranks: Sequence[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """``x`` for the base to see, and its product down, cut into parts of these ranks."""
+    seen, *parts = _Lower.apply(x.flatten(0, -2), down, ranks)
+    return seen.view_as(x) if x.requires_grad else x, parts
+
+
+class _Convert(torch.autograd.Function):
+    """LoRA's tensors in another format, and their gradients back, each way in one kernel for all: first the ways down,
+    those of each group's ``ranks`` laid one below the other; then the ways up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kind: torch.dtype, ranks: tuple[tuple[int, ...], ...], *own: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.ranks, ctx.own = ranks, own[0].dtype
+        downs, parts = [], []
+        for group in ranks:
+            downs.append(own[len(parts)].new_empty((sum(group), own[len(parts)].shape[1]), dtype=kind))
+            parts += downs[-1].split(group)
+        ups = [torch.empty_like(up, dtype=kind) for up in own[len(parts) :]]
+        torch._foreach_copy_([*parts, *ups], own)  # pyright: ignore[reportPrivateImportUsage]
+        return *downs, *ups
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        joined, ups = grads[: len(ctx.ranks)], grads[len(ctx.ranks) :]
+        found = [part for grad, group in zip(joined, ctx.ranks, strict=True) for part in grad.split(group)]
+        found += ups
+        own = [torch.empty_like(each, dtype=ctx.own) for each in found]
+        torch._foreach_copy_(own, found)  # pyright: ignore[reportPrivateImportUsage]
+        return None, None, *own
+
+
+class _Lower(torch.autograd.Function):
+    """``x`` ``(tokens, width)`` itself, and ``x @ down.T`` in parts of these ``ranks``.
+
+    As ``x`` goes through it, so does the gradient that the base's linears give it, and LoRA's is added by the product
+    that makes it, without a pass of its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, down: torch.Tensor, ranks: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(x, down)
+        return x.view_as(x), *F.linear(x, down).split(ranks, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        of_seen, *of_parts = grads
+        x, down = ctx.saved_tensors
+        back = torch.cat(of_parts, 1) if len(of_parts) > 1 else of_parts[0]
+        return torch.addmm(of_seen, back, down) if ctx.needs_input_grad[0] else None, back.T @ x, None
+
+
+class _Raise(torch.autograd.Function):
+    """``out + scaling * narrow @ up.T``, scaled and added by the product; in ``out``'s format, each rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, out, narrow, up, scaling: float) -> torch.Tensor:
+        ctx.scaling = scaling
+        ctx.save_for_backward(narrow, up)
+        return torch.addmm(out, narrow, up.T, alpha=scaling)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        narrow, up = ctx.saved_tensors
+        return grad, _product(grad, up, ctx.scaling), _product(grad.T, narrow, ctx.scaling), None
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """``scaling * a @ b``, scaled before it is rounded."""
+    return torch.addmm(a.new_empty(len(a), b.shape[1]), a, b, beta=0, alpha=scaling)
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -168,34 +326,33 @@ class _AddLowRank(torch.autograd.Function):
     added by the matrix product that makes it; and backward the gradient of ``up`` as the product of a narrow by a wide
     matrix, which on a CPU takes a ninth of the time of autograd's, that of a wide one by a narrow.
 
-    Products are in ``kind``. In float32 over a base in bfloat16 it adds in float32, too, and gives bfloat16. So does
-    PEFT, but over four bits, where it rounds before it adds. In bfloat16 each result is rounded once.
+    Products are in LoRA's own float32. Over a base in bfloat16 it adds in float32, too, and gives bfloat16. So does
+    PEFT, but over four bits, where it rounds before it adds.
     """
 
     @staticmethod
-    def forward(ctx: Any, out, x, down, up, scaling: float, kind: torch.dtype) -> torch.Tensor:
-        ctx.scaling, ctx.kind, ctx.trained_in = scaling, kind, up.dtype
-        down, up = down.to(kind), up.to(kind)
-        narrow = scaling * F.linear(x.to(kind), down)
+    def forward(ctx: Any, out, x, down, up, scaling: float) -> torch.Tensor:
+        ctx.scaling = scaling
+        narrow = scaling * F.linear(x.to(up.dtype), down)
         ctx.save_for_backward(x, narrow, down, up)
-        total = out.to(kind)
+        total = out.to(up.dtype)
         total = torch.addmm(out, narrow, up.T) if total is out else total.addmm_(narrow, up.T)
         # Not by a `to` that does nothing: compiled by torch 2.11, its result has no gradient.
-        return total if kind == out.dtype else total.to(out.dtype)
+        return total if up.dtype == out.dtype else total.to(out.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
-        (x, narrow, down, up), kind = ctx.saved_tensors, ctx.kind
-        wide = grad.to(kind)
+        x, narrow, down, up = ctx.saved_tensors
+        wide = grad.to(up.dtype)
         # At rank 8 a CPU takes twice as long for `wide @ up`.
         back = ctx.scaling * F.linear(wide, up.T.contiguous() if wide.is_cpu else up.T)
-        of_up = (narrow.T @ wide).T.to(ctx.trained_in)
+        of_up = (narrow.T @ wide).T
         del wide  # of the float32 copies over a base in bfloat16, one at a time
-        of_down = (back.T @ x.to(kind)).to(ctx.trained_in)
+        of_down = back.T @ x.to(up.dtype)
         of_x = (back @ down).to(x.dtype) if ctx.needs_input_grad[1] else None
-        return grad, of_x, of_down, of_up, None, None
+        return grad, of_x, of_down, of_up, None
 
 
 def _check_trained(adapter: Adapter, targets: Sequence[str]) -> None:
