@@ -32,7 +32,8 @@ FAST, SLOW = Device(1e18, 1e18, 1e15, 1e15), Device(1e9, 1e9, 1e15, 1e15)
 def texts(lengths) -> Lessons:
     """Examples of one answer without images, of so many tokens each."""
     example = Example(id="x", images=(), dialogues=(), source="x.jsonl")
-    return Lessons.of(Lesson(example, length - 10, 0, (BranchSize(0, 10, 5, 0),)) for length in lengths)
+    made = [Lesson(example, length - 10, 0, (BranchSize(0, 10, 5, 0),)) for length in lengths]
+    return Lessons.of([example] * len(made), enumerate(made))
 
 
 @pytest.fixture(scope="module")

@@ -198,7 +198,7 @@ def of_tokens(lengths, names=None):
         name = names[i] if names else f"{i}.png"
         example = Example(name, (ImageRef(path=name, name=name),), (Dialogue((Turn("a", "b"),)),), name)
         made.append(Lesson(example, length - 2, 1, (BranchSize(0, 2, 0, 0),)))
-    return Lessons.of(made)
+    return Lessons.of([each.example for each in made], enumerate(made))
 
 
 def hash_of(image) -> str:
@@ -241,9 +241,9 @@ def test_the_sample_is_of_seed_and_bytes_alone_and_nested():
 def test_one_without_images_is_ranked_by_its_texts():
     held_out = of_tokens([50] * 40)
     bare = [replace(each, example=replace(each.example, images=())) for each in held_out]
-    other = Lessons.of(
-        replace(e, example=replace(e.example, dialogues=e.example.dialogues * (i + 1))) for i, e in enumerate(bare)
-    )
+    examples = [replace(e.example, dialogues=e.example.dialogues * (i + 1)) for i, e in enumerate(bare)]
+    made = [replace(e, example=example) for e, example in zip(bare, examples, strict=True)]
+    other = Lessons.of(examples, enumerate(made))
     assert held_out_of(other).order.tolist() != list(range(40))
     assert [held_out_of(other[::-1]).order[i] for i in range(40)] == [39 - i for i in held_out_of(other).order]
 

@@ -119,7 +119,7 @@ def data_of(run: Path, *, val: bool = False) -> list[Example]:
         if not sources:
             return []
         dataset = read_dataset(sources, DataSettings(**reading))
-        examples = dataset.examples + dataset.val + dataset.test
+        examples = (*dataset.examples, *dataset.val, *dataset.test)
         return [replace(example, id=example.id.removeprefix(f"{start.as_posix()}/")) for example in examples]
     except VlmLoraError as error:
         log.warning("No pictures: the data of %s cannot be read again (%s)", run, error)

@@ -6,7 +6,7 @@ take some megabytes before that.
 """
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from vlm_lora.data.example import Example, ImageRef
+from vlm_lora.data.examples import Examples
 from vlm_lora.data.index import Table, index_folder, key_of
 from vlm_lora.errors import DataError
 from vlm_lora.model.encode import Encoder, Sizes
@@ -56,6 +57,11 @@ class Lesson:
         return sum(branch.num_labels for branch in self.branches)
 
     @property
+    def learnt_from(self) -> Examples:
+        """The example of each."""
+        return self.examples.take(self.which)
+
+    @property
     def images(self) -> tuple[ImageRef, ...]:
         """The images in the order of their tokens: those of the prefix, then those of each branch."""
         images, first = self.example.images, self.images_in_prefix
@@ -87,30 +93,34 @@ class Lessons(Sequence[Lesson]):
     """The lessons of a data set. None is kept as an object: each is made when it is asked for.
 
     Attributes:
-        examples: of which they are.
+        examples: of which they are, each made when it is asked for.
         prefixes: ``(examples, 2)`` tokens of each one's prefix, and images in it.
         first: ``(examples + 1,)``, where the branches of each begin.
         branches: ``(branches, 3)`` tokens, labels and images of each.
         which: ``(lessons,)``, the example of each lesson.
     """
 
-    examples: Sequence[Example]
+    examples: Examples
     prefixes: np.ndarray
     first: np.ndarray
     branches: np.ndarray
     which: np.ndarray
 
     @classmethod
-    def of(cls, lessons: Iterable[Lesson]) -> "Lessons":
-        """Of whole examples, all of whose branches are learnt."""
-        examples, prefixes, first, branches = [], array("i"), array("q", [0]), array("i")
-        for lesson in lessons:
-            examples.append(lesson.example)
+    def of(cls, examples: Sequence[Example], lessons: Iterable[tuple[int, Lesson]]) -> "Lessons":
+        """Of whole ``examples``, all of whose branches are learnt; each lesson with the place of its own, of which it
+        may have fewer dialogues."""
+        examples = Examples.of(examples)
+        places, changed, prefixes, first, branches = array("q"), {}, array("i"), array("q", [0]), array("i")
+        for place, lesson in lessons:
+            places.append(place)
+            if len(lesson.example.dialogues) < examples.num_answers[place]:
+                changed[place] = lesson.example
             prefixes.extend((lesson.prefix, lesson.images_in_prefix))
             branches.extend(chain.from_iterable(branch[1:] for branch in lesson.branches))
             first.append(len(branches) // 3)
         sizes = np.array(prefixes).reshape(-1, 2), np.array(first), np.array(branches).reshape(-1, 3)
-        return cls(tuple(examples), *sizes, np.arange(len(examples)))
+        return cls(examples.take(places, changed), *sizes, np.arange(len(places)))
 
     @overload
     def __getitem__(self, at: int) -> Lesson: ...
@@ -133,6 +143,21 @@ class Lessons(Sequence[Lesson]):
     def take(self, at: Sequence[int] | np.ndarray) -> "Lessons":
         """Those at these places, in this order."""
         return replace(self, which=self.which[np.asarray(at, dtype=np.int64)])
+
+    @property
+    def learnt_from(self) -> Examples:
+        """The example of each."""
+        return self.examples.take(self.which)
+
+    @property
+    def images(self) -> Iterator[ImageRef]:
+        """Of all of them, those of some lesson more than once if others have them too."""
+        return chain.from_iterable(self.learnt_from.images)
+
+    @property
+    def weighted(self) -> "Lessons":
+        """What an epoch learns from: each as often as the weight of its example says."""
+        return self.take(np.repeat(np.arange(len(self)), self.learnt_from.weights))
 
     @cached_property
     def num_branches(self) -> np.ndarray:

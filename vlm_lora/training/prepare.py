@@ -4,15 +4,16 @@ import os
 import shlex
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
-import numpy as np
 import torch
 
 from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Example, ImageRef
-from vlm_lora.data.index import Looks, key_of
+from vlm_lora.data.examples import Examples
+from vlm_lora.data.index import Looks, key_of, locked
 from vlm_lora.data.readers import BadRow, Dataset, DataSettings, bad_rows, read_dataset
 from vlm_lora.data.split import split_examples, without_held_out
 from vlm_lora.errors import DataError
@@ -27,8 +28,8 @@ from vlm_lora.training.processes import Processes
 class SplitData:
     """What was read: examples to learn from, held-out ones, and the rows that cannot be used."""
 
-    train: list[Example]
-    held_out: list[Example]
+    train: Sequence[Example]
+    held_out: Sequence[Example]
     bad_rows: tuple[BadRow, ...]
     taken_for: str
     fingerprint: str
@@ -56,12 +57,15 @@ class Prepared:
     @property
     def weighted(self) -> Lessons:
         """What an epoch learns from: each example as often as its weight says."""
-        weights = [self.train.examples[i].weight for i in self.train.which]
-        return self.train.take(np.repeat(np.arange(len(self.train)), weights))
+        return self.train.weighted
+
+    @property
+    def images(self) -> Iterator[ImageRef]:
+        return chain(self.train.images, self.held_out.images)
 
 
-def read_data(config: TrainConfig, sources: Sequence[str]) -> Dataset:
-    return read_dataset(sources, DataSettings(**config.reading))
+def read_data(config: TrainConfig, sources: Sequence[str], warn: Callable[[str], None] = lambda text: None) -> Dataset:
+    return read_dataset(sources, DataSettings(**config.reading), keep=config.cache, warn=warn)
 
 
 def index_name(config: TrainConfig) -> object:
@@ -81,10 +85,10 @@ def read_and_split(
         warn: called with a sentence where the index cannot be kept.
     """
     looks = Looks(index_name(config), warn)
-    dataset = read_data(config, config.sources)
-    held_dataset = read_data(config, (config.val,)).part("val", "test") if config.val else None
+    dataset = read_data(config, config.sources, warn)
+    held_dataset = read_data(config, (config.val,), warn).part("val", "test") if config.val else None
     sides = (dataset.examples, dataset.val, dataset.test, held_dataset.examples if held_dataset else ())
-    looks.look_at_all([image for side in sides for example in side for image in example.images], progress)
+    looks.look_at_all(chain.from_iterable(images for side in sides for images in Examples.of(side).images), progress)
     if held_dataset and config.val:
         dataset = without_held_out(dataset, held_dataset, config.val, looks.sha256)
     elif dataset.val or dataset.test:
@@ -94,12 +98,12 @@ def read_and_split(
     bad = dataset.bad + (held_dataset.bad if held_dataset else ())
     if not dataset.examples:
         raise no_usable_example(config, bad, len(dataset.val) + len(dataset.test))
-    if not any(example.images for example in dataset.examples):
+    if not any(Examples.of(dataset.examples).images):
         raise DataError(
             f"{', '.join(config.sources)}: no row names an image. Say --columns image=NAME; rows of text alone are "
             "learnt beside rows with images, as in vlm-lora train PHOTOS TEXTS"
         )
-    train, held_out = list(dataset.examples), list(held_dataset.examples) if held_dataset else []
+    train, held_out = dataset.examples, held_dataset.examples if held_dataset else Examples.of(())
     if not held_dataset and config.val_split:
         train, held_out = split_examples(train, config.val_split, config.seed, looks.sha256)
     taken_for = ". ".join(dataset.parts) or dataset.taken_for
@@ -121,27 +125,29 @@ def count_tokens(
     bad, name = list(data.bad_rows), index_name(config)
     kept = KeptSizes(f"tokens-{key_of(name, encoder.fingerprint).hex()}" if name else None)
 
-    def readable(examples: Sequence[Example]) -> Iterator[tuple[Example, torch.Tensor]]:
-        for example in examples:
+    def readable(examples: Sequence[Example], places: Iterable[int]) -> Iterator[tuple[int, Example, torch.Tensor]]:
+        for place in places:
+            example = examples[place]
             try:
                 grids = [encoder.backbone.grid(*data.looks.size(image)) for image in example.images]
-                yield example, torch.tensor(grids, dtype=torch.long).reshape(-1, 3)
+                yield place, example, torch.tensor(grids, dtype=torch.long).reshape(-1, 3)
             except DataError as error:
                 bad.extend(bad_rows(example, str(error)))
 
-    def counted(examples: Sequence[Example]) -> Iterator[Lesson]:
+    def counted(examples: Sequence[Example]) -> Iterator[tuple[int, Lesson]]:
         for start in range(0, len(examples), AT_ONCE):
-            some = list(readable(examples[start : start + AT_ONCE]))
-            for (example, grids), sizes in zip(some, kept.sizes(encoder, some), strict=True):
+            some = list(readable(examples, range(len(examples))[start : start + AT_ONCE]))
+            known = kept.sizes(encoder, [(example, grids) for _, example, grids in some])
+            for (place, example, grids), sizes in zip(some, known, strict=True):
                 fitting, sizes, too_long = encoder.fitting(example, grids, config.max_tokens, sizes)
                 bad.extend(too_long)
                 if fitting:
-                    yield Lesson.of(fitting, sizes)
+                    yield place, Lesson.of(fitting, sizes)
             progress(min(start + AT_ONCE, len(examples)), len(examples))
 
-    with kept.table.locked():  # the other processes find what the first one counts
+    with locked(kept.table.path):  # the other processes find what the first one counts
         kept.table.load()
-        train, held_out = Lessons.of(counted(data.train)), Lessons.of(counted(data.held_out))
+        train, held_out = (Lessons.of(side, counted(side)) for side in (data.train, data.held_out))
         try:
             kept.save()
         except OSError as error:
@@ -151,9 +157,10 @@ def count_tokens(
 
 def sees_each_image_once(config: TrainConfig, examples: Sequence[Example]) -> bool:
     """Whether the run ends before any image comes again, so that keeping features would be in vain."""
-    answers = sum(len(example.dialogues) for example in examples)
+    examples = Examples.of(examples)
+    answers = int(examples.num_answers.sum())
     once = config.epochs <= 1 or (config.max_steps is not None and config.max_steps * config.batch_size <= answers)
-    return once and all(example.weight == 1 for example in examples)
+    return once and all(weight == 1 for weight in examples.weights)
 
 
 def see_images(
@@ -187,26 +194,22 @@ def see_images(
     held_out, bad_held_out = usable(prepared.held_out, True)
     if seen_once:
         features.write = False
-        events.survey(features.survey(_images(prepared.train), evict=False), features.folder, True)
+        events.survey(features.survey(prepared.train.images, evict=False), features.folder, True)
     train, bad = usable(prepared.train, not seen_once)
     features.write = not seen_once
     features.keep_looks()
     return Prepared(train, held_out, (*prepared.bad_rows, *bad, *bad_held_out))
 
 
-def _images(examples: Lessons) -> list[ImageRef]:
-    return [image for each in examples for image in each.example.images]
-
-
 def _survey(features: FeatureCache, kept: Sequence[Lessons], processes: Processes, events: Events) -> None:
     """Make room in the cache for these, the first group before the next: one process of each machine does."""
-    images, first = [_images(examples) for examples in kept], processes.accelerator.is_local_main_process
+    first = processes.accelerator.is_local_main_process
     features.write = True
     if first:
-        survey = features.survey(*images)
+        survey = features.survey(*(examples.images for examples in kept))
     processes.gather(None)
     if not first:
-        survey = features.survey(*images, evict=False)
+        survey = features.survey(*(examples.images for examples in kept), evict=False)
     if survey.images:
         events.survey(survey, features.folder, False)
 

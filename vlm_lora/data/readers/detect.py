@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vlm_lora.data.origin import depend_on
 from vlm_lora.data.readers import coco
 from vlm_lora.data.readers.fields import SPLITS
 from vlm_lora.data.readers.folders import (
@@ -108,6 +109,7 @@ def detect(path: Path, format: str | None) -> Layout:
 
 
 def _in_folder(folder: Path, root: Path, format: str | None) -> Layout:
+    depend_on(folder)
     if format in (None, "arrow") and (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return Layout("arrow", root, (folder / "state.json",))
     if format in (None, "arrow") and (folder / "dataset_dict.json").is_file():
@@ -219,6 +221,7 @@ def _of_flickr(path: Path) -> str:
     """ "csv" for Kaggle's Flickr8k, which has its CSV in a captions.txt; "flickr" for a .token.txt; else ""."""
     if not path.name.lower().endswith(("captions.txt", ".token.txt", ".token")) or not path.is_file():
         return ""
+    depend_on(path)
     with path.open("rb") as file:
         head = file.readline(4096).decode("utf-8-sig", "replace")
     if TOKEN.match(head):
