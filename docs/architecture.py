@@ -42,8 +42,8 @@ CORE = [
 ]
 """From a configuration to a caption, in reading order."""
 
-MOST_CORE_LINES = 6_230
-MOST_LINES = 24_900
+MOST_CORE_LINES = 6_240
+MOST_LINES = 24_950
 """What they are today, rounded up. The goals are 4,500 and 11,500: a change that raises one says why."""
 MOST_FUNCTION_LINES = 80
 MOST_ARGUMENTS = 7

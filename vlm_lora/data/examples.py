@@ -3,6 +3,7 @@
 An image with five captions is some 600 bytes this way, and 15 KB as objects.
 """
 
+import hashlib
 import json
 import os
 from array import array
@@ -19,6 +20,8 @@ from vlm_lora.data.example import Box, ByteSource, Dialogue, Example, ImageRef, 
 
 MOST_SHARED = 1024
 """Texts that are kept once for all examples: folders, files of rows, prompts, the commonest questions."""
+WIDTH = 16
+"""Bytes of a hash."""
 _encode = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
 _decode = json.JSONDecoder().raw_decode
 _OF_DIALOGUES = (None, "", "", None, "", "", None, (), (), (), ())
@@ -33,7 +36,8 @@ class Columns:
 
     ``head_ends`` ``(examples,)`` and ``said_ends`` ``(dialogues,)`` are where each one's JSON ends; ``order``
     ``(dialogues,)`` has the dialogues by example, those of number ``i`` from ``first[i]`` to ``first[i + 1]``.
-    ``shared`` are texts and other values that JSON has numbers for.
+    ``shared`` are texts and other values that JSON has numbers for. ``digests`` ``(examples, 16)`` are hashes of what
+    is said of each, ``system`` the system prompt of all that is said, None where it is not one.
     """
 
     heads: memoryview
@@ -42,7 +46,9 @@ class Columns:
     said_ends: np.ndarray
     order: np.ndarray
     first: np.ndarray
+    digests: np.ndarray
     shared: list
+    system: str | None
 
 
 class Examples(Sequence[Example]):
@@ -120,6 +126,13 @@ class Examples(Sequence[Example]):
             counts[number] = len(example.dialogues)
         return counts if self.which is None else counts[self.which]
 
+    def said(self, at: int) -> bytes:
+        """A hash of all that is said of the images in one: of what decides how many tokens it takes."""
+        number = self._number(at)
+        if number in self.changed:
+            return Examples.of([self.changed[number]]).said(0)
+        return self.columns.digests[number].tobytes()
+
     def _heads(self) -> Iterator[list]:
         for number in range(len(self)) if self.which is None else self.which.tolist():
             yield _part(self.columns.heads, self.columns.head_ends, number)
@@ -136,6 +149,8 @@ class Packer:
     def __init__(self) -> None:
         self._heads, self._said = bytearray(), bytearray()
         self._head_ends, self._said_ends, self._examples = array("q"), array("q"), array("i")
+        self._digests = bytearray()
+        self._systems: set[str] = set()  # two at most
         self._shared: list = []
         self._numbers: dict[object, int] = {}
 
@@ -154,6 +169,7 @@ class Packer:
         images = list(map(self._image, example.images))
         self._heads += _bytes([images, *_trimmed(rest, _OF_EXAMPLES)])
         self._head_ends.append(len(self._heads))
+        self._digests += bytes(WIDTH)
         return len(self._head_ends) - 1
 
     def say(self, example: int, d: Dialogue) -> None:
@@ -169,6 +185,12 @@ class Packer:
         self._said += _bytes([turns, *_trimmed(rest, _OF_DIALOGUES)])
         self._said_ends.append(len(self._said))
         self._examples.append(example)
+        if len(self._systems) < 2:
+            self._systems.add(d.system)
+        spoken = [(turn.user, turn.assistant, turn.images, turn.weight) for turn in d.turns]
+        own = slice(example * WIDTH, (example + 1) * WIDTH)
+        said = f"{self._digests[own].hex()} {(d.system, spoken, d.refs, d.boxes)!r}".encode("utf-8", "surrogatepass")
+        self._digests[own] = hashlib.blake2b(said, digest_size=WIDTH).digest()
 
     def done(self) -> Examples:
         examples = np.array(self._examples, dtype=np.int64)
@@ -177,7 +199,9 @@ class Packer:
         first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         ends = np.array(self._head_ends, dtype=np.int64), np.array(self._said_ends, dtype=np.int64)
         heads, said = memoryview(bytes(self._heads)), memoryview(bytes(self._said))
-        return Examples(Columns(heads, ends[0], said, ends[1], order, first, self._shared))
+        digests = np.frombuffer(bytes(self._digests), dtype=np.uint8).reshape(-1, WIDTH)
+        system = next(iter(self._systems)) if len(self._systems) == 1 else None
+        return Examples(Columns(heads, ends[0], said, ends[1], order, first, digests, self._shared, system))
 
     def _share(self, text: str | None) -> "str | int | None":
         """A number for a text that may come again, if it has one."""

@@ -6,7 +6,7 @@ take some megabytes before that.
 """
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -21,6 +21,9 @@ from vlm_lora.data.index import Table, index_folder, key_of
 from vlm_lora.errors import DataError
 from vlm_lora.model.encode import Encoder, Sizes
 from vlm_lora.model.packing import Encoded
+
+Grids = Sequence[tuple[int, int, int]]
+"""``grid_thw`` of each image of an example."""
 
 
 class BranchSize(NamedTuple):
@@ -55,11 +58,6 @@ class Lesson:
     @property
     def num_labels(self) -> int:
         return sum(branch.num_labels for branch in self.branches)
-
-    @property
-    def learnt_from(self) -> Examples:
-        """The example of each."""
-        return self.examples.take(self.which)
 
     @property
     def images(self) -> tuple[ImageRef, ...]:
@@ -107,20 +105,23 @@ class Lessons(Sequence[Lesson]):
     which: np.ndarray
 
     @classmethod
-    def of(cls, examples: Sequence[Example], lessons: Iterable[tuple[int, Lesson]]) -> "Lessons":
-        """Of whole ``examples``, all of whose branches are learnt; each lesson with the place of its own, of which it
-        may have fewer dialogues."""
+    def of(
+        cls, examples: Sequence[Example], counted: Iterable[tuple[int, Sizes]], fewer: Mapping[int, Example]
+    ) -> "Lessons":
+        """Of ``examples`` all of whose branches are learnt: the place of each, and its sizes.
+
+        Args:
+            fewer: by place, those that are learnt with fewer dialogues, and so have those sizes; filled meanwhile.
+        """
         examples = Examples.of(examples)
-        places, changed, prefixes, first, branches = array("q"), {}, array("i"), array("q", [0]), array("i")
-        for place, lesson in lessons:
+        places, prefixes, first, branches = array("q"), array("i"), array("q", [0]), array("i")
+        for place, each in counted:
             places.append(place)
-            if len(lesson.example.dialogues) < examples.num_answers[place]:
-                changed[place] = lesson.example
-            prefixes.extend((lesson.prefix, lesson.images_in_prefix))
-            branches.extend(chain.from_iterable(branch[1:] for branch in lesson.branches))
+            prefixes.extend(each[:2])
+            branches.extend(chain.from_iterable(each.branches))
             first.append(len(branches) // 3)
-        sizes = np.array(prefixes).reshape(-1, 2), np.array(first), np.array(branches).reshape(-1, 3)
-        return cls(examples.take(places, changed), *sizes, np.arange(len(places)))
+        numbers = np.array(prefixes).reshape(-1, 2), np.array(first), np.array(branches).reshape(-1, 3)
+        return cls(examples.take(places, fewer), *numbers, np.arange(len(places)))
 
     @overload
     def __getitem__(self, at: int) -> Lesson: ...
@@ -184,15 +185,17 @@ class KeptSizes:
         self._keys = bytearray()
         self._prefixes, self._first, self._branches = array("i"), array("q", [0]), array("i")
 
-    def sizes(self, encoder: Encoder, examples: Sequence[tuple[Example, torch.Tensor]]) -> list[Sizes]:
-        """Of these examples with their image grids; texts that are to be counted are tokenised together."""
-        keys = [_key(example, grids) for example, grids in examples]
-        known = [self._find(key) for key in keys]
-        encoder.tokenize_ahead([example for (example, _), sizes in zip(examples, known, strict=True) if not sizes])
+    def sizes(self, encoder: Encoder, examples: Examples, grids: Mapping[int, Grids]) -> list[Sizes]:
+        """Of the examples at some places with their image grids; texts that are to be counted are tokenised
+        together."""
+        keys = {place: key_of(examples.said(place), given) for place, given in grids.items()}
+        known = {place: self._find(key) for place, key in keys.items()}
+        new = {place: examples[place] for place, sizes in known.items() if sizes is None}
+        encoder.tokenize_ahead(list(new.values()))
         found = []
-        for key, (example, grids), sizes in zip(keys, examples, known, strict=True):
-            self.num_counted += sizes is None
-            found.append(sizes or encoder.sizes(example.dialogues, grids))
+        for place, key in keys.items():
+            self.num_counted += place in new
+            found.append(known[place] or encoder.sizes(new[place].dialogues, as_tensor(grids[place])))
             self._keys += key
             self._prefixes.extend(found[-1][:2])
             self._branches.extend(chain.from_iterable(found[-1].branches))
@@ -216,10 +219,6 @@ class KeptSizes:
         return Sizes(prefix, in_prefix, list(zip(*[iter(numbers)] * 3, strict=True)))
 
 
-def _key(example: Example, grids: torch.Tensor) -> bytes:
-    """Of all of an example that decides its sizes."""
-    said = [
-        (d.system, [(t.user, t.assistant, t.images, t.weight) for t in d.turns], d.refs, d.boxes)
-        for d in example.dialogues
-    ]
-    return key_of(said, grids.tolist())
+def as_tensor(grids: Grids) -> torch.Tensor:
+    """``(num_images, 3)``"""
+    return torch.tensor(grids, dtype=torch.long).reshape(-1, 3)

@@ -4,11 +4,10 @@ import os
 import shlex
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
-
-import torch
+from functools import lru_cache
+from itertools import chain, islice
 
 from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Example, ImageRef
@@ -17,10 +16,10 @@ from vlm_lora.data.index import Looks, key_of, locked
 from vlm_lora.data.readers import BadRow, Dataset, DataSettings, bad_rows, read_dataset
 from vlm_lora.data.split import split_examples, without_held_out
 from vlm_lora.errors import DataError
-from vlm_lora.model.encode import AT_ONCE, Encoder
+from vlm_lora.model.encode import AT_ONCE, Encoder, Sizes
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.training.events import Events
-from vlm_lora.training.lessons import KeptSizes, Lesson, Lessons
+from vlm_lora.training.lessons import Grids, KeptSizes, Lessons, as_tensor
 from vlm_lora.training.processes import Processes
 
 
@@ -40,7 +39,10 @@ class SplitData:
     @property
     def systems(self) -> list[str]:
         """The system prompts of what is said about images, "" where there is none; each once, the commonest first."""
-        with_images = [example for example in self.train if example.images]
+        examples = Examples.of(self.train)
+        if examples.columns.system is not None:  # no need to look at each
+            return [examples.columns.system] if any(examples.images) else []
+        with_images = [example for example in examples if example.images]
         found = Counter(dialogue.system for example in with_images for dialogue in example.dialogues)
         return [system for system, _ in found.most_common()]
 
@@ -122,32 +124,37 @@ def count_tokens(
     Args:
         progress: called with the number of examples whose tokens are counted, and of all.
     """
-    bad, name = list(data.bad_rows), index_name(config)
+    bad, name, grid = list(data.bad_rows), index_name(config), lru_cache(4096)(encoder.backbone.grid)
     kept = KeptSizes(f"tokens-{key_of(name, encoder.fingerprint).hex()}" if name else None)
 
-    def readable(examples: Sequence[Example], places: Iterable[int]) -> Iterator[tuple[int, Example, torch.Tensor]]:
-        for place in places:
-            example = examples[place]
-            try:
-                grids = [encoder.backbone.grid(*data.looks.size(image)) for image in example.images]
-                yield place, example, torch.tensor(grids, dtype=torch.long).reshape(-1, 3)
-            except DataError as error:
-                bad.extend(bad_rows(example, str(error)))
-
-    def counted(examples: Sequence[Example]) -> Iterator[tuple[int, Lesson]]:
-        for start in range(0, len(examples), AT_ONCE):
-            some = list(readable(examples, range(len(examples))[start : start + AT_ONCE]))
-            known = kept.sizes(encoder, [(example, grids) for _, example, grids in some])
-            for (place, example, grids), sizes in zip(some, known, strict=True):
-                fitting, sizes, too_long = encoder.fitting(example, grids, config.max_tokens, sizes)
+    def counted(examples: Examples, fewer: dict[int, Example]) -> Iterator[tuple[int, Sizes]]:
+        images = enumerate(examples.images)
+        while some := list(islice(images, AT_ONCE)):
+            grids: dict[int, Grids] = {}
+            for place, refs in some:
+                try:
+                    grids[place] = [grid(*data.looks.size(image)) for image in refs]
+                except DataError as error:
+                    bad.extend(bad_rows(examples[place], str(error)))
+            for place, sizes in zip(grids, kept.sizes(encoder, examples, grids), strict=True):
+                if sizes.longest_sequence <= config.max_tokens:
+                    yield place, sizes
+                    continue
+                given = examples[place], as_tensor(grids[place]), config.max_tokens, sizes
+                fitting, sizes, too_long = encoder.fitting(*given)
                 bad.extend(too_long)
                 if fitting:
-                    yield place, Lesson.of(fitting, sizes)
-            progress(min(start + AT_ONCE, len(examples)), len(examples))
+                    fewer[place] = fitting
+                    yield place, sizes
+            progress(some[-1][0] + 1, len(examples))
+
+    def lessons(examples: Sequence[Example]) -> Lessons:
+        packed, fewer = Examples.of(examples), {}
+        return Lessons.of(packed, counted(packed, fewer), fewer)
 
     with locked(kept.table.path):  # the other processes find what the first one counts
         kept.table.load()
-        train, held_out = (Lessons.of(side, counted(side)) for side in (data.train, data.held_out))
+        train, held_out = lessons(data.train), lessons(data.held_out)
         try:
             kept.save()
         except OSError as error:
@@ -176,17 +183,18 @@ def see_images(
         features.write, bad = keep, []
         kept = array("q")
         at_once = 32 * processes.count if processes.count > 1 else 1
-        for start in range(0, len(examples), at_once):
-            some = examples[start : start + at_once]
+        images, learnt, done = iter(examples.learnt_from.images), examples.learnt_from, 0
+        while some := list(islice(images, at_once)):
             # The tower's work is shared out; what is wrong with an image goes to every process.
-            own = [_what_is_wrong(features, each.example) for each in some[processes.index :: processes.count]]
+            own = [_what_is_wrong(features, refs) for refs in some[processes.index :: processes.count]]
             shares = processes.gather(own)
-            for i, each in enumerate(some):
+            for i in range(len(some)):
                 if error := shares[i % processes.count][i // processes.count]:
-                    bad.extend(bad_rows(each.example, error))
+                    bad.extend(bad_rows(learnt[done + i], error))
                 else:
-                    kept.append(start + i)
-            events.cache(start + len(some), len(examples))
+                    kept.append(done + i)
+            done += len(some)
+            events.cache(done, len(examples))
         return examples.take(kept), bad
 
     kept = (prepared.held_out,) if seen_once else (prepared.held_out, prepared.train)
@@ -214,10 +222,10 @@ def _survey(features: FeatureCache, kept: Sequence[Lessons], processes: Processe
         events.survey(survey, features.folder, False)
 
 
-def _what_is_wrong(features: FeatureCache, example: Example) -> str:
-    """Make its images ready; what is wrong with one of them, or ""."""
+def _what_is_wrong(features: FeatureCache, images: Sequence[ImageRef]) -> str:
+    """Make them ready; what is wrong with one of them, or ""."""
     try:
-        for image in example.images:
+        for image in images:
             features.prepare(image)
     except DataError as error:
         return str(error)

@@ -20,7 +20,7 @@ import numpy as np
 import PIL
 
 from vlm_lora.data.example import FilePart
-from vlm_lora.data.examples import Columns, Examples
+from vlm_lora.data.examples import WIDTH, Columns, Examples
 from vlm_lora.data.images import decoding_limit
 from vlm_lora.data.index import index_folder, key_of, locked, rewritten
 from vlm_lora.data.origin import Origin, is_unchanged, noting
@@ -79,8 +79,9 @@ def _save(path: Path, dataset: Dataset, origin: Origin) -> None:
     for side in SIDES:
         examples = Examples.of(getattr(dataset, side))
         columns = examples.columns
-        told[side] = {"facts": examples.facts, "shared": list(map(_plain, columns.shared))}
+        told[side] = {"facts": examples.facts, "shared": list(map(_plain, columns.shared)), "system": columns.system}
         arrays |= {f"{side}.{each}": np.frombuffer(getattr(columns, each), np.uint8) for each in ("heads", "said")}
+        arrays[f"{side}.digests"] = columns.digests.reshape(-1)
         arrays |= {f"{side}.{each}": getattr(columns, each) for each in ARRAYS}
     told["arrays"] = [(name, array.dtype.str, array.nbytes) for name, array in arrays.items()]
     head = json.dumps(told).encode()
@@ -115,8 +116,10 @@ def _load(path: Path) -> Dataset | None:
         for side in SIDES:
             texts = {each: arrays[f"{side}.{each}"].data for each in ("heads", "said")}
             numbers = {each: arrays[f"{side}.{each}"] for each in ARRAYS}
+            numbers["digests"] = arrays[f"{side}.digests"].reshape(-1, WIDTH)
             kept = told.pop(side)
-            sides[side] = Examples(Columns(**texts, **numbers, shared=list(map(_made, kept["shared"]))))
+            shared = list(map(_made, kept["shared"]))
+            sides[side] = Examples(Columns(**texts, **numbers, shared=shared, system=kept["system"]))
             sides[side].facts.update(kept["facts"])
         bad, parts = (BadRow(*row) for row in told.pop("bad")), told.pop("parts")
         os.utime(path)
