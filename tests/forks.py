@@ -45,23 +45,31 @@ class Ended:
 
 
 class Forks:
-    """The process that forks; `run` gives what became of each process of a run."""
+    """The process that forks; `run` gives what became of each process of a run.
 
-    def __init__(self):
+    Args:
+        env: what libraries read while they are imported, beside this process's own environment.
+    """
+
+    def __init__(self, env: dict | None = None):
         self.server = subprocess.Popen(
             [sys.executable, "-m", "tests.forks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             # On the CPU, also where there is a GPU: it would be one for several processes.
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | (env or {}),
         )  # fmt: skip
 
-    def run(self, count: int, *arguments, env: dict | None = None, at: tuple | None = None, sabotage: str = ""):
+    def run(
+        self, count: int, *arguments, env: dict | None = None, at: tuple | None = None, sabotage: str = "", cwd="."
+    ):
         """``vlm-lora`` with these arguments in ``count`` processes.
 
         Args:
             at: (process, step, signal): the process sends itself the signal behind the step.
             sabotage: Python run in each process beforehand.
+            cwd: the folder they run in.
         """
         job = {"count": count, "arguments": [str(a) for a in arguments], "at": at, "sabotage": sabotage}
+        job["cwd"] = str(cwd)
         job["env"] = {"VLM_LORA_CACHE": os.environ["VLM_LORA_CACHE"]} | (env or {})
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
@@ -118,6 +126,7 @@ def _fork(job: dict, index: int, port: int, folder: Path) -> int:
         for descriptor, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / f"{index}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
         os.environ |= job["env"]
+        os.chdir(job["cwd"])
         if job["count"] > 1:
             places = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": job["count"], "LOCAL_WORLD_SIZE": job["count"]}
             places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -26,7 +26,7 @@ class Repository:
 
     @property
     def sha(self) -> str:
-        return hashlib.sha1(f"{self.commits}".encode()).hexdigest()
+        return hashlib.sha1(f"{self.commits} {sorted(self.files.items())}".encode()).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -76,7 +76,7 @@ def test_nothing_but_the_table_asks_which_family_a_model_is_of():
 def test_the_demo_uses_the_public_names_only():
     for path in (PACKAGE / "demo").glob("*.py"):
         for module, names in imports(path):
-            if (module, names) == ("vlm_lora.inference.evaluate", ["Answered"]):  # for type checkers alone
+            if (module, names) == ("vlm_lora.inference.scoring", ["Answered"]):  # for type checkers alone
                 continue
             if module == "vlm_lora.inference.sinks":  # the command's own, so that either resumes what the other began
                 continue

@@ -378,6 +378,8 @@ def test_edit_distance_and_common_subsequence_equal_the_tables(left, right):
 def test_the_level_is_found_out():
     assert level_for(["A red circle.", "红色的圆"]) == "word"
     assert level_for(["图中有一个红色的圆 OK", "赤い丸があります。"]) == "char"
+    assert level_for(["汉字 abc"]) == "word"
+    assert level_for(["汉字字 ab"]) == "char"
     assert level_for(["123"]) == "word"
 
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT, picture
+from tests.forks import Forks
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -28,16 +29,24 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
     for name in ("photos", "photos-test", "more"):
         (folder / name).mkdir()
-        for i in range(10):
+        for i in range(10 if name == "photos" else 3):
             picture(i + 10 * len(name), (64, 64)).save(folder / name / f"{i}.png")
             if name != "more":
                 (folder / name / f"{i}.txt").write_text(f"Coloured blobs, number {i}.\n")
     return folder
 
 
-def run(command: list[str], place, **more) -> subprocess.CompletedProcess:
-    environment = os.environ | {"VLM_LORA_CACHE": str(place / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=240, **more)
+@pytest.fixture(scope="module")
+def vlm_lora(place):
+    """Runs the command in that place; raises AssertionError where it fails."""
+    forks = Forks()
+
+    def run(*arguments):
+        (ended,) = forks.run(1, *arguments, env={"VLM_LORA_CACHE": str(place / "cache")}, cwd=place)
+        assert ended.code == 0, f"{arguments}\n{ended.err}"
+
+    yield run
+    forks.close()
 
 
 def test_make_targets_exist():
@@ -53,7 +62,7 @@ def test_the_two_commands_come_first():
     assert commands()[:2] == ["make quickstart", "make test"]
 
 
-def test_every_command_runs(place):
+def test_every_command_runs(vlm_lora):
     ran = 0
     for command in commands():
         words = shlex.split(command)
@@ -65,19 +74,19 @@ def test_every_command_runs(place):
         if words[1] in ("train", "plan"):
             # The reader's first run downloads the default model; no machine of ours can.
             words += ["--max-steps", "2"] + ([] if "--model" in words else ["--model", "tiny"])
-        done = run([sys.executable, "-m", "vlm_lora", *words[1:]], place)
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        vlm_lora(*words[1:])
         ran += 1
     assert ran >= 3
 
 
-def test_the_python_runs(place):
+def test_the_python_runs(vlm_lora, place):
     if not (place / "runs/photos").exists():
-        trained = ["train", "photos", "--model", "tiny", "--max-steps", "2", "--output", "runs/photos"]
-        assert run([sys.executable, "-m", "vlm_lora", *trained], place).returncode == 0
+        vlm_lora("train", "photos", "--model", "tiny", "--max-steps", "2", "--output", "runs/photos")
+    environment = os.environ | {"VLM_LORA_CACHE": str(place / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     for code in blocks("python"):
         code = code.replace('TrainConfig(data="photos"', 'TrainConfig(model="tiny", max_steps=2, data="photos"')
-        done = run([sys.executable, "-c", code], place)
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, f"{code}\n{done.stderr}"
         assert done.stdout.strip()
 

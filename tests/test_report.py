@@ -16,9 +16,11 @@ from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
 from vlm_lora.errors import DataError
 from vlm_lora.inference.captioner import Captioner
 from vlm_lora.inference.commonest import Commonest
-from vlm_lora.inference.evaluate import Answered, Evaluation, evaluate
+from vlm_lora.inference.evaluate import evaluate
+from vlm_lora.inference.evaluation import Evaluation
 from vlm_lora.inference.report import PICTURES, write_report
 from vlm_lora.inference.scores import FEW_IMAGES, METRICS, TASKS, FailedExample, KindScores, Metric, Scores
+from vlm_lora.inference.scoring import Answered
 from vlm_lora.inference.tasks import ANSWERS
 from vlm_lora.inference.verdict import headlines, score_table, summary, tables_as_text
 from vlm_lora.run import train

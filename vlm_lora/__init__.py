@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from vlm_lora.errors import VlmLoraError
     from vlm_lora.inference.caption import Caption, Decoding
     from vlm_lora.inference.captioner import Captioner
-    from vlm_lora.inference.evaluate import Evaluation, evaluate
+    from vlm_lora.inference.evaluate import evaluate
+    from vlm_lora.inference.evaluation import Evaluation
     from vlm_lora.inference.export import Merged, merge
     from vlm_lora.inference.losses import Losses, read_losses
     from vlm_lora.inference.report import show_answer, show_evaluation, show_learning
@@ -38,7 +39,7 @@ _HOMES = {
     "Caption": "inference.caption",
     "Captioner": "inference.captioner",
     "Decoding": "inference.caption",
-    "Evaluation": "inference.evaluate",
+    "Evaluation": "inference.evaluation",
     "evaluate": "inference.evaluate",
     "Merged": "inference.export",
     "merge": "inference.export",

@@ -13,7 +13,8 @@ from vlm_lora.inference.caption import Decoding
 from vlm_lora.inference.captioner import Captioner
 from vlm_lora.inference.card import write_card
 from vlm_lora.inference.commonest import Commonest
-from vlm_lora.inference.evaluate import Evaluation, against, evaluate, questions_about
+from vlm_lora.inference.evaluate import against, evaluate, questions_about
+from vlm_lora.inference.evaluation import Evaluation
 from vlm_lora.inference.report import write_report
 from vlm_lora.inference.scores import Scores
 from vlm_lora.inference.team import ALONE

@@ -534,6 +534,14 @@ def test_the_fingerprint_follows_texts_and_order_but_not_the_place(pictures):
     assert fingerprint("one", [*rows[:3], {"image": "c.png", "caption": "other"}]) != first
 
 
+@pytest.mark.parametrize(("header", "caption"), [("image,caption", "  a fox"), ("image, caption", "a fox")])
+def test_spaces_of_cells_stay_where_the_header_has_none(pictures, header, caption):
+    folder = pictures("a.png")
+    (folder / "x.csv").write_text(f"{header}\na.png,  a fox\n")
+    (example,) = read_dataset(folder, prompt=PROMPT).examples
+    assert example.dialogues[0].turns[0].assistant == caption
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -542,6 +550,7 @@ def test_the_fingerprint_follows_texts_and_order_but_not_the_place(pictures):
             r"nothing recognised among 3 files .3 images.; expected a caption beside each image \(cat\.txt",
         ),
         ({"a.jsonl": "", "b.jsonl": ""}, "holds 2 files of rows .a.jsonl, b.jsonl.; pass the one you mean"),
+        ({f"{letter}.csv": "" for letter in "abcdefghi"}, r"holds 9 files of rows .a.csv, .* g.csv, h.csv\)"),
         ({"a.jsonl": "\n \n"}, "a.jsonl: holds no rows; expected messages:"),
         ({"a.jsonl": '{"x": 1, "y": 2}\n'}, "none of 1 rows is understood: their fields are 'x', 'y'"),
         ({"a.jsonl": "hello\n"}, "the first one is not valid JSON"),

@@ -3,6 +3,7 @@
 Run: pytest tests/data/test_sources.py
 """
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from vlm_lora.config import TrainConfig, config_from, read_yaml, write_yaml
 from vlm_lora.data.images import content_hash
 from vlm_lora.data.readers import read_dataset
 from vlm_lora.data.split import split_examples
-from vlm_lora.errors import ConfigError
+from vlm_lora.errors import ConfigError, DataError
 
 PROMPT = "Describe."
 
@@ -70,7 +71,8 @@ def test_one_source_is_read_as_ever_and_names_win_over_weights(two):
     dataset = read_dataset(["a:7", "b"], prompt=PROMPT)
     assert {e.weight for e in dataset.examples} == {1}
     assert dataset.examples[0].id == "a:7/one.png"
-    assert {e.weight for e in read_dataset("b:4", prompt=PROMPT).examples} == {4}
+    for weight in (1, 4, 1000):
+        assert {e.weight for e in read_dataset(f"b:{weight}", prompt=PROMPT).examples} == {weight}
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,7 @@ def test_one_source_is_read_as_ever_and_names_win_over_weights(two):
         (["a", "b:0"], "'b:0': the weight is how often each answer is seen in an epoch, a whole number from 1 to 1000"),
         (["a", "b:0.5"], "a whole number from 1 to 1000; found 0.5"),
         (["a", "b:-1"], "found -1"),
+        (["a", "b:1001"], "found 1001"),
         (["a", "b", "a:2"], "'a' is given twice; to learn from it twice an epoch, say a:2"),
         (["a", "./a"], "'./a' is given twice"),
         (["b", "a/", "a/../a"], "'a/../a' is given twice"),
@@ -87,6 +90,12 @@ def test_one_source_is_read_as_ever_and_names_win_over_weights(two):
 def test_weights_that_would_lose_or_repeat_in_silence_are_refused(sources, message, two):
     with pytest.raises(ConfigError, match=message):
         read_dataset(sources, prompt=PROMPT)
+
+
+def test_a_pipe_is_no_source(two):
+    os.mkfifo("pipe")
+    with pytest.raises(DataError, match=r"^pipe: is not a regular file; expected a folder or one of .*csv"):
+        read_dataset("pipe", prompt=PROMPT)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -133,6 +142,8 @@ def test_a_run_sees_each_answer_as_often_as_its_weight_says(two, tmp_path, monke
     ]
     (told,) = [values["format"] for values in reported.of("data")]
     assert "b: 3 examples, 6 answers, each 3 times an epoch" in told
+    assert [tuple(values.values()) for values in reported.of("tokens")] == [(5, 5)]
+    assert [tuple(values.values()) for values in reported.of("cache")] == [(n, 5) for n in range(1, 6)]
     write_yaml(config, tmp_path / "config.yaml")
     assert read_yaml(tmp_path / "config.yaml")["data"] == ["a", "b:3"]
 

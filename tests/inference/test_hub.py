@@ -1,15 +1,13 @@
 """`push`, and back by `--adapter hf:owner/name`: real commands against a hub on loopback (tests/hub_server.py)."""
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, picture
+from tests.conftest import picture
+from tests.forks import Forks
 from tests.hub_server import TOKEN, Hub, Repository
 from tests.inference.test_export import make_adapter
 from vlm_lora.config import TrainConfig
@@ -19,30 +17,43 @@ from vlm_lora.inference.export import merge
 from vlm_lora.inference.hub import uploads
 
 
-@pytest.fixture
-def hub():
-    server = Hub()
-    yield server
-    server.shutdown()
-    server.server_close()
+@pytest.fixture(scope="module")
+def server():
+    hub = Hub()
+    yield hub
+    hub.shutdown()
+    hub.server_close()
+
+
+@pytest.fixture(scope="module")
+def forks(server, tmp_path_factory):
+    """With the server in the hub's place, which its library takes from the environment when it is imported."""
+    env = {
+        "HF_ENDPOINT": server.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    made = Forks(env | {"HF_HOME": str(tmp_path_factory.mktemp("hf"))})
+    yield made
+    made.close()
 
 
 @pytest.fixture
-def command(hub, tmp_path):
-    """Runs vlm-lora with the hub in the hub's place, as (exit code, stdout, stderr)."""
+def hub(server):
+    server.repositories.clear(), server.store.clear(), server.requests.clear()
+    return server
+
+
+@pytest.fixture
+def command(hub, forks, tmp_path):
+    """Runs vlm-lora, as (exit code, stdout, stderr)."""
 
     def run(*arguments, token=TOKEN):
-        environment = os.environ | {
-            "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "VLM_LORA_CACHE": str(tmp_path / "cache"),
-        }  # fmt: skip
-        environment |= {"HF_TOKEN": token} if token else {}
-        done = subprocess.run(
-            [sys.executable, "-m", "vlm_lora", *map(str, arguments)],
-            cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert "Traceback" not in done.stderr, done.stderr
-        return done.returncode, done.stdout, done.stderr
+        env = {"VLM_LORA_CACHE": str(tmp_path / "cache")} | ({"HF_TOKEN": token} if token else {})
+        (ended,) = forks.run(1, *arguments, env=env)
+        assert "Traceback" not in ended.err, ended.err
+        return ended.code, ended.out, ended.err
 
     return run
 

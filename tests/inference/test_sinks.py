@@ -159,6 +159,17 @@ def test_an_input_is_no_output(here, format, overwrite):
         Sidecars([Path("cat.jpg")], overwrite=overwrite, inputs=[Path("cat.txt")])
 
 
+def test_a_reader_of_stdout_that_has_gone_is_no_full_disk():
+    reading, writing = os.pipe()
+    os.close(reading)
+    sink = Stdout("text")
+    sink.stream = os.fdopen(writing, "w")
+    with pytest.raises(BrokenPipeError):
+        sink.write(Path("a.png"), ["said"])
+    with pytest.raises(BrokenPipeError):
+        sink.stream.close()
+
+
 def test_devices_and_folders_are_refused_and_links_are_followed(here):
     for wrong in ("/dev/null", "."):
         with pytest.raises(ConfigError, match="is not a regular file"):
@@ -253,7 +264,7 @@ def test_a_caption_file_that_cannot_be_written_is_that_image_alone(here, monkeyp
     assert not Sidecars(images).has(images[0])
 
 
-@pytest.mark.parametrize("name", ["a.TXT", "a.Txt", "a.Caption", "a.CAPTION", "a.caption"])
+@pytest.mark.parametrize("name", ["a.TXT", "a.Txt", "a.Caption", "a.CAPTION", "a.caption", "a.png.txt"])
 def test_a_caption_file_is_the_one_that_is_read(here, name):
     picture(0).save("a.png")
     (here / name).write_text("mine")

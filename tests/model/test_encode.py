@@ -190,6 +190,17 @@ def test_a_template_that_drops_text_is_refused(checkpoints):
         Encoder(backbone).encode([Dialogue((Turn("a", "b"),))], torch.zeros(0, 3, dtype=torch.long))
 
 
+@pytest.mark.parametrize(("before", "after"), [("", "<|im_end|>\n"), ("<|im_start|>", "")])
+def test_a_template_that_does_not_mark_turns_is_refused(checkpoints, before, after):
+    backbone = load_backbone(str(checkpoints["qwen2_vl"]))
+    backbone.processor.chat_template = (
+        f"{{% for m in messages %}}{before}{{{{ m['content'][0]['text'] }}}}{after}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{before}{{% endif %}}"
+    )
+    with pytest.raises(ModelError, match="no mark before a turn or after it"):
+        Encoder(backbone).encode([Dialogue((Turn("a", "b"),))], torch.zeros(0, 3, dtype=torch.long))
+
+
 @pytest.mark.parametrize("learnt", ["", "<think>\n\n</think>\n\n"])
 def test_a_template_that_opens_an_answer_with_a_thought_is_refused(checkpoints, learnt):
     """Of the "Thinking" models: a thought is open before what is asked for, and empty before what is learnt."""

@@ -204,6 +204,12 @@ def test_a_running_run_keeps_its_own(backbone, images, tmp_path):
     assert equal(cache.get(images), FeatureCache(backbone, None).get(images))
     cache.survey(images)  # as a second process of the same run does
     assert cache_use(tmp_path).entries == 3
+    late = FeatureCache(backbone, tmp_path / "late", limit_gb=half / 1e9)
+    late.survey(images)
+    late.get(images[3:])  # whose room is for the others, which come later
+    assert cache_use(tmp_path / "late").entries == 0
+    late.get(images)
+    assert late.complete(images[:3])
 
 
 def test_what_is_kept_follows_from_the_images_alone(backbone, tmp_path):
@@ -454,14 +460,15 @@ def test_a_lost_entry_brings_the_tower_back_for_a_moment(checkpoints, images, tm
     assert tower_devices(backbone) == {"cpu"}
 
 
-def test_a_tower_that_is_needed_is_not_parked(checkpoints, images, tmp_path):
+@pytest.mark.parametrize("write", [False, True])
+def test_a_tower_that_is_needed_is_not_parked(checkpoints, images, tmp_path, write):
     backbone = load_backbone(str(checkpoints["qwen2_vl"]))
     fill(backbone, tmp_path, images[:3])
     devices = []
     backbone.park_tower = lambda device="meta": devices.append(str(device))  # without one: away from the model's
-    cache = FeatureCache(backbone, tmp_path, write=False)
+    cache = FeatureCache(backbone, tmp_path, write=write)
     cache.park_tower(images)
-    cache.get(images)
+    cache.get(images[:4])  # also where each of these is there now: others are not
     assert set(devices) == {"cpu"}
 
 

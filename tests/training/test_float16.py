@@ -93,6 +93,12 @@ def test_what_no_scale_helps_is_not_finite(settings, tmp_path, monkeypatch):
         train(settings.replace(output=str(tmp_path / "run")))
 
 
+def test_the_scale_starts_and_grows_as_torchs_does():
+    scaler = torch.amp.GradScaler("cpu")
+    assert scaler.get_growth_interval() == checkpoint.DOUBLED_AFTER
+    assert scaler.get_scale() == checkpoint.FIRST_SCALE
+
+
 def test_the_scale_is_doubled_after_many_steps(monkeypatch):
     monkeypatch.setattr(checkpoint, "DOUBLED_AFTER", 3)
     progress = checkpoint.Progress(100, loss_scale=4.0)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from vlm_lora.inference.caption import Decoding
     from vlm_lora.inference.captioner import Captioner
     from vlm_lora.inference.commonest import Commonest
-    from vlm_lora.inference.evaluate import Evaluation, Speaker
+    from vlm_lora.inference.evaluate import Speaker
+    from vlm_lora.inference.evaluation import Evaluation
     from vlm_lora.inference.scores import Scores
     from vlm_lora.inference.team import Team
 

@@ -18,7 +18,7 @@ from vlm_lora.errors import AdapterError, DataError
 
 if TYPE_CHECKING:
     from vlm_lora import Evaluation
-    from vlm_lora.inference.evaluate import Answered
+    from vlm_lora.inference.scoring import Answered
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from vlm_lora.demo.runs import Evaluations, Pictures
 from vlm_lora.demo.speaker import Speaker, Turn, turns
 
 if TYPE_CHECKING:
-    from vlm_lora.inference.evaluate import Answered
+    from vlm_lora.inference.scoring import Answered
 
 MAX_PROMPT = 2000
 """Characters."""

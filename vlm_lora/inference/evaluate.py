@@ -1,20 +1,14 @@
-"""Base against tuned on held-out images: every question answered by both, scored, with intervals.
+"""Base against tuned on held-out images: every question, answered by both.
 
 Both answers come from one loaded model, with the adapter switched off and on, from the same image features and by
 the same greedy decoding. Intervals are bootstrapped over images, as answers about one image are not independent.
 """
 
-import json
-import math
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from html import escape
-from itertools import zip_longest
 from pathlib import Path
-from string import ascii_uppercase
 from typing import Literal, NamedTuple, Protocol
 
 from PIL import Image
@@ -27,33 +21,20 @@ from vlm_lora.data.readers.prompts import filled, variables_of
 from vlm_lora.errors import ConfigError, DataError
 from vlm_lora.inference.caption import Decoding
 from vlm_lora.inference.captioner import Captioner, Request
-from vlm_lora.inference.commonest import Commonest, commonest_of
-from vlm_lora.inference.metrics import captions
-from vlm_lora.inference.metrics.answers import exact_match, plain
+from vlm_lora.inference.commonest import Commonest
+from vlm_lora.inference.evaluation import Evaluation
+from vlm_lora.inference.metrics.answers import exact_match
 from vlm_lora.inference.metrics.boxes import Corners, moved
-from vlm_lora.inference.metrics.choices import chosen
-from vlm_lora.inference.metrics.intervals import Bootstrap, Gain, Interval
-from vlm_lora.inference.metrics.structured import field_scores, fields_of
-from vlm_lora.inference.metrics.tokens import TOKENIZER_ID, Level, level_for
+from vlm_lora.inference.metrics.intervals import Bootstrap
+from vlm_lora.inference.metrics.tokens import Level, level_for
 from vlm_lora.inference.scores import (
-    EVERYWHERE,
-    FEW_IMAGES,
-    METRICS,
-    MODELS,
-    RIVALS,
-    TASKS,
-    WHO,
     FailedExample,
-    KindScores,
-    ModelScores,
     Scores,
-    TaskScores,
-    TypeScores,
     Unmoved,
 )
+from vlm_lora.inference.scoring import Answered, level_of, mean, scores_of, values_of
 from vlm_lora.inference.tasks import ANSWERS, BOXES, task_of
 from vlm_lora.inference.team import ALONE, Team
-from vlm_lora.inference.verdict import part_tables, score_table, summary
 from vlm_lora.model.boxes import Frame
 
 ROWS_AT_ONCE = 96
@@ -65,8 +46,6 @@ MOST_ROOM = 1024
 ONE_WORD = "Answer the question using a single word or phrase."
 """What LLaVA-1.5 and the benchmarks after it ask for a short answer with (Liu et al. 2023, "Improved Baselines with
 Visual Instruction Tuning")."""
-
-BLEU = [f"bleu_{order}" for order in range(1, captions.MAX_ORDER + 1)]
 
 
 class Speaker(Protocol):
@@ -104,197 +83,6 @@ class Speaker(Protocol):
 
 Progress = Callable[[int, int], None]
 """Called with how much is done and how much there is to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """One question about one example, the data's answers, and what each model answered; None: it was not asked."""
-
-    example: str
-    """The id of the example."""
-    images: tuple[ImageRef, ...]
-    question: str
-    """As the model reads it."""
-    kind: str | None
-    """The type of the question, if the data names one."""
-    references: tuple[str, ...]
-    """The answers of the data."""
-    base: str | None = None
-    """The base model's answer."""
-    tuned: str | None = None
-    """The answer with the adapter."""
-    blanked: str | None = None
-    """The answer with the adapter, to a plain grey image of the same size."""
-    one_word: str | None = None
-    """The base model's, asked for a single word or phrase."""
-    commonest: str | None = None
-    """What the data says most to such a question."""
-    task: str = ANSWERS
-    """What it is scored as: "captions", "answers", "choices", "boxes", "json" or "texts" (long answers)."""
-    choices: tuple[str, ...] = ()
-    """The options of a multiple choice, that of A first."""
-    frames: tuple[Corners, ...] = ()
-    """For answers with boxes: (left, top, width, height) of each image in the answers' coordinates, if known."""
-
-    def answer(self, who: str) -> str:
-        """That of one of `WHO` that has one."""
-        return getattr(self, who)
-
-    def has(self, who: str) -> bool:
-        """Whether this one of `WHO` has an answer."""
-        return getattr(self, who) is not None
-
-
-@dataclass(frozen=True, slots=True)
-class Changes:
-    """What tuning did to answers, as indices into `Evaluation.answered`."""
-
-    better: list[int]
-    """The largest gain first."""
-    worse: list[int]
-    """The largest loss first."""
-    same: list[int]
-    """Those that score the same."""
-
-    def __str__(self) -> str:
-        count = len(self.better) + len(self.worse) + len(self.same)
-        return (
-            f"Of {count:,} answers, tuning made {len(self.better):,} better and {len(self.worse):,} worse; "
-            f"{len(self.same):,} score the same."
-        )
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class Evaluation:
-    """What the models answered, and the scores."""
-
-    answered: tuple[Answered, ...]
-    """Every question, in the order of the data."""
-    scores: Scores
-    """Means and intervals; what ``vlm-lora eval --json`` prints."""
-    values: dict[str, dict[str, list[float]]]
-    """By who answered ("base", "tuned", ...) and by metric: the score of each answer, in the order of `answered`. It is
-    NaN if there is no answer, or if the metric is not one of its task."""
-
-    def __repr__(self) -> str:
-        return f"<Evaluation of {self.scores.answers:,} answers. {' '.join(summary(self.scores))}>"
-
-    def _repr_html_(self) -> str:
-        """For notebooks: the verdict, and the tables of the report."""
-        tables = [table for of in self.scores.tasks.values() for table in (score_table(of), *part_tables(of))]
-        said = "".join(f"<p>{escape(sentence)}</p>" for sentence in summary(self.scores))
-        return said + "".join(table.to_html() for table in tables)
-
-    def write(self, folder: Path) -> None:
-        """Write ``predictions.jsonl`` and ``scores.json`` into ``folder``."""
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = []
-        for row in self.answered:
-            fields = {name: getattr(row, name) for name in ("example", "question", "kind", "task", *WHO)}
-            fields |= {"images": [image.name for image in row.images], "references": list(row.references)}
-            fields |= {"choices": row.choices or None, "frames": row.frames or None}
-            lines.append(json.dumps({k: v for k, v in fields.items() if v is not None}, ensure_ascii=False) + "\n")
-        (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
-        (folder / "scores.json").write_text(json.dumps(self.scores.to_json(), indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def read(cls, folder: Path, examples: Sequence[Example] = ()) -> "Evaluation":
-        """Read what `write` wrote. Pictures come from ``examples``; answers about other examples have none.
-
-        Raises:
-            DataError: a file is missing, or is not what `write` writes.
-        """
-        pictures = {example.id: example.images for example in examples}
-        try:
-            # Not splitlines: an answer may hold a line separator, which JSON does not escape.
-            lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
-            answered = []
-            for row in map(json.loads, filter(None, lines)):
-                images, references = pictures.get(row["example"], ()), tuple(row["references"])
-                answers = {name: row.get(name) for name in WHO} | {"task": row.get("task", "")}
-                answers["choices"] = tuple(row.get("choices", ()))
-                answers["frames"] = tuple(map(tuple, row.get("frames", ())))
-                answered.append(
-                    Answered(row["example"], images, row["question"], row.get("kind"), references, **answers)
-                )
-            document = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-            level = _level_of(document["tokens"])
-            document.setdefault("reference_words", _reference_words(answered, level))  # came later than the others
-            scores = Scores.from_json(document)
-            # An earlier version wrote no task: everything was of one.
-            answered = [row if row.task else replace(row, task=next(iter(scores.tasks))) for row in answered]
-            return cls(tuple(answered), scores, _values(answered, level))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise DataError(f"{folder}: holds no evaluation that can be read ({what}); run vlm-lora eval") from error
-
-    def ranks(self, who: str) -> list[tuple[float, ...]]:
-        """What each answer is ranked by: the most telling metrics of its task. For short answers these are exact match,
-        then the spelling."""
-        of = self.values[who]
-        return [tuple(of[key][i] for key in TASKS[row.task].ranked_by) for i, row in enumerate(self.answered)]
-
-    def changes(self) -> Changes:
-        """What tuning did to each answer. Without an adapter all are in ``same``."""
-        places = list(range(len(self.answered)))
-        if not self.scores.tuned:
-            return Changes([], [], places)
-        both = zip(self.ranks("base"), self.ranks("tuned"), strict=True)
-        gains = [tuple(t - b for b, t in zip(*pair, strict=True)) for pair in both]
-        places.sort(key=lambda i: self._in_full(i, gains[i]), reverse=True)
-        return Changes(
-            better=[i for i in places if gains[i] > (0.0,) * len(gains[i])],
-            worse=[i for i in reversed(places) if gains[i] < (0.0,) * len(gains[i])],
-            same=[i for i in places if not any(gains[i])],
-        )
-
-    def verdict(self) -> list[str]:
-        """What the scores say, in sentences."""
-        return summary(self.scores)
-
-    def still_wrong(self) -> list[int]:
-        """Indices into `answered` where the tuned model is wrong: one of each mistake, the commonest mistake first;
-        then the second of each. For captions and long answers: those below the mean, the lowest first."""
-        if not self.scores.tuned:
-            return []
-        ranks, times = self.ranks("tuned"), self.mistakes()
-        by_task = []
-        for task, places in _by_task(self.answered).items():
-            first = [ranks[i][0] for i in places]
-            if TASKS[task].right_or_wrong:
-                nth: Counter[tuple[str, str]] = Counter()
-                order = []
-                for i in places:
-                    if ranks[i][0] == 0:
-                        mistake = self._mistake(i)
-                        order.append((nth[mistake], -times[mistake], i))
-                        nth[mistake] += 1
-                by_task.append([i for *_, i in sorted(order)])
-            else:
-                low = [i for i, rank in zip(places, first, strict=True) if rank < _mean(first)]
-                by_task.append(sorted(low, key=ranks.__getitem__))
-        return [i for row in zip_longest(*by_task) for i in row if i is not None]
-
-    def mistakes(self) -> Counter[tuple[str, str]]:
-        """How often each (answer of the data, answer of the model) came, where the tuned model was wrong. Captions and
-        long answers do not count."""
-        if not self.scores.tuned:
-            return Counter()
-        first, rows = [rank[0] for rank in self.ranks("tuned")], enumerate(self.answered)
-        return Counter(self._mistake(i) for i, row in rows if TASKS[row.task].right_or_wrong and first[i] == 0)
-
-    def _mistake(self, place: int) -> tuple[str, str]:
-        row = self.answered[place]
-        if row.choices:
-            told = {letter: f"{letter}. {option}" for letter, option in zip(ascii_uppercase, row.choices, strict=False)}
-            said = row.answer("tuned")
-            return told[row.references[0]], told.get(chosen(said, row.choices) or "", plain(said))
-        return plain(Counter(row.references).most_common(1)[0][0]), plain(row.answer("tuned"))
-
-    def _in_full(self, place: int, gain: tuple[float, ...]) -> tuple[float, ...]:
-        """A gain as a share of the most that there can be, to compare those of several tasks."""
-        full = METRICS[TASKS[self.answered[place].task].ranked_by[0]].full
-        return (gain[0] / full, *gain[1:])
 
 
 def evaluate(  # arguments: what is asked, of whom, and who hears of it
@@ -366,9 +154,9 @@ def evaluate(  # arguments: what is asked, of whom, and who hears of it
             answered.append(replace(row, choices=question.asked.choices, frames=places, **spoken))
     if level == "auto":
         level = level_for(text for row in answered for text in row.references)
-    values = _values(answered, level)
+    values = values_of(answered, level)
     scores = replace(
-        _score(answered, values, level, guesses.source),
+        scores_of(answered, values, level, guesses.source),
         base_in_four_bits=speaker.quantised,
         failed=tuple(FailedExample(examples[i].place, failed[i]) for i in sorted(failed)),
         unmoved=_unmoved(speaker, examples, questions, answers, decoding, team) if swapped and speaker.tuned else None,
@@ -447,8 +235,8 @@ def against(
     ]
     if not answered:
         raise DataError(f"None of the {len(rows_of):,} examples that one adapter answered could the other answer.")
-    level = _level_of(evaluation.scores.tokens)
-    return _score(answered, _values(answered, level), level)
+    level = level_of(evaluation.scores.tokens)
+    return scores_of(answered, values_of(answered, level), level)
 
 
 class Question(NamedTuple):
@@ -605,7 +393,7 @@ def _unmoved(
         pairs = [(i, a, b) for i in seen if i in texts for a, b in zip(tuned[i], texts[i], strict=True)]
         if pairs:
             same = [exact_match(b, [a]) for _, a, b in pairs]
-            told[who] = Unmoved(_mean(same), *Bootstrap(groups=[str(i) for i, _, _ in pairs]).interval(same))
+            told[who] = Unmoved(mean(same), *Bootstrap(groups=[str(i) for i, _, _ in pairs]).interval(same))
     return told
 
 
@@ -626,195 +414,3 @@ def _groups(questions: Sequence[Sequence], rows: int) -> list[list[int]]:
 
 def blank(image: ImageRef) -> Image.Image:
     return Image.new("RGB", load_image(image).size, (128, 128, 128))
-
-
-# -- scoring -------------------------------------------------------------------------------------------------
-
-
-def _level_of(tokens: str) -> Level:
-    """From what `Scores.tokens` calls it."""
-    return next(level for level, name in TOKENIZER_ID.items() if name == tokens)
-
-
-def _by_task(answered: Sequence[Answered]) -> dict[str, list[int]]:
-    """The places of the answers of each task, in the order of `TASKS`."""
-    places = {task: [i for i, row in enumerate(answered) if row.task == task] for task in TASKS}
-    return {task: of_task for task, of_task in places.items() if of_task}
-
-
-def _values(answered: Sequence[Answered], level: Level) -> dict[str, dict[str, list[float]]]:
-    """`Evaluation.values`: of everybody the score of each answer, by every metric that gives one."""
-    values = {}
-    for who in WHO:
-        of: dict[str, list[float]] = {}
-        for task, of_task in _by_task(answered).items():
-            places = [i for i in of_task if answered[i].has(who)]
-            answers = [answered[i].answer(who) for i in places]
-            targets = [answered[i] for i in places]
-            for key in dict.fromkeys((*EVERYWHERE, *TASKS[task].metrics)) if places else ():
-                if score := METRICS[key].per_answer:
-                    line = of.setdefault(key, [math.nan] * len(answered))
-                    for i, value in zip(places, score(answers, targets, level), strict=True):
-                        line[i] = value
-        values |= {who: of} if of else {}
-    return values
-
-
-def _score(
-    answered: Sequence[Answered], values: dict[str, dict[str, list[float]]], level: Level, source: str = ""
-) -> Scores:
-    """The scores from those of each answer, but for what only `evaluate` knows.
-
-    ``source`` says of which data the commonest answers are.
-    """
-    images = [row.example for row in answered]
-    bootstrap = Bootstrap(groups=images)
-    models: dict[str, ModelScores] = {}
-    intervals: dict[str, dict[str, Interval]] = {}
-    bleu: dict[str, list[captions.BleuStats]] = {}
-    asked = {who: {k: v for k, v in of.items() if k in EVERYWHERE} for who, of in values.items() if who in MODELS}
-    for who, of_metric in asked.items():
-        answers = [row.answer(who) for row in answered]
-        bleu[who] = [captions.bleu_stats(row.answer(who), row.references, level=level) for row in answered]
-        intervals[who] = dict(zip(of_metric, bootstrap.intervals(list(of_metric.values())), strict=True))
-        intervals[who] |= zip(BLEU, bootstrap.bleu_intervals(bleu[who]), strict=True)
-        models[who] = ModelScores(
-            **{key: _mean(scores) for key, scores in of_metric.items()},
-            **dict(zip(BLEU, captions.bleu_from_stats(bleu[who]), strict=True)),
-            mean_words=captions.mean_length(answers, level=level),
-            distinct=captions.distinct_share(answers, level=level),
-            repetition=_mean([captions.repetition(answer, level=level) for answer in answers]),
-        )
-    gain: dict[str, Gain] | None = None
-    if "tuned" in asked:
-        pairs = [(scores, asked["tuned"][key]) for key, scores in asked["base"].items()]
-        gain = dict(zip(asked["base"], bootstrap.gains(pairs), strict=True))
-        gain |= zip(BLEU, bootstrap.bleu_gains(bleu["base"], bleu["tuned"]), strict=True)
-    by_kind: dict[str, KindScores] = {}
-    for kind in sorted({row.kind for row in answered if row.kind}):
-        of_kind = [i for i, row in enumerate(answered) if row.kind == kind]
-        exact, vqa = (
-            {who: _mean([of_metric[key][i] for i in of_kind]) for who, of_metric in asked.items()}
-            for key in ("exact_match", "vqa_accuracy")
-        )
-        by_kind[kind] = KindScores(answers=len(of_kind), vqa_accuracy=vqa, **exact)
-    return Scores(
-        examples=len(set(images)),
-        answers=len(answered),
-        tokens=TOKENIZER_ID[level],
-        reference_words=_reference_words(answered, level),
-        intervals=intervals,
-        base=models["base"],
-        tuned=models.get("tuned"),
-        blanked=models.get("blanked"),
-        gain=gain,
-        by_kind=by_kind,
-        tasks={
-            task: _score_task(
-                TASKS[task].metrics,
-                [answered[i] for i in places],
-                {who: {key: [line[i] for i in places] for key, line in of.items()} for who, of in values.items()},
-                level,
-                source,
-            )
-            for task, places in _by_task(answered).items()
-        },
-    )
-
-
-def _score_task(
-    metrics: Sequence[str],
-    rows: Sequence[Answered],
-    values: dict[str, dict[str, list[float]]],
-    level: Level,
-    source: str,
-) -> TaskScores:
-    """Of the answers of one task alone, by its metrics."""
-    words = _reference_words(rows, level)
-    # Of texts with fewer words than that, the longest runs of words are few or none.
-    keys = [key for key in metrics if key != "bleu_4" or words >= captions.MAX_ORDER]
-    who_answered = [who for who in values if all(row.has(who) for row in rows)]
-    bootstrap = Bootstrap(groups=[row.example for row in rows])
-    values = {who: {key: values[who][key] for key in keys if METRICS[key].per_answer} for who in who_answered}
-    bleu = {
-        who: [captions.bleu_stats(row.answer(who), row.references, level=level) for row in rows]
-        for who in (who_answered if "bleu_4" in keys else ())
-    }
-    scores, intervals = {}, {}
-    for who, of in values.items():
-        answers = [row.answer(who) for row in rows]
-        made = {key: _mean(line) for key, line in of.items()}
-        intervals[who] = dict(zip(of, bootstrap.intervals(list(of.values())), strict=True))
-        if who in bleu:
-            made["bleu_4"] = captions.bleu_from_stats(bleu[who])[-1]
-            intervals[who]["bleu_4"] = bootstrap.bleu_intervals(bleu[who])[-1]
-        scores[who] = {key: made[key] for key in keys} | {
-            "mean_words": captions.mean_length(answers, level=level),
-            "distinct": captions.distinct_share(answers, level=level),
-            "repetition": _mean([captions.repetition(answer, level=level) for answer in answers]),
-        }
-    rivals = [rival for rival in RIVALS if rival in values and "tuned" in values]
-    pairs = {(rival, key): (line, values["tuned"][key]) for rival in rivals for key, line in values[rival].items()}
-    gains: dict[str, dict[str, Gain]] = {rival: {} for rival in rivals}
-    for (rival, key), gain in zip(pairs, bootstrap.gains(list(pairs.values())), strict=True):
-        gains[rival][key] = gain
-    for rival in rivals if bleu else ():
-        gains[rival]["bleu_4"] = bootstrap.bleu_gains(bleu[rival], bleu["tuned"])[-1]
-    guesses = [row.commonest for row in rows if row.commonest is not None] if "commonest" in values else []
-    return TaskScores(
-        examples=len({row.example for row in rows}),
-        answers=len(rows),
-        reference_words=words,
-        scores=scores,
-        intervals=intervals,
-        gains=gains,
-        types={type: _score_type(type, rows, values) for type in sorted({row.kind for row in rows if row.kind})},
-        guess=commonest_of(guesses) if guesses else None,
-        guess_source=source if guesses else "",
-        fields=_score_fields(rows, list(values)) if "json_fields" in keys else {},
-    )
-
-
-def _score_fields(rows: Sequence[Answered], who_answered: Sequence[str]) -> dict[str, TypeScores]:
-    """Of answers in JSON, by field: against the first reference."""
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for row in rows:
-        wanted = fields_of(row.references[0]) or {}
-        said = {who: fields_of(row.answer(who)) for who in who_answered}
-        for path in wanted:
-            of = found.setdefault(re.sub(r"\[\d+\]", "[]", path), {who: [] for who in who_answered})
-            for who, given in said.items():
-                of[who].append(field_scores(given, wanted, path))
-    names = ("json_fields", "json_anls")
-    return {
-        path: TypeScores(
-            answers=len(of["base"]),
-            scores={
-                who: {name: _mean(line) for name, line in zip(names, zip(*each, strict=True), strict=True)}
-                for who, each in of.items()
-            },
-        )
-        for path, of in found.items()
-    }
-
-
-def _score_type(type: str, rows: Sequence[Answered], values: dict[str, dict[str, list[float]]]) -> TypeScores:
-    """Of the questions of one type, by the first two metrics of their task."""
-    places = [i for i, row in enumerate(rows) if row.kind == type]
-    of = {who: {k: [line[i] for i in places] for k, line in list(v.items())[:2]} for who, v in values.items()}
-    images = [rows[i].example for i in places]
-    enough = "tuned" in of and len(set(images)) >= FEW_IMAGES
-    first = next(iter(of["base"]))
-    rivals = [rival for rival in RIVALS if enough and rival in of]
-    pairs = [(of[rival][first], of["tuned"][first]) for rival in rivals]
-    gains = dict(zip(rivals, Bootstrap(groups=images).gains(pairs), strict=True))
-    means = {who: {key: _mean(line) for key, line in lines.items()} for who, lines in of.items()}
-    return TypeScores(answers=len(places), scores=means, gains=gains)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _reference_words(answered: Sequence[Answered], level: Level) -> float:
-    return captions.mean_length([text for row in answered for text in row.references], level=level)

@@ -19,7 +19,7 @@ from vlm_lora.console import size
 from vlm_lora.data.example import Example, ImageRef
 from vlm_lora.data.images import load_image
 from vlm_lora.errors import DataError
-from vlm_lora.inference.evaluate import Answered, Evaluation
+from vlm_lora.inference.evaluation import Evaluation
 from vlm_lora.inference.filmstrip import read_filmstrip, steps_shown
 from vlm_lora.inference.losses import Losses, read_losses, read_memory
 from vlm_lora.inference.metrics.boxes import boxes_in, shares
@@ -27,6 +27,7 @@ from vlm_lora.inference.metrics.tokens import LONE, tokenize
 from vlm_lora.inference.pages import render
 from vlm_lora.inference.plots import line_plot
 from vlm_lora.inference.scores import TASKS, Scores
+from vlm_lora.inference.scoring import Answered
 from vlm_lora.inference.tasks import BOXES, CAPTIONS, TEXTS
 from vlm_lora.inference.verdict import (
     COLUMNS,

@@ -312,14 +312,14 @@ def _caption_files(paths: Sequence[Path]) -> dict[Path, Path]:
     """The caption file of each image, whether it is there yet or not."""
     from vlm_lora.data.readers.folders import CAPTION_SUFFIXES  # here, as it brings PIL
 
-    there: dict[Path, Path] = {}  # by the path without its suffix; .caption before .txt
+    there: dict[Path, Path] = {}  # by the path without its suffix, `a` or `a.jpg`; .caption before .txt
     for folder in {path.parent for path in paths}:
         with suppress(OSError):  # it cannot be listed; whether it can be written to, `write` finds out
             files = [folder / name for name in os.listdir(folder)]
             files = [file for file in files if file.suffix.lower() in CAPTION_SUFFIXES]
             files.sort(key=lambda file: (file.suffix.lower() == ".caption", file))
             there |= {file.with_suffix(""): file for file in files}
-    return {path: there.get(path.with_suffix(""), path.with_suffix(".txt")) for path in paths}
+    return {path: there.get(path.with_suffix("")) or there.get(path) or path.with_suffix(".txt") for path in paths}
 
 
 def _require_output(file: Path, inputs: Sequence[Path]) -> None:
