@@ -1,8 +1,8 @@
-"""What was found out of the data is kept on disk, so that a later run need not read, hash or tokenise it again.
+"""What was found out of images and texts is kept on disk, so that a later run need not hash or tokenise them again.
 
 Nothing in it can be stale: what is kept of an image goes by its file's name, size and time of change (or by the hash
 of its bytes, where a reader gave that), what is kept of texts by the texts themselves. What is missing is found out
-anew, and so is what is damaged; rows are always read, so what a row means and which are bad is never remembered.
+anew, and so is what is damaged. What is kept of rows, `readers.kept` says.
 """
 
 import hashlib
