@@ -154,7 +154,7 @@ def changes(folder: Path, drawn: random.Random):
     for path in (path for path in inside if path.is_file()):
         content, status = path.read_bytes(), path.stat()
         longer = content + (b"\n" if path.suffix != ".png" else b"x")
-        middle = drawn.randrange(len(content) or 1)
+        middle = drawn.choice([i for i, byte in enumerate(content) if byte] or [0])  # a tar is mostly zeros
         edited = content[:middle] + b"7" + content[middle + 1 :]
 
         def edit_unseen(path=path, edited=edited, status=status):
@@ -168,6 +168,12 @@ def changes(folder: Path, drawn: random.Random):
         for name in ("late.png", "a.txt", "zz.jsonl", "train.tar"):
             source = next(path for path in inside if path.suffix in (".png", ".tar", ".parquet"))
             yield f"{place.name}/{name} added", lambda to=place / name, source=source: shutil.copy(source, to)
+
+    def appears() -> None:
+        (folder / "images").mkdir(exist_ok=True)
+        shutil.copy(source, folder / "images/late.png")
+
+    yield "a folder of images", appears
     yield "a folder of the missing", lambda: shutil.copytree(folder, folder / "nowhere")
 
 

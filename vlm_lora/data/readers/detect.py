@@ -109,7 +109,6 @@ def detect(path: Path, format: str | None) -> Layout:
 
 
 def _in_folder(folder: Path, root: Path, format: str | None) -> Layout:
-    depend_on(folder)
     if format in (None, "arrow") and (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return Layout("arrow", root, (folder / "state.json",))
     if format in (None, "arrow") and (folder / "dataset_dict.json").is_file():
