@@ -43,7 +43,7 @@ CORE = [
 """From a configuration to a caption, in reading order."""
 
 MOST_CORE_LINES = 6_400
-MOST_LINES = 24_500
+MOST_LINES = 24_850
 """What they are today, rounded up. The goals are 4,500 and 11,500: a change that raises one says why."""
 MOST_FUNCTION_LINES = 80
 MOST_ARGUMENTS = 7

@@ -1,6 +1,9 @@
 """What a run prints while it trains, on the command line and in notebooks."""
 
+import numpy as np
+
 from vlm_lora.console import Progress, StopSignals, duration, one_line, say, size
+from vlm_lora.data.examples import Examples
 from vlm_lora.inference.losses import sample_of
 from vlm_lora.training.events import Events
 
@@ -15,9 +18,9 @@ class TrainReport(Events):
         self.said = ""
 
     def data(self, format, train, held_out, bad) -> None:
-        answers = sum(example.weight * len(example.dialogues) for example in train)
-        text_only = sum(example.weight * len(example.dialogues) for example in train if not example.images)
-        pictured = sum(bool(example.images) for example in train)
+        train = Examples.of(train)
+        answers, with_images = train.num_answers * train.weights, [bool(images) for images in train.images]
+        answers, text_only, pictured = answers.sum(), answers[~np.array(with_images, bool)].sum(), sum(with_images)
         beside = f" and {text_only:,} of text alone" if text_only else ""
         counts = f"{pictured:,} images with {answers - text_only:,} answers{beside} to learn"
         say(f"Data: {format}. {counts}; {len(held_out):,} held out.")

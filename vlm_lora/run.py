@@ -45,8 +45,8 @@ class RunResult:
     """The trained adapter, on its base model."""
     features: FeatureCache
     """The vision tower's output for the images."""
-    train_examples: tuple[Example, ...]
-    held_out: tuple[Example, ...]
+    train_examples: Sequence[Example]
+    held_out: Sequence[Example]
     """The examples that were not trained on."""
     bad: tuple[BadRow, ...]
     """The rows that could not be used."""
@@ -121,7 +121,7 @@ def train(
                 trained.folder, evaluation, title=name, command=command, other=other, watched=trained.held_out
             )
         if is_main:
-            learnt = sum(len(example.dialogues) for example in trained.train_examples)
+            learnt = trained.train_examples.num_answers.sum()
             card = write_card(
                 trained.folder / "adapter",
                 config,

@@ -16,12 +16,13 @@ from vlm_lora.config import TrainConfig
 from vlm_lora.console import StopSignals, size
 from vlm_lora.data.example import Example
 from vlm_lora.inference.losses import read_memory
+from vlm_lora.model.encode import Sizes
 from vlm_lora.progress import TrainReport
 from vlm_lora.training import fitting, loop, run
 from vlm_lora.training.cost import TRAINED, CostModel
 from vlm_lora.training.devices import DEVICES, RESERVED, Device, device_named
 from vlm_lora.training.fitting import FILLED, fitting_tokens
-from vlm_lora.training.lessons import BranchSize, Lesson, Lessons
+from vlm_lora.training.lessons import Lessons
 from vlm_lora.training.run import train_adapter as train
 from vlm_lora.training.schedule import Schedule
 
@@ -32,7 +33,8 @@ FAST, SLOW = Device(1e18, 1e18, 1e15, 1e15), Device(1e9, 1e9, 1e15, 1e15)
 def texts(lengths) -> Lessons:
     """Examples of one answer without images, of so many tokens each."""
     example = Example(id="x", images=(), dialogues=(), source="x.jsonl")
-    return Lessons.of(Lesson(example, length - 10, 0, (BranchSize(0, 10, 5, 0),)) for length in lengths)
+    sizes = [Sizes(length - 10, 0, [(10, 5, 0)]) for length in lengths]
+    return Lessons.of([example] * len(sizes), enumerate(sizes), {})
 
 
 @pytest.fixture(scope="module")

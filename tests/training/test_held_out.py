@@ -14,11 +14,12 @@ from vlm_lora.cli import main
 from vlm_lora.errors import ConfigError, Stopped
 from vlm_lora.inference.losses import read_losses
 from vlm_lora.inference.report import _loss_plot
+from vlm_lora.model.encode import Sizes
 from vlm_lora.model.store import Store
 from vlm_lora.progress import TrainReport
 from vlm_lora.training import checkpoint, loop, step
 from vlm_lora.training.held_out import FORWARD, LEAST, SHARE, HeldOut
-from vlm_lora.training.lessons import BranchSize, Lesson, Lessons
+from vlm_lora.training.lessons import Lessons
 from vlm_lora.training.run import train_adapter as train
 
 MANY = {"val_split": 2 / 3, "max_steps": 20, "epochs": 9, "save_every": 10, "batch_size": 10, "lr": 1e-3}
@@ -194,11 +195,11 @@ def of_tokens(lengths, names=None):
     from vlm_lora.data.example import Dialogue, Example, ImageRef, Turn
 
     made = []
-    for i, length in enumerate(lengths):
+    for i in range(len(lengths)):
         name = names[i] if names else f"{i}.png"
         example = Example(name, (ImageRef(path=name, name=name),), (Dialogue((Turn("a", "b"),)),), name)
-        made.append(Lesson(example, length - 2, 1, (BranchSize(0, 2, 0, 0),)))
-    return Lessons.of(made)
+        made.append(example)
+    return Lessons.of(made, ((i, Sizes(length - 2, 1, [(2, 0, 0)])) for i, length in enumerate(lengths)), {})
 
 
 def hash_of(image) -> str:
@@ -240,10 +241,10 @@ def test_the_sample_is_of_seed_and_bytes_alone_and_nested():
 
 def test_one_without_images_is_ranked_by_its_texts():
     held_out = of_tokens([50] * 40)
-    bare = [replace(each, example=replace(each.example, images=())) for each in held_out]
-    other = Lessons.of(
-        replace(e, example=replace(e.example, dialogues=e.example.dialogues * (i + 1))) for i, e in enumerate(bare)
-    )
+    bare = [
+        replace(each.example, images=(), dialogues=each.example.dialogues * (i + 1)) for i, each in enumerate(held_out)
+    ]
+    other = Lessons.of(bare, ((i, Sizes(48, 1, [(2, 0, 0)])) for i in range(40)), {})
     assert held_out_of(other).order.tolist() != list(range(40))
     assert [held_out_of(other[::-1]).order[i] for i in range(40)] == [39 - i for i in held_out_of(other).order]
 

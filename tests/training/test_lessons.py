@@ -75,7 +75,7 @@ def test_no_tokens_are_kept_and_each_process_makes_those_of_its_share(counted, m
     assert [len(lesson.branches) for lesson in lessons] == [1, 2, 3, 4] * 10
     assert lessons.num_tokens.tolist() == [lesson.num_tokens for lesson in lessons]
     assert [each.example for each in lessons[::-3]] == list(examples)[::-3]
-    assert lessons.take([3, 3])[1].example is examples[3]
+    assert lessons.take([3, 3])[1].example == examples[3]
     made = []
     encode = Encoder.encode
     monkeypatch.setattr(Encoder, "encode", lambda self, *given: made.append(1) or encode(self, *given))

@@ -62,9 +62,9 @@ def prepared(checkpoints, photo_folder, tmp_path, family="qwen2_vl", **changes):
     features = FeatureCache(backbone, None)
     examples = read_data(settings, settings.data).examples
     encoder = Encoder(backbone)
-    lessons = Lessons.of(
-        Lesson.of(e, encoder.sizes(e.dialogues, torch.stack([features.prepare(i) for i in e.images]))) for e in examples
-    )
+    grids = [torch.stack([features.prepare(i) for i in e.images]) for e in examples]
+    sizes = [encoder.sizes(e.dialogues, each) for e, each in zip(examples, grids, strict=True)]
+    lessons = Lessons.of(examples, enumerate(sizes), {})
     patches = {image: features.patches(image) for lesson in lessons for image in lesson.example.images}
     return settings, backbone, adapter, features, lessons, patches
 

@@ -96,7 +96,7 @@ def check_dataset(
     """
     every = max(1, len(dataset.examples) // thumbnails) if thumbnails else 0
     shown = {ref for e in (dataset.examples[::every] if every else ()) for ref in e.images[:1]}
-    both = dataset.examples + (held_out.examples if held_out else ())
+    both = (*dataset.examples, *(held_out.examples if held_out else ()))
     refs = list(dict.fromkeys(ref for e in both for ref in e.images))
     seen: dict[ImageRef, Seen] = {}
     for look in look_at_all(refs, shown):

@@ -63,9 +63,10 @@ def run(options: argparse.Namespace) -> int:
             progress.show(f"Rows read: {rows:,}")
 
     settings = DataSettings(**config.reading)
-    dataset, held_out = read_dataset(config.sources, settings, progress=counted), None
+    read = partial(read_dataset, settings=settings, keep=True, warn=say, progress=counted)
+    dataset, held_out = read(config.sources), None
     if config.val:
-        held_out = below(config.val, read_dataset(config.val, settings, progress=counted).part("val", "test"))
+        held_out = below(config.val, read(config.val).part("val", "test"))
         dataset = without_held_out(dataset, held_out, config.val)
     elif dataset.val or dataset.test:
         held_out = replace(dataset.part("val", "test"), bad=())

@@ -102,9 +102,11 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--against needs --adapter to compare with, and goes with neither --endpoint nor --review.")
     speaker, prompt, system, theirs = _speaker(options)
     settings = _settings(options, prompt, system)
-    whole = read_dataset(options.data, settings)
+    whole = read_dataset(options.data, settings, keep=True, warn=say)
     dataset = whole.in_one if options.review else whole.part("test", "val")
-    also = [read_dataset(options.also, settings, format=None, columns=None)] if options.also else []
+    also = (
+        [read_dataset(options.also, settings, keep=True, warn=say, format=None, columns=None)] if options.also else []
+    )
     for path, read in zip((options.data, options.also), (dataset, *also), strict=False):
         for row in read.bad[:5]:
             say(one_line(f"Left out: {row.place}: {row.reason}."))
@@ -232,7 +234,8 @@ def _against(
     from vlm_lora.data.readers import read_dataset
     from vlm_lora.inference.evaluate import against
 
-    dataset = read_dataset(options.data, _settings(options, theirs.prompt, theirs.system)).part("test", "val")
+    settings = _settings(options, theirs.prompt, theirs.system)
+    dataset = read_dataset(options.data, settings, keep=True, warn=say).part("test", "val")
     names = [Path(name).resolve() for name in (options.adapter, options.against)]
     ours, other = (path.parent.name if path.name == "adapter" else path.name for path in names)
     if ours == other:

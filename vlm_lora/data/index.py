@@ -1,8 +1,8 @@
-"""What was found out of the data is kept on disk, so that a later run need not read, hash or tokenise it again.
+"""What was found out of images and texts is kept on disk, so that a later run need not hash or tokenise them again.
 
 Nothing in it can be stale: what is kept of an image goes by its file's name, size and time of change (or by the hash
 of its bytes, where a reader gave that), what is kept of texts by the texts themselves. What is missing is found out
-anew, and so is what is damaged; rows are always read, so what a row means and which are bad is never remembered.
+anew, and so is what is damaged. What is kept of rows, `readers.kept` says.
 """
 
 import hashlib
@@ -13,10 +13,11 @@ import time
 import zipfile
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import PIL
@@ -45,6 +46,40 @@ def index_folder() -> Path:
 def key_of(*parts: object) -> bytes:
     """A short hash of what decides something."""
     return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=WIDTH).digest()
+
+
+@contextmanager
+def rewritten(path: Path) -> Iterator[BinaryIO]:
+    """What is written inside is what the file holds, all of it or nothing; indexes that nobody uses are deleted. Raises
+    OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    for other in (each for ending in ("npz", "rows", "tmp") for each in path.parent.glob(f"*.{ending}")):
+        with suppress(OSError):
+            if time.time() - other.stat().st_mtime > UNUSED_SECONDS:
+                other.unlink()
+
+
+@contextmanager
+def locked(path: Path | None) -> Iterator[None]:
+    """Inside, no other process makes this index; where the disk has no locks, each does for itself."""
+    lock = None
+    with suppress(OSError, NotImplementedError, Timeout):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path.with_suffix(".lock"), timeout=LOCK_SECONDS)
+            lock.acquire(poll_interval=0.05)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 class Table:
@@ -80,33 +115,8 @@ class Table:
         """Have the file hold these rows, and delete indexes that nobody uses. Raises OSError."""
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, allow_pickle=False, keys=np.frombuffer(keys, dtype=np.uint8), **columns)
-            os.replace(temporary, self.path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-        for path in (*self.path.parent.glob("*.npz"), *self.path.parent.glob("*.tmp")):
-            with suppress(OSError):
-                if time.time() - path.stat().st_mtime > UNUSED_SECONDS:
-                    path.unlink()
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Inside, no other process makes this index; where the disk has no locks, each does for itself."""
-        lock = None
-        with suppress(OSError, NotImplementedError, Timeout):
-            if self.path is not None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                lock = FileLock(self.path.with_suffix(".lock"), timeout=LOCK_SECONDS)
-                lock.acquire(poll_interval=0.05)
-        try:
-            yield
-        finally:
-            if lock is not None:
-                lock.release()
+        with rewritten(self.path) as file:
+            np.savez(file, allow_pickle=False, keys=np.frombuffer(keys, dtype=np.uint8), **columns)
 
 
 class Looks:
@@ -124,7 +134,7 @@ class Looks:
         self.warn = warn
         self.num_read = 0
         """How many images' files were read."""
-        self._places: dict[ImageRef, int] = {}
+        self._places: dict[bytes, int] = {}  # by what an image is: no ImageRef is kept
         self._keys, self._hashes = bytearray(), bytearray()
         self._sizes, self._whole = array("i"), bytearray()
         self._lock = threading.Lock()
@@ -148,19 +158,17 @@ class Looks:
         self._whole[self._place(image)] = 1
 
     def look_at_all(
-        self, images: Sequence[ImageRef], progress: Callable[[int, int], None] = lambda done, total: None
+        self, images: Iterable[ImageRef], progress: Callable[[int, int], None] = lambda done, total: None
     ) -> None:
         """Look at those the index does not have, in threads. What is wrong with one is raised when it is asked for.
 
         One process at a time: the others find what it found.
         """
-        images = list(dict.fromkeys(image for image in images if image not in self._places))
-        keys = list(map(_key, images))
-        if self._take(images, keys) == len(images):
+        missing = self._take(images)
+        if not missing:
             return
-        with self.table.locked():
-            self._take(images, keys)
-            missing = [image for image in images if image not in self._places]
+        with locked(self.table.path):
+            missing = self._take(missing)
             with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as threads:
                 for start in range(0, len(missing), 256):
                     some = missing[start : start + 256]
@@ -193,22 +201,27 @@ class Looks:
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _place(self, image: ImageRef) -> int:
-        if image not in self._places:
+        if (place := self._places.get(_name(image))) is None:
             self._add(image, *_look(image))
             self.num_read += 1
-        return self._places[image]
+            place = self._places[_name(image)]
+        return place
 
-    def _take(self, images: Sequence[ImageRef], keys: Sequence[bytes | None]) -> int:
-        """Take over from the index what it has of these; how many are known then."""
+    def _take(self, images: Iterable[ImageRef]) -> list[ImageRef]:
+        """Take over from the index what it has of these; those that it does not have, each once."""
         self.table.load()
-        columns, known = self.table.columns, 0
-        for image, key in zip(images, keys, strict=True):
-            if image not in self._places and key and (at := self.table.find(key)) is not None:
+        columns, missing = self.table.columns, {}
+        for image in images:
+            name = _name(image)
+            if name in self._places or name in missing:
+                continue
+            if (at := self.table.find(key := _key(image))) is None:
+                missing[name] = image
+            else:
                 look = columns["hashes"][at].tobytes(), columns["sizes"][at].tolist(), int(columns["whole"][at])
                 self._add(image, key, *look)
-            known += image in self._places
         self.table.columns, self.table._places = {}, {}
-        return known
+        return list(missing.values())
 
     def _add(self, image: ImageRef, key: bytes | None, sha256: bytes, size: Sequence[int], whole: int = 0) -> None:
         with self._lock:  # the next step is fetched in a thread
@@ -217,7 +230,12 @@ class Looks:
             self._hashes += sha256
             self._sizes.extend(size)
             self._whole.append(whole)
-            self._places[image] = place
+            self._places[_name(image)] = place
+
+
+def _name(image: ImageRef) -> bytes:
+    """What it goes by in one process: where it is, and what its reader saw of it."""
+    return key_of(str(image.path), image.size, image.sha256, image.embedded)
 
 
 def _key(image: ImageRef) -> bytes | None:

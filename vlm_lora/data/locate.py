@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 from vlm_lora.data.example import ImageRef
 from vlm_lora.data.images import IMAGE_SUFFIXES
+from vlm_lora.data.origin import depend_on
 from vlm_lora.data.texts import windows_hint
 from vlm_lora.errors import DataError
 
@@ -30,7 +31,9 @@ def folders_beside(file: Path, root: Path) -> tuple[Path, ...]:
     """Where the images of a file of rows may be: its folder, the root, and `images/` and the like below these."""
     names = [file.stem, *re.findall(r"(?:train|val|test)\d*", file.stem), *IMAGE_FOLDERS]
     places = [file.parent, root]
-    places += [place / name for place in places for name in names]
+    for place in [place / name for place in places for name in names]:
+        depend_on(place)
+        places.append(place)
     return tuple(dict.fromkeys(place for place in places if place.is_dir()))
 
 
@@ -119,8 +122,11 @@ class Finder:
 
     def _place(self, name: str) -> str | None:
         """Where a file of this name is, or of another spelling of it; None where there is none."""
-        paths = (os.path.join(folder, spelling) for spelling in _spellings(name) for folder in self.folders)
-        return next((path for path in paths if os.path.lexists(path)), None)
+        for path in (os.path.join(folder, spelling) for spelling in _spellings(name) for folder in self.folders):
+            depend_on(path)
+            if os.path.lexists(path):
+                return path
+        return None
 
     def _with_ending(self, name: str) -> str | None:
         """Where the image is that a name without an ending means (kohya's metadata). Raises DataError for several."""

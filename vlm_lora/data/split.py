@@ -1,11 +1,15 @@
 """Train and validation by image, never by row: no picture is on both sides."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
+
+import numpy as np
 
 from vlm_lora.data.example import Example, ImageRef
+from vlm_lora.data.examples import Examples
 from vlm_lora.data.images import content_hash
 from vlm_lora.data.readers import Dataset, bad_rows
 from vlm_lora.errors import ConfigError, DataError
@@ -18,7 +22,7 @@ def bytes_hash(image: ImageRef) -> str:
 
 def split_examples(
     examples: Sequence[Example], fraction: float, seed: int, hash_of: Callable[[ImageRef], str] = bytes_hash
-) -> tuple[list[Example], list[Example]]:
+) -> tuple[Examples, Examples]:
     """(train, validation), each in the order of `examples`; validation has `fraction` (0..1) of those with images.
 
     Examples that share an image, or a copy of it under another name, stay together. Which go to validation
@@ -28,7 +32,7 @@ def split_examples(
     """
     if not 0 < fraction < 1:
         raise ConfigError(f"--val-split {fraction}: expected a fraction between 0 and 1")
-    pictured = [example for example in examples if example.images]  # the others are there against forgetting
+    examples = Examples.of(examples)
     hashes: dict[ImageRef, str] = {}
     group_of: dict[str, str] = {}  # image hash -> another one of its group; a root points to itself
 
@@ -37,34 +41,33 @@ def split_examples(
             group_of[key] = key = group_of[group_of[key]]
         return key
 
-    keys = []
-    for example in pictured:
-        for ref in example.images:
+    firsts: dict[int, str] = {}  # of those with images: the others are there against forgetting
+    for number, images in enumerate(examples.images):
+        for ref in images:
             if ref not in hashes:
                 hashes[ref] = hash_of(ref)
-        keys.append([hashes[ref] for ref in example.images])
-        for key in keys[-1]:
-            low, high = sorted((root(key), root(keys[-1][0])))
+            first = firsts.setdefault(number, hashes[ref])
+            low, high = sorted((root(hashes[ref]), root(first)))
             group_of[high] = low  # the smallest hash stands for the group, whatever the order
 
     groups: dict[str, list[int]] = {}
-    for index, (first, *_) in enumerate(keys):
-        groups.setdefault(root(first), []).append(index)
+    for number, first in firsts.items():
+        groups.setdefault(root(first), []).append(number)
     if len(groups) < 2:
         raise DataError(
-            f"a validation split needs 2 different images, found {len(groups)} in {len(pictured)} examples; "
+            f"a validation split needs 2 different images, found {len(groups)} in {len(firsts)} examples; "
             "add images, or pass validation data of its own with --val"
         )
     ordered = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
-    wanted = max(1, min(len(pictured) - 1, round(len(pictured) * fraction)))
+    wanted = max(1, min(len(firsts) - 1, round(len(firsts) * fraction)))
     chosen: set[int] = set()
     for group in ordered:
         if len(chosen) + len(groups[group]) <= wanted:
             chosen.update(groups[group])
     if not chosen:  # every group is larger than what is wanted: the smallest one then
         chosen.update(groups[min(ordered, key=lambda key: len(groups[key]))])
-    held = {id(pictured[i]) for i in chosen}
-    return [e for e in examples if id(e) not in held], [e for e in examples if id(e) in held]
+    train = np.setdiff1d(np.arange(len(examples)), list(chosen))
+    return examples.take(train), examples.take(sorted(chosen))
 
 
 def without_held_out(
@@ -76,28 +79,33 @@ def without_held_out(
     side, once.
     """
 
-    def images(side: Dataset) -> list[ImageRef]:
-        return [ref for example in side.examples for ref in example.images]
+    examples = Examples.of(dataset.examples)
 
-    sizes = {ref.size for ref in images(held_out)}
+    def images(side: Sequence[Example]) -> Iterator[ImageRef]:
+        return chain.from_iterable(Examples.of(side).images)
+
+    sizes = {ref.size for ref in images(held_out.examples)}
 
     def hashed(ref: ImageRef) -> str:
         with suppress(DataError):  # where it is decoded, it is reported
             return hash_of(ref)
         return ""
 
-    held = {hashed(ref): ref.name for ref in _of_sizes(images(held_out), {ref.size for ref in images(dataset)})}
+    ours = {ref.size for ref in images(examples)}
+    held = {hashed(ref): ref.name for ref in _of_sizes(images(held_out.examples), ours)}
     held.pop("", None)
-    twins = {ref: held.get(hashed(ref)) for ref in _of_sizes(images(dataset), sizes)} if held else {}
+    twins = {ref: name for ref in _of_sizes(images(examples), sizes) if (name := held.get(hashed(ref)))} if held else {}
+    if not twins:
+        return dataset
     kept, bad = [], list(dataset.bad)
-    for example in dataset.examples:
-        if name := next(filter(None, map(twins.get, example.images)), None):
+    for number, refs in enumerate(examples.images):
+        if name := next(filter(None, map(twins.get, refs)), None):
             reason = f"its image is in the held-out data too ({name!r} of {held_out_name}); take it out of one of them"
-            bad += bad_rows(example, reason)
+            bad += bad_rows(examples[number], reason)
         else:
-            kept.append(example)
-    return replace(dataset, examples=tuple(kept), bad=tuple(bad))
+            kept.append(number)
+    return replace(dataset, examples=examples.take(kept), bad=tuple(bad))
 
 
-def _of_sizes(refs: Sequence[ImageRef], sizes: set[int | None]) -> list[ImageRef]:
+def _of_sizes(refs: Iterable[ImageRef], sizes: set[int | None]) -> list[ImageRef]:
     return [ref for ref in dict.fromkeys(refs) if ref.size in sizes or None in sizes or ref.size is None]

@@ -144,7 +144,7 @@ def data_of(run: Path) -> list[Example]:
                 continue
             # Of several sources, the training named pictures by the folder that it was given
             own = "" if any(Path(name).is_absolute() for name in given) else f"{start.as_posix()}/"
-            found = dataset.examples + dataset.val + dataset.test
+            found = (*dataset.examples, *dataset.val, *dataset.test)
             examples += [replace(example, id=example.id.removeprefix(own)) for example in found]
     except ConfigError as error:
         log.warning("No pictures: %s", error)

@@ -130,7 +130,6 @@ class FeatureCache:
         self._parked = False  # the tower, but for an entry that is missing
         self._failing = False  # the disk is full, or read only
         self._memory = _Recent(IN_MEMORY_BYTES if in_memory else 0)
-        self._known: dict[ImageRef, tuple[str, tuple[int, int, int]]] = {}
         self._looks = looks or Looks()
 
     @property
@@ -265,9 +264,7 @@ class FeatureCache:
 
     def _identify(self, image: ImageRef) -> tuple[str, tuple[int, int, int]]:
         """The name of its entry, and its grid, as they were when the file was first looked at."""
-        if image not in self._known:
-            self._known[image] = self._named(self._looks.sha256(image)), self.backbone.grid(*self._looks.size(image))
-        return self._known[image]
+        return self._named(self._looks.sha256(image)), self.backbone.grid(*self._looks.size(image))
 
     def _named(self, content: str) -> str:
         """The name of the entry of an image with this hash; it is not evicted from here on."""

@@ -83,7 +83,7 @@ class _Headers:
 
     def of(self, lessons: Lessons) -> dict[ImageRef, int]:
         """Patches of each image of these."""
-        images = dict.fromkeys(ref for lesson in lessons for ref in lesson.example.images)
+        images = dict.fromkeys(lessons.images)
         return {ref: math.prod(self.base.grid(*self.looks.size(ref))) for ref in images}
 
     def once(self, patches: dict[ImageRef, int]) -> dict[str, int]:

@@ -6,7 +6,7 @@ take some megabytes before that.
 """
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -16,10 +16,14 @@ import numpy as np
 import torch
 
 from vlm_lora.data.example import Example, ImageRef
+from vlm_lora.data.examples import Examples
 from vlm_lora.data.index import Table, index_folder, key_of
 from vlm_lora.errors import DataError
 from vlm_lora.model.encode import Encoder, Sizes
 from vlm_lora.model.packing import Encoded
+
+Grids = Sequence[tuple[int, int, int]]
+"""``grid_thw`` of each image of an example."""
 
 
 class BranchSize(NamedTuple):
@@ -87,30 +91,37 @@ class Lessons(Sequence[Lesson]):
     """The lessons of a data set. None is kept as an object: each is made when it is asked for.
 
     Attributes:
-        examples: of which they are.
+        examples: of which they are, each made when it is asked for.
         prefixes: ``(examples, 2)`` tokens of each one's prefix, and images in it.
         first: ``(examples + 1,)``, where the branches of each begin.
         branches: ``(branches, 3)`` tokens, labels and images of each.
         which: ``(lessons,)``, the example of each lesson.
     """
 
-    examples: Sequence[Example]
+    examples: Examples
     prefixes: np.ndarray
     first: np.ndarray
     branches: np.ndarray
     which: np.ndarray
 
     @classmethod
-    def of(cls, lessons: Iterable[Lesson]) -> "Lessons":
-        """Of whole examples, all of whose branches are learnt."""
-        examples, prefixes, first, branches = [], array("i"), array("q", [0]), array("i")
-        for lesson in lessons:
-            examples.append(lesson.example)
-            prefixes.extend((lesson.prefix, lesson.images_in_prefix))
-            branches.extend(chain.from_iterable(branch[1:] for branch in lesson.branches))
+    def of(
+        cls, examples: Sequence[Example], counted: Iterable[tuple[int, Sizes]], fewer: Mapping[int, Example]
+    ) -> "Lessons":
+        """Of ``examples`` all of whose branches are learnt: the place of each, and its sizes.
+
+        Args:
+            fewer: by place, those that are learnt with fewer dialogues, and so have those sizes; filled meanwhile.
+        """
+        examples = Examples.of(examples)
+        places, prefixes, first, branches = array("q"), array("i"), array("q", [0]), array("i")
+        for place, each in counted:
+            places.append(place)
+            prefixes.extend(each[:2])
+            branches.extend(chain.from_iterable(each.branches))
             first.append(len(branches) // 3)
-        sizes = np.array(prefixes).reshape(-1, 2), np.array(first), np.array(branches).reshape(-1, 3)
-        return cls(tuple(examples), *sizes, np.arange(len(examples)))
+        numbers = np.array(prefixes).reshape(-1, 2), np.array(first), np.array(branches).reshape(-1, 3)
+        return cls(examples.take(places, fewer), *numbers, np.arange(len(places)))
 
     @overload
     def __getitem__(self, at: int) -> Lesson: ...
@@ -133,6 +144,21 @@ class Lessons(Sequence[Lesson]):
     def take(self, at: Sequence[int] | np.ndarray) -> "Lessons":
         """Those at these places, in this order."""
         return replace(self, which=self.which[np.asarray(at, dtype=np.int64)])
+
+    @property
+    def learnt_from(self) -> Examples:
+        """The example of each."""
+        return self.examples.take(self.which)
+
+    @property
+    def images(self) -> Iterator[ImageRef]:
+        """Of all of them, those of some lesson more than once if others have them too."""
+        return chain.from_iterable(self.learnt_from.images)
+
+    @property
+    def weighted(self) -> "Lessons":
+        """What an epoch learns from: each as often as the weight of its example says."""
+        return self.take(np.repeat(np.arange(len(self)), self.learnt_from.weights))
 
     @cached_property
     def num_branches(self) -> np.ndarray:
@@ -159,15 +185,17 @@ class KeptSizes:
         self._keys = bytearray()
         self._prefixes, self._first, self._branches = array("i"), array("q", [0]), array("i")
 
-    def sizes(self, encoder: Encoder, examples: Sequence[tuple[Example, torch.Tensor]]) -> list[Sizes]:
-        """Of these examples with their image grids; texts that are to be counted are tokenised together."""
-        keys = [_key(example, grids) for example, grids in examples]
-        known = [self._find(key) for key in keys]
-        encoder.tokenize_ahead([example for (example, _), sizes in zip(examples, known, strict=True) if not sizes])
+    def sizes(self, encoder: Encoder, examples: Examples, grids: Mapping[int, Grids]) -> list[Sizes]:
+        """Of the examples at some places with their image grids; texts that are to be counted are tokenised
+        together."""
+        keys = {place: key_of(examples.said(place), given) for place, given in grids.items()}
+        known = {place: self._find(key) for place, key in keys.items()}
+        new = {place: examples[place] for place, sizes in known.items() if sizes is None}
+        encoder.tokenize_ahead(list(new.values()))
         found = []
-        for key, (example, grids), sizes in zip(keys, examples, known, strict=True):
-            self.num_counted += sizes is None
-            found.append(sizes or encoder.sizes(example.dialogues, grids))
+        for place, key in keys.items():
+            self.num_counted += place in new
+            found.append(known[place] or encoder.sizes(new[place].dialogues, as_tensor(grids[place])))
             self._keys += key
             self._prefixes.extend(found[-1][:2])
             self._branches.extend(chain.from_iterable(found[-1].branches))
@@ -191,10 +219,6 @@ class KeptSizes:
         return Sizes(prefix, in_prefix, list(zip(*[iter(numbers)] * 3, strict=True)))
 
 
-def _key(example: Example, grids: torch.Tensor) -> bytes:
-    """Of all of an example that decides its sizes."""
-    said = [
-        (d.system, [(t.user, t.assistant, t.images, t.weight) for t in d.turns], d.refs, d.boxes)
-        for d in example.dialogues
-    ]
-    return key_of(said, grids.tolist())
+def as_tensor(grids: Grids) -> torch.Tensor:
+    """``(num_images, 3)``"""
+    return torch.tensor(grids, dtype=torch.long).reshape(-1, 3)

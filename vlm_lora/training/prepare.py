@@ -6,20 +6,20 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-
-import numpy as np
-import torch
+from functools import lru_cache
+from itertools import chain, islice
 
 from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Example, ImageRef
-from vlm_lora.data.index import Looks, key_of
+from vlm_lora.data.examples import Examples
+from vlm_lora.data.index import Looks, key_of, locked
 from vlm_lora.data.readers import BadRow, Dataset, DataSettings, bad_rows, read_dataset
 from vlm_lora.data.split import split_examples, without_held_out
 from vlm_lora.errors import DataError
-from vlm_lora.model.encode import AT_ONCE, Encoder
+from vlm_lora.model.encode import AT_ONCE, Encoder, Sizes
 from vlm_lora.model.features import FeatureCache
 from vlm_lora.training.events import Events
-from vlm_lora.training.lessons import KeptSizes, Lesson, Lessons
+from vlm_lora.training.lessons import Grids, KeptSizes, Lessons, as_tensor
 from vlm_lora.training.processes import Processes
 
 
@@ -27,8 +27,8 @@ from vlm_lora.training.processes import Processes
 class SplitData:
     """What was read: examples to learn from, held-out ones, and the rows that cannot be used."""
 
-    train: list[Example]
-    held_out: list[Example]
+    train: Sequence[Example]
+    held_out: Sequence[Example]
     bad_rows: tuple[BadRow, ...]
     taken_for: str
     fingerprint: str
@@ -39,7 +39,10 @@ class SplitData:
     @property
     def systems(self) -> list[str]:
         """The system prompts of what is said about images, "" where there is none; each once, the commonest first."""
-        with_images = [example for example in self.train if example.images]
+        examples = Examples.of(self.train)
+        if examples.columns.system is not None:  # no need to look at each
+            return [examples.columns.system] if any(examples.images) else []
+        with_images = [example for example in examples if example.images]
         found = Counter(dialogue.system for example in with_images for dialogue in example.dialogues)
         return [system for system, _ in found.most_common()]
 
@@ -56,12 +59,15 @@ class Prepared:
     @property
     def weighted(self) -> Lessons:
         """What an epoch learns from: each example as often as its weight says."""
-        weights = [self.train.examples[i].weight for i in self.train.which]
-        return self.train.take(np.repeat(np.arange(len(self.train)), weights))
+        return self.train.weighted
+
+    @property
+    def images(self) -> Iterator[ImageRef]:
+        return chain(self.train.images, self.held_out.images)
 
 
-def read_data(config: TrainConfig, sources: Sequence[str]) -> Dataset:
-    return read_dataset(sources, DataSettings(**config.reading))
+def read_data(config: TrainConfig, sources: Sequence[str], warn: Callable[[str], None] = lambda text: None) -> Dataset:
+    return read_dataset(sources, DataSettings(**config.reading), keep=config.cache, warn=warn)
 
 
 def index_name(config: TrainConfig) -> object:
@@ -81,10 +87,10 @@ def read_and_split(
         warn: called with a sentence where the index cannot be kept.
     """
     looks = Looks(index_name(config), warn)
-    dataset = read_data(config, config.sources)
-    held_dataset = read_data(config, (config.val,)).part("val", "test") if config.val else None
+    dataset = read_data(config, config.sources, warn)
+    held_dataset = read_data(config, (config.val,), warn).part("val", "test") if config.val else None
     sides = (dataset.examples, dataset.val, dataset.test, held_dataset.examples if held_dataset else ())
-    looks.look_at_all([image for side in sides for example in side for image in example.images], progress)
+    looks.look_at_all(chain.from_iterable(images for side in sides for images in Examples.of(side).images), progress)
     if held_dataset and config.val:
         dataset = without_held_out(dataset, held_dataset, config.val, looks.sha256)
     elif dataset.val or dataset.test:
@@ -94,12 +100,12 @@ def read_and_split(
     bad = dataset.bad + (held_dataset.bad if held_dataset else ())
     if not dataset.examples:
         raise no_usable_example(config, bad, len(dataset.val) + len(dataset.test))
-    if not any(example.images for example in dataset.examples):
+    if not any(Examples.of(dataset.examples).images):
         raise DataError(
             f"{', '.join(config.sources)}: no row names an image. Say --columns image=NAME; rows of text alone are "
             "learnt beside rows with images, as in vlm-lora train PHOTOS TEXTS"
         )
-    train, held_out = list(dataset.examples), list(held_dataset.examples) if held_dataset else []
+    train, held_out = dataset.examples, held_dataset.examples if held_dataset else Examples.of(())
     if not held_dataset and config.val_split:
         train, held_out = split_examples(train, config.val_split, config.seed, looks.sha256)
     taken_for = ". ".join(dataset.parts) or dataset.taken_for
@@ -118,30 +124,37 @@ def count_tokens(
     Args:
         progress: called with the number of examples whose tokens are counted, and of all.
     """
-    bad, name = list(data.bad_rows), index_name(config)
+    bad, name, grid = list(data.bad_rows), index_name(config), lru_cache(4096)(encoder.backbone.grid)
     kept = KeptSizes(f"tokens-{key_of(name, encoder.fingerprint).hex()}" if name else None)
 
-    def readable(examples: Sequence[Example]) -> Iterator[tuple[Example, torch.Tensor]]:
-        for example in examples:
-            try:
-                grids = [encoder.backbone.grid(*data.looks.size(image)) for image in example.images]
-                yield example, torch.tensor(grids, dtype=torch.long).reshape(-1, 3)
-            except DataError as error:
-                bad.extend(bad_rows(example, str(error)))
-
-    def counted(examples: Sequence[Example]) -> Iterator[Lesson]:
-        for start in range(0, len(examples), AT_ONCE):
-            some = list(readable(examples[start : start + AT_ONCE]))
-            for (example, grids), sizes in zip(some, kept.sizes(encoder, some), strict=True):
-                fitting, sizes, too_long = encoder.fitting(example, grids, config.max_tokens, sizes)
+    def counted(examples: Examples, fewer: dict[int, Example]) -> Iterator[tuple[int, Sizes]]:
+        images = enumerate(examples.images)
+        while some := list(islice(images, AT_ONCE)):
+            grids: dict[int, Grids] = {}
+            for place, refs in some:
+                try:
+                    grids[place] = [grid(*data.looks.size(image)) for image in refs]
+                except DataError as error:
+                    bad.extend(bad_rows(examples[place], str(error)))
+            for place, sizes in zip(grids, kept.sizes(encoder, examples, grids), strict=True):
+                if sizes.longest_sequence <= config.max_tokens:
+                    yield place, sizes
+                    continue
+                given = examples[place], as_tensor(grids[place]), config.max_tokens, sizes
+                fitting, sizes, too_long = encoder.fitting(*given)
                 bad.extend(too_long)
                 if fitting:
-                    yield Lesson.of(fitting, sizes)
-            progress(min(start + AT_ONCE, len(examples)), len(examples))
+                    fewer[place] = fitting
+                    yield place, sizes
+            progress(some[-1][0] + 1, len(examples))
 
-    with kept.table.locked():  # the other processes find what the first one counts
+    def lessons(examples: Sequence[Example]) -> Lessons:
+        packed, fewer = Examples.of(examples), {}
+        return Lessons.of(packed, counted(packed, fewer), fewer)
+
+    with locked(kept.table.path):  # the other processes find what the first one counts
         kept.table.load()
-        train, held_out = Lessons.of(counted(data.train)), Lessons.of(counted(data.held_out))
+        train, held_out = lessons(data.train), lessons(data.held_out)
         try:
             kept.save()
         except OSError as error:
@@ -151,9 +164,10 @@ def count_tokens(
 
 def sees_each_image_once(config: TrainConfig, examples: Sequence[Example]) -> bool:
     """Whether the run ends before any image comes again, so that keeping features would be in vain."""
-    answers = sum(len(example.dialogues) for example in examples)
+    examples = Examples.of(examples)
+    answers = int(examples.num_answers.sum())
     once = config.epochs <= 1 or (config.max_steps is not None and config.max_steps * config.batch_size <= answers)
-    return once and all(example.weight == 1 for example in examples)
+    return once and all(weight == 1 for weight in examples.weights)
 
 
 def see_images(
@@ -169,17 +183,18 @@ def see_images(
         features.write, bad = keep, []
         kept = array("q")
         at_once = 32 * processes.count if processes.count > 1 else 1
-        for start in range(0, len(examples), at_once):
-            some = examples[start : start + at_once]
+        images, learnt, done = iter(examples.learnt_from.images), examples.learnt_from, 0
+        while some := list(islice(images, at_once)):
             # The tower's work is shared out; what is wrong with an image goes to every process.
-            own = [_what_is_wrong(features, each.example) for each in some[processes.index :: processes.count]]
+            own = [_what_is_wrong(features, refs) for refs in some[processes.index :: processes.count]]
             shares = processes.gather(own)
-            for i, each in enumerate(some):
+            for i in range(len(some)):
                 if error := shares[i % processes.count][i // processes.count]:
-                    bad.extend(bad_rows(each.example, error))
+                    bad.extend(bad_rows(learnt[done + i], error))
                 else:
-                    kept.append(start + i)
-            events.cache(start + len(some), len(examples))
+                    kept.append(done + i)
+            done += len(some)
+            events.cache(done, len(examples))
         return examples.take(kept), bad
 
     kept = (prepared.held_out,) if seen_once else (prepared.held_out, prepared.train)
@@ -187,34 +202,30 @@ def see_images(
     held_out, bad_held_out = usable(prepared.held_out, True)
     if seen_once:
         features.write = False
-        events.survey(features.survey(_images(prepared.train), evict=False), features.folder, True)
+        events.survey(features.survey(prepared.train.images, evict=False), features.folder, True)
     train, bad = usable(prepared.train, not seen_once)
     features.write = not seen_once
     features.keep_looks()
     return Prepared(train, held_out, (*prepared.bad_rows, *bad, *bad_held_out))
 
 
-def _images(examples: Lessons) -> list[ImageRef]:
-    return [image for each in examples for image in each.example.images]
-
-
 def _survey(features: FeatureCache, kept: Sequence[Lessons], processes: Processes, events: Events) -> None:
     """Make room in the cache for these, the first group before the next: one process of each machine does."""
-    images, first = [_images(examples) for examples in kept], processes.accelerator.is_local_main_process
+    first = processes.accelerator.is_local_main_process
     features.write = True
     if first:
-        survey = features.survey(*images)
+        survey = features.survey(*(examples.images for examples in kept))
     processes.gather(None)
     if not first:
-        survey = features.survey(*images, evict=False)
+        survey = features.survey(*(examples.images for examples in kept), evict=False)
     if survey.images:
         events.survey(survey, features.folder, False)
 
 
-def _what_is_wrong(features: FeatureCache, example: Example) -> str:
-    """Make its images ready; what is wrong with one of them, or ""."""
+def _what_is_wrong(features: FeatureCache, images: Sequence[ImageRef]) -> str:
+    """Make them ready; what is wrong with one of them, or ""."""
     try:
-        for image in example.images:
+        for image in images:
             features.prepare(image)
     except DataError as error:
         return str(error)

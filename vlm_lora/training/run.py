@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from vlm_lora.config import TrainConfig, cache_folder
-from vlm_lora.data.example import Example, ImageRef
+from vlm_lora.data.example import ImageRef
+from vlm_lora.data.examples import Examples
 from vlm_lora.data.index import Looks
 from vlm_lora.data.readers import BadRow
 from vlm_lora.errors import TrainingError
@@ -58,8 +59,8 @@ class TrainedAdapter:
     steps: int
     adapter: Adapter
     features: FeatureCache
-    train_examples: tuple[Example, ...]
-    held_out: tuple[Example, ...]
+    train_examples: Examples
+    held_out: Examples
     bad: tuple[BadRow, ...]
     fingerprint: str
     """Of the data it was trained on."""
@@ -115,9 +116,8 @@ def train_adapter(
         processes.on_main(lambda: require_room(path, adapter, config))
         processes.on_main(lambda: write_quarantine(path, prepared.bad_rows))
         # The tower's memory is the training's, if it can be.
-        images = [image for each in (*prepared.train, *prepared.held_out) for image in each.example.images]
-        features.park_tower(images)
-        identity = _identity(config, data, adapter) | {"pictures_fingerprint": features.fingerprint(images)}
+        features.park_tower(prepared.images)
+        identity = _identity(config, data, adapter) | {"pictures_fingerprint": features.fingerprint(prepared.images)}
         processes.require_same(identity)
         folder = RunFolder(path, identity, processes, config.report_to)
         kept, started = _share_kept(features, prepared), time.perf_counter()
@@ -144,8 +144,8 @@ def train_adapter(
                 _report_cost(config, folder, loop, predicted, measured, started)
 
         processes.on_main(save)
-    examples = tuple(each.example for each in prepared.train), tuple(each.example for each in prepared.held_out)
-    return TrainedAdapter(path, steps, adapter, features, *examples, prepared.bad_rows, data.fingerprint, processes)
+    sides = prepared.train.learnt_from, prepared.held_out.learnt_from
+    return TrainedAdapter(path, steps, adapter, features, *sides, prepared.bad_rows, data.fingerprint, processes)
 
 
 def _system(config: TrainConfig, systems: Sequence[str], events: Events) -> str | None:
@@ -232,12 +232,12 @@ def _identity(config: TrainConfig, data: SplitData, adapter: Adapter) -> dict:
 
 
 def _patches(features: FeatureCache, examples: Lessons) -> dict[ImageRef, int]:
-    return {image: features.patches(image) for each in examples for image in each.example.images}
+    return {image: features.patches(image) for image in examples.images}
 
 
 def _share_kept(features: FeatureCache, prepared: Prepared) -> float:
     """The share of the images' features that are on disk by now, and cost the steps nothing more."""
-    return features.share_on_disk(image for each in prepared.train for image in each.example.images)
+    return features.share_on_disk(prepared.train.images)
 
 
 def _measured(loop: TrainingLoop, started: float) -> Measured:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vlm_lora.data.origin import depend_on
 from vlm_lora.data.readers import coco
 from vlm_lora.data.readers.fields import SPLITS
 from vlm_lora.data.readers.folders import (
@@ -219,6 +220,7 @@ def _of_flickr(path: Path) -> str:
     """ "csv" for Kaggle's Flickr8k, which has its CSV in a captions.txt; "flickr" for a .token.txt; else ""."""
     if not path.name.lower().endswith(("captions.txt", ".token.txt", ".token")) or not path.is_file():
         return ""
+    depend_on(path)
     with path.open("rb") as file:
         head = file.readline(4096).decode("utf-8-sig", "replace")
     if TOKEN.match(head):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from vlm_lora.data.example import Dialogue, Turn
 from vlm_lora.data.images import IMAGE_SUFFIXES
 from vlm_lora.data.locate import Finder
+from vlm_lora.data.origin import depend_on
 from vlm_lora.data.readers.fields import SPLITS
 from vlm_lora.data.readers.gather import BadRow, Entry
 from vlm_lora.data.readers.prompts import filled, variables_of
@@ -35,6 +36,7 @@ NOT_CAPTIONS = ("readme", "license", "licence", "notes", "classes", "requirement
 def visible_files(folder: Path, *, below: bool = True) -> list[Path]:
     """Files of the folder and (`below`), at any depth, below it, sorted; nothing hidden, no linked folder."""
     files = []
+    depend_on(folder)
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         if _is_hidden(entry.name):
             continue
@@ -48,6 +50,7 @@ def visible_files(folder: Path, *, below: bool = True) -> list[Path]:
 def images_below(folder: Path) -> Iterator[Path]:
     """Files named like an image in the folder and, at any depth, below it; linked folders are not entered."""
     for parent, folders, files in os.walk(folder):
+        depend_on(parent)
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
         yield from (p for name in sorted(files) if is_image_name(p := Path(parent, name)))
 

@@ -3,10 +3,12 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from vlm_lora.data.example import Dialogue, Example, ImageRef, Placed
+from vlm_lora.data.examples import Examples, Packer, Unique, with_ids
 from vlm_lora.data.readers.boxes import has_numbers
 
 
@@ -46,13 +48,14 @@ class Dataset:
 
     format: str
     """The format that was detected: "sidecar", "coco", "messages" and so on."""
-    examples: tuple[Example, ...]
-    """What may be trained on: one Example for each image, in the order of the data."""
+    examples: Sequence[Example]
+    """What may be trained on: one Example for each image, in the order of the data. As `read_dataset` gives them, each
+    is made when it is asked for."""
     bad: tuple[BadRow, ...]
     """The rows that cannot be used, each with file, line and reason."""
-    val: tuple[Example, ...] = ()
+    val: Sequence[Example] = ()
     """Examples that the data marks for validation; never trained on."""
-    test: tuple[Example, ...] = ()
+    test: Sequence[Example] = ()
     """Examples that the data marks for testing; never trained on."""
     note: str = ""
     """Which columns were taken for what, if the data has columns."""
@@ -64,7 +67,7 @@ class Dataset:
     """If several sources were read: a line for each."""
 
     def __repr__(self) -> str:
-        answers = sum(len(example.dialogues) for example in self.examples)
+        answers = int(Examples.of(self.examples).num_answers.sum())
         sides = {"val": self.val, "test": self.test, "bad": self.bad}
         apart = "".join(f", {len(side):,} {name}" for name, side in sides.items() if side)
         return f"<Dataset of {self.format}: {len(self.examples):,} examples, {answers:,} answers{apart}>"
@@ -84,15 +87,12 @@ class Dataset:
     def boxes(self) -> dict[str, int]:
         """Counts, without those that are 0: boxes and points that were "read", those "clipped" at the edge of their
         image, and texts with boxes as numbers in JSON, learnt "as_is"."""
-        dialogues = [d for e in (*self.examples, *self.val, *self.test) for d in e.dialogues]
-        boxes = [box for dialogue in dialogues for box in dialogue.boxes]
-        texts = [text for dialogue in dialogues for turn in dialogue.turns for text in (turn.user, turn.assistant)]
-        counts = {
-            "read": len(boxes),
-            "clipped": sum(box.clipped for box in boxes),
-            "as_is": sum(map(has_numbers, texts)),
-        }
-        return {name: count for name, count in counts.items() if count}
+        counts = Counter()
+        for side in map(Examples.of, (self.examples, self.val, self.test)):
+            if "boxes" not in side.facts:
+                side.facts["boxes"] = _count_boxes(side)
+            counts.update(side.facts["boxes"])
+        return {name: counts[name] for name in ("read", "clipped", "as_is") if counts[name]}
 
     @property
     def named_unused(self) -> str:
@@ -104,29 +104,45 @@ class Dataset:
     @property
     def in_one(self) -> "Dataset":
         """The same data set with all examples in `examples`, whatever part they are marked for."""
-        return replace(self, examples=with_ids((*self.examples, *self.val, *self.test)), val=(), test=())
+        return replace(self, examples=with_ids(chain(self.examples, self.val, self.test)), val=(), test=())
 
     def part(self, *names: str) -> "Dataset":
         """The data set of the examples marked "val" or "test", as named; of `examples` if none is marked so."""
-        marked = tuple(example for name in names for example in getattr(self, name))
+        marked = chain.from_iterable(getattr(self, name) for name in names)
         return replace(self, examples=with_ids(marked) or self.examples, val=(), test=())
 
     def fingerprint(self) -> str:
         """A hash, in hex, of ids, texts, and names and sizes of images, in order. It reads no image, and stays the same
         if the folder moves."""
-        digest = hashlib.sha256()
-        for example in self.examples:
-            images = [(ref.name, ref.sha256 or ref.size) for ref in example.images]
-            dialogues = [([(t.user, t.assistant) for t in d.turns], d.kind, d.accepted) for d in example.dialogues]
-            digest.update(json.dumps([example.id, images, dialogues, example.weight]).encode() + b"\n")
-            # What came later is hashed only where it is: a run of an earlier version can still be resumed.
-            later = [(d.system, [(t.images, t.weight) for t in d.turns]) for d in example.dialogues]
-            if any(system or any(turn != ((), 1.0) for turn in turns) for system, turns in later):
-                digest.update(json.dumps(later).encode() + b"\n")
-            if any(d.has_marks for d in example.dialogues):
-                marks = [(d.refs, [(box.points, box.image, box.size) for box in d.boxes]) for d in example.dialogues]
-                digest.update(json.dumps(marks).encode() + b"\n")
-        return digest.hexdigest()
+        examples = Examples.of(self.examples)
+        if "fingerprint" not in examples.facts:
+            examples.facts["fingerprint"] = _fingerprint(examples)
+        return examples.facts["fingerprint"]
+
+
+def _fingerprint(examples: Iterable[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        images = [(ref.name, ref.sha256 or ref.size) for ref in example.images]
+        dialogues = [([(t.user, t.assistant) for t in d.turns], d.kind, d.accepted) for d in example.dialogues]
+        digest.update(json.dumps([example.id, images, dialogues, example.weight]).encode() + b"\n")
+        # What came later is hashed only where it is: a run of an earlier version can still be resumed.
+        later = [(d.system, [(t.images, t.weight) for t in d.turns]) for d in example.dialogues]
+        if any(system or any(turn != ((), 1.0) for turn in turns) for system, turns in later):
+            digest.update(json.dumps(later).encode() + b"\n")
+        if any(d.has_marks for d in example.dialogues):
+            marks = [(d.refs, [(box.points, box.image, box.size) for box in d.boxes]) for d in example.dialogues]
+            digest.update(json.dumps(marks).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _count_boxes(examples: Iterable[Example]) -> dict[str, int]:
+    counts = Counter()
+    for dialogue in (dialogue for example in examples for dialogue in example.dialogues):
+        counts["read"] += len(dialogue.boxes)
+        counts["clipped"] += sum(box.clipped for box in dialogue.boxes)
+        counts["as_is"] += sum(has_numbers(text) for turn in dialogue.turns for text in (turn.user, turn.assistant))
+    return dict(counts)
 
 
 def told_boxes(counts: Mapping[str, int]) -> str:
@@ -147,36 +163,22 @@ def gather(format: str, entries: Iterable[Entry | BadRow]) -> Dataset:
     without an image is an Example of its own; so are those of one image that belong to different parts of the data.
     """
     bad: list[BadRow] = []
-    by_images: dict[tuple, list[Entry]] = {}
+    sides = {name: (Packer(), Unique()) for name in ("examples", "val", "test")}
+    places: dict[tuple, int] = {}
     for number, entry in enumerate(entries):
         if isinstance(entry, BadRow):
             bad.append(entry)
-        else:
-            images, dialogue = entry
-            key = tuple(ref.sha256 or ref.path for ref in images) or (number,)
-            side = dialogue.split if dialogue.split in ("val", "test") else "examples"
-            by_images.setdefault((side, key), []).append(entry)
-    sides: dict[str, list[Example]] = {"examples": [], "val": [], "test": []}
-    for (side, _), same in by_images.items():
-        images, first = same[0]
-        name = "+".join(ref.name for ref in images) or first.place
-        dialogues = tuple(dialogue for _, dialogue in same)
-        sides[side].append(Example(name, images, dialogues, first.source, line=first.line))
-    train, val, test = (with_ids(sides[name]) for name in ("examples", "val", "test"))
+            continue
+        images, dialogue = entry
+        side = dialogue.split if dialogue.split in ("val", "test") else "examples"
+        packer, unique = sides[side]
+        key = side, tuple(ref.sha256 or ref.path for ref in images) or number
+        if key not in places:
+            id = unique.id("+".join(ref.name for ref in images) or dialogue.place)
+            places[key] = packer.begin(Example(id, images, (dialogue,), dialogue.source, line=dialogue.line))
+        packer.say(places[key], dialogue)
+    train, val, test = (packer.done() for packer, _ in sides.values())
     return Dataset(format, train, tuple(bad), val, test)
-
-
-def with_ids(examples: Iterable[Example]) -> tuple[Example, ...]:
-    """No id twice: two images may have one name, embedded ones called "image.jpg", or one in each of two folders."""
-    by_id: dict[str, Example] = {}
-    times: Counter[str] = Counter()
-    for example in examples:
-        id = example.id
-        while id in by_id:
-            times[example.id] += 1
-            id = f"{example.id}#{times[example.id] + 1}"
-        by_id[id] = example if id == example.id else replace(example, id=id)
-    return tuple(by_id.values())
 
 
 def bad_rows(example: Example, reason: str) -> list[BadRow]:

@@ -55,6 +55,11 @@ def is_hub_name(path: str) -> bool:
     return re.fullmatch(rf"{_PART}/{_PART}", path) is not None
 
 
+def is_saved(path: str) -> bool:
+    """Whether `datasets` has written the folder, with save_to_disk."""
+    return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
 def read_hub(path: str) -> tuple[str, Rows]:
     """Name for messages and rows of `[hf:]owner/name[/config][:split]`, the split being "train" if left out.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from vlm_lora.data.example import ByteSource, ImageRef
 from vlm_lora.data.images import content_hash
+from vlm_lora.data.origin import depend_on
 from vlm_lora.data.readers.gather import BadRow, ClassName, Row, Rows
 from vlm_lora.data.readers.tables import first_line
 from vlm_lora.errors import DataError
@@ -96,6 +97,7 @@ def read_parquet(path: Path, source: str) -> Rows:
     import pyarrow.parquet as pq
 
     damage = (pa.ArrowException, OSError, ValueError)
+    depend_on(path)
     try:
         file = pq.ParquetFile(path, buffer_size=BUFFER)
     except damage as error:

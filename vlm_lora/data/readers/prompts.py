@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from vlm_lora.data.example import ImageRef, read_regular_file
+from vlm_lora.data.origin import depend_on
 from vlm_lora.data.readers.tables import MAX_TEXT_BYTES, decode_text
 from vlm_lora.errors import DataError
 
@@ -69,6 +70,7 @@ def _tags(image: ImageRef, caption_file: str) -> str:
         return ""
     for suffix in TAGS:
         file = image.path.with_suffix(suffix)
+        depend_on(file)
         if suffix == caption_file.lower() or not file.is_file():
             continue
         if file.is_symlink() or file.stat().st_size > MAX_TEXT_BYTES:

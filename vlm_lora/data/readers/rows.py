@@ -14,7 +14,7 @@ the boxes of `<bbox>` in its texts (`boxes`).
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -82,34 +82,34 @@ class RowReader:
     """Of the fields that nothing takes up."""
     boxes: BoxReader = field(default_factory=BoxReader)
 
-    def read_all(self, source: str, rows: Rows) -> tuple[list[Entry | BadRow], str]:
-        """What all rows say, those of other shapes than the first too; and how the first one was understood.
+    def read_all(self, source: str, rows: Rows) -> Generator[Entry | BadRow, None, str]:
+        """What all rows say, those of other shapes than the first too. Returns how the first one was understood.
 
-        Raises DataError where there are no rows, or none has a shape that we know.
+        Raises DataError, at the end, where there are no rows, or none has a shape that we know.
         """
-        entries: list[Entry | BadRow] = []
         names: dict[str, None] = {}
-        note = ""
+        note, count, first = "", 0, None
         for row in rows:
+            for entry in (row,) if isinstance(row, BadRow) else self.read(row):
+                first, count = first or entry, count + 1
+                yield entry
             if isinstance(row, BadRow):
-                entries.append(row)
                 continue
-            entries += self.read(row)
             if not note and isinstance(row.value, dict):
                 note = self.guess(row.value)
                 names |= dict.fromkeys(row.value)
         known = "; ".join(f"{name}: {what}" for name, what in SHAPES.items())
-        if not entries:
+        if not count:
             raise DataError(f"{source}: holds no rows; expected {known}")
         if not note:
             what = f"their fields are {', '.join(map(repr, list(names)[:20]))}"
-            if not names and isinstance(entries[0], BadRow):
-                what = f"the first one {entries[0].reason}"
+            if not names and isinstance(first, BadRow):
+                what = f"the first one {first.reason}"
             raise DataError(
-                f"{source}: none of {len(entries)} rows is understood: {what}; "
+                f"{source}: none of {count} rows is understood: {what}; "
                 f"expected {known} (other names: --columns caption=NAME)"
             )
-        return entries, note
+        return note
 
     def read(self, row: Row) -> Iterator[Entry | BadRow]:
         """All that the row says; what is wrong with it as BadRow. Never raises."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from vlm_lora.data.example import MAX_FILE_BYTES, FilePart, ImageRef
 from vlm_lora.data.images import IMAGE_SUFFIXES, content_hash
+from vlm_lora.data.origin import depend_on
 from vlm_lora.data.readers.gather import BadRow, Row, Rows
 from vlm_lora.data.readers.tables import MAX_TEXT_BYTES, decode_text
 from vlm_lora.errors import DataError
@@ -28,6 +29,7 @@ def read_tar(path: Path, source: str) -> Rows:
     `1.mask.png` beside `1.jpg` is another thing about it and not opened; alone, `1.a.png` and `1.b.png` are two images.
     Members of other endings (.cls, .npy, .pyd) are not opened: each is a field of its ending that nothing takes up.
     """
+    depend_on(path)
     try:
         with tarfile.open(path, "r:") as tar:
             for number, (_, group) in enumerate(groupby(_members(tar), key=_key), start=1):

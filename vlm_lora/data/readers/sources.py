@@ -6,19 +6,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 from vlm_lora.config import DEFAULT_PROMPT, parse_columns
 from vlm_lora.data.archives import is_archive, unpacked
 from vlm_lora.data.example import Example
+from vlm_lora.data.examples import Examples, with_ids
 from vlm_lora.data.fetch import fetch_image
 from vlm_lora.data.locate import Find, Finder, folders_beside
+from vlm_lora.data.origin import depend_on
 from vlm_lora.data.readers import coco, folders, hub
 from vlm_lora.data.readers.boxes import AS_IS, TYPES, BoxReader
 from vlm_lora.data.readers.detect import FORMATS, READERS, Layout, detect
 from vlm_lora.data.readers.fields import Ledger, require_plain
-from vlm_lora.data.readers.gather import BadRow, Dataset, Entry, Rows, gather, with_ids
+from vlm_lora.data.readers.gather import BadRow, Dataset, Entry, Rows, gather
+from vlm_lora.data.readers.kept import kept_dataset
 from vlm_lora.data.readers.rows import NAMES, SHAPES, RowReader
 from vlm_lora.errors import ConfigError, DataError
 
@@ -73,9 +77,11 @@ def read_dataset(
     data: str | Path | Sequence[str | Path],
     settings: DataSettings | None = None,
     *,
+    keep: bool = False,
+    warn: Callable[[str], None] = lambda text: None,
     progress: Callable[[int], None] = lambda rows: None,
     **fields: Any,
-) -> Dataset:
+) -> Dataset:  # arguments: of the rows, of the disk, of who waits
     """Read a folder, a file or a data set of the hub, and detect its format. No image is decoded.
 
     A row that cannot be used raises nothing: it is listed in the result's ``bad``.
@@ -84,7 +90,10 @@ def read_dataset(
         data: a path, or a hub name (``hf:owner/name``, ``hf-stream:owner/name:train[:1000]``), or several of these. An
             epoch learns each answer of ``photos:2`` twice; weights are whole numbers.
         settings: how rows are read. Its fields can also be given by name: ``prompt="Describe this."``.
-        progress: called with the number of rows read so far of a source.
+        keep: have the cache folder keep what was read, until a file of the data, or a folder's content, changes: a
+            later call then reads no row. Not so of the hub and of images from the web.
+        warn: called with a sentence where it cannot be kept.
+        progress: called with the number of rows read so far of a source; not where none is read.
 
     Raises:
         DataError: nothing is there, or it can be read in no way or in two.
@@ -105,8 +114,15 @@ def read_dataset(
     places = [os.path.realpath(place) for place, _ in sources]
     if twice := [place for number, (place, _) in enumerate(sources) if places[number] in places[:number]]:
         raise ConfigError(f"{twice[0]!r} is given twice; to learn from it twice an epoch, say {twice[0]}:2")
-    parts = [(place, weight, _read(place, settings, progress)) for place, weight in sources]
-    return parts[0][2] if len(parts) == 1 and parts[0][1] == 1 else _joined(parts)
+
+    def read() -> Dataset:
+        parts = [(place, weight, _read(place, settings, progress)) for place, weight in sources]
+        return parts[0][2] if len(parts) == 1 and parts[0][1] == 1 else _joined(parts)
+
+    if not keep or settings.allow_urls or any(hub.is_hub_name(place) or hub.is_saved(place) for place, _ in sources):
+        return read()
+    images = settings.images and os.path.realpath(settings.images)
+    return kept_dataset((sources, places, images, settings, settings.column_names), read, warn)
 
 
 def _weighed(source: str | Path) -> tuple[str, int]:
@@ -127,22 +143,25 @@ def _joined(sources: Iterable[tuple[str, int, Dataset]]) -> Dataset:
 
     An image that two of them have stays an example of each.
     """
-    sides: dict[str, list[Example]] = {"examples": [], "val": [], "test": []}
-    bad, parts, formats, unused = [], [], [], Counter()
+    train, val, test, bad, parts, formats, unused = [], [], [], [], [], [], Counter()
     for place, weight, dataset in sources:
         named = below(place, dataset)
-        sides["examples"] += [replace(example, weight=weight * example.weight) for example in named.examples]
-        sides["val"] += named.val
-        sides["test"] += named.test
+        train.append(_times(weight, named.examples))
+        val.append(named.val)
+        test.append(named.test)
         bad += named.bad
         unused.update(named.unused)
         formats.append(dataset.format)
-        answers = sum(len(e.dialogues) for e in dataset.examples)
+        answers = int(Examples.of(dataset.examples).num_answers.sum())
         times = f", each {weight} times an epoch" if weight > 1 else ""
         parts.append(f"{place}: {len(dataset.examples):,} examples, {answers:,} answers{times}; {dataset.taken_for}")
-    train, val, test = (with_ids(sides[name]) for name in ("examples", "val", "test"))
+    examples, val, test = (with_ids(chain.from_iterable(side)) for side in (train, val, test))
     format = " + ".join(dict.fromkeys(formats))
-    return Dataset(format, train, tuple(bad), val, test, unused=dict(unused), parts=tuple(parts))
+    return Dataset(format, examples, tuple(bad), val, test, unused=dict(unused), parts=tuple(parts))
+
+
+def _times(weight: int, examples: Iterable[Example]) -> Iterator[Example]:
+    return (replace(example, weight=weight * example.weight) for example in examples)
 
 
 def below(place: str, dataset: Dataset) -> Dataset:
@@ -161,7 +180,7 @@ def below(place: str, dataset: Dataset) -> Dataset:
         return replace(e, id=before + e.id, images=images, dialogues=dialogues, source=before + e.source)
 
     bad = tuple(replace(row, source=before + row.source) for row in dataset.bad)
-    train, val, test = (tuple(map(moved, side)) for side in (dataset.examples, dataset.val, dataset.test))
+    train, val, test = (Examples.of(map(moved, side)) for side in (dataset.examples, dataset.val, dataset.test))
     return replace(dataset, examples=train, val=val, test=test, bad=bad)
 
 
@@ -175,6 +194,7 @@ def _read(place: str, settings: DataSettings, progress: Callable[[int], None]) -
         if not path.exists():
             raise DataError(f"{place!r}: there is no such folder or file; check the name")
         path = path.resolve()
+        depend_on(path)
         if not path.is_dir() and not path.is_file():
             expected = ", ".join(READERS)
             raise DataError(f"{path.name}: is not a regular file; expected a folder or one of {expected}")
@@ -191,14 +211,22 @@ def _read(place: str, settings: DataSettings, progress: Callable[[int], None]) -
 
 def _with_held(dataset: Dataset, held: Sequence[tuple[str, Dataset]]) -> Dataset:
     """The data set with what lies in folders of its other parts; what a row of these says of its part holds for it."""
-    sides, bad, unused = {"val": list(dataset.val), "test": list(dataset.test)}, [*dataset.bad], Counter(dataset.unused)
-    for part, other in held:
-        for example in (*other.examples, *other.val, *other.test):
-            dialogues = tuple(replace(dialogue, split=dialogue.split or part) for dialogue in example.dialogues)
-            sides["test" if dialogues[0].split == "test" else "val"].append(replace(example, dialogues=dialogues))
+    if not held:
+        return dataset
+    bad, unused = [*dataset.bad], Counter(dataset.unused)
+    for _, other in held:
         bad += other.bad
         unused.update(other.unused)
-    val, test = (with_ids(sides[part]) for part in ("val", "test"))
+
+    def marked(wanted: str) -> Iterator[Example]:
+        yield from getattr(dataset, wanted)
+        for part, other in held:
+            for example in chain(other.examples, other.val, other.test):
+                dialogues = tuple(replace(dialogue, split=dialogue.split or part) for dialogue in example.dialogues)
+                if wanted == ("test" if dialogues[0].split == "test" else "val"):
+                    yield replace(example, dialogues=dialogues)
+
+    val, test = (with_ids(marked(part)) for part in ("val", "test"))
     return replace(dataset, bad=tuple(bad), val=val, test=test, unused=dict(unused))
 
 
@@ -227,8 +255,8 @@ def _read_layout(layout: Layout, settings: DataSettings, progress: Callable[[int
         times = ", ".join(f"{place.name}/ {times}" for place, times in list(repeats.items())[:8])
         times += f", and {len(repeats) - 8} more" if len(repeats) > 8 else ""
         note = "; ".join(filter(None, (note, f"times an epoch, as kohya's folders say: {times}")))
-        examples = [replace(e, weight=repeats[(layout.root / e.images[0].name).parent]) for e in dataset.examples]
-        dataset = replace(dataset, examples=tuple(examples))
+        examples = (replace(e, weight=repeats[(layout.root / e.images[0].name).parent]) for e in dataset.examples)
+        dataset = replace(dataset, examples=Examples.of(examples))
     note = "; ".join(filter(None, (note, once)))
     return replace(dataset, note=note, unused=dict(ledger.unused))
 
@@ -243,12 +271,15 @@ def _read_tables(
     """Tables, each with its name for messages, as one data set; `format` None: the shape of its rows."""
     ledger = settings.ledger()
     reader = RowReader(settings.prompt, find, settings.column_names, format if format in SHAPES else None, ledger)
-    entries, note = [], ""
-    for name, rows in tables:
-        more, note = reader.read_all(name, _counted(rows, progress))
-        entries += more
-    dataset = gather(format or note.partition(":")[0], _settled(entries, settings))
-    return replace(dataset, note=note, unused=dict(ledger.unused))
+    note = ""
+
+    def entries() -> Iterator[Entry | BadRow]:
+        nonlocal note
+        for name, rows in tables:
+            note = yield from reader.read_all(name, _counted(rows, progress))
+
+    dataset = gather(format or "", _settled(entries(), settings))
+    return replace(dataset, format=format or note.partition(":")[0], note=note, unused=dict(ledger.unused))
 
 
 def _settled(entries: Iterable[Entry | BadRow], settings: DataSettings) -> Iterator[Entry | BadRow]:

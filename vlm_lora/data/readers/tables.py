@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_lora.data.images import IMAGE_SUFFIXES
+from vlm_lora.data.origin import depend_on
 from vlm_lora.data.readers.gather import BadRow, Row, Rows
 from vlm_lora.data.texts import windows_hint
 from vlm_lora.errors import DataError
@@ -26,6 +27,7 @@ MAX_TEXT_BYTES = 16 << 20
 
 def read_jsonl(path: Path, source: str) -> Rows:
     """One JSON value a line. Blank lines are no rows."""
+    depend_on(path)
     with path.open("rb") as file:
         for line, data in enumerate(file, start=1):
             if line == 1:
@@ -128,6 +130,7 @@ def _rows_of_list(text: str, start: int, source: str) -> Rows:
 
 def read_tokens(path: Path, source: str) -> Rows:
     """Flickr8k's and Flickr30k's own file: `1000.jpg#0`, a tab, a caption; one a line."""
+    depend_on(path)
     with path.open("rb") as file:
         for line, data in enumerate(file, start=1):
             try:
@@ -200,6 +203,7 @@ def _list_of(cell: str) -> object:
 
 def read_text(path: Path, source: str) -> str:
     """The file as text, without byte order mark. A byte that is no UTF-8 becomes a surrogate: `rows` finds its row."""
+    depend_on(path)
     data = path.read_bytes()
     _check_not_utf16(data, source)
     return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
