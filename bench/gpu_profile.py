@@ -13,13 +13,10 @@ that, and the rest goes on. The record goes to bench/results/gpu-profile.json.
 import argparse
 import json
 import os
-import re
 import statistics
-import sys
 import tempfile
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,12 +25,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # Hopper's own defa
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.profiler import ProfilerActivity, profile
 
-from bench.gpu import RANK, ROOT, SIZES, VARIANTS, Work, device_name, seconds, write_model
+from bench.gpu import RANK, ROOT, SIZES, VARIANTS, Work, attempt, device_name, seconds, write_model
+from bench.kernels import profiled
 from vlm_lora.config import TrainConfig
 from vlm_lora.model.adapters.lora import _Convert, _Lower, _Raise
 from vlm_lora.model.adapters.methods import attach_adapter
@@ -43,17 +39,6 @@ from vlm_lora.model.device import best_device
 
 CUDA = torch.cuda.is_available()
 DEVICE = best_device()
-KINDS = {  # by the kernel's name, the first that fits
-    "attention": r"flash|fmha|sdpa|attention",
-    "softmax, cross-entropy": r"softmax|nll|cross_entropy",
-    "float32 products": r"sgemm|f32f32_f32|simt|gemmsn|gemv|gemvx|ffma|convolve",
-    "bfloat16 products": r"nvjet|gemm|cutlass|xmma|splitk|aten::mm|aten::addmm|aten::bmm",
-    "conversions, copies": r"copy|memcpy|cat",
-    "optimizer": r"multi_tensor|foreach|adam",
-    "reductions": r"reduce|norm|mean|sum",
-    "elementwise": r"elementwise|triton|aten::(mul|add|neg|silu)",
-    "rest": "",
-}  # fmt: skip
 
 
 def milliseconds(work: Callable[[], object], times: int = 10) -> float:
@@ -74,17 +59,6 @@ def milliseconds(work: Callable[[], object], times: int = 10) -> float:
     return statistics.median(taken)
 
 
-def attempt(work: Callable[[], object]) -> object:
-    """What it gives, or why not."""
-    try:
-        return work()
-    except Exception as error:
-        failed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        print("failed:", failed, file=sys.stderr, flush=True)
-    torch.cuda.empty_cache()
-    return {"failed": failed}
-
-
 def forward_backward(compute: Callable, inputs: list[torch.Tensor]) -> float:
     """Milliseconds of both; ``inputs`` get gradients."""
     inputs = [t.detach().requires_grad_() for t in inputs]
@@ -102,7 +76,7 @@ def forward_backward(compute: Callable, inputs: list[torch.Tensor]) -> float:
 # -- (a) the step by kind of kernel ----------------------------------------------------------------------------------
 
 
-def profiled(work: Work, variant: str) -> dict:
+def profiled_step(work: Work, variant: str) -> dict:
     """Of one step, warmed up: time, memory, kernels."""
     how = VARIANTS[variant]
     for _ in range(2):
@@ -117,22 +91,8 @@ def profiled(work: Work, variant: str) -> dict:
     if CUDA:
         record["peak_allocated"] = torch.cuda.max_memory_allocated()
         record["peak_reserved"] = torch.cuda.max_memory_reserved()
-    with profile(activities=[ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU]) as profiler:
-        record["ms_profiled"] = 1e3 * seconds(DEVICE, lambda: work.loss(*how))
-    kernels = [e for e in profiler.events() if e.device_type == (DeviceType.CUDA if CUDA else DeviceType.CPU)]
-    kinds, names = defaultdict(lambda: [0, 0.0]), defaultdict(lambda: [0, 0.0])
-    busy, until = 0.0, 0.0
-    for kernel in sorted(kernels, key=lambda k: k.time_range.start):
-        start, end = kernel.time_range.start, kernel.time_range.end
-        busy, until = busy + max(0.0, end - max(start, until)), max(until, end)
-        kind = next(kind for kind, part in KINDS.items() if re.search(part, kernel.name, re.IGNORECASE))
-        for table, key in ((kinds, kind), (names, f"{kind}: {kernel.name[:230]}")):
-            table[key][0] += 1
-            table[key][1] += (end - start) / 1e3
-    record |= {"kernels": len(kernels), "busy_ms": busy / 1e3, "busy_share_of_wall": busy / 1e6 / wall}
-    record["kinds"] = {k: {"count": n, "ms": ms} for k, (n, ms) in sorted(kinds.items(), key=lambda kv: -kv[1][1])}
-    top = sorted(names.items(), key=lambda kv: -kv[1][1])[:25]
-    return record | {"top": [{"kernel": k, "count": n, "ms": ms} for k, (n, ms) in top]}
+    record |= profiled(DEVICE, lambda: work.loss(*how))
+    return record | {"busy_share_of_wall": record["busy_ms"] / 1e3 / wall}
 
 
 # -- (b) pieces ------------------------------------------------------------------------------------------------------
@@ -356,9 +316,9 @@ def main() -> None:
         for tensor in tensors.values():
             tensor.add_(0.02 * torch.randn_like(tensor))
     backbone.model.train()
-    part("step", lambda: profiled(work, "all"))
-    part("step of 10 images", lambda: profiled(fewer, "all"))
-    part("plain step of 4 images", lambda: profiled(few, "plain"))
+    part("step", lambda: profiled_step(work, "all"))
+    part("step of 10 images", lambda: profiled_step(fewer, "all"))
+    part("plain step of 4 images", lambda: profiled_step(few, "plain"))
     part("tower", lambda: tower(work))
     part("twice", lambda: twice(work, tensors, False))
     part("twice, deterministic", lambda: twice(work, tensors, True))
