@@ -490,14 +490,12 @@ def test_a_run_is_priced_for_a_device_by_its_name(checkpoints, photo_folder, tmp
     out = capsys.readouterr().out
     assert "--dtype float16" in out
     assert "bfloat16" not in out
-    assert main([*command, "--device", "h200"]) == 0
+    assert not told["compiles"]  # the run is too short
+    assert main([*command, "--device", "h200", "--compile", "yes"]) == 0
     out = capsys.readouterr().out
     assert "waits for launches" in out
     assert "kept for the backward pass" in out
-    assert "Plain layers are priced" not in out  # the run is too short to compile any
-    for more, said in (("--compile yes", True), ("--compile yes --variant dora", False), ("--epochs 2000", True)):
-        assert main([*command, "--device", "h200", *more.split()]) == 0
-        assert ("Plain layers are priced. This run would compile them" in capsys.readouterr().out) == said
+    assert "Plain layers are priced. This run would compile them" in out
     assert main([*command, "--device", "h200", "--tflops", "3"]) == 2
     assert "--device stands for its own" in capsys.readouterr().err
     assert main([*command, "--bandwidth", "3"]) == 2

@@ -100,6 +100,9 @@ class Examples(Sequence[Example]):
     def __add__(self, other: Iterable[Example]) -> tuple[Example, ...]:
         return (*self, *other)
 
+    def __radd__(self, other: Iterable[Example]) -> tuple[Example, ...]:
+        return (*other, *self)
+
     def __repr__(self) -> str:
         return f"<{len(self):,} examples>"
 
