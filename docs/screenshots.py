@@ -63,4 +63,4 @@ def main(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()) / ("" if len(sys.argv) > 1 else "run"))
+    main(Path(sys.argv[1]) if sys.argv[1:] else Path(tempfile.mkdtemp(), "run"))

@@ -89,7 +89,7 @@ def test_every_documented_command_is_one(path):
 @pytest.mark.parametrize("path", [ENGLISH, *DOCS], ids=lambda path: path.stem)
 def test_every_line_of_python_is_sound(path):
     for block in re.findall(r"```python\n(.*?)```", read(path), flags=re.DOTALL):
-        compile(block, path.name, "exec")
+        assert compile(block, path.name, "exec")
 
 
 # -- the Chinese README --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from bench.mutants import draw, known_mutants, mutants, mutated
-from bench.mutations import KNOWN, ROOT, TESTS, drawn, record, run, survivors
+from bench.mutations import KNOWN, ROOT, TESTS, drawn, killed_before, record, run, survivors
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,13 @@ def test_what_a_test_sees_is_killed_and_what_none_sees_survives(tmp_path):
     assert fates[2, "x - 2"] == fates[2, "y = (x - 1)"] == fates[3, "return None"] == "test_own.py::test_more"
     assert fates[7, "return None"] is None
     assert fates[12, "pass"] == "time limit"
+
+    said: list[str] = []
+    before = killed_before(drawn(tmp_path, table, count=0, seed=0, known=known), record(results, [])["mutants"])
+    assert [mutant.killed_by for mutant, _ in before] == ["test_own.py::test_more"]
+    renamed = [(replace(before[0][0], killed_by="test_own.py::test_of_another_name"), before[0][1])]
+    for asked in (before, renamed):
+        assert run(tmp_path, asked, tell=said.append, grace=20)[0].killed_by == "test_own.py::test_more"
 
     reason = {"file": "own.py", "line": "return a", "operator": "return value", "reason": "nobody asks"}
     before, after = record(results, []), record(results, [reason])

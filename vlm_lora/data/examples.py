@@ -95,8 +95,6 @@ class Examples(Sequence[Example]):
             return NotImplemented
         return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]  # as of a list: equal ones may be of different columns
-
     def __add__(self, other: Iterable[Example]) -> tuple[Example, ...]:
         return (*self, *other)
 

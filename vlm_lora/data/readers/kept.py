@@ -32,6 +32,8 @@ SIDES = ("examples", "val", "test")
 ARRAYS = ("head_ends", "said_ends", "order", "first")
 WITHIN = (FilePart, ParquetCell)
 """What reads an image out of another file, by a name in the index."""
+DECIDING = ("archives", "example", "examples", "images", "locate", "origin", "texts")
+"""Modules of `data/` that decide what a row means, beside the readers."""
 FRESH_SECONDS = 2
 """What changed so shortly before it was read is not kept: it may change again, and its time stay the same."""
 
@@ -44,7 +46,7 @@ def kept_dataset(name: object, read: Callable[[], Dataset], warn: Callable[[str]
         warn: called with a sentence where it cannot be kept.
     """
     here = Path(__file__).parent
-    files = (*sorted(here.glob("*.py")), *(here.parent / f"{each}.py" for each in _DECIDING))
+    files = (*sorted(here.glob("*.py")), *(here.parent / f"{each}.py" for each in DECIDING))
     decide = name, [file.read_bytes() for file in files], sys.version, PIL.__version__, decoding_limit()
     path = index_folder() / f"rows-{key_of(*decide).hex()}.rows"
     if found := _load(path):
@@ -65,9 +67,6 @@ def kept_dataset(name: object, read: Callable[[], Dataset], warn: Callable[[str]
             warn(f"what was read is not kept for later runs: {error}")
             return dataset
         return _load(path) or dataset
-
-
-_DECIDING = ("archives", "example", "examples", "images", "locate", "origin", "texts")
 
 
 def _save(path: Path, dataset: Dataset, origin: Origin) -> None:

@@ -180,7 +180,7 @@ class _Block:
         if layers and all(_in_base_format(each, x) and not each.disable_adapters for each in layers.values()):
             x = _give(layers, x)
         try:
-            return super().forward(x, *more, **kwargs)  # type: ignore[misc]
+            return super().forward(x, *more, **kwargs)  # type: ignore[misc]  # of the class it is mixed with
         finally:
             for each in layers.values():
                 each.given = None
