@@ -6,6 +6,7 @@ ends the other processes when one has ended: they must do it themselves.
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -113,8 +114,13 @@ def _run(job: dict, folder: Path) -> list:
             started = float("inf")
         else:
             time.sleep(0.02)
-    said = [[(folder / f"{i}.{name}").read_text() for name in ("out", "err")] for i in range(job["count"])]
+    said = [[_read(folder / f"{i}.{name}") for name in ("out", "err")] for i in range(job["count"])]
     return [[codes[i], *said[i], ends[i] - min(ends.values())] for i in range(job["count"])]
+
+
+def _read(path: Path) -> str:
+    """Without what Gloo of torch 2.9 says on standard output: to whom it is connected."""
+    return re.sub(r"^\[Gloo\] .*\n", "", path.read_text(), flags=re.MULTILINE)
 
 
 def _fork(job: dict, index: int, port: int, folder: Path) -> int:

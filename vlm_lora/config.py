@@ -23,6 +23,9 @@ DEFAULT_EVAL_IMAGES = 200
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_TOKENS = 4096
 """Of a micro-batch on what is no CPU: the least on a GPU, where memory and data decide (training/fitting.py)."""
+LOOKED_AT_FIRST = 2000
+"""Images that are all looked at before the first step, where --validate-first does not say otherwise: so few take a GPU
+less than a minute, and every fault is known before anything is trained."""
 COMPILED_FROM = 1000
 """Steps of a run that repay compiling: 89 seconds on the host of an H200, where a step of 2B took 0.37 seconds after
 it, and 0.56 before (bench/results/gpu-2b.json)."""
@@ -179,6 +182,11 @@ class TrainConfig:
     on_bad_row: str = _data(
         "stop", "rows that cannot be used: stop, or train without them and list them (quarantine)",
         choices=("stop", "quarantine"), identity=True, reads=False, decides_rows=False,
+    )  # fmt: skip
+    validate_first: str = _data(
+        "auto", "look at every image, and compute its features, before the first step; auto: if there are at most "
+        f"{LOOKED_AT_FIRST:,}. Else a damaged image is found when its turn comes",
+        choices=("auto", "yes", "no"), reads=False, decides_rows=False,
     )  # fmt: skip
     max_tokens: int = _data(
         4096, "longest image-and-answer sequence, in tokens; longer ones are bad rows", bounds=Bounds(16),

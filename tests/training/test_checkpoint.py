@@ -174,7 +174,7 @@ def test_with_no_whole_checkpoint_left_a_run_does_not_begin_anew(tmp_path):
 def test_another_releases_checkpoint_is_refused_and_left_as_it_is(tmp_path):
     after(1, tmp_path)
     rewritten(tmp_path / "step-000001", lambda manifest: manifest | {"format": FORMAT + 1})
-    with pytest.raises(CheckpointError, match=r"000001: was written by another release .*format 4; this one reads 3"):
+    with pytest.raises(CheckpointError, match=r"000001: was written by another release .*format 5; this one reads 4"):
         State().load(tmp_path)
     assert (tmp_path / "step-000001").is_dir()
 

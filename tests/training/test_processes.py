@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -196,6 +197,27 @@ Store._entries = telling
     torch.testing.assert_close(torch.tensor(of_all[1:]), torch.tensor(of_all[:1] * 2), rtol=1e-4, atol=1e-5)
     sizes = {(x["held_out_images"], x["held_out_of"]) for x in lines(tmp_path / "one") if "held_out_loss" in x}
     assert sizes == {(3, 6)}
+
+
+def test_damaged_images_that_come_late_are_left_out_by_all(forks, command, data, tmp_path):
+    """One process finds them, each knows of them: they are listed once, and the loss is the mean of what is left."""
+    photos = tmp_path / "photos"
+    shutil.copytree(data.parent, photos)
+    damaged = {"2.png", "5.png", "7.png", "9.png", "11.png"}  # two of them have the shortest rows, which fill up passes
+    for name in damaged:
+        (photos / name).write_bytes((photos / name).read_bytes()[:300])
+    flags = ["train", photos / data.name, *command[2:], "--validate-first", "no", "--on-bad-row", "quarantine"]
+    flags += ["--epochs", "1", "--micro-batch-tokens", "96"]
+    listed = []
+    for name, count, env in (("one", 1, {}), ("two", 2, {}), ("pieces", 2, FSDP2)):
+        ended = forks.run(count, *flags, "--output", tmp_path / name, env=env, sabotage=TEXT_ONLY)
+        assert [e.code for e in ended] == [0] * count, ended
+        assert_same_run(tmp_path / name, tmp_path / "one")
+        rows = (tmp_path / name / "quarantined.jsonl").read_text().splitlines()
+        assert len(set(rows)) == len(rows)
+        listed.append(set(rows))
+    assert listed[0] == listed[1] == listed[2]
+    assert {json.loads(row)["reason"].split("'")[1] for row in listed[0]} == damaged
 
 
 def test_gradients_that_are_not_added_up_give_another_adapter(forks, command, alone, tmp_path):

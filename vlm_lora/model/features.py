@@ -127,6 +127,7 @@ class FeatureCache:
         self.warn = warn
         self.computed = self.read = self.damaged = 0
         self._left_out: set[str] = set()  # names of entries for which there is no room
+        self._only: set[str] | None = None  # names of the only entries that are kept on disk
         self._parked = False  # the tower, but for an entry that is missing
         self._failing = False  # the disk is full, or read only
         self._memory = _Recent(IN_MEMORY_BYTES if in_memory else 0)
@@ -185,10 +186,14 @@ class FeatureCache:
         self._left_out = set(missing[bisect_right(needed, room) :]) if self.write else set()
         return Survey(len(sizes), sum(sizes.values()), len(missing), missing_bytes, room)
 
-    def share_on_disk(self, images: Iterable[ImageRef]) -> float:
-        """The share of these images' features that is on disk; 1 for none."""
+    def share_kept(self, images: Iterable[ImageRef], expected: bool) -> float:
+        """The share of these images' features that is on disk, or is ``expected`` to be once all were seen; 1 for
+        none."""
         sizes = self._sizes(images)
-        return 1 - sum(size for name, size in sizes.items() if not self._is_there(name)) / max(1, sum(sizes.values()))
+        missing = {name: size for name, size in sizes.items() if not self._is_there(name)}
+        if expected and self.store and self.write:
+            missing = {name: size for name, size in missing.items() if not self._is_kept(name)}
+        return 1 - sum(missing.values()) / max(1, sum(sizes.values()))
 
     def grid(self, image: ImageRef) -> torch.Tensor:
         """Its ``grid_thw`` ``(3,)``, from its header alone. Raises DataError where that cannot be read."""
@@ -198,6 +203,14 @@ class FeatureCache:
         """``(num_images, 3)``, of all its images."""
         grids = [self.grid(image) for image in example.images]
         return torch.stack(grids) if grids else torch.zeros(0, 3, dtype=torch.long)
+
+    def keep_only(self, images: Iterable[ImageRef]) -> None:
+        """Have new features of no other images kept on disk."""
+        self._only = set(self._sizes(images))
+
+    def blank(self, image: ImageRef) -> ImagePixels:
+        """An empty picture of the image's size, in place of one whose pixels cannot be had."""
+        return self._pixels(Image.new("RGB", self._looks.size(image)), None)
 
     def prepare(self, image: ImageRef) -> torch.Tensor:
         """Its ``grid_thw`` ``(3,)``, once it is sure that it can be trained on.
@@ -315,12 +328,15 @@ class FeatureCache:
         else:
             features = self.backbone.tower(image.values, image.grid_thw[None])
             entry = ImageFeatures(features.cpu(), image.grid_thw)
-            if (name := image.name) and name not in self._left_out:
+            if (name := image.name) and self._is_kept(name):
                 size, write = features.nbytes + HEADER_BYTES, partial(_write, name, entry)
                 self._on_disk(lambda store: store.put(name, size, write), None)
         if image.name:
             self._memory.put(image.name, entry)
         return entry
+
+    def _is_kept(self, name: str) -> bool:
+        return name not in self._left_out and (self._only is None or name in self._only)
 
     def _is_there(self, name: str) -> bool:
         return self.store is not None and name in self.store

@@ -18,7 +18,7 @@ and branches of two and one::
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -63,6 +63,11 @@ class Encoded:
     @property
     def num_tokens(self) -> int:
         return len(self.prefix_ids) + sum(len(branch.input_ids) for branch in self.branches)
+
+    def unlabelled(self) -> "Encoded":
+        """The same tokens, of which none carries loss."""
+        branches = (replace(each, labels=torch.full_like(each.labels, IGNORE_INDEX)) for each in self.branches)
+        return replace(self, branches=tuple(branches))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,14 +4,15 @@ What a process computes in a step is a pure function of the step's answers, so e
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar, cast
 
 import torch
 
 from vlm_lora.data.example import Example
-from vlm_lora.errors import ModelError
+from vlm_lora.data.readers import BadRow, bad_rows
+from vlm_lora.errors import DataError, ModelError
 from vlm_lora.model.backbone import Backbone
 from vlm_lora.model.encode import Encoder
 from vlm_lora.model.features import FeatureCache, ImageEntry, together
@@ -31,6 +32,10 @@ class Fetched:
 
     packed: Packed
     images: list[ImageEntry]
+    damaged: tuple[BadRow, ...] = ()
+    """Rows of it whose images cannot be used. Their tokens are there, and carry no loss."""
+    labels_lost: int = 0
+    """Tokens of these that were to carry loss."""
 
     @property
     def num_labels(self) -> int:
@@ -145,6 +150,18 @@ class Loader:
     features: FeatureCache
     processes: Processes
     techniques: Techniques = ALL
+    as_they_come: bool = False
+    """Whether no image was looked at before the steps, so that a damaged one is found when its turn comes. Else it is
+    an error then."""
+    damaged: list[BadRow] = field(default_factory=list)
+    """Rows that were found so, in any process, and that nobody has taken from here yet."""
+
+    def is_usable(self, lesson: Lesson) -> bool:
+        """Whether its images can be had, which is known of those that were looked at before the steps."""
+        try:
+            return not self.as_they_come or bool(self.features.fetch(lesson.images))
+        except DataError:
+            return False
 
     def rows(self, lessons: Sequence[Lesson]) -> list[Lesson]:
         """The lessons as they are dealt out: whole, or in a row for each answer."""
@@ -160,7 +177,8 @@ class Loader:
         process that has fewer repeats the shortest row, without a label.
 
         Raises:
-            DataError: a text or an image is not the one any more that was counted, or cannot be read.
+            DataError: a text or an image is not the one any more that was counted, or cannot be read; of images not so
+                where they are taken `as_they_come`.
         """
         shares = share_out(lessons, max_tokens, self.processes.count)
         groups = micro_batches(shares[self.processes.index], max_tokens)
@@ -171,15 +189,34 @@ class Loader:
             for _ in range(most - len(fetched)):
                 filler = self._fetch([shortest])
                 unlabelled = torch.full_like(filler.packed.labels, IGNORE_INDEX)
-                fetched.append(replace(filler, packed=replace(filler.packed, labels=unlabelled)))
+                packed = replace(filler.packed, labels=unlabelled)
+                fetched.append(replace(filler, packed=packed, damaged=(), labels_lost=0))
         return fetched
+
+    def note_damaged(self, damaged: Sequence[BadRow], labels_lost: int) -> int:
+        """Have `damaged` hold what any process has found of the same step; the labels lost in all of them."""
+        found = self.processes.gather((damaged, labels_lost))
+        self.damaged.extend(row for rows, _ in found for row in rows)
+        return sum(lost for _, lost in found)
 
     def _fetch(self, rows: Sequence[Lesson]) -> Fetched:
         encoded = [row.taken_from(self._encoded(row.example)) for row in rows]
-        packed = pack_apart(encoded, self.backbone.pad_token_id)
-        images = self.features.fetch([image for row in rows for image in row.images])
-        device = self.backbone.device
-        return Fetched(_pinned(packed, device), [_pinned(image, device) for image in images])
+        images: list[ImageEntry] = []
+        damaged, labels_lost = [], 0
+        for place, row in enumerate(rows):
+            try:
+                images += self.features.fetch(row.images)
+            except DataError as error:
+                if not self.as_they_come:
+                    raise
+                # What was planned stays: the shapes of the pass, and in how many passes the others take part
+                images += map(self.features.blank, row.images)
+                encoded[place] = encoded[place].unlabelled()
+                damaged += bad_rows(row.example, str(error))
+                labels_lost += row.num_labels
+        packed, device = pack_apart(encoded, self.backbone.pad_token_id), self.backbone.device
+        placed = [_pinned(image, device) for image in images]
+        return Fetched(_pinned(packed, device), placed, tuple(damaged), labels_lost)
 
     @cached_property
     def _encoded(self) -> Callable[[Example], Encoded]:

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,9 +25,9 @@ from vlm_lora.errors import CheckpointError, ConfigError
 
 MANIFEST = "manifest.json"
 ADAPTER, OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
-FORMAT = 3
+FORMAT = 4
 """Of the manifest; one more with every change that an older release would misread. 1 has no ``val_images``, 2 no
-``loss_scale``."""
+``loss_scale``, 3 no ``damaged``."""
 
 FIRST_SCALE, DOUBLED_AFTER = 2.0**16, 2000
 """Of float16: gradients below 6e-8 would be zeros in it, so that the loss is scaled up as far as they can be held
@@ -57,6 +57,8 @@ class Progress:
     """Steps since the scale was last changed."""
     overflows: int = 0
     """How often a step was computed again, with half the scale."""
+    damaged: list[tuple[str, int | None, str]] = field(default_factory=list)
+    """Source, line and reason of each row whose image turned out to be damaged during the steps."""
 
     def note_held_out_loss(self, loss: float) -> None:
         """The held-out loss after ``step``: the best so far, or one more since."""
@@ -258,7 +260,7 @@ def _read(path: Path) -> tuple[Progress, dict, dict[str, bytes]]:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if manifest.pop("sha256") != _digest(manifest):
             raise _Damaged(f"{MANIFEST} is not what was written")
-        if manifest.get("format") not in (1, 2, FORMAT):
+        if manifest.get("format") not in (1, 2, 3, FORMAT):
             raise CheckpointError(
                 f"{path}: was written by another release of vlm-lora (format {manifest.get('format')!r}; this one "
                 f"reads {FORMAT}). Resume with that release, or start again with another --output."

@@ -219,10 +219,11 @@ def predict(  # arguments: what is trained, on what, and three facts of the mach
     gpus: int = 1,
     sharded: bool = False,
     kept: float = 1.0,
+    there: float | None = None,
     held_out: HeldOut | None = None,
     held_patches: Mapping[ImageRef, int] | None = None,
 ) -> Prediction:
-    """The cost of all steps over these examples; filling the cache comes before them.
+    """The cost of all steps over these examples, and of the tower in them.
 
     Args:
         patches: of every image to learn from, before the 2x2 merge.
@@ -230,9 +231,11 @@ def predict(  # arguments: what is trained, on what, and three facts of the mach
         sharded: whether FSDP2 keeps the language layers in pieces over them.
         kept: the share of the images whose features are kept on disk; the others go through the tower whenever they
             are not in main memory.
+        there: the share whose features are there already; those of ``kept`` that are not go through the tower once.
+            None: all of ``kept``.
         held_out: what is scored at each checkpoint, and at the end, with ``held_patches`` of their images.
     """
-    schedule = Schedule.of(config, examples.num_branches)
+    schedule, there = Schedule.of(config, examples.num_branches), kept if there is None else there
 
     def shapes_of(step: int) -> list[list[MicroShape]]:
         chosen = [examples[i].with_branches(dialogues) for i, dialogues in schedule.step(step)]
@@ -254,7 +257,7 @@ def predict(  # arguments: what is trained, on what, and three facts of the mach
         own = itertools.chain(*shapes_of(step))
         images = [image for i, _ in schedule.step(step) for image in examples[i].example.images]
         live = sum(cost.tower_operations(patches[i]) * (1 - again if i in met else 1) for i in images)
-        first.append(sum(map(cost.step_operations, own)) + (1 - kept) * live)
+        first.append(sum(map(cost.step_operations, own)) + (1 - there) * live)
         met.update(images)
 
     sampled = whole = 0.0
@@ -265,7 +268,7 @@ def predict(  # arguments: what is trained, on what, and three facts of the mach
         answers=min(schedule.total_answers, schedule.num_steps * schedule.batch_size),
         operations=scale * operations,
         imbalance=busiest * gpus / operations,
-        tower_operations=(1 - kept) * once * _passes(each / once if once else 0.0, again, gpus),
+        tower_operations=(kept - there) * once + (1 - kept) * once * _passes(each / once if once else 0.0, again, gpus),
         weights=cost.weight_bytes(gpus if sharded else 1),
         trained=TRAINED * cost.trained_numbers(),
         activations=cost.activation_bytes(largest),

@@ -20,6 +20,7 @@ from vlm_lora.training.checkpoint import writing
 from vlm_lora.training.processes import Processes
 
 LOCK = ".lock"
+QUARANTINE = "quarantined.jsonl"
 
 
 NAMELESS = re.compile(
@@ -118,9 +119,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def begin(self, config: TrainConfig, first: int) -> None:
-        """config.yaml, and metrics.jsonl as it was after step ``first``."""
+    def begin(self, config: TrainConfig, first: int, bad_rows: Sequence[BadRow]) -> None:
+        """config.yaml, quarantined.jsonl with these rows, and metrics.jsonl as it was after step ``first``."""
         if self.processes.is_main:
+            if bad_rows or (self.path / QUARANTINE).exists():
+                self._quarantine(bad_rows, "w")
             with writing(self.path):
                 write_yaml(config.replace(output=str(self.path)), self.path / "config.yaml")
                 self._log = _open_log(self.path / "metrics.jsonl", first)
@@ -136,6 +139,18 @@ class RunFolder:
             with writing(self.path / self.report_to):
                 self.processes.accelerator.log(numbers, step=line["step"])
 
+    def quarantine(self, bad_rows: Sequence[BadRow]) -> None:
+        """Add rows to quarantined.jsonl."""
+        if self.processes.is_main:
+            self._quarantine(bad_rows, "a")
+
+    def _quarantine(self, bad_rows: Sequence[BadRow], mode: str) -> None:
+        rows = [{"source": row.source, "line": row.line, "reason": row.reason} for row in bad_rows]
+        path = self.path / QUARANTINE
+        # Names that are no UTF-8 as JSON writes them
+        with writing(path), path.open(mode, encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
     def close_log(self) -> None:
         if self._log:
             self._log.close()
@@ -149,15 +164,6 @@ class RunFolder:
     def save_adapter(self, adapter: Adapter) -> None:
         with writing(self.path / "adapter"):
             adapter.save(self.path / "adapter")
-
-
-def write_quarantine(folder: Path, bad_rows: Sequence[BadRow]) -> None:
-    if bad_rows:
-        rows = [{"source": row.source, "line": row.line, "reason": row.reason} for row in bad_rows]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        with writing(folder):
-            # Names that are no UTF-8 as JSON writes them
-            (folder / "quarantined.jsonl").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def require_room(folder: Path, adapter: Adapter, config: TrainConfig) -> None:

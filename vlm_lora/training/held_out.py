@@ -96,10 +96,10 @@ class HeldOut:
         """The work of scoring the sample of so many, over that of the steps between two checkpoints."""
         return FORWARD * int(self.examples.num_tokens[self.order[:size]].sum()) / self.tokens_of_steps
 
-    def watched(self, wanted: int | None) -> list[Lesson]:
+    def watched(self, wanted: int | None, is_usable: Callable[[Lesson], bool] = lambda lesson: True) -> list[Lesson]:
         """The examples whose images are captioned at the start and at each checkpoint, the first ones in the order of
         the samples; by default `WATCHED`, or as many as stay within `WATCHED_SHARE`."""
-        pictured = (each for each in map(self.examples.__getitem__, self.order) if each.images)
+        pictured = (each for each in map(self.examples.__getitem__, self.order) if each.images and is_usable(each))
         few = list(islice(pictured, WATCHED if wanted is None else wanted))
         if wanted is not None:
             return few

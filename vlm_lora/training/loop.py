@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_map
 
 from vlm_lora.config import TrainConfig
 from vlm_lora.data.example import Example
-from vlm_lora.errors import Stopped, TrainingError
+from vlm_lora.data.readers import BadRow
+from vlm_lora.errors import DataError, Stopped, TrainingError
 from vlm_lora.model.adapters.base import ADAPTED, Adapter
 from vlm_lora.model.device import is_out_of_memory, peak_memory
 from vlm_lora.training.batches import Fetched, Loader, imbalance, largest_micro_batch
@@ -225,7 +226,9 @@ class TrainingLoop:
         self.processes.begin_steps()
         self.backbone.model.train()
         self._warn_of_frozen_tensors()
-        self.folder.begin(self.config, first)  # only now: if the checkpoint is of other settings, its files stay
+        # Only now: if the checkpoint is of other settings, its files stay
+        damaged = [BadRow(*row) for row in self.progress.damaged]
+        self.folder.begin(self.config, first, (*self.data.bad_rows, *damaged))
 
     def _check_compiled(self, first: int) -> None:
         """Compute a step with compiled layers and without, from an adapter that is zero nowhere: where the gradients
@@ -257,6 +260,7 @@ class TrainingLoop:
         largest = self._largest_step(first)
         if largest != first:
             accumulate_gradients(self.loader, self._examples(largest), None, 0, self.progress, self.events.warning)
+            self._leave_out_damaged()
             self.optimizer.zero_grad(set_to_none=True)
 
     def _largest_step(self, first: int) -> int:
@@ -286,6 +290,7 @@ class TrainingLoop:
         with half the loss scale: it is not left out."""
         while True:
             loss, scale = self._gradients(step, examples, fetched), self.progress.loss_scale or 1.0
+            self._leave_out_damaged()
             result = add_up_and_clip(loss, self.tensors, self.config.max_grad_norm, self.processes, scale)
             if scale <= 1 or not result.overflowed:
                 return result
@@ -317,6 +322,26 @@ class TrainingLoop:
         if config.on_nonfinite == "skip":
             raise TrainingError(f"{text} More than --max-skipped {config.max_skipped} steps. {advice}.")
         raise TrainingError(f"{text} {advice}, with --on-nonfinite skip leaving such steps out.")
+
+    def _leave_out_damaged(self) -> None:
+        """List the rows whose images were found to be damaged, once each; or save and end the run for them."""
+        known = {(source, line) for source, line, _ in self.progress.damaged}
+        new = [row for row in dict.fromkeys(self.loader.damaged) if (row.source, row.line) not in known]
+        self.loader.damaged.clear()
+        if not new:
+            return
+        rows = f"{new[0].place}: {new[0].reason}" + (f" (and {len(new) - 1} more rows)" if len(new) > 1 else "")
+        if self.config.on_bad_row == "stop":
+            if self.progress.step > self.first and not self._is_due():  # else it is saved
+                self.processes.on_main(self._save)
+            raise DataError(
+                f"{rows}. It was found after {self.progress.step:,} steps, which are saved. Mend it and start again, "
+                "or continue without such rows: --resume --on-bad-row quarantine --allow-change on_bad_row. "
+                "With --validate-first yes, all are found before the first step."
+            )
+        self.progress.damaged += [(row.source, row.line, row.reason) for row in new]
+        self.folder.quarantine(new)
+        self.events.warning(f"{rows}. Left out: {len(self.progress.damaged):,} rows so far, see quarantined.jsonl.")
 
     # -- after a step ----------------------------------------------------------------------------------------------
 
@@ -371,6 +396,8 @@ class TrainingLoop:
         if self._is_due() and not signal_number:
             self._evaluate()
             self._watch()
+            if self.loader.as_they_come:  # once all have been seen, the tower's memory is the training's
+                self.loader.features.park_tower(self.data.images)
             signal_number = self.processes.highest(self.stop() or 0)  # it may have come meanwhile
         self._end_on(signal_number)
 
@@ -397,15 +424,16 @@ class TrainingLoop:
             return
         progress = self.progress
         loss = mean_loss(self.loader, self.sample, progress.micro_batch_tokens)
+        self._leave_out_damaged()
         self._report_held_out("held_out_loss", loss, len(self.sample))
         progress.note_held_out_loss(loss)
 
     def _choose_watched(self, captions: Captions) -> None:
         held_out, wanted = self.held_out, self.config.watch
-        one = held_out.watched(1)
+        one = held_out.watched(1, self.loader.is_usable)
         if wanted == 0 or not one:
             return
-        self.captions, watched = captions, held_out.watched(wanted)
+        self.captions, watched = captions, held_out.watched(wanted, self.loader.is_usable)
         self.watched = [each.example for each in watched]
         self.events.watching(images=len(watched), share=held_out.share_of_watching(watched or one))
 
@@ -447,6 +475,7 @@ class TrainingLoop:
             self._end_on(self.processes.highest(self.stop() or 0))
 
         loss = mean_loss(self.loader, self.data.held_out, self.progress.micro_batch_tokens, progress)
+        self._leave_out_damaged()
         self._report_held_out("held_out_loss_of_all", loss, everything)
 
     def _report_held_out(self, name: str, loss: float, images: int) -> None:

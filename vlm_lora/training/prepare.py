@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain, islice
 
-from vlm_lora.config import TrainConfig
+from vlm_lora.config import LOOKED_AT_FIRST, TrainConfig
 from vlm_lora.data.example import Example, ImageRef
 from vlm_lora.data.examples import Examples
 from vlm_lora.data.index import Looks, key_of, locked
@@ -168,6 +168,24 @@ def sees_each_image_once(config: TrainConfig, examples: Sequence[Example]) -> bo
     answers = int(examples.num_answers.sum())
     once = config.epochs <= 1 or (config.max_steps is not None and config.max_steps * config.batch_size <= answers)
     return once and all(weight == 1 for weight in examples.weights)
+
+
+def takes_images_as_they_come(config: TrainConfig, prepared: Prepared) -> bool:
+    """Whether the steps begin before all images were looked at. It must not depend on what is known of them already:
+    a run that is resumed has to take the same steps."""
+    many = len(prepared.train) + len(prepared.held_out) > LOOKED_AT_FIRST
+    return config.validate_first == "no" or (config.validate_first == "auto" and many)
+
+
+def make_room(
+    prepared: Prepared, features: FeatureCache, processes: Processes, seen_once: bool, events: Events
+) -> None:
+    """Have the cache take the features of images as they come: of all, or if ``seen_once``, of held-out ones alone."""
+    if seen_once:
+        features.write = False
+        events.survey(features.survey(prepared.train.images, evict=False), features.folder, True)
+        features.keep_only(prepared.held_out.images)
+    _survey(features, (prepared.held_out,) if seen_once else (prepared.held_out, prepared.train), processes, events)
 
 
 def see_images(

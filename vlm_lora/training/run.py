@@ -31,7 +31,6 @@ from vlm_lora.training.folder import (
     newest_unfinished,
     prepare_folder,
     require_room,
-    write_quarantine,
 )
 from vlm_lora.training.lessons import Lessons
 from vlm_lora.training.loop import Captions, TrainingLoop
@@ -39,11 +38,13 @@ from vlm_lora.training.prepare import (
     Prepared,
     SplitData,
     count_tokens,
+    make_room,
     no_usable_example,
     read_and_split,
     require_usable,
     see_images,
     sees_each_image_once,
+    takes_images_as_they_come,
 )
 from vlm_lora.training.processes import Processes
 from vlm_lora.training.step import OUT_OF_MEMORY
@@ -112,16 +113,16 @@ def train_adapter(
         adapter = _attached(config, processes, techniques.attach)
         events.parts(adapter, config.model)
         features = _feature_cache(config, adapter, techniques, data.looks, events)
-        prepared = _prepare(config, data, features, processes, events)
+        prepared, as_they_come = _prepare(config, data, features, processes, events)
         processes.on_main(lambda: require_room(path, adapter, config))
-        processes.on_main(lambda: write_quarantine(path, prepared.bad_rows))
         # The tower's memory is the training's, if it can be.
         features.park_tower(prepared.images)
         identity = _identity(config, data, adapter) | {"pictures_fingerprint": features.fingerprint(prepared.images)}
         processes.require_same(identity)
         folder = RunFolder(path, identity, processes, config.report_to)
-        kept, started = _share_kept(features, prepared), time.perf_counter()
-        loader = Loader(adapter.backbone, features, processes, techniques)
+        there, kept = (features.share_kept(prepared.train.images, expected) for expected in (False, as_they_come))
+        started = time.perf_counter()
+        loader = Loader(adapter.backbone, features, processes, techniques, as_they_come)
         loop = TrainingLoop(config, adapter, loader, prepared, folder, events, stop)
         _prepare_layers(config, adapter.backbone, processes.sharded, loop.schedule.num_steps, events)
         steps = loop.run(allow_change, watch and watch(adapter, features))
@@ -130,22 +131,21 @@ def train_adapter(
             folder.save_adapter(adapter)
             if steps == loop.schedule.num_steps and not loop.first:  # else not all that is predicted was timed
                 measured = _measured(loop, started)
-                predicted = predict(
-                    config.replace(micro_batch_tokens=loop.progress.micro_batch_tokens),
-                    cost_model(config, adapter.backbone.dtype, adapter.backbone.device.type),
-                    prepared.weighted,
-                    _patches(features, prepared.train),
-                    gpus=processes.count,
-                    sharded=processes.sharded,
-                    kept=kept,
-                    held_out=loop.held_out,
-                    held_patches=_patches(features, prepared.held_out),
-                )
-                _report_cost(config, folder, loop, predicted, measured, started)
+                _report_cost(loop, _predicted(loop, there, kept), measured, started)
 
         processes.on_main(save)
-    sides = prepared.train.learnt_from, prepared.held_out.learnt_from
-    return TrainedAdapter(path, steps, adapter, features, *sides, prepared.bad_rows, data.fingerprint, processes)
+    damaged = tuple(BadRow(*row) for row in loop.progress.damaged)
+    train, held_out = (_without(damaged, side.learnt_from) for side in (prepared.train, prepared.held_out))
+    bad = (*prepared.bad_rows, *damaged)
+    return TrainedAdapter(path, steps, adapter, features, train, held_out, bad, data.fingerprint, processes)
+
+
+def _without(damaged: Collection[BadRow], examples: Examples) -> Examples:
+    """The examples, but for those of damaged rows."""
+    places = {row.place for row in damaged}
+    if not places:
+        return examples
+    return examples.take([i for i, each in enumerate(examples) if places.isdisjoint(d.place for d in each.dialogues)])
 
 
 def _system(config: TrainConfig, systems: Sequence[str], events: Events) -> str | None:
@@ -210,16 +210,21 @@ def _feature_cache(
 
 def _prepare(
     config: TrainConfig, data: SplitData, features: FeatureCache, processes: Processes, events: Events
-) -> Prepared:
-    """The examples' tokens counted, their images seen. Bad rows stop it as early as they are known."""
+) -> tuple[Prepared, bool]:
+    """The examples, their tokens counted, and whether their images are taken as they come; else they were seen. Bad
+    rows stop it as early as they are known."""
     prepared = count_tokens(config, data, Encoder(features.backbone), events.tokens)
     require_usable(config, prepared.bad_rows)  # what is too long is known before hours in the tower
     seen_once = sees_each_image_once(config, data.train)
-    prepared = see_images(prepared, features, processes, seen_once, events)
+    as_they_come = takes_images_as_they_come(config, prepared)
+    if as_they_come:
+        make_room(prepared, features, processes, seen_once, events)
+    else:
+        prepared = see_images(prepared, features, processes, seen_once, events)
     require_usable(config, prepared.bad_rows)
     if not prepared.train:
         raise no_usable_example(config, prepared.bad_rows)
-    return prepared
+    return prepared, as_they_come
 
 
 def _identity(config: TrainConfig, data: SplitData, adapter: Adapter) -> dict:
@@ -235,29 +240,32 @@ def _patches(features: FeatureCache, examples: Lessons) -> dict[ImageRef, int]:
     return {image: features.patches(image) for image in examples.images}
 
 
-def _share_kept(features: FeatureCache, prepared: Prepared) -> float:
-    """The share of the images' features that are on disk by now, and cost the steps nothing more."""
-    return features.share_on_disk(prepared.train.images)
-
-
 def _measured(loop: TrainingLoop, started: float) -> Measured:
     used, reserved = peak_memory(loop.backbone.device) or (None, None)
     process = process_peak() if used is None else None
     return Measured(time.perf_counter() - started, loop.processes.count, used, reserved, process)
 
 
-def _report_cost(
-    config: TrainConfig,
-    folder: RunFolder,
-    loop: TrainingLoop,
-    predicted: Prediction,
-    measured: Measured,
-    started: float,
-) -> None:
-    """What was predicted beside what was measured, also as the last line of metrics.jsonl.
+def _predicted(loop: TrainingLoop, there: float, kept: float) -> Prediction:
+    """After the steps, from what was known before them: no run waits for it."""
+    config, prepared, features, backbone = loop.config, loop.data, loop.loader.features, loop.backbone
+    return predict(
+        config.replace(micro_batch_tokens=loop.progress.micro_batch_tokens),
+        cost_model(config, backbone.dtype, backbone.device.type),
+        prepared.weighted,
+        _patches(features, prepared.train),
+        gpus=loop.processes.count,
+        sharded=loop.processes.sharded,
+        kept=kept,
+        there=there,
+        held_out=loop.held_out,
+        held_patches=_patches(features, prepared.held_out),
+    )
 
-    Predicted after the steps, from what was known before them: no run waits for it.
-    """
+
+def _report_cost(loop: TrainingLoop, predicted: Prediction, measured: Measured, started: float) -> None:
+    """What was predicted beside what was measured, also as the last line of metrics.jsonl."""
+    config, folder = loop.config, loop.folder
     seconds, ends = None, loop.step_ends
     if predicted.steps > 3 and config.save_every > 2:  # else there is nothing to predict, or a pause in what is timed
         seconds = ends[2] - started + predicted.seconds_left(ends[2] - ends[0])

@@ -110,16 +110,19 @@ def mean_loss(
     backbone, processes = loader.backbone, loader.processes
     training = backbone.model.training
     backbone.model.eval()
-    total = torch.zeros((), dtype=torch.float64)
+    total, damaged, labels_lost = torch.zeros((), dtype=torch.float64), [], 0
     at_once = SCORED_AT_ONCE * processes.count
     for start in range(0, len(examples), at_once):
         some = examples[start : start + at_once]
         for fetched in loader.fetch(some, max_tokens):
             total += loss_sum(backbone, loader.place(fetched)).item()
+            damaged += fetched.damaged
+            labels_lost += fetched.labels_lost
         progress(start + len(some))
     backbone.model.train(training)
     (total,) = processes.add_up([total.to(backbone.device)])
-    return total.item() / max(1, count_labels(examples))
+    labels = count_labels(examples) - (loader.note_damaged(damaged, labels_lost) if loader.as_they_come else 0)
+    return total.item() / max(1, labels)
 
 
 # ---- gradients ----------------------------------------------------------------------------------------------------
@@ -138,6 +141,8 @@ def accumulate_gradients(
 
     ``fetched`` is what `Loader.fetch` gives for the examples, where that has been done ahead.
 
+    Labels of damaged images, which are found only now, are not among those that the loss is the mean of.
+
     Where memory runs out, in whichever process, all begin the same step again with micro-batches of half the size, and
     stay with them. The step's answers and what they weigh are as before.
 
@@ -152,8 +157,15 @@ def accumulate_gradients(
         if fetched is None:
             fetched = loader.fetch(examples, progress.micro_batch_tokens)
         loss = _backward(loader, fetched, num_labels, progress.loss_scale or 1.0)
-        if not processes.highest(loss is None):
+        damaged = [row for each in fetched for row in each.damaged]
+        happened = processes.highest(2 if loss is None else 1 if damaged else 0)
+        if happened < 2:
             assert loss is not None
+            if happened:
+                lost = loader.note_damaged(damaged, sum(each.labels_lost for each in fetched))
+                left = num_labels / (num_labels - lost) if lost < num_labels else 0.0
+                for tensor in (loss, *(p.grad for p in model.parameters() if p.grad is not None)):
+                    tensor *= left
             return loss
         loss = fetched = None
         _halve_micro_batches(examples, progress, processes)
