@@ -256,8 +256,9 @@ def predict(  # arguments: what is trained, on what, and three facts of the mach
     for step in range(min(3, schedule.num_steps)):
         own = itertools.chain(*shapes_of(step))
         images = [image for i, _ in schedule.step(step) for image in examples[i].example.images]
-        live = sum(cost.tower_operations(patches[i]) * (1 - again if i in met else 1) for i in images)
-        first.append(sum(map(cost.step_operations, own)) + (1 - there) * live)
+        chances = [(1 - kept) * (1 - again) if image in met else 1 - there for image in images]
+        live = sum(chance * cost.tower_operations(patches[i]) for i, chance in zip(images, chances, strict=True))
+        first.append(sum(map(cost.step_operations, own)) + live)
         met.update(images)
 
     sampled = whole = 0.0
