@@ -24,6 +24,7 @@ from vlm_lora import Decoding, ImageRef, demo, load_image  # noqa: E402
 from vlm_lora.cli import main  # noqa: E402
 from vlm_lora.config import TrainConfig, config_from, read_yaml, write_yaml  # noqa: E402
 from vlm_lora.demo import LOOPBACK, build_app, launch, safe_settings  # noqa: E402
+from vlm_lora.demo.inputs import plainly  # noqa: E402
 from vlm_lora.demo.runs import Evaluations, Pictures, find_runs  # noqa: E402
 from vlm_lora.demo.speaker import MAX_WAITING, Speaker, Turn  # noqa: E402
 from vlm_lora.errors import AdapterError, ConfigError, DataError  # noqa: E402
@@ -310,6 +311,12 @@ def test_other_failures_are_plain_too(app, picture, prompt, told):
     assert "event: error" in events
     assert told in events
     assert "/some/path" not in events
+
+
+def test_what_goes_wrong_is_told_as_text_and_without_paths(tmp_path):
+    """Gradio's page would show it as HTML, with pictures from anywhere."""
+    told = plainly(DataError(f"{tmp_path}/runs/a {HTML}: no"), tmp_path / "runs")
+    assert told.message == "A &lt;img src=x onerror=alert(1)>: no."
 
 
 def test_an_upload_that_is_gone_is_to_be_chosen_again(app, picture):

@@ -291,6 +291,43 @@ def test_what_is_typed_is_written_once_there_is_a_pause_and_keeps_nobody_waiting
     assert not file.exists()
 
 
+def test_a_picture_that_goes_away_stops_nothing(tab, photos):
+    """Another page looks anew, while this one turns pages and captions."""
+    for i in range(10, 24):
+        picture(i, (32, 32)).save(photos / f"{i}.png")
+
+    async def visit():
+        where = shown(tab, tab.open("photos", PAGE))["where"]
+        tab.desk.speaker.first.result().slow = 0.1
+        await tab.begin(where, "Say", "", *NUMBERS)
+        for name in ("in/3.png", "23.png"):
+            (photos / name).unlink()
+        tab.open("photos", SimpleNamespace(session_hash="another page"))
+        page = shown(tab, tab.sheet.turn(json.dumps(json.loads(where) | {"page": 1}), PAGE), 0)
+        assert list(page["texts"])[-1] == "in/3.png"
+        with pytest.raises(DataError, match="the picture is no longer in the folder"):
+            tab.sheet.roots.album("photos", False).save("in/3.png", "mine")
+        (job,) = tab.jobs.values()
+        await asyncio.wait_for(job.task, 20)
+        assert job.done == len(job.images)
+        assert sorted(told.partition(":")[0] for told in job.wrong) == ["2.png", "23.png", "in/3.png"]
+
+    asyncio.run(visit())
+    assert (photos / "22.txt").read_text() == "Say 22.png\n"
+    assert not (photos / "23.txt").exists()
+
+
+def test_what_cannot_be_saved_is_told_beside_the_pictures(tab, photos, monkeypatch):
+    monkeypatch.setattr(captions, "PAUSE", 0.01)
+    where = shown(tab, tab.open("photos", PAGE))["where"]
+    (photos / "2.txt").mkdir()
+    told = asyncio.run(tab.sheet.save(card(where, 2, 1.0), "<b>mine", PAGE))
+    assert told == "<p>Not saved: 2.txt cannot be written (it is a folder or a device; expected a file)</p>"
+    photos.rename(photos.with_name("gone"))
+    told = asyncio.run(tab.sheet.save(card(where, 0, 2.0), "mine", PAGE))
+    assert told.startswith("<p>Not saved: &#39;photos&#39; is no folder that the demo may read")
+
+
 def test_the_worst_by_review_come_with_what_the_review_says(tab, tmp_path):
     tab.sheet.roots.folders["mine"] = (tmp_path / "runs/photos").resolve()
     where = shown(tab, tab.open("mine", PAGE))["where"]

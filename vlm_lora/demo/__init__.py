@@ -49,10 +49,9 @@ SCRIPT, STYLE, LEARNING, REPORT = (
 )
 STYLE = f".report {{ {REPORT} }}\n{LEARNING}{STYLE}"  # what is the report's looks as it does there
 
-IF_OPEN = """adapter => {
-  if (!document.querySelector('#changed')?.offsetParent) throw new Error('nobody looks');
-  return adapter;
-}"""
+IF_OPEN = (
+    "who => { if (document.querySelector('#changed')?.offsetParent) return who; throw new Error('nobody looks'); }"
+)
 
 
 def launch(  # arguments: the flags of `vlm-lora demo`

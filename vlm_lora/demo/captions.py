@@ -16,12 +16,12 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
-from vlm_lora import Decoding
+from vlm_lora import Decoding, ImageRef
 from vlm_lora.demo.folders import METADATA, MOST_CHARACTERS, UPLOADS, Album, Roots
 from vlm_lora.demo.inputs import advanced, asked_text, decoding, from_their_machine, many_pictures, plainly, prompt_box
 from vlm_lora.demo.speaker import MAX_PAGES
-from vlm_lora.demo.tabs import AT_ONCE, QUIETLY, Desk, empty, progress
-from vlm_lora.errors import ConfigError
+from vlm_lora.demo.tabs import AT_ONCE, IN_ORDER, QUIETLY, Desk, empty, progress
+from vlm_lora.errors import ConfigError, DataError
 from vlm_lora.inference.sinks import made_with
 
 CARDS = 12
@@ -40,7 +40,6 @@ SAVE = """(where, text) => {
   if (document.activeElement?.value !== text) throw new Error('nobody typed this');
   return [JSON.stringify({...JSON.parse(where), card: %d, at: performance.now()}), text];
 }"""
-
 STEP = "where => { const at = JSON.parse(where); return JSON.stringify({...at, page: at.page + %d}); }"
 BESIDE, ROWS = "Beside each picture, as cat.txt", f"All in {METADATA}"
 EMPTY = empty("A whole folder at once.", "Choose a folder, or drop pictures. Each gets its caption beside it.")
@@ -76,7 +75,7 @@ class Sheet:
     def __init__(self, desk: Desk, roots: Roots, orders: Sequence[str]):
         self.desk, self.roots = desk, roots
         self.views = lru_cache(MAX_PAGES)(lambda page: View())
-        self.waiting: dict[tuple[View, Album, str], str] = {}
+        self.waiting: dict[tuple[View, str, bool, str], str] = {}
         self.writing = threading.Lock()
         desk.at_close.callback(self.flush)
         with gr.Column(visible=False) as all_of_it:
@@ -97,10 +96,10 @@ class Sheet:
         self.where = gr.Textbox("", visible="hidden")
         self.outputs = [all_of_it, order, head, self.where, saved, *cards, *pictures, *self.texts]
 
-        order.input(self.turn, [self.where, order, desk.adapter], self.outputs, **AT_ONCE)
+        order.input(self.turn, [self.where, order, desk.adapter], self.outputs, **IN_ORDER)
         for button, step in ((back, -1), (on, 1)):
-            button.click(self.turn, self.where, self.outputs, js=STEP % step, **AT_ONCE)
-        undo.click(self.undo, self.where, self.outputs, **AT_ONCE)
+            button.click(self.turn, self.where, self.outputs, js=STEP % step, **IN_ORDER)
+        undo.click(self.undo, self.where, self.outputs, **IN_ORDER)
         for i, text in enumerate(self.texts):
             text.change(self.save, [self.where, text], saved, js=SAVE % i, **AT_ONCE)
 
@@ -124,7 +123,7 @@ class Sheet:
             return gr.skip()
         another.set()  # as a browser has few requests open at a time, none waits for its pause in vain
         mine = view.typed[name] = at["at"], asyncio.Event()
-        self.waiting[view, self.roots.album(at["folder"], at["rows"]), name] = text
+        self.waiting[view, at["folder"], at["rows"], name] = text
         written = None
         try:
             with suppress(TimeoutError):
@@ -134,14 +133,18 @@ class Sheet:
                 written = asyncio.get_running_loop().run_in_executor(None, self.flush)
         if written is None:
             return gr.skip()
-        await written
+        try:
+            await written
+        except DataError as error:  # which gradio (6.31) does not show of an event that passes over its queue
+            return Markup("<p>Not saved: {}</p>").format(error)
         return Markup("<p>Saved: {}</p>").format(name)
 
     def flush(self) -> None:
         """Write at once what was typed."""
         with self.writing:
             while self.waiting:
-                (view, album, name), text = self.waiting.popitem()
+                (view, folder, rows, name), text = self.waiting.popitem()
+                album = self.roots.album(folder, rows)
                 if album.captions([name])[name] == text.strip():
                     continue
                 before, after = album.save(name, text)
@@ -206,7 +209,8 @@ class Sheet:
         return [name for name, text in captions.items() if order != WITHOUT or text == ""]
 
     def _picture(self, album: Album, name: str) -> Markup:
-        file = self.desk.pictures.file(album.pictures[name], small=True)
+        image = album.pictures.get(name)
+        file = image and self.desk.pictures.file(image, small=True)
         if file is None:
             return Markup('<p class="gone">This picture cannot be read.</p>')
         data = base64.b64encode(file.read_bytes()).decode()
@@ -218,7 +222,7 @@ class Job:
     """The pictures of a folder that had no caption. It goes on without the page."""
 
     album: Album
-    names: list[str]
+    images: list[ImageRef]
     done: int = 0
     ahead: int = 0
     wrong: list[str] = field(default_factory=list)
@@ -254,8 +258,8 @@ class WholeFolder:
         for event in chosen:
             event(self.open, folder, opened, api_visibility="private")
         form.input(self.open, [folder, form], opened, api_visibility="private")
-        go.click(self.begin, [sheet.where, self.prompt, desk.adapter, *numbers], [state, timer], **AT_ONCE)
-        stop.click(self.stop, sheet.where, **AT_ONCE)
+        go.click(self.begin, [sheet.where, self.prompt, desk.adapter, *numbers], [state, timer], **IN_ORDER)
+        stop.click(self.stop, sheet.where, **IN_ORDER)
         timer.tick(self.tick, [sheet.where, *sheet.texts], [state, timer, *sheet.texts], queue=False, **QUIETLY)
         make.click(self.take_away, sheet.where, file, api_visibility="private")
 
@@ -278,26 +282,27 @@ class WholeFolder:
         base = None if adapter else self.desk.speaker.first.result().backbone.name
         runs = [str(self.desk.speaker.runs.get(adapter, adapter))] if adapter else []
         how = made_with(decoded, runs, model=base, prompt=asked)
-        names = [name for name, text in album.captions(album.pictures).items() if text == ""]
-        album.sink([album.pictures[name] for name in names], how)
-        if not names:
+        images = [album.pictures[name] for name, text in album.captions(album.pictures).items() if text == ""]
+        album.sink(images, how)
+        if not images:
             raise ConfigError("Every picture has a caption.")
-        job = self.jobs[album] = Job(album, names)
+        job = self.jobs[album] = Job(album, images)
         job.task = asyncio.create_task(self._work(job, asked, decoded, adapter, how))
         return _told(job), gr.Timer(active=True)
 
     async def _work(self, job: Job, prompt: str | None, decoded: Decoding, adapter: str, how: dict) -> None:
         size, captions = 1, []
         try:
-            while job.done < len(job.names) and not job.stopped:
-                batch, began = job.names[job.done : job.done + size], time.monotonic()
-                images = [job.album.pictures[name] for name in batch]
-                async with aclosing(self.desk.speaker.caption(images, prompt, decoded, adapter)) as answer:
+            while job.done < len(job.images) and not job.stopped:
+                batch, began = job.images[job.done : job.done + size], time.monotonic()
+                async with aclosing(self.desk.speaker.caption(batch, prompt, decoded, adapter)) as answer:
                     async for said in answer:
                         job.ahead, captions = (said, []) if isinstance(said, int) else (0, said)
                         if job.stopped:
                             break
-                new = dict(zip(batch, captions, strict=False))  # fewer where it was stopped
+                new = {
+                    image.name: said for image, said in zip(batch, captions, strict=False)
+                }  # fewer where it was stopped
                 job.wrong += await asyncio.to_thread(job.album.write, new, how)
                 job.done, took = job.done + len(new), time.monotonic() - began
                 size = min(MOST, 2 * size) if took < SOON else max(1, size // 2) if took > LATE else size
@@ -338,9 +343,9 @@ class WholeFolder:
 def _told(job: Job | None) -> Markup:
     if job is None:
         return Markup("")
-    kind = "learning" if job.running else "done" if job.done == len(job.names) else "stopped"
-    big = f"{job.done:,} of {len(job.names):,}"
+    kind = "learning" if job.running else "done" if job.done == len(job.images) else "stopped"
+    big = f"{job.done:,} of {len(job.images):,}"
     small = [f"Waiting: {job.ahead} come first."] if job.ahead else []
     small += ["Stopped. The rest is captioned when you press the button again."] if kind == "stopped" else []
     small += [f"{len(job.wrong):,} without one: {' '.join(job.wrong[:3])}"] if job.wrong else []
-    return progress(kind, "Captions", big, job.done / len(job.names), " ".join(small))
+    return progress(kind, "Captions", big, job.done / len(job.images), " ".join(small))

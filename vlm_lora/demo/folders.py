@@ -118,10 +118,11 @@ class Album:
     def write(self, captions: Mapping[str, Caption], made_with: Mapping[str, object]) -> list[str]:
         """Write new captions of pictures that have none. What was wrong with others, in sentences."""
         wrong = [f"{name}: {caption.error}" for name, caption in captions.items() if caption.error]
-        with self.lock, closing(self.sink(map(self.pictures.__getitem__, captions), made_with)) as sink:
-            there = self.captions(captions)  # a person may have written one since
+        images = [self.pictures[name] for name in captions if name in self.pictures]
+        with self.lock, closing(self.sink(images, made_with)) as sink:
+            there = self.captions(image.name for image in images)  # a person may have written one since
             for name, caption in captions.items():
-                if caption.text is not None and there[name] == "":
+                if caption.text is not None and there.get(name, "") == "":
                     try:
                         self._file(name)
                         sink.write(self.pictures[name].path, [caption.text])
@@ -132,6 +133,8 @@ class Album:
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _file(self, name: str) -> Path:
+        if name and name not in self.pictures:
+            raise DataError("the picture is no longer in the folder")
         file = self.folder / METADATA if self.rows else self.files[self.pictures[name].path]
         if not file.resolve().is_relative_to(self.folder):
             raise DataError(f"{file.name} is a link that leads out of the folder; put a file in its place")

@@ -26,17 +26,16 @@ MAX_PROMPT = 2000
 
 
 def plainly(error: BaseException, *folders: Path) -> gr.Error:
-    """What a person at the page is told of any error: a sentence, without the paths of these ``folders``. What they can
-    do nothing about is told in the log."""
-    if isinstance(error, ComponentProcessingError):
-        error = error.__cause__ or error  # what `preprocess` says
+    """What a person at the page is told of any error: a sentence, without the paths of these ``folders`` and without
+    HTML, as which gradio shows it. What they can do nothing about is told in the log."""
+    error = error.__cause__ or error if isinstance(error, ComponentProcessingError) else error  # what `preprocess` says
     text = error.message if isinstance(error, gr.Error) else str(error)
     if isinstance(error, ValidationError):
         text = "The picture is no file. From Python send it as handle_file('cat.jpg')"
     elif not isinstance(error, DataError | ConfigError | gr.Error):
         log.error("The demo could not do what was asked", exc_info=error)
         text = "This did not work. What went wrong is in the demo's log"
-    text = short(text, *folders).removesuffix(".") + "."
+    text = short(text, *folders).removesuffix(".").replace("<", "&lt;") + "."
     return gr.Error(text[0].upper() + text[1:], print_exception=False)
 
 

@@ -21,8 +21,9 @@ EXAMPLES = 8
 QUIETLY: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """For events that only tidy up the page."""
 AT_ONCE: dict[str, Any] = QUIETLY | {"queue": False, "trigger_mode": "multiple"}
+"""For events that never fail, as gradio (6.31) then tells nobody."""
 IN_ORDER: dict[str, Any] = QUIETLY | {"concurrency_limit": None, "trigger_mode": "multiple"}
-"""For events whose values must reach the page after all that was sent to it before: the queue sees to that."""
+"""For events whose values must reach the page after all that was sent before, and their errors too."""
 
 ALONE = "Nothing to compare yet.", "The base model is alone. Choose an adapter above, or train one."
 UNSEEN = "{} was not compared with its base.", "Train it with held-out pictures: --val-split or --val."

@@ -26,17 +26,14 @@ from vlm_lora.console import duration
 from vlm_lora.demo.captions import ALL, LONGEST, NOTICED, WITHOUT, Sheet, chooser
 from vlm_lora.demo.folders import METADATA, Album, Roots, short, stem_of
 from vlm_lora.demo.runs import Evaluations, config_of
-from vlm_lora.demo.tabs import AT_ONCE, QUIETLY, Desk, empty, progress
+from vlm_lora.demo.tabs import IN_ORDER, QUIETLY, Desk, empty, progress
 from vlm_lora.errors import ConfigError, DataError
 
 CHECKPOINTS = 6
 """Of a run from the page, so that there is something to watch."""
 OFTEN, SELDOM = 2, 10
 """Seconds between two looks at the run, while it learns and while it does not."""
-EMPTY = empty(
-    "Nothing has been trained here yet.",
-    "Choose pictures, look at their captions, and press Train. Then this shows how the model learns them.",
-)
+EMPTY = empty("Nothing has been trained here yet.", "Choose pictures, look at their captions, and press Train.")
 COMMAND = (sys.executable, "-P", "-m", "vlm_lora")
 RECORD, LOG = ".train.json", ".train.log"
 ASKED_SECONDS = 600
@@ -71,13 +68,12 @@ class Training:
         for event in chosen:
             event(self.look_at, folder, [found, work, cost, *self.sheet.outputs], api_visibility="private")
         count.click(self.cost, [folder, epochs, rate], cost, api_visibility="private")
-        train.click(self.train, [folder, epochs, rate], cost, show_progress="minimal", api_visibility="private")
-        stop.click(self.trainer.stop, **AT_ONCE)
-        resume.click(self.trainer.resume, **AT_ONCE)
+        began = train.click(self.train, [folder, epochs, rate], cost, show_progress="minimal", api_visibility="private")
+        changed = began, stop.click(self.trainer.stop, **IN_ORDER), resume.click(self.trainer.resume, **IN_ORDER)
         seen, drawn, timer = gr.Textbox("", visible="hidden"), gr.Textbox("", visible="hidden"), gr.Timer(SELDOM)
         self.outputs = [seen, drawn, state, learning, stop, resume, desk.adapter, timer]
-        told = [app.load, timer.tick, train.click, resume.click, stop.click]
-        gr.on(told, self.tell, [seen, drawn, desk.adapter], self.outputs, queue=False, **QUIETLY)
+        for event in (app.load, timer.tick, *(each.then for each in changed)):
+            event(self.tell, [seen, drawn, desk.adapter], self.outputs, queue=False, **QUIETLY)
 
     # -- before --------------------------------------------------------------------------------------------------
 
@@ -182,8 +178,7 @@ class Trainer:
     """One run at a time, in ``place``, where the demo's runs are."""
 
     def __init__(self, place: Path):
-        self.place = place
-        self.starting = threading.Lock()
+        self.place, self.starting = place, threading.Lock()
         self.child: subprocess.Popen | None = None
 
     def state(self) -> State | None:
@@ -299,9 +294,8 @@ def _in_words(facts: dict, wrong: str, album: Album | None) -> Markup:
     bad = [row for row in facts.get("bad", ()) if not (without and "caption" in row["reason"])]
     twice, alike = (facts.get(key, {}).get("count", 0) for key in ("duplicates", "near_duplicates"))
     kind, often = "captions" if album else "answers", (facts.get("repeated") or [()])[0]
-    counts = facts.get("images"), facts.get("answers")
     told = [
-        (facts, '<span class="lead">{:,} pictures, {:,} {}.</span>', *counts, kind),
+        (facts, '<span class="lead">{:,} pictures, {:,} {}.</span>', facts.get("images"), facts.get("answers"), kind),
         (wrong and not without, "{}", wrong),
         (without, "{:,} have no caption: write one, or they are left out.", without),
         *((True, "{}: {}.", Path(row["source"]).name, row["reason"]) for row in bad[:5]),
