@@ -399,7 +399,7 @@ def test_what_cannot_be_done_is_told(open_page):
     expect(page.get_by_role("textbox", name="0.png", exact=True)).to_have_value("Emoji.", timeout=SLOW)
     for button, told in (
         ("Undo", "There is nothing to undo."),
-        ("Caption those without", "Every picture has a caption."),
+        ("Caption those without", "There is no picture without a caption."),
     ):
         page.get_by_role("button", name=button).locator("visible=true").click()
         expect(toast.get_by_text(told)).to_be_visible(timeout=SLOW)

@@ -317,6 +317,15 @@ def test_a_picture_that_goes_away_stops_nothing(tab, photos):
     assert not (photos / "23.txt").exists()
 
 
+def test_a_folder_without_pictures_is_not_praised(tab, photos):
+    (photos / "none").mkdir()
+    told = tab.open("photos/none", PAGE)
+    (head,) = (part for part in told if isinstance(part, str) and "pictures." in part)
+    assert head.startswith("<p><b>0 pictures.</b>  What you type")
+    with pytest.raises(ConfigError, match="no picture without a caption"):
+        asyncio.run(tab.begin(shown(tab, told)["where"], "", "", *NUMBERS))
+
+
 def test_what_cannot_be_saved_is_told_beside_the_pictures(tab, photos, monkeypatch):
     monkeypatch.setattr(captions, "PAUSE", 0.01)
     where = shown(tab, tab.open("photos", PAGE))["where"]

@@ -209,6 +209,16 @@ def test_what_is_said_of_a_run_and_of_data_is_text(photos):
     assert "And 2 more" in said
 
 
+def test_what_is_not_there_is_told_once_and_nothing_promised(photos):
+    reason = "no row of metadata.jsonl names this image; add one, or remove it"
+    facts = {"images": 1, "answers": 1, "bad": [{"source": "2.png", "line": None, "reason": reason}]}
+    said = _in_words(facts, "", Album(photos, rows=True))
+    assert "3 have no caption" in said
+    assert "no row of" not in said
+    assert "Resume goes on" in _told(State("run", "stopped", 1, 2), None)
+    assert "saved: Resume" not in _told(State("run", "stopped"), None)
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [

@@ -177,7 +177,7 @@ class Sheet:
             captions = album.captions(album.pictures)
             view.names = self._in_order(album, captions, order, adapter, view)
             without = sum(text == "" for text in captions.values())
-            told = f"{without:,} without a caption." if without else "Each has a caption."
+            told = f"{without:,} without a caption." if without else "Each has a caption." if captions else ""
             told = f"{told} What you type is saved in the folder at once."
             none = "" if view.names else NONE_OF.get(order, "No pictures here.")
             line = Markup('<p><b>{:,} pictures.</b> {}</p><p class="lead">{}</p>')
@@ -285,7 +285,7 @@ class WholeFolder:
         images = [album.pictures[name] for name, text in album.captions(album.pictures).items() if text == ""]
         album.sink(images, how)
         if not images:
-            raise ConfigError("Every picture has a caption.")
+            raise ConfigError("There is no picture without a caption.")
         job = self.jobs[album] = Job(album, images)
         job.task = asyncio.create_task(self._work(job, asked, decoded, adapter, how))
         return _told(job), gr.Timer(active=True)

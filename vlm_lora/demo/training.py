@@ -284,14 +284,15 @@ def _told(state: State, evaluations: Evaluations) -> Markup:
         verdict = evaluation.verdict() if evaluation else ["Nothing was held out to compare it with the base."]
         small = " ".join([*verdict, "It is among the adapters above: ask it on the Picture tab."])
     elif state.kind == "stopped":
-        small = f"After step {state.step:,}, and saved: Resume goes on from there, and so does --resume."
+        saved = f"After step {state.step:,}, and saved: Resume goes on from there, and so does --resume."
+        small = saved if state.step else "Before its first step, so that nothing is saved: train anew."
     return progress(state.kind, state.name, big, share, small)
 
 
 def _in_words(facts: dict, wrong: str, album: Album | None) -> Markup:
     """What `check` found, as a person would say it; ``album``: where captions are corrected on the page."""
     without = sum(text == "" for text in album.captions(album.pictures).values()) if album else 0
-    bad = [row for row in facts.get("bad", ()) if not (without and "caption" in row["reason"])]
+    bad = [row for row in facts.get("bad", ()) if not (without and re.search("caption|this image", row["reason"]))]
     twice, alike = (facts.get(key, {}).get("count", 0) for key in ("duplicates", "near_duplicates"))
     kind, often = "captions" if album else "answers", (facts.get("repeated") or [()])[0]
     told = [
