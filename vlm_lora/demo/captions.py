@@ -180,8 +180,7 @@ class Sheet:
             told = f"{without:,} without a caption." if without else "Each has a caption." if captions else ""
             told = f"{told} What you type is saved in the folder at once."
             none = "" if view.names else NONE_OF.get(order, "No pictures here.")
-            line = Markup('<p><b>{:,} pictures.</b> {}</p><p class="lead">{}</p>')
-            head = line.format(len(captions), told, none)
+            head = Markup('<p><b>{:,} pictures.</b> {}</p><p class="lead">{}</p>').format(len(captions), told, none)
         last = max(0, -(-len(view.names) // CARDS) - 1)
         page = 0 if order else min(max(0, at["page"]), last)
         names = view.names[page * CARDS : (page + 1) * CARDS]

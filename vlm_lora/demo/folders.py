@@ -231,9 +231,8 @@ class Roots:
             except BaseException as error:
                 shutil.rmtree(folder, ignore_errors=True)
                 if isinstance(error, zipfile.BadZipFile | zlib.error | RuntimeError | EOFError | OSError):
-                    raise DataError(
-                        f"{file.name}: cannot be unpacked ({type(error).__name__}); zip it again"
-                    ) from error
+                    what = f"cannot be unpacked ({type(error).__name__}); zip the folder again"
+                    raise DataError(f"{file.name}: {what}") from error
                 raise
         return f"{UPLOADS}/{name}"
 
