@@ -45,6 +45,8 @@ CORE = [
 MOST_CORE_LINES = 6_400
 MOST_LINES = 24_850
 """What they are today, rounded up. The goals are 4,500 and 11,500: a change that raises one says why."""
+MOST_PAGE_LINES = 2_000
+"""Of the web demo, which is not what the package is for."""
 MOST_FUNCTION_LINES = 80
 MOST_ARGUMENTS = 7
 REASON = "# arguments:"
@@ -89,8 +91,11 @@ def broken() -> Iterator[str]:
             if arguments > MOST_ARGUMENTS and REASON not in head:
                 yield f"{place} has {arguments} arguments; expected {MOST_ARGUMENTS} at most, or {REASON!r} and why."
     core, total = sum(num_lines(PACKAGE / name) for name in CORE), sum(map(num_lines, files()))
+    page = sum(num_lines(path) for path in files() if part_of(path) == "demo")
     if core > MOST_CORE_LINES:
         yield f"The core path has {core:,} lines; expected {MOST_CORE_LINES:,} at most."
+    if page > MOST_PAGE_LINES:
+        yield f"The web demo has {page:,} lines; expected {MOST_PAGE_LINES:,} at most."
     if total > MOST_LINES:
         yield f"The package has {total:,} lines; expected {MOST_LINES:,} at most."
 

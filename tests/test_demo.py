@@ -20,10 +20,11 @@ gradio = pytest.importorskip("gradio")
 gradio_client = pytest.importorskip("gradio_client")
 
 from tests.conftest import ROOT  # noqa: E402
-from vlm_lora import ImageRef, demo, load_image  # noqa: E402
+from vlm_lora import Decoding, ImageRef, demo, load_image  # noqa: E402
 from vlm_lora.cli import main  # noqa: E402
 from vlm_lora.config import TrainConfig, config_from, read_yaml, write_yaml  # noqa: E402
 from vlm_lora.demo import LOOPBACK, build_app, launch, safe_settings  # noqa: E402
+from vlm_lora.demo.inputs import plainly  # noqa: E402
 from vlm_lora.demo.runs import Evaluations, Pictures, find_runs  # noqa: E402
 from vlm_lora.demo.speaker import MAX_WAITING, Speaker, Turn  # noqa: E402
 from vlm_lora.errors import AdapterError, ConfigError, DataError  # noqa: E402
@@ -93,9 +94,16 @@ def write_run(place: Path, name: str = "run", count: int = 3) -> Path:
 def write_review(run: Path, scores: dict[str, float]) -> None:
     """What `eval --review --output` writes."""
     rows = [
-        Reviewed(image, f"row of {image}", "What?", f"{HTML} {image}", score, 0.0) for image, score in scores.items()
+        Reviewed(image, f"row of {image}", "What?", f"{HTML}\u2028{image}", score, 0.0)
+        for image, score in scores.items()
     ]
     (run / "review.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
+
+
+def loaded(captioner) -> Future:
+    future: Future = Future()
+    future.set_result(captioner)
+    return future
 
 
 def serve(app):
@@ -128,7 +136,7 @@ def app(captioner, picture, folder):
     patch.setenv("GRADIO_SHARE", "true")
     place = folder / "runs"
     runs = {name: write_run(place, name) for name in ("run", "other", "foreign")}
-    app = serve(build_app(captioner, runs=runs, chosen="run"))
+    app = serve(build_app(loaded(captioner), runs=runs, chosen="run"))
     yield app
     app.close(verbose=False)
     patch.undo()
@@ -251,7 +259,7 @@ def test_stop_ends_what_runs_within_two_words_and_what_comes_late(app, captioner
     while len(captioner.asked) == before and time.monotonic() < end:
         time.sleep(0.01)
     time.sleep(0.1)
-    at_once("end")
+    at_once("stop")
     words = captioner.words
     ask("late", late)
     while not captioner.ended and time.monotonic() < end:
@@ -305,6 +313,12 @@ def test_other_failures_are_plain_too(app, picture, prompt, told):
     assert "/some/path" not in events
 
 
+def test_what_goes_wrong_is_told_as_text_and_without_paths(tmp_path):
+    """Gradio's page would show it as HTML, with pictures from anywhere."""
+    told = plainly(DataError(f"{tmp_path}/runs/a {HTML}: no"), tmp_path / "runs")
+    assert told.message == "A &lt;img src=x onerror=alert(1)>: no."
+
+
 def test_an_upload_that_is_gone_is_to_be_chosen_again(app, picture):
     path = upload(app, picture.read_bytes())
     Path(path).unlink()
@@ -313,13 +327,12 @@ def test_an_upload_that_is_gone_is_to_be_chosen_again(app, picture):
 
 def test_who_has_to_wait_is_told_and_blocks_nobody(picture):
     """The loop that serves everybody goes on, and whoever gives up while waiting is gone at once."""
-    loaded = Future()
+    loading = Future()
     captioner = Parrot()
-    speaker = Speaker(loaded, {}, "")
+    speaker = Speaker(loading, {}, "")
 
     def asks(what: str, turn: Turn | None = None):
-        numbers = {"max_new_tokens": 8}
-        return speaker.say(ImageRef(path=picture, name="a.png"), what, numbers, "", ("base",), turn)
+        return speaker.say(ImageRef(path=picture, name="a.png"), what, Decoding(max_new_tokens=8), "", turn)
 
     async def whole(answer) -> list:
         return [texts async for texts in answer]
@@ -341,7 +354,7 @@ def test_who_has_to_wait_is_told_and_blocks_nobody(picture):
     async def visit() -> list:
         await gives_up("while it loads")
         await is_stopped("while it loads")
-        loaded.set_result(captioner)
+        loading.set_result(captioner)
         long = asks("endless")
         while not isinstance(await asyncio.wait_for(anext(long), 20), tuple):
             pass  # those that gave up are about to leave the line
@@ -351,7 +364,7 @@ def test_who_has_to_wait_is_told_and_blocks_nobody(picture):
         await is_stopped("while another speaks")
         waiting = [asks(f"Number {i}?") for i in range(MAX_WAITING - 1)]
         assert [await asyncio.wait_for(anext(each), 20) for each in waiting] == list(range(2, MAX_WAITING + 1))
-        with pytest.raises(gradio.Error, match="16 requests wait already"):
+        with pytest.raises(ConfigError, match="16 requests wait already"):
             await anext(asks("One too many?"))
         for each in (long, *waiting):
             await each.aclose()
@@ -449,7 +462,7 @@ def test_another_web_page_cannot_send_anything(app, origin):
 
 def test_a_proxy_is_believed_only_names_that_are_allowed(captioner, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    app = build_app(captioner)
+    app = build_app(loaded(captioner))
     app.launch(server_name="127.0.0.1", server_port=None, **safe_settings([*LOOPBACK, "demo.example"]))
     try:
         for forwarded in ("evil.example", "evil.example, demo.example", "demo.example.evil.example", "["):
@@ -497,7 +510,7 @@ def test_the_page_is_there_while_the_model_loads(picture, tmp_path, monkeypatch)
 def test_without_an_adapter_only_the_base_is_asked(picture, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     captioner = Parrot()
-    app = serve(build_app(captioner))
+    app = serve(build_app(loaded(captioner)))
     try:
         client = gradio_client.Client(app.local_url, verbose=False)
         said = client.predict(gradio_client.handle_file(picture), "Red?", api_name="/caption")
@@ -542,7 +555,7 @@ def test_loopback_has_other_addresses_too(asked_for, host):
 
 def test_ipv6_loopback_is_served_and_a_foreign_name_refused(captioner, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    app = build_app(captioner)
+    app = build_app(loaded(captioner))
     try:
         app.launch(server_name="[::1]", server_port=None, **safe_settings([*LOOPBACK, "[::1]"]))
     except OSError:
@@ -654,7 +667,7 @@ def test_where_no_public_link_is_to_be_had_the_demo_does_not_stay(asked_for):
 
 def test_with_a_password_the_page_is_closed_to_others(captioner, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    app = build_app(captioner)
+    app = build_app(loaded(captioner))
     app.launch(server_name="127.0.0.1", server_port=None, auth=("me", "secret"), **safe_settings(LOOPBACK))
     try:
         assert httpx.get(f"{app.local_url}config").status_code == 401

@@ -386,6 +386,28 @@ def test_a_folder_becomes_training_data(open_page, pictures, tmp_path):
     assert sorted(texts) == [f"{HTML} corrected.", "Emoji.", "Emoji."]
 
 
+def test_what_cannot_be_done_is_told(open_page):
+    """Gradio (6.31) shows no error of an event that passes over its queue."""
+    page = open_page()
+    page.get_by_role("tab", name="Pictures", exact=True).click()
+    folder, toast = (
+        page.get_by_label("A folder of this machine").locator("visible=true"),
+        page.get_by_test_id("toast-body"),
+    )
+    folder.click()
+    page.get_by_role("option", name="photos").click()
+    expect(page.get_by_role("textbox", name="0.png", exact=True)).to_have_value("Emoji.", timeout=SLOW)
+    for button, told in (
+        ("Undo", "There is nothing to undo."),
+        ("Caption those without", "There is no picture without a caption."),
+    ):
+        page.get_by_role("button", name=button).locator("visible=true").click()
+        expect(toast.get_by_text(told)).to_be_visible(timeout=SLOW)
+    folder.fill(HTML)
+    folder.press("Enter")
+    expect(toast.get_by_text(f"'{HTML}' is no folder")).to_be_visible(timeout=SLOW)
+
+
 def test_what_changed_by_keyboard_alone(open_page):
     page = open_page()
     tab = page.get_by_role("tab", name="What changed")

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import time
-from concurrent.futures import Future
 from contextlib import ExitStack
 from types import SimpleNamespace
 
@@ -11,15 +10,13 @@ import gradio as gr
 import pytest
 
 from tests.conftest import picture
-from tests.test_demo import Parrot, write_review, write_run
+from tests.test_demo import Parrot, loaded, write_review, write_run
 from vlm_lora import Caption, Decoding
 from vlm_lora.cli import main
-from vlm_lora.demo import album, sheet
-from vlm_lora.demo.album import Album
-from vlm_lora.demo.folder import ROWS, WholeFolder
-from vlm_lora.demo.inputs import Roots
+from vlm_lora.demo import captions, folders
+from vlm_lora.demo.captions import ALL, DOUBTFUL, LONGEST, ROWS, WITHOUT, WholeFolder
+from vlm_lora.demo.folders import Album, Roots
 from vlm_lora.demo.runs import Evaluations, Pictures
-from vlm_lora.demo.sheet import ALL, DOUBTFUL, LONGEST, WITHOUT
 from vlm_lora.demo.speaker import Speaker
 from vlm_lora.demo.tabs import Desk
 from vlm_lora.errors import ConfigError, DataError
@@ -155,13 +152,11 @@ class Captions(Parrot):
 
 @pytest.fixture
 def tab(photos, tmp_path):
-    loaded: Future = Future()
-    loaded.set_result(Captions())
     runs = {"run": write_run(tmp_path / "runs")}
     with gr.Blocks() as app:
         adapter = gr.Dropdown(["run"])
         desk = Desk(
-            Speaker(loaded, runs, ""),
+            Speaker(loaded(Captions()), runs, ""),
             Evaluations(runs),
             Pictures(tmp_path),
             adapter,
@@ -183,12 +178,12 @@ def test_a_folder_is_captioned_stopped_and_resumed(tab, photos):
         page = shown(tab, tab.open("photos", PAGE))
         assert page["texts"] == {"0.png": "Zero,\r\nin two lines.", "1.png": "One", "2.png": "", "in/3.png": ""}
         where = page["where"]
-        with pytest.raises(gr.Error, match="expected a whole number"):
+        with pytest.raises(ConfigError, match="expected a whole number"):
             await tab.begin(where, "", "", None, 0.0, 1.0, 0)
         captioner = tab.desk.speaker.first.result()
         captioner.slow = 0.2
         await tab.begin(where, "Say", "", *NUMBERS)
-        with pytest.raises(gr.Error, match="is being captioned already"):
+        with pytest.raises(ConfigError, match="is being captioned already"):
             await tab.begin(where, "Say", "", *NUMBERS)
         await tab.stop(where)
         (job,) = tab.jobs.values()
@@ -219,19 +214,19 @@ def test_pages_orders_and_undo(tab, photos, monkeypatch):
     where = page["where"]
 
     def turned(order: str, adapter: str = "") -> dict:
-        return shown(tab, tab.sheet.turn(where, order, adapter, PAGE), 0)
+        return shown(tab, tab.sheet.turn(where, PAGE, order, adapter), 0)
 
     def typed(where: str, number: int, text: str, at: float) -> None:
         asyncio.run(tab.sheet.save(card(where, number, at), text, PAGE))
 
-    monkeypatch.setattr(sheet, "PAUSE", 0.01)
+    monkeypatch.setattr(captions, "PAUSE", 0.01)
 
     without = turned(WITHOUT)
     typed(without["where"], 0, "Ze", 1.0)
     typed(without["where"], 0, "Zero", 3.0)
     typed(without["where"], 0, "Zer", 2.0)  # a key that arrives late
     typed(without["where"], 1, "One, which is longer", 4.0)
-    following = shown(tab, tab.sheet.leaf(json.dumps(json.loads(without["where"]) | {"page": 1}), PAGE), 0)
+    following = shown(tab, tab.sheet.turn(json.dumps(json.loads(without["where"]) | {"page": 1}), PAGE), 0)
     assert next(iter(following["texts"])) == "2.png"  # none is passed over, though there are fewer now
     assert next(iter(turned(WITHOUT)["texts"])) == "10.png"
     assert list(turned(LONGEST)["texts"].values())[:3] == ["One, which is longer", "Zero", ""]
@@ -239,11 +234,11 @@ def test_pages_orders_and_undo(tab, photos, monkeypatch):
     for left in (1, 0):
         tab.sheet.undo(where, PAGE)
         assert (photos / "metadata.jsonl").read_text().count("\n") == left
-    with pytest.raises(gr.Error, match="nothing to undo"):
+    with pytest.raises(ConfigError, match="nothing to undo"):
         tab.sheet.undo(where, PAGE)
     typed(where, 0, "Mine", 9.0)
     Album(photos, rows=True).save("0.png", "Somebody else's")
-    with pytest.raises(gr.Error, match="has another caption since"):
+    with pytest.raises(ConfigError, match="has another caption since"):
         tab.sheet.undo(where, PAGE)
     assert turned(ALL)["texts"]["0.png"] == "Somebody else's"
 
@@ -262,8 +257,8 @@ def test_what_is_typed_is_written_once_there_is_a_pause_and_keeps_nobody_waiting
         written.append(text)
         sinks.replace_text(file, text)
 
-    monkeypatch.setattr(album, "replace_text", slowly)
-    monkeypatch.setattr(sheet, "PAUSE", 0.2)
+    monkeypatch.setattr(folders, "replace_text", slowly)
+    monkeypatch.setattr(captions, "PAUSE", 0.2)
     where = shown(tab, tab.open("photos", PAGE))["where"]
 
     async def visit():
@@ -296,11 +291,57 @@ def test_what_is_typed_is_written_once_there_is_a_pause_and_keeps_nobody_waiting
     assert not file.exists()
 
 
+def test_a_picture_that_goes_away_stops_nothing(tab, photos):
+    """Another page looks anew, while this one turns pages and captions."""
+    for i in range(10, 24):
+        picture(i, (32, 32)).save(photos / f"{i}.png")
+
+    async def visit():
+        where = shown(tab, tab.open("photos", PAGE))["where"]
+        tab.desk.speaker.first.result().slow = 0.1
+        await tab.begin(where, "Say", "", *NUMBERS)
+        for name in ("in/3.png", "23.png"):
+            (photos / name).unlink()
+        tab.open("photos", SimpleNamespace(session_hash="another page"))
+        page = shown(tab, tab.sheet.turn(json.dumps(json.loads(where) | {"page": 1}), PAGE), 0)
+        assert list(page["texts"])[-1] == "in/3.png"
+        with pytest.raises(DataError, match="the picture is no longer in the folder"):
+            tab.sheet.roots.album("photos", False).save("in/3.png", "mine")
+        (job,) = tab.jobs.values()
+        await asyncio.wait_for(job.task, 20)
+        assert job.done == len(job.images)
+        assert sorted(told.partition(":")[0] for told in job.wrong) == ["2.png", "23.png", "in/3.png"]
+
+    asyncio.run(visit())
+    assert (photos / "22.txt").read_text() == "Say 22.png\n"
+    assert not (photos / "23.txt").exists()
+
+
+def test_a_folder_without_pictures_is_not_praised(tab, photos):
+    (photos / "none").mkdir()
+    told = tab.open("photos/none", PAGE)
+    (head,) = (part for part in told if isinstance(part, str) and "pictures." in part)
+    assert head.startswith("<p><b>0 pictures.</b>  What you type")
+    with pytest.raises(ConfigError, match="no picture without a caption"):
+        asyncio.run(tab.begin(shown(tab, told)["where"], "", "", *NUMBERS))
+
+
+def test_what_cannot_be_saved_is_told_beside_the_pictures(tab, photos, monkeypatch):
+    monkeypatch.setattr(captions, "PAUSE", 0.01)
+    where = shown(tab, tab.open("photos", PAGE))["where"]
+    (photos / "2.txt").mkdir()
+    told = asyncio.run(tab.sheet.save(card(where, 2, 1.0), "<b>mine", PAGE))
+    assert told == "<p>Not saved: 2.txt cannot be written (it is a folder or a device; expected a file)</p>"
+    photos.rename(photos.with_name("gone"))
+    told = asyncio.run(tab.sheet.save(card(where, 0, 2.0), "mine", PAGE))
+    assert told.startswith("<p>Not saved: &#39;photos&#39; is no folder that the demo may read")
+
+
 def test_the_worst_by_review_come_with_what_the_review_says(tab, tmp_path):
     tab.sheet.roots.folders["mine"] = (tmp_path / "runs/photos").resolve()
     where = shown(tab, tab.open("mine", PAGE))["where"]
-    assert shown(tab, tab.sheet.turn(where, DOUBTFUL, "run", PAGE), 0)["texts"] == {}
+    assert shown(tab, tab.sheet.turn(where, PAGE, DOUBTFUL, "run"), 0)["texts"] == {}
     write_review(tmp_path / "runs/run", {"0.png": 1.5, "1.png": -0.25, "gone.png": -3.0})
-    page = shown(tab, tab.sheet.turn(where, DOUBTFUL, "run", PAGE), 0)
+    page = shown(tab, tab.sheet.turn(where, PAGE, DOUBTFUL, "run"), 0)
     assert list(page["texts"]) == ["1.png", "0.png"]
     assert page["notes"][0].startswith("-0.25 a token for")

@@ -12,14 +12,12 @@ import httpx
 import pytest
 
 from tests.conftest import picture
-from tests.test_demo import Parrot, serve
+from tests.test_demo import Parrot, loaded, serve
 from vlm_lora import ImageRef
 from vlm_lora.cli import main
-from vlm_lora.demo import build_app, inputs, trainer
-from vlm_lora.demo.album import Album
-from vlm_lora.demo.inputs import Roots, take_in
-from vlm_lora.demo.trainer import State, Trainer
-from vlm_lora.demo.training import _in_words, _told
+from vlm_lora.demo import build_app, folders, training
+from vlm_lora.demo.folders import Album, Roots
+from vlm_lora.demo.training import State, Trainer, _in_words, _told
 from vlm_lora.errors import ConfigError, DataError
 
 HTML = "<img src=x onerror=alert(1)>"
@@ -63,44 +61,42 @@ def zipped(path: Path, members: dict[str, bytes], mode: int = 0, flags: int = 0)
         ({"c:/out.txt": b"x"}, {}, "leads out of the folder"),
         ({"a.txt": b"/etc/passwd"}, {"mode": stat.S_IFLNK | 0o777}, "is a link"),
         ({"a.txt": b"x"}, {"flags": 1}, "has a password"),
-        ({"a.txt": b"x" * 5000}, {}, "too much for one upload"),
-        ({f"{i}.txt": b"" for i in range(9)}, {}, "too much for one upload"),
+        ({"a.txt": b"x" * 5000}, {}, "too much at once"),
+        ({f"{i}.txt": b"" for i in range(9)}, {}, "too much at once"),
         ({"run.py": b"x"}, {}, "neither a picture nor a text"),
         ({"in.zip": b"x"}, {}, "neither a picture nor a text"),
         ({"a": b"x"}, {}, "neither a picture nor a text"),
     ],
 )
 def test_a_zip_that_means_harm_is_refused_and_leaves_nothing(tmp_path, monkeypatch, members, how, told):
-    monkeypatch.setattr(inputs, "MOST_BYTES", 4000)
-    monkeypatch.setattr(inputs, "MOST_FILES", 8)
-    place = tmp_path / "in" / "here"
+    monkeypatch.setattr(folders, "MOST_BYTES", 4000)
+    monkeypatch.setattr(folders, "MOST_FILES", 8)
     with pytest.raises(DataError, match=told):
-        take_in([zipped(tmp_path / "x.zip", members, **how)], place)
-    assert not place.exists()
+        Roots([], tmp_path / "in").take_in([zipped(tmp_path / "x.zip", members, **how)])
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["in", "x.zip"]
 
 
 def test_a_zip_that_lies_about_its_size_is_cut_short(tmp_path, monkeypatch):
-    monkeypatch.setattr(inputs, "MOST_BYTES", 4000)
+    monkeypatch.setattr(folders, "MOST_BYTES", 4000)
     sent_zip = zipped(tmp_path / "x.zip", {"a.txt": b"x" * 1_000_000})
     data = sent_zip.path.read_bytes().replace((1_000_000).to_bytes(4, "little"), (10).to_bytes(4, "little"))
     sent_zip.path.write_bytes(data)
     with pytest.raises(DataError):
-        take_in([sent_zip], tmp_path / "here")
-    assert not (tmp_path / "here").exists()
+        Roots([], tmp_path / "in").take_in([sent_zip])
+    assert list((tmp_path / "in").iterdir()) == []
 
 
 def test_pictures_texts_and_zips_are_taken_in_together(photos, tmp_path):
     packed = zipped(tmp_path / "x.zip", {"more/9.png": (photos / "2.png").read_bytes(), "more/9.txt": b"Nine."})
-    folder = take_in([sent(photos / "0.png"), sent(photos / "0.txt"), packed], tmp_path / "here")
-    album = Album(folder, rows=False)
+    roots = Roots([], tmp_path / "in")
+    album = roots.album(roots.take_in([sent(photos / "0.png"), sent(photos / "0.txt"), packed]), rows=False)
     assert album.captions(album.pictures) == {"0.png": "Number 0.", "more/9.png": "Nine."}
     with pytest.raises(DataError, match="is there twice"):
-        take_in([sent(photos / "0.png"), sent(photos / "1.png", "0.png")], tmp_path / "twice")
+        roots.take_in([sent(photos / "0.png"), sent(photos / "1.png", "0.png")])
     broken = tmp_path / "broken.zip"
     broken.write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(DataError, match="cannot be unpacked"):
-        take_in([sent(broken)], tmp_path / "broken")
+        roots.take_in([sent(broken)])
 
 
 def test_only_what_is_below_a_root_is_read(photos, tmp_path):
@@ -148,7 +144,7 @@ if sys.argv[2] == "fail":
 def place(tmp_path, monkeypatch) -> Path:
     """Where a command trains that does what it is told to."""
     (tmp_path / "command.py").write_text(COMMAND)
-    monkeypatch.setattr(trainer, "COMMAND", (sys.executable, str(tmp_path / "command.py")))
+    monkeypatch.setattr(training, "COMMAND", (sys.executable, str(tmp_path / "command.py")))
     return tmp_path / "runs"
 
 
@@ -213,6 +209,16 @@ def test_what_is_said_of_a_run_and_of_data_is_text(photos):
     assert "And 2 more" in said
 
 
+def test_what_is_not_there_is_told_once_and_nothing_promised(photos):
+    reason = "no row of metadata.jsonl names this image; add one, or remove it"
+    facts = {"images": 1, "answers": 1, "bad": [{"source": "2.png", "line": None, "reason": reason}]}
+    said = _in_words(facts, "", Album(photos, rows=True))
+    assert "3 have no caption" in said
+    assert "no row of" not in said
+    assert "Resume goes on" in _told(State("run", "stopped", 1, 2), None)
+    assert "saved: Resume" not in _told(State("run", "stopped"), None)
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -234,10 +240,10 @@ def test_the_page_trains_only_for_its_own_pages_and_where_it_may(tmp_path, monke
     def labels(app) -> set:
         return {each["props"].get("value") for each in app.config["components"] if each["type"] == "button"}
 
-    closed = build_app(Parrot())
+    closed = build_app(loaded(Parrot()))
     assert "Train" not in labels(closed)
     closed.close()
-    app = serve(build_app(Parrot(), training=(Roots([], tmp_path / "uploads"), tmp_path / "runs")))
+    app = serve(build_app(loaded(Parrot()), roots=Roots([], tmp_path / "runs/uploads")))
     try:
         assert "Train" in labels(app)
         asked = {"data": [None, None], "fn_index": 0, "session_hash": "x"}

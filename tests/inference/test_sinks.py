@@ -112,6 +112,24 @@ def test_a_row_of_a_person_stays_until_its_image_has_a_new_caption(here, overwri
     assert found == [*(replaced if overwrite else own), {"file_name": "b.png", "text": "said"}]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("format", ["jsonl", "metadata"])
+def test_what_a_person_left_between_the_lines_stays(here, format, end):
+    """Blank lines, and the order of several lines of one image."""
+    key = {"jsonl": "image", "metadata": "file_name"}[format]
+    a, b, c, again = (f'{{"{key}": "{name}.png", "mine": 1}}' for name in "abca")
+    before = end.join(["", a, "  ", b, again, "", c, "", ""])
+    (here / "out").write_bytes(before.encode())
+    write(rows(["d.png", "e.png"], format), "d.png", "e.png")
+    after = (here / "out").read_bytes().decode()
+    assert after.startswith(before)
+    assert [json.loads(line)[key] for line in after.removeprefix(before).splitlines()] == ["d.png", "e.png"]
+    write(rows(["a.png", "b.png"], format, overwrite=True), "a.png", "b.png", text="anew")
+    *lines, _ = (here / "out").read_bytes().decode().split("\n")
+    told = [json.loads(line)[key] if line.strip() else line.removesuffix("\r") for line in lines]
+    assert told == ["", "a.png", "  ", "b.png", "", "c.png", "", "d.png", "e.png"]
+
+
 def test_stopped_while_overwriting_the_rest_is_as_it_was(here):
     names = ["a.png", "b.png", "c.png"]
     write(rows(names), *names)

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vlm_lora import DataSettings, Example, ImageRef, VlmLoraError, load_image, read_dataset
+from vlm_lora import DataSettings, Evaluation, Example, ImageRef, VlmLoraError, load_image, read_dataset
 from vlm_lora.config import HUB_NAME, TrainConfig, config_from, read_yaml
 from vlm_lora.errors import AdapterError, ConfigError, DataError
 
 if TYPE_CHECKING:
-    from vlm_lora import Evaluation
     from vlm_lora.inference.scoring import Answered
 
 log = logging.getLogger(__name__)
@@ -61,10 +60,8 @@ class Evaluations:
         self.runs, self.data = runs, cache(data_of)
         self.of = cache(lambda name: self._read(runs[name]) if name in runs else None)
 
-    def _read(self, run: Path) -> "Evaluation | None":
+    def _read(self, run: Path) -> Evaluation | None:
         """None where it has none. Without pictures where the data is gone."""
-        from vlm_lora import Evaluation  # here, as it brings torch
-
         try:
             return Evaluation.read(run, self.data(run)) if (run / "predictions.jsonl").is_file() else None
         except DataError as error:
@@ -99,7 +96,7 @@ class Evaluations:
             return []
         images = {image.name: image for e in self.data(self.runs[name]) for image in e.images[:1]}
         try:
-            rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+            rows = map(json.loads, filter(None, file.read_text(encoding="utf-8").split("\n")))
             rows = [(row, images[row["image"]]) for row in rows if "score" in row and row["image"] in images]
             return sorted(rows, key=lambda each: each[0]["score"])
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -130,15 +127,13 @@ def data_of(run: Path) -> list[Example]:
     examples: list[Example] = []
     try:
         config, start = config_of(run)
-        for given in (config.sources, (config.val,) if config.val else ()):
-            gone = [name for name in given if not (_is_in(start, name) or name.startswith(("hf:", "hf-stream:")))]
-            seen = [
-                (start / name).as_posix() if _is_in(start, name) else name for name in (*given, config.images or "")
-            ]
+        for given in (config.sources, *([(config.val,)] if config.val else [])):
+            there = {name: (start / name).as_posix() for name in (*given, config.images or "") if _is_in(start, name)}
+            reading: dict[str, Any] = config.reading | {"images": there.get(config.images or "", config.images)}
             try:
-                reading: dict[str, Any] = config.reading | {"images": seen[-1] or None}
-                dataset = read_dataset(seen[:-1], DataSettings(**reading))
+                dataset = read_dataset([there.get(name, name) for name in given], DataSettings(**reading))
             except VlmLoraError as error:
+                gone = [name for name in given if name not in there and not name.startswith(("hf:", "hf-stream:"))]
                 why = f"{gone[0]!r} is not in {start}, where it was started; put it back there" if gone else error
                 log.warning("No pictures: the data of %s cannot be read again: %s", run, why)
                 continue

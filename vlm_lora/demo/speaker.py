@@ -10,18 +10,16 @@ from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from vlm_lora import ImageRef
-from vlm_lora.demo.inputs import plain
+from vlm_lora import Caption, Decoding, ImageRef
 from vlm_lora.errors import AdapterError, ConfigError
 
 if TYPE_CHECKING:
-    from vlm_lora import Caption, Captioner
+    from vlm_lora import Captioner
 
 log = logging.getLogger(__name__)
 
@@ -85,12 +83,6 @@ class Turn:
         self.answer = answer
 
 
-def turns() -> Callable[[gr.Request], Turn]:
-    """The turn of each open page, by a request of it."""
-    of_page = lru_cache(MAX_PAGES)(lambda page: Turn())
-    return lambda request: of_page(request.session_hash)
-
-
 class Speaker:
     """The captioners, one answer at a time, each decoded from first to last token in a thread of its own.
 
@@ -108,6 +100,10 @@ class Speaker:
         self.attaching = threading.Lock()
         self.line: list[Answer] = []  # the one that is decoded, and those that wait
 
+    def choices(self) -> list[tuple[str, str]]:
+        """The adapters to choose from; the base alone where the demo was started without one."""
+        return [*([] if self.chosen else [("none: the base alone", "")]), *((name, name) for name in self.runs)]
+
     def captioner(self, name: str) -> "Captioner":
         """The base with the adapter of that name; waits until the base is loaded.
 
@@ -123,29 +119,19 @@ class Speaker:
                     self.others[name] = first.with_adapter(self.runs[name])
                 except AdapterError as error:
                     log.warning("%s", error)
-                    raise ConfigError(
-                        f"The adapter {name} does not go with the base model that is loaded, or is damaged. "
-                        "What is wrong is in the demo's log; for another base, start a demo with that adapter"
-                    ) from None
+                    why = "does not go with the base model that is loaded, or is damaged; the demo's log says which"
+                    raise ConfigError(f"The adapter {name} {why}") from None
         return self.others.get(name, first)
 
     def say(
-        self,
-        image: ImageRef,
-        prompt: str | None,
-        numbers: dict,
-        name: str,
-        who: Sequence[str],
-        turn: Turn | None = None,
+        self, image: ImageRef, prompt: str | None, decoding: Decoding, name: str, turn: Turn | None = None
     ) -> AsyncGenerator[tuple[str, str] | int, None]:
         """(base, tuned) so far, whenever there is more; how many requests come first, while any do."""
 
         def said(captioner: "Captioner") -> Generator[tuple[str, str]]:
-            from vlm_lora import Decoding  # here, as it brings torch, which the page does not wait for
-
-            texts, decoding = {"base": "", "tuned": ""}, Decoding(**numbers)
+            texts = {"base": "", "tuned": ""}
             yield "", ""
-            for speaker in who:
+            for speaker in ("tuned", "base") if name else ("base",):
                 for text in captioner.stream(image, prompt, tuned=speaker == "tuned", decoding=decoding):
                     texts[speaker] = text
                     yield texts["base"], texts["tuned"]
@@ -153,15 +139,13 @@ class Speaker:
         return self._in_turn(name, said, turn, MAX_WAITING, MAX_SECONDS)
 
     def caption(
-        self, images: Sequence[ImageRef], prompt: str | None, numbers: dict, name: str
-    ) -> AsyncGenerator[list["Caption"] | int, None]:
+        self, images: Sequence[ImageRef], prompt: str | None, decoding: Decoding, name: str
+    ) -> AsyncGenerator[list[Caption] | int, None]:
         """The captions of all of them so far, as one request, decoded as `Captioner.caption` does."""
 
-        def said(captioner: "Captioner") -> Generator[list["Caption"]]:
-            from vlm_lora import Decoding
-
+        def said(captioner: "Captioner") -> Generator[list[Caption]]:
             captions = []
-            for caption in captioner.caption(images, prompt, decoding=Decoding(**numbers)):
+            for caption in captioner.caption(images, prompt, decoding=decoding):
                 captions.append(caption)
                 yield captions[:]
 
@@ -175,7 +159,7 @@ class Speaker:
         It ends, and the decoding with it, where the generator is closed or cancelled, or ``turn`` goes on to the next.
         """
         if len(self.line) > waits:
-            raise plain(f"{MAX_WAITING} requests wait already. Try again later")
+            raise ConfigError(f"{MAX_WAITING} requests wait already. Try again later")
         begun, done, answer = False, False, Answer()
         if turn:
             turn.answered_by(answer)
@@ -202,8 +186,8 @@ class Speaker:
 
     def _leave(self, answer: Answer) -> None:
         self.line.remove(answer)
-        for other in self.line:
-            other.changed.set()
+        for each in (answer, *self.line):
+            each.changed.set()
 
     def _decode(self, answer: Answer, name: str, said: "Callable[[Captioner], Generator]", seconds: float) -> None:
         try:
@@ -220,5 +204,4 @@ class Speaker:
             answer.error = error
         finally:
             answer.done = True
-            answer.in_loop(answer.changed.set)
             answer.in_loop(self._leave, answer)

@@ -1,38 +1,50 @@
-"""The tab on which a person trains: pictures in, captions corrected, what it costs, Train; and how it goes."""
+"""The tab on which a person trains: pictures in, captions corrected, what it costs, Train; and how it goes.
 
+The training is the command, as a process of its own, that goes on without the page and the demo. What is known of it
+is in its run folder and, beside that, in ``NAME.train.json`` (which process it is) and ``NAME.train.log`` (what it
+says), so that a demo that is started later finds it. A run that was begun on the command line can be resumed here, and
+the other way round.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import psutil
 from markupsafe import Markup
 
-from vlm_lora import TrainConfig, VlmLoraError
+from vlm_lora import TrainConfig, VlmLoraError, show_learning
 from vlm_lora.console import duration
-from vlm_lora.demo.album import METADATA, Album
-from vlm_lora.demo.inputs import Roots, short, stem_of
-from vlm_lora.demo.runs import Evaluations
-from vlm_lora.demo.sheet import ALL, LONGEST, NOTICED, WITHOUT, Sheet, chooser
-from vlm_lora.demo.tabs import AT_ONCE, QUIETLY, Desk, choices, empty, progress
-from vlm_lora.demo.trainer import State, Trainer, ask
+from vlm_lora.demo.captions import ALL, LONGEST, NOTICED, WITHOUT, Sheet, chooser
+from vlm_lora.demo.folders import METADATA, Album, Roots, short, stem_of
+from vlm_lora.demo.runs import Evaluations, config_of
+from vlm_lora.demo.tabs import IN_ORDER, QUIETLY, Desk, empty, progress
 from vlm_lora.errors import ConfigError, DataError
 
 CHECKPOINTS = 6
 """Of a run from the page, so that there is something to watch."""
 OFTEN, SELDOM = 2, 10
 """Seconds between two looks at the run, while it learns and while it does not."""
-EMPTY = empty(
-    "Nothing has been trained here yet.",
-    "Choose pictures, look at their captions, and press Train. Then this shows how the model learns them.",
-)
+EMPTY = empty("Nothing has been trained here yet.", "Choose pictures, look at their captions, and press Train.")
+COMMAND = (sys.executable, "-P", "-m", "vlm_lora")
+RECORD, LOG = ".train.json", ".train.log"
+ASKED_SECONDS = 600
+"""`check` and `plan` may take so long."""
 
 
 class Training:
     """Pictures in, an adapter out. ``tell`` gives a value for each of ``outputs``."""
 
-    def __init__(self, app: gr.Blocks, desk: Desk, roots: Roots, place: Path):
-        self.desk, self.roots, self.trainer, self.place = desk, roots, Trainer(place), place
+    def __init__(self, app: gr.Blocks, desk: Desk, roots: Roots):
+        self.desk, self.roots, self.trainer = desk, roots, Trainer(roots.uploads.parent)
         with gr.Row():
             with gr.Column(min_width=300):
                 folder, chosen = chooser(app, roots, "Pictures and their texts, or a zip", "data")
@@ -53,17 +65,15 @@ class Training:
             cost = gr.HTML(Markup(""), elem_id="cost")
         self.sheet = Sheet(desk, roots, (ALL, NOTICED, WITHOUT, LONGEST))
 
-        private: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1}
         for event in chosen:
-            event(self.look_at, folder, [found, work, cost, *self.sheet.outputs], **private)
-        count.click(self.cost, [folder, epochs, rate], cost, **private)
-        train.click(self.train, [folder, epochs, rate], cost, show_progress="minimal", **private)
-        stop.click(self.trainer.stop, **AT_ONCE)
-        resume.click(self.trainer.resume, **AT_ONCE)
+            event(self.look_at, folder, [found, work, cost, *self.sheet.outputs], api_visibility="private")
+        count.click(self.cost, [folder, epochs, rate], cost, api_visibility="private")
+        began = train.click(self.train, [folder, epochs, rate], cost, show_progress="minimal", api_visibility="private")
+        changed = began, stop.click(self.trainer.stop, **IN_ORDER), resume.click(self.trainer.resume, **IN_ORDER)
         seen, drawn, timer = gr.Textbox("", visible="hidden"), gr.Textbox("", visible="hidden"), gr.Timer(SELDOM)
         self.outputs = [seen, drawn, state, learning, stop, resume, desk.adapter, timer]
-        told = [app.load, timer.tick, train.click, resume.click, stop.click]
-        gr.on(told, self.tell, [seen, drawn, desk.adapter], self.outputs, queue=False, **QUIETLY)
+        for event in (app.load, timer.tick, *(each.then for each in changed)):
+            event(self.tell, [seen, drawn, desk.adapter], self.outputs, queue=False, **QUIETLY)
 
     # -- before --------------------------------------------------------------------------------------------------
 
@@ -121,22 +131,142 @@ class Training:
 
     def tell(self, seen: str, drawn: str, adapter: str) -> list:
         """How far the run is, for a page that has ``seen`` and ``drawn`` what was then."""
-        from vlm_lora import show_learning  # here, as it brings torch
-
         state = self.trainer.state()
         now = state and f"{state.kind} {state.name} {state.step} {state.said}"
         part = state and f"{state.kind == 'done'} {state.name} {state.step // max(1, state.steps // 40)}"
         if state is None or (now, part) == (seen, drawn):
             return [gr.skip()] * len(self.outputs)
-        runs, run, choice, learns = self.desk.speaker.runs, self.place / state.name, gr.skip(), state.kind == "learning"
+        run, learns, choice = self.trainer.place / state.name, state.kind == "learning", gr.skip()
         if state.kind == "done":
-            runs.setdefault(state.name, run)
+            self.desk.speaker.runs.setdefault(state.name, run)
             value = state.name if seen.startswith(f"learning {state.name} ") else adapter
-            choice = gr.Dropdown(choices(runs, self.desk.speaker.chosen), value=value, visible=True)
+            choice = gr.Dropdown(self.desk.speaker.choices(), value=value, visible=True)
         curve = show_learning(run, self.desk.evaluations.pictures(run)) if part != drawn else gr.skip()
         shown = _told(state, self.desk.evaluations), curve
         buttons = gr.Button(visible=learns), gr.Button(visible=state.kind in ("stopped", "failed"))
         return [now, part, *shown, *buttons, choice, gr.Timer(OFTEN if learns else SELDOM)]
+
+
+# -- the process -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Where the run stands: ``kind`` is learning, done, stopped or failed; ``said`` a sentence of what it does, or why
+    it ended."""
+
+    name: str
+    kind: str
+    step: int = 0
+    steps: int = 0
+    said: str = ""
+
+
+def ask(*arguments: str) -> dict:
+    """What a command prints with --json. Raises DataError with what it says where it fails."""
+    how: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "errors": "replace", "timeout": ASKED_SECONDS}
+    try:
+        done = subprocess.run([*COMMAND, *arguments, "--json"], stdin=subprocess.DEVNULL, **how)
+        return json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        raise DataError(f"This takes more than {ASKED_SECONDS // 60} minutes; ask on the command line") from None
+    except ValueError:
+        raise DataError(_last_words(done.stderr) or "the command ended without a word") from None
+
+
+class Trainer:
+    """One run at a time, in ``place``, where the demo's runs are."""
+
+    def __init__(self, place: Path):
+        self.place, self.starting = place, threading.Lock()
+        self.child: subprocess.Popen | None = None
+
+    def state(self) -> State | None:
+        """That of the newest run that is not done by a page, or of the one a page began last; None: there is none."""
+        name, process = self._newest()
+        if name is None:
+            return None
+        run, log = self.place / name, _end_of(self.place / (name + LOG))
+        taken = re.findall(r'^\{"step": (\d+), "loss"', _end_of(run / "metrics.jsonl"), re.MULTILINE)
+        total = re.findall(r"^([\d,]+) steps over ", log, re.MULTILINE)
+        step, steps = (int(found[-1].replace(",", "")) if found else 0 for found in (taken, total))
+        if process:
+            # What it does where that is no step, "Images prepared: 3 of 40"; of a step, how long the rest takes
+            counted = re.search(r"^([A-Z][\w ]+: [\d,]+ of [\d,]+).*\s*\Z", log, re.MULTILINE)
+            left = re.findall(r"^step .* answers/s\s+(\S.*) left$", log, re.MULTILINE)
+            said = counted[1] if counted else "".join(f"about {text} left" for text in left[-1:] if text != "0 s")
+            return State(name, "learning", step, steps, said)
+        if (run / "adapter" / "adapter_config.json").is_file():
+            return State(name, "done", step, steps)
+        said = _last_words(log)
+        return State(name, "stopped" if not said or "--resume" in said else "failed", step, steps, said)
+
+    def start(self, name: str, arguments: Sequence[str], folder: Path | None = None) -> None:
+        """Begin a run, or with --resume go on with it, from ``folder``. Raises ConfigError while another one learns."""
+        with self.starting:
+            newest, process = self._newest()
+            if process:
+                raise ConfigError(f"{newest} is being trained; one run at a time")
+            self.place.mkdir(parents=True, exist_ok=True)
+            command = [*COMMAND, "train", *arguments, "--output", str(self.place / name)]
+            cwd = folder if folder and folder.is_dir() else None
+            with (self.place / (name + LOG)).open("wb") as log:  # Ctrl-C is for the demo: a session of its own
+                self.child = subprocess.Popen(
+                    command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
+            began = psutil.Process(self.child.pid).create_time()
+            record = {"pid": self.child.pid, "began": began, "at": time.time()}
+            (self.place / (name + RECORD)).write_text(json.dumps(record), encoding="utf-8")
+
+    def resume(self) -> None:
+        """Go on with the run that is not done, from where it was begun. Raises ConfigError where there is none."""
+        state = self.state()
+        if state is None or state.kind in ("done", "learning"):
+            raise ConfigError("There is no run to go on with")
+        run = self.place / state.name
+        if not (run / "config.yaml").is_file():
+            raise ConfigError(f"{state.name} ended before its first step; train anew")
+        self.start(state.name, ["--config", str(run / "config.yaml"), "--resume"], config_of(run)[1])
+
+    def stop(self) -> None:
+        """Have it finish its step, save and end; a second time, end at once. Raises ConfigError where none learns."""
+        _, process = self._newest()
+        if process is None:
+            raise ConfigError("Nothing is being trained")
+        process.terminate()
+
+    def _newest(self) -> tuple[str | None, psutil.Process | None]:
+        """The run that a page began last, or one of the command line's that is newer and not done; and the process that
+        is at work on it, where a page began it. Another process may have got its number since."""
+        begun = {path: path.name.removesuffix(RECORD) for path in self.place.glob("*" + RECORD)}
+        for path in self.place.glob("*/config.yaml"):
+            if not (path.parent / "adapter").exists():
+                begun[path] = path.parent.name
+        name = begun.get(max(begun, key=lambda path: path.stat().st_mtime, default=Path()))
+        if self.child and self.child.poll() is not None:
+            self.child = None
+        try:
+            record = json.loads((self.place / f"{name}{RECORD}").read_text(encoding="utf-8"))
+            process = psutil.Process(int(record["pid"]))
+            alive = process.create_time() == record["began"] and process.status() != psutil.STATUS_ZOMBIE
+        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+            alive = False
+        return name, process if alive else None
+
+
+def _end_of(path: Path, most: int = 1 << 20) -> str:
+    """What a log ends with; nothing where there is none."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - most))
+        return file.read().decode("utf-8", "replace")
+
+
+def _last_words(said: str) -> str:
+    """What the command ended with, without its name."""
+    words = re.findall(r"^vlm-lora: (.*)$", said, re.MULTILINE)
+    return words[-1] if words else ""
 
 
 # -- words -------------------------------------------------------------------------------------------------------
@@ -154,19 +284,19 @@ def _told(state: State, evaluations: Evaluations) -> Markup:
         verdict = evaluation.verdict() if evaluation else ["Nothing was held out to compare it with the base."]
         small = " ".join([*verdict, "It is among the adapters above: ask it on the Picture tab."])
     elif state.kind == "stopped":
-        small = f"After step {state.step:,}, and saved: Resume goes on from there, and so does --resume."
+        saved = f"After step {state.step:,}, and saved: Resume goes on from there, and so does --resume."
+        small = saved if state.step else "Before its first step, so that nothing is saved: train anew."
     return progress(state.kind, state.name, big, share, small)
 
 
 def _in_words(facts: dict, wrong: str, album: Album | None) -> Markup:
     """What `check` found, as a person would say it; ``album``: where captions are corrected on the page."""
     without = sum(text == "" for text in album.captions(album.pictures).values()) if album else 0
-    bad = [row for row in facts.get("bad", ()) if not (without and "caption" in row["reason"])]
+    bad = [row for row in facts.get("bad", ()) if not (without and re.search("caption|this image", row["reason"]))]
     twice, alike = (facts.get(key, {}).get("count", 0) for key in ("duplicates", "near_duplicates"))
     kind, often = "captions" if album else "answers", (facts.get("repeated") or [()])[0]
-    counts = facts.get("images"), facts.get("answers")
     told = [
-        (facts, '<span class="lead">{:,} pictures, {:,} {}.</span>', *counts, kind),
+        (facts, '<span class="lead">{:,} pictures, {:,} {}.</span>', facts.get("images"), facts.get("answers"), kind),
         (wrong and not without, "{}", wrong),
         (without, "{:,} have no caption: write one, or they are left out.", without),
         *((True, "{}: {}.", Path(row["source"]).name, row["reason"]) for row in bad[:5]),

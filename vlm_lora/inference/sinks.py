@@ -112,7 +112,8 @@ class Rows:
         self.holds_errors = format == "jsonl"
         self.stream: IO[str] | None = None
         self.overwrite = overwrite
-        self.lines: dict[str, list[str]] = {}  # by image name; a person may have written several for one image
+        self.lines: list[str | None] = []  # of the file, blank ones too; None: another took its place
+        self.places: dict[str, list[int]] = {}  # in `lines`, by image name; a person may have written several for one
         self.done: set[str] = set()  # names of the images that need no caption any more
         self._replaced = False  # whether `lines` holds what the file does not
         self._next_rewrite = 0.0
@@ -140,8 +141,11 @@ class Rows:
             return
         name = self._name(path)
         line = _line(self.format, name, texts, error, self.adapters, "utf-8")
-        known = name in self.lines
-        self.lines[name] = [line]
+        known = name in self.places
+        for place in self.places.setdefault(name, [len(self.lines)])[1:]:
+            self.lines[place] = None
+        place = self.places[name][0]
+        self.lines[place : place + 1] = [line]
         try:
             # Opened for the first caption: where there never is one, an earlier file stays.
             if self.stream is None or (known and time.monotonic() >= self._next_rewrite):
@@ -191,17 +195,19 @@ class Rows:
         for number, line in enumerate([*ended, cut_off], start=1):
             last = number > len(ended)  # and so cut off by a kill, or by an editor that ends no last line
             if not line.strip():
+                self.lines += [line] if line or not last else []
                 continue
             try:
                 name, done = self._name_in(line, names)
             except (ValueError, TypeError, KeyError):
-                if last and self.lines:
+                if last and self.places:
                     continue
                 raise ConfigError(
                     f"{self.file}:{number}: is not a line that `caption --format {self.format}` wrote, so this file "
                     "stays as it is. Give another --output."
                 ) from None
-            self.lines.setdefault(name, []).append(line)
+            self.places.setdefault(name, []).append(len(self.lines))
+            self.lines.append(line)
             if done and not (
                 last and self.format == "text" and name in names
             ):  # whose caption may go on: nothing tells
@@ -247,7 +253,7 @@ class Rows:
             self.stream.close()
         elif self.overwrite and self.format == "metadata":  # a person may have corrected it
             keep_old(self.file)
-        replace_text(self.file, "".join(line + "\n" for lines in self.lines.values() for line in lines))
+        replace_text(self.file, "".join(f"{line}\n" for line in self.lines if line is not None))
         if first:
             replace_text(self.beside, json.dumps(self.made_with) + "\n")
         self.stream = self.file.open("a", encoding="utf-8", errors="surrogateescape", newline="\n")
