@@ -121,20 +121,22 @@ class RowReader:
             if shape is None:
                 names = ", ".join(map(repr, list(fields)[:20])) or "no fields"
                 raise DataError(f"has {names}; expected messages, conversations, a question or a caption")
-            images, dialogues = self._dialogues(fields, shape)
+            images, dialogues = self._dialogues(fields, shape, row)
             for dialogue in dialogues:
                 if isinstance(dialogue, DataError):  # what is wrong with one of several captions
                     yield BadRow(row.source, row.line, str(dialogue))
                 else:
-                    yield images, replace(dialogue, source=row.source, line=row.line)
+                    yield images, dialogue
         except DataError as error:
             yield BadRow(row.source, row.line, str(error))
 
-    def _dialogues(self, fields: Fields, shape: str) -> tuple[tuple[ImageRef, ...], list[Dialogue | DataError]]:
+    def _dialogues(
+        self, fields: Fields, shape: str, row: Row
+    ) -> tuple[tuple[ImageRef, ...], list[Dialogue | DataError]]:
         image_names = self._names(fields, "image")
         named = [value for name in image_names if (value := fields.take(name)) is not None]
         images = tuple(self.find(v) for value in named for v in (value if isinstance(value, list) else [value]))
-        common = self._common(fields)
+        common = self._common(fields, row)
         if shape == "captions":
             dialogues = list(self._of_captions(fields, images))
         elif shape == "qa":
@@ -156,7 +158,7 @@ class RowReader:
             del dialogues[1:]  # one row, bad once
         return images, [d if isinstance(d, DataError) else common.of(d) for d in dialogues]
 
-    def _common(self, fields: Fields) -> "_Common":
+    def _common(self, fields: Fields, row: Row) -> "_Common":
         """What rows of all shapes may have."""
         system, weight, split = (self._take(fields, what) for what in ("system", "weight", "split"))
         kind = self._value(fields, "kind")
@@ -165,6 +167,8 @@ class RowReader:
             system="" if system in (None, "") else text_of(system, "system prompt").strip(),
             weight=1.0 if weight in (None, "") else weight_of(weight, "weight"),
             split="" if split in (None, "") else split_of(split),
+            source=row.source,
+            line=row.line,
         )
 
     def shape_of(self, row: dict) -> str | None:
@@ -204,15 +208,18 @@ class RowReader:
         """The field that holds it, if there is one; of images several, "left_file_name" and "right_file_name"."""
         if what in self.columns:
             return [self.columns[what]] if self.columns[what] in row else []
-        # A column that is null in this row does not hide a filled one
-        filled = [name for name in NAMES[what] if row.get(name) is not None][:1]
-        if what == "image" and not filled:  # the convention of Hugging Face's imagefolder
+        for name in NAMES[what]:  # a column that is null in this row does not hide a filled one
+            if row.get(name) is not None:
+                return [name]
+        if what == "image":  # the convention of Hugging Face's imagefolder
             ends = ("_file_name", "_file_names")
-            filled = [name for name, value in row.items() if value is not None and str(name).endswith(ends)]
-        return filled or [name for name in NAMES[what] if name in row][:1]
+            if filled := [name for name, value in row.items() if value is not None and str(name).endswith(ends)]:
+                return filled
+        return [name for name in NAMES[what] if name in row][:1]
 
     def _name(self, row: dict, what: str) -> str | None:
-        return next(iter(self._names(row, what)), None)
+        names = self._names(row, what)
+        return names[0] if names else None
 
     def _caption_beside_question(self, row: dict) -> str | None:
         """`text`, `label` and the like may be anything there; and the caption may be the answer itself."""
@@ -318,12 +325,17 @@ class _Common(NamedTuple):
     system: str
     weight: float
     split: str
+    source: str
+    line: int | None
 
     def of(self, dialogue: Dialogue) -> Dialogue:
         if self.system and dialogue.system and self.system != dialogue.system:
             raise DataError("has a system prompt both inside its messages and beside them; keep one of the two")
-        turns = tuple(replace(turn, weight=turn.weight * self.weight) for turn in dialogue.turns)
-        return replace(dialogue, turns=turns, kind=self.kind, system=self.system or dialogue.system, split=self.split)
+        if self.weight != 1:
+            turns = tuple(replace(turn, weight=turn.weight * self.weight) for turn in dialogue.turns)
+            dialogue = replace(dialogue, turns=turns)
+        changes = {"kind": self.kind, "split": self.split, "source": self.source, "line": self.line}
+        return replace(dialogue, system=self.system or dialogue.system, **changes)
 
 
 def text_of(value: object, what: str) -> str:

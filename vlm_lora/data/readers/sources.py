@@ -285,11 +285,12 @@ def _read_tables(
 def _settled(entries: Iterable[Entry | BadRow], settings: DataSettings) -> Iterator[Entry | BadRow]:
     """What holds for dialogues of every format: their system prompt, what of them is learnt, the boxes in their JSON,
     and no foreign marks."""
-    boxes = BoxReader(settings.json_boxes)
+    boxes, system = BoxReader(settings.json_boxes), (settings.system or "").strip()
     for entry in entries:
         if not isinstance(entry, BadRow):
             images, dialogue = entry
-            dialogue = replace(dialogue, system=dialogue.system or (settings.system or "").strip())
+            if system and not dialogue.system:
+                dialogue = replace(dialogue, system=system)
             if settings.train_on == "last":
                 earlier = tuple(replace(turn, weight=0.0) for turn in dialogue.turns[:-1])
                 dialogue = replace(dialogue, turns=(*earlier, dialogue.turns[-1]))
