@@ -78,7 +78,12 @@ def main() -> None:
             for way, found in rows.items():
                 found.append(train(way, variant, seed, args.steps, args.output))
                 say(f"{variant}, seed {seed}, {way}: {json.dumps(found[-1])}")
-        record[variant] = {"steps": args.steps, "settings": SETTINGS, "lr": RATES[variant], "seeds": rows}
+        record[variant] = {
+            "steps": args.steps,
+            "settings": SETTINGS | {"seed": SEEDS},
+            "lr": RATES[variant],
+            "seeds": rows,
+        }
         record[variant] |= origin("base_format", f"{torch.get_num_threads()} threads")
         RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         for way, found in rows.items():

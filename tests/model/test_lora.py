@@ -190,6 +190,7 @@ def attached(checkpoints, family="qwen2_vl", quantise=False, **changes):
     ({"variant": "dora"}, 4),
     ({"variant": "dora", "dropout": 0.3}, 7),
     ({"variant": "dora", "quantise": True}, 4),
+    ({"variant": "dora", "quantise": True, "dropout": 0.3}, 7),
     ({"targets": "language"}, 4),
     ({"quantise": True}, 4),
     ({"family": "qwen3_vl"}, 4),
