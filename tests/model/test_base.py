@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.model.test_qlora import needs_bitsandbytes
 from vlm_lora.config import TrainConfig
 from vlm_lora.errors import AdapterError, ConfigError, ModelError
-from vlm_lora.model.adapters.lora import merged_weights
+from vlm_lora.inference.export import merged_weights
 from vlm_lora.model.adapters.methods import attach_adapter, load_adapter
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.device import is_out_of_memory, resolve_dtype

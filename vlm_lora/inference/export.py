@@ -8,11 +8,15 @@ changes the number format rounds away, a file that is read back as something els
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.integrations import dequantize_module_weight
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -22,8 +26,7 @@ from vlm_lora.errors import AdapterError, CheckpointError, ConfigError, ModelErr
 from vlm_lora.inference.caption import Decoding
 from vlm_lora.inference.captioner import Captioner
 from vlm_lora.inference.card import write_merged_card
-from vlm_lora.model.adapters.base import CONTRACT, base_of, find_adapter, read_contract, read_settings
-from vlm_lora.model.adapters.lora import merged_weights
+from vlm_lora.model.adapters.base import CONTRACT, Adapter, base_of, find_adapter, read_contract, read_settings
 from vlm_lora.model.backbone import Backbone, load_backbone
 from vlm_lora.model.features import FeatureCache, together
 from vlm_lora.model.folder import find_model, has_draft, saved_dtype
@@ -187,6 +190,37 @@ def _require_same(errors: dict[str, float], effect: float, dtype: torch.dtype) -
                 f"The merged model, {where}, does not do what the adapter does: its logits are {100 * error:.3g} % "
                 f"away, and the adapter moves them by {100 * effect:.3g} %.{hint} Nothing was written."
             )
+
+
+@torch.no_grad()
+def merged_weights(adapter: Adapter) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name, as in the base model, and float32 weight ``(out, in)`` of each linear that is not the base's once the
+    adapter is part of it.
+
+    Over a base in four bits that is every linear kept in them, adapted or not, with the values the four bits stand for:
+    the adapter was trained on those.
+
+    Raises:
+        AdapterError: something else than a linear is adapted; another tool's adapter may.
+    """
+    modules: dict[str, Any] = dict(adapter.backbone.model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, ModulesToSaveWrapper):
+            raise AdapterError(f"{name} is replaced as a whole (modules_to_save); only LoRA of linears can be merged.")
+        adapted = isinstance(modules[name], LoraLayer)
+        base = module.get_base_layer() if adapted else module
+        quantised = getattr(getattr(base, "weight", None), "quant_state", None) is not None
+        if name.endswith(".base_layer") or not (adapted or quantised):
+            continue
+        if not isinstance(base, torch.nn.Linear):
+            raise AdapterError(f"{name} is adapted, a {type(base).__name__}; only linear layers can be merged.")
+        weight = dequantize_module_weight(base).float()
+        if adapted:
+            weight = weight + module.get_delta_weight("default").float()
+            if "default" in module.lora_magnitude_vector:  # DoRA: each output's weights brought to a learnt length
+                length = torch.linalg.vector_norm(weight, dim=1)
+                weight = weight * (module.lora_magnitude_vector["default"].weight.float() / length)[:, None]
+        yield f"{name}.weight", weight
 
 
 def _pictures(limits: tuple[int, int]) -> list[Image.Image]:

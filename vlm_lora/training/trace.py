@@ -125,7 +125,7 @@ class Trace(TorchDispatchMode):
         if name.startswith(MEMORY_ONLY) or not (new or func._schema.is_mutable):
             return  # a view
         written = sum(each.nbytes for each in outputs)
-        read = written if name in PICKS_ROWS else sum(each.nbytes for each in inputs)
+        read = written if name in PICKS_ROWS else sum(each.nbytes for each in inputs if each is not kwargs.get("out"))
         count = OPERATIONS.get(func._overloadpacket)
         operations = count(*args, **kwargs, out_val=out) if count else 0
         dtype = next((each.dtype for each in (*inputs, *outputs) if each.dtype.is_floating_point), torch.int64)

@@ -10,7 +10,7 @@ half frozen, which is what PEFT itself converts such an adapter to.
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -102,11 +101,12 @@ def _adapter(backbone: Backbone, peft_model: PeftModel, contract: Contract | Non
 
     for layer in _lora_layers(peft_model):
         linear = isinstance(layer.get_base_layer(), torch.nn.Linear)
-        if linear and not layer.lora_variant and not layer.lora_bias["default"]:  # no DoRA, no other tool's extras
-            layer.__class__ = _with(_PlainLora, type(layer))
+        others = layer.lora_variant.keys() - layer.lora_magnitude_vector.keys()  # than DoRA
+        if linear and not others and not layer.lora_bias["default"]:
+            layer.__class__ = _with(_Lora, type(layer))
     for layer in backbone.language_model.layers:
         for block in layer.children():
-            if any(isinstance(each, _PlainLora) for each in block.children()) and not isinstance(block, _Block):
+            if any(isinstance(each, _Lora) for each in block.children()) and not isinstance(block, _Block):
                 block.__class__ = _with(_Block, type(block))
     return Adapter(backbone, contract, peft_model.disable_adapter, write, partial(_fill, backbone, peft_model))
 
@@ -132,13 +132,13 @@ def _lora_layers(peft_model: PeftModel) -> list[Any]:
 def compute_in_base_format(backbone: Backbone, on: bool) -> None:
     """Have LoRA's products computed in the base's format, or in LoRA's own, and not in what suits the device."""
     for layer in backbone.model.modules():
-        if isinstance(layer, _PlainLora):
+        if isinstance(layer, _Lora):
             layer.in_base_format = on
 
 
-class _PlainLora:
-    """A layer of PEFT's that computes what its own forward does for one LoRA, in fewer passes. By its class, as each
-    layer with a forward of its own would be compiled by itself."""
+class _Lora:
+    """A layer of PEFT's that computes what its own forward does for one LoRA, in fewer passes; for DoRA in the base's
+    format only. By its class, as each layer with a forward of its own would be compiled by itself."""
 
     in_base_format: bool | None = None
     """Whether LoRA's products are computed in the base's format, and not in LoRA's own; None: as suits the device."""
@@ -150,8 +150,10 @@ class _PlainLora:
             return self.base_layer(x)
         dropout, scaling = self.lora_dropout["default"], self.scaling["default"]
         # Without dropout the input itself is kept for the backward pass, which several linears share, not a copy.
-        dropped = not isinstance(dropout, torch.nn.Identity)
+        dropped = self.training and not isinstance(dropout, torch.nn.Identity)
         if not _in_base_format(self, x):
+            if self.lora_magnitude_vector:
+                return super().forward(x)  # type: ignore[misc]  # of the class it is mixed with
             down, up = self.lora_A["default"].weight, self.lora_B["default"].weight
             out = self.base_layer(x)
             seen = dropout(x.to(up.dtype)) if dropped else x
@@ -163,7 +165,14 @@ class _PlainLora:
         if narrow is None:
             seen, (narrow,) = _lowered(dropout(x), given.down, (len(given.down),))
         out = self.base_layer(x if dropped else seen)
-        return _Raise.apply(out.flatten(0, -2), narrow, given.up, scaling).view_as(out)
+        rows = out.flatten(0, -2)
+        if given.gain is None:
+            return _Raise.apply(rows, narrow, given.up, scaling).view_as(out)
+        # DoRA scales what the base makes of the input that LoRA sees, without the bias.
+        own, bias = self.base_layer(seen).flatten(0, -2) if dropped else rows, self.base_layer.bias
+        own = own if bias is None else own - bias
+        rest, gain = (rows, given.gain - 1) if dropped else (bias, given.gain)
+        return _Raise.apply(rest, narrow, given.up, scaling, own, gain).view_as(out)
 
 
 class _Block:
@@ -176,7 +185,7 @@ class _Block:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         x, *more = args or (kwargs.pop("hidden_states"),)
-        layers: dict[str, Any] = {name: each for name, each in self._modules.items() if isinstance(each, _PlainLora)}
+        layers: dict[str, Any] = {name: each for name, each in self._modules.items() if isinstance(each, _Lora)}
         if layers and all(_in_base_format(each, x) and not each.disable_adapters for each in layers.values()):
             x = _give(layers, x)
         try:
@@ -192,10 +201,11 @@ OF_ONE_INPUT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 class _Given(NamedTuple):
     """LoRA in the base's format; ``narrow`` ``(tokens, r)`` is its product down with the input ``seen``, or not there
-    yet."""
+    yet. DoRA's ``gain`` ``(outputs,)`` is in ``up`` already."""
 
     down: torch.Tensor
     up: torch.Tensor
+    gain: torch.Tensor | None = None
     seen: torch.Tensor | None = None
     narrow: torch.Tensor | None = None
 
@@ -237,11 +247,23 @@ def _converted(groups: Sequence[Sequence[Any]], kind: torch.dtype) -> list[list[
     """LoRA of these groups of layers in ``kind``; what is down is one tensor for a group."""
     layers = [layer for group in groups for layer in group]
     downs = [layer.lora_A["default"].weight for layer in layers]
+    gains = [_gain(layer) if layer.lora_magnitude_vector else None for layer in layers]
     ups = [layer.lora_B["default"].weight for layer in layers]
+    ups = [up if gain is None else gain[:, None] * up for up, gain in zip(ups, gains, strict=True)]
     ranks = tuple(tuple(layer.r["default"] for layer in group) for group in groups)
     converted = _Convert.apply(kind, ranks, *downs, *ups)
-    joined, own = converted[: len(groups)], iter(converted[len(groups) :])
-    return [[_Given(down, next(own)) for _ in group] for down, group in zip(joined, groups, strict=True)]
+    joined, own = converted[: len(groups)], iter(zip(converted[len(groups) :], gains, strict=True))
+    return [[_Given(down, *next(own)) for _ in group] for down, group in zip(joined, groups, strict=True)]
+
+
+def _gain(layer: Any) -> torch.Tensor:
+    """DoRA's learnt length of each output's weights over the one that they have with LoRA, which has no gradient
+    (section 4.3 of the paper). In float32: a small LoRA would be lost in a sum in the base's format."""
+    learnt, down, up = (each["default"].weight for each in (layer.lora_magnitude_vector, layer.lora_A, layer.lora_B))
+    with torch.no_grad():
+        weight = dequantize_module_weight(layer.base_layer).to(learnt.dtype, copy=True)
+        weight.addmm_(up, down, alpha=layer.scaling["default"])
+    return learnt / torch.linalg.vector_norm(weight, dim=1)
 
 
 def _lowered(x: torch.Tensor, down: torch.Tensor, ranks: Sequence[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -300,20 +322,34 @@ class _Lower(torch.autograd.Function):
 
 
 class _Raise(torch.autograd.Function):
-    """``out + scaling * narrow @ up.T``, scaled and added by the product; in ``out``'s format, each rounded once."""
+    """``out + scaling * narrow @ up.T``, scaled and added by the product; in ``out``'s format, each rounded once.
+
+    For DoRA ``out + gain * own`` stands in the place of ``out``, which is a bias then, or as large as ``own``, or None;
+    ``gain`` ``(outputs,)`` stays in float32, as near 1 bfloat16 has steps of 0.8 %.
+    """
 
     @staticmethod
-    def forward(ctx: Any, out, narrow, up, scaling: float) -> torch.Tensor:
+    def forward(ctx: Any, out: Any, narrow, up, scaling: float, *scaled: torch.Tensor) -> torch.Tensor:
         ctx.scaling = scaling
-        ctx.save_for_backward(narrow, up)
-        return torch.addmm(out, narrow, up.T, alpha=scaling)
+        ctx.save_for_backward(narrow, up, *scaled)
+        if not scaled:
+            return torch.addmm(out, narrow, up.T, alpha=scaling)
+        own, gain = scaled
+        total = torch.empty_like(own)
+        torch.mul(own, gain, out=total) if out is None else torch.addcmul(out, own, gain, out=total)
+        return total.addmm_(narrow, up.T, alpha=scaling)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
-        narrow, up = ctx.saved_tensors
-        return grad, _product(grad, up, ctx.scaling), _product(grad.T, narrow, ctx.scaling), None
+        narrow, up, *scaled = ctx.saved_tensors
+        of_scaled = ()
+        if scaled:
+            own, gain = scaled
+            of_scaled = torch.mul(grad, gain, out=torch.empty_like(grad)), (grad * own).sum(0, dtype=gain.dtype)
+        of_out = grad if ctx.needs_input_grad[0] else None
+        return of_out, _product(grad, up, ctx.scaling), _product(grad.T, narrow, ctx.scaling), None, *of_scaled
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -395,34 +431,3 @@ def load_lora(backbone: Backbone, folder: Path) -> Adapter:
     require_none(saved ^ set(get_peft_model_state_dict(peft_model, save_embedding_layers=False)), folder, backbone)
     peft_model.eval()
     return _adapter(backbone, peft_model, contract)
-
-
-@torch.no_grad()
-def merged_weights(adapter: Adapter) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name, as in the base model, and float32 weight ``(out, in)`` of each linear that is not the base's once the
-    adapter is part of it.
-
-    Over a base in four bits that is every linear kept in them, adapted or not, with the values the four bits stand for:
-    the adapter was trained on those.
-
-    Raises:
-        AdapterError: something else than a linear is adapted; another tool's adapter may.
-    """
-    modules: dict[str, Any] = dict(adapter.backbone.model.named_modules())
-    for name, module in modules.items():
-        if isinstance(module, ModulesToSaveWrapper):
-            raise AdapterError(f"{name} is replaced as a whole (modules_to_save); only LoRA of linears can be merged.")
-        adapted = isinstance(modules[name], LoraLayer)
-        base = module.get_base_layer() if adapted else module
-        quantised = getattr(getattr(base, "weight", None), "quant_state", None) is not None
-        if name.endswith(".base_layer") or not (adapted or quantised):
-            continue
-        if not isinstance(base, torch.nn.Linear):
-            raise AdapterError(f"{name} is adapted, a {type(base).__name__}; only linear layers can be merged.")
-        weight = dequantize_module_weight(base).float()
-        if adapted:
-            weight = weight + module.get_delta_weight("default").float()
-            if "default" in module.lora_magnitude_vector:  # DoRA: each output's weights brought to a learnt length
-                length = torch.linalg.vector_norm(weight, dim=1)
-                weight = weight * (module.lora_magnitude_vector["default"].weight.float() / length)[:, None]
-        yield f"{name}.weight", weight
