@@ -88,9 +88,10 @@ def test_in_bfloat16_it_is_as_right_as_pefts_float32(layer, monkeypatch, size):
 
     layer.double()  # the base's values stay those of bfloat16
     exact = outcome(layer, layer)
+    within = 3 if layer.lora_magnitude_vector else 2.5  # DoRA rounds the gain's product too
     for mine, other, expected in zip(ours, theirs, exact, strict=True):
         off, usual = ((each - expected).norm() / expected.norm() for each in (mine, other))
-        assert off < 2.5 * usual
+        assert off < within * usual
     layer.scaling["default"] *= 1.1  # negative control
     assert (outcome(layer, layer)[2] - exact[2]).norm() / exact[2].norm() > 0.02
     layer.scaling["default"] /= 1.1
