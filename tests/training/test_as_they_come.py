@@ -231,6 +231,17 @@ def test_held_out_images_that_are_damaged_are_not_scored(checkpoints, photo_fold
     assert quarantined(late.folder) == ["v2.png"]
 
 
+def test_where_every_image_is_damaged_there_is_no_adapter(checkpoints, photo_folder, tmp_path):
+    for path in photo_folder.glob("*.png"):
+        damage(path)
+    settings = config(checkpoints, photo_folder, tmp_path / "run", on_bad_row="quarantine", **LATE)
+    with pytest.raises(DataError, match=r"no usable example in it\. .*is damaged or cut off"):
+        train(settings)
+    assert not (tmp_path / "run/adapter").exists()
+    assert len(quarantined(tmp_path / "run")) == 12
+    assert not any("held_out_loss" in line for line in lines(tmp_path / "run"))  # it is of nothing
+
+
 def test_a_damaged_held_out_picture_is_not_watched(checkpoints, photo_folder, tmp_path, capsys):
     """All held-out pictures are wanted; the damaged one is left out, and the comparison at the end is of the others."""
     val = tmp_path / "val"

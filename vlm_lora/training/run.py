@@ -126,6 +126,11 @@ def train_adapter(
         loop = TrainingLoop(config, adapter, loader, prepared, folder, events, stop)
         _prepare_layers(config, adapter.backbone, processes.sharded, loop.schedule.num_steps, events)
         steps = loop.run(allow_change, watch and watch(adapter, features))
+        damaged = tuple(BadRow(*row) for row in loop.progress.damaged)
+        train, held_out = (_without(damaged, side.learnt_from) for side in (prepared.train, prepared.held_out))
+        bad = (*prepared.bad_rows, *damaged)
+        if not train:
+            raise no_usable_example(config, bad)
 
         def save() -> None:
             folder.save_adapter(adapter)
@@ -134,9 +139,6 @@ def train_adapter(
                 _report_cost(loop, _predicted(loop, there, kept), measured, started)
 
         processes.on_main(save)
-    damaged = tuple(BadRow(*row) for row in loop.progress.damaged)
-    train, held_out = (_without(damaged, side.learnt_from) for side in (prepared.train, prepared.held_out))
-    bad = (*prepared.bad_rows, *damaged)
     return TrainedAdapter(path, steps, adapter, features, train, held_out, bad, data.fingerprint, processes)
 
 

@@ -103,7 +103,7 @@ def mean_loss(
     max_tokens: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> float:
-    """Loss per labelled token over all examples; leaves weights and random state as they are.
+    """Loss per labelled token over all examples, nan if none is left; leaves weights and random state as they are.
 
     ``progress`` is called in every process with how many are done, after each `SCORED_AT_ONCE`; it may raise.
     """
@@ -121,8 +121,9 @@ def mean_loss(
         progress(start + len(some))
     backbone.model.train(training)
     (total,) = processes.add_up([total.to(backbone.device)])
-    labels = count_labels(examples) - (loader.note_damaged(damaged, labels_lost) if loader.as_they_come else 0)
-    return total.item() / max(1, labels)
+    lost = loader.note_damaged(damaged, labels_lost) if loader.as_they_come else 0
+    labels = count_labels(examples) - lost
+    return math.nan if lost and not labels else total.item() / max(1, labels)
 
 
 # ---- gradients ----------------------------------------------------------------------------------------------------
