@@ -77,7 +77,8 @@ def measure(worktree: Path, data: Path, work: Path) -> dict[str, dict[str, float
     env = os.environ | {"VLM_LORA_CACHE": str(work / "cache"), "PYTHONPATH": str(worktree), "OMP_NUM_THREADS": "1"}
     found = {}
     for run in ("first", "later"):
-        command = [sys.executable, str(Path(__file__)), "--child", str(data), str(work / run)]
+        # -P: or the kernels.py beside this file would be taken for the package that transformers looks for
+        command = [sys.executable, "-P", str(Path(__file__)), "--child", str(data), str(work / run)]
         ended = subprocess.run(command, cwd=worktree, env=env, capture_output=True, text=True)
         if ended.returncode:
             raise SystemExit(f"{worktree}: {ended.stderr[-2000:]}")
