@@ -109,6 +109,7 @@ def test_what_is_trained_and_what_is_quarantined_are_all_rows(tmp_path, monkeypa
 
     def run_steps(loop, allow_change, captions):
         given["lessons"] = [*loop.examples, *loop.data.held_out]
+        loop.folder.begin(loop.config, 0, loop.data.bad_rows)
         return 0
 
     monkeypatch.setattr(run, "_attached", _once(run._attached))

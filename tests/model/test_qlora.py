@@ -231,6 +231,8 @@ def test_any_adapter_answers_on_a_base_in_four_bits_where_that_is_asked_for(chec
 @needs_bitsandbytes
 def test_bitsandbytes_is_quiet_about_a_kernel_that_is_not_used_and_nothing_else(caplog):
     ops = importlib.import_module("bitsandbytes.backends.cpu.ops")
+    if not hasattr(ops, "logger"):
+        pytest.skip("this bitsandbytes knows no such kernel")
     ops.logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "no such module")
     ops.logger.warning("Something else.")
     assert caplog.messages == ["Something else."]
