@@ -515,7 +515,9 @@ class Bench:
     def captioning(self) -> dict:
         self.backbone.model.eval()
         pictures = self.work(1, self.args.images).pictures
-        captioner = Captioner(self.backbone, self.adapter, FeatureCache(self.backbone, None), DEFAULT_PROMPT)
+        captioner = Captioner(
+            self.backbone, self.adapter, FeatureCache(self.backbone, None, write=False, several=True), DEFAULT_PROMPT
+        )
         decoding = Decoding(max_new_tokens=self.args.new_tokens)
         list(captioner.caption(pictures[:2], decoding=decoding))
         taken = seconds(self.device, lambda: list(captioner.caption(pictures, decoding=decoding)))

@@ -23,6 +23,7 @@ from vlm_lora.inference.captioner import Captioner, Decoding
 from vlm_lora.inference.decode import MEMORY_SHARE, decode, rows_that_fit
 from vlm_lora.inference.evaluate import evaluate
 from vlm_lora.inference.verdict import tables_as_text
+from vlm_lora.model import features
 from vlm_lora.model.adapters.methods import attach_adapter
 from vlm_lora.model.backbone import load_backbone
 from vlm_lora.model.encode import Encoder
@@ -384,6 +385,17 @@ def test_images_of_all_sizes_are_batched_by_length_and_come_in_order(captioner, 
         assert [c.text for c in told] == wanted
     assert batches[:3] == [[144, 144], [32, 32], [16, 16]]
     assert len(batches) > 5  # halved where the memory did not do
+
+
+def test_captions_from_several_images_through_the_tower_at_once(captioner, files, monkeypatch):
+    """What a GPU does: the same words, in fewer passes of the tower."""
+    wanted = [caption.text for caption in captioner.caption(files, decoding=SHORT)]
+    monkeypatch.setattr(features, "SEVERAL_AT_ONCE", ("cpu",))
+    captioner.features = FeatureCache(captioner.backbone, None, write=False, several=True)
+    passes, tower = [], captioner.backbone.tower
+    monkeypatch.setattr(captioner.backbone, "tower", lambda *given: passes.append(len(given[1])) or tower(*given))
+    assert [caption.text for caption in captioner.caption(files, decoding=SHORT)] == wanted
+    assert passes == [len(files)]
 
 
 def test_several_adapters_share_the_base_and_its_features(checkpoints, files, tmp_path):

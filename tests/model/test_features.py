@@ -18,7 +18,9 @@ from tests.conftest import picture
 from vlm_lora.cli import main
 from vlm_lora.data.example import ImageRef
 from vlm_lora.errors import DataError
+from vlm_lora.model import features
 from vlm_lora.model.backbone import load_backbone
+from vlm_lora.model.families import FAMILIES
 from vlm_lora.model.features import FeatureCache, found_again, store_in
 from vlm_lora.model.store import COPY, Store, Use
 
@@ -508,3 +510,32 @@ def test_what_decides_the_features_is_in_their_fingerprint(checkpoints, change):
     assert changed.tower_fingerprint != before.tower_fingerprint
     changed.model.model.language_model.layers[0].mlp.up_proj.weight.data.add_(1)
     assert load_backbone(str(checkpoints["qwen2_vl"])).tower_fingerprint == before.tower_fingerprint
+
+
+@pytest.mark.parametrize("at_once", [16384, 100])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_images_through_the_tower_at_once(checkpoints, images, tmp_path, monkeypatch, family, at_once):
+    """What a GPU does for captions: to rounding what one at a time gives, in as few passes as fit, and nothing kept."""
+    backbone = load_backbone(str(checkpoints[family]))
+    expected = FeatureCache(backbone, None).get(images)
+    monkeypatch.setattr(features, "SEVERAL_AT_ONCE", ("cpu",))
+    monkeypatch.setattr(features, "PATCHES_AT_ONCE", at_once)
+    passes, tower = [], backbone.tower
+    monkeypatch.setattr(backbone, "tower", lambda values, grids: passes.append(len(values)) or tower(values, grids))
+    cache = FeatureCache(backbone, tmp_path, write=False, several=True)
+    looked = [cache.look(image) for image in images]
+    found = cache.compute([expected[0], *looked])  # the first is known already
+    assert found[0] is expected[0]
+    patches = [len(each.values) for each in looked]
+    assert sum(passes) == sum(patches)
+    assert max(passes) <= max(at_once, *patches)
+    assert len(passes) == 1 if at_once > sum(patches) else 1 < len(passes) <= len(images)
+    assert cache.computed == len(images)
+    assert not cache_use(tmp_path).entries
+    assert all(one is other for one, other in zip(cache.get(images), found[1:], strict=True))  # from main memory
+    assert not FeatureCache(backbone, tmp_path, several=True)._several  # what is kept depends on its image alone
+    for one, other in zip(found[1:], expected, strict=True):
+        assert torch.equal(one.grid_thw, other.grid_thw)
+        torch.testing.assert_close(one.values, other.values, rtol=1e-4, atol=1e-5)
+    other = tower(torch.cat([each.values for each in looked[::-1]]), torch.stack([each.grid_thw for each in looked]))
+    assert not torch.allclose(other[: patches[0]], found[1].values, atol=1e-2)  # negative control: another's patches

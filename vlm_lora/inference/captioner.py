@@ -144,7 +144,7 @@ class Captioner:
             quantise=load_in_4bit or bool(in_four_bits),
         )
         # Read from the disk cache, but do not fill it: most folders are captioned once.
-        features = FeatureCache(backbone, cache_folder(), write=False)
+        features = FeatureCache(backbone, cache_folder(), write=False, several=True)
         asked = prompt or (first.template if first else DEFAULT_PROMPT)
         base = cls(backbone, None, features, asked, _system(system, first))
         base.load_in_4bit = load_in_4bit
@@ -196,7 +196,7 @@ class Captioner:
         for image in images:
             try:
                 request = self._ask(prompt, source := source_of(image))
-                window.append((name_of(image), self.features.get([source])[0], request))
+                window.append((name_of(image), self.features.look(source), request))
             except DataError as error:
                 window.append((name_of(image), str(error), Dialogue(())))
             sizes = [len(entry.values) for _, entry, _ in window if not isinstance(entry, str)]
@@ -334,7 +334,7 @@ class Captioner:
         backbone = self.backbone.twin(*limits)
         adapter = load_adapter(backbone, folder)
         same = limits == self.backbone.pixel_limits and not backbone.tower_adapted
-        features = self.features if same else FeatureCache(backbone, cache_folder(), write=False)
+        features = self.features if same else FeatureCache(backbone, cache_folder(), write=False, several=True)
         trained = contract.template if contract else DEFAULT_PROMPT
         if prompt and contract and variables_of(prompt) != contract.variables:
             warnings.warn(
@@ -362,6 +362,7 @@ class Captioner:
             while left:
                 rows = batch_size or rows_that_fit(self.backbone, len(images[left[0]].values), how)
                 batch, left = left[:rows], left[rows:]
+                images |= zip(batch, self.features.compute([images[i] for i in batch]), strict=True)
                 answers = self._within_memory([([images[i]], [window[i][2]]) for i in batch], tuned, how)
                 texts |= {i: text for i, (text,) in zip(batch, answers, strict=True)}
             order = [i for i in order if decoding.missed(texts[i])]
