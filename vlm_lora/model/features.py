@@ -166,7 +166,9 @@ class FeatureCache:
 
     def compute(self, fetched: Sequence[ImageEntry]) -> list[ImageEntry]:
         """The features of each; whatever is still pixels goes through the tower, unless that is done live."""
-        seen = self._compute_several(fetched) if self._several else list(map(self._compute, fetched))
+        if self._several:
+            return self._compute_several(fetched)
+        seen = [self._compute(image) if isinstance(image, ImagePixels) else image for image in fetched]
         computed = [image for image in fetched if isinstance(image, ImagePixels)]
         if self._parked and computed:
             self._park(all(image.name is not None and self._is_there(image.name) for image in computed))
@@ -346,9 +348,7 @@ class FeatureCache:
             self.computed += number
         return seen
 
-    def _compute(self, image: ImageEntry) -> ImageEntry:
-        if isinstance(image, ImageFeatures):
-            return image
+    def _compute(self, image: ImagePixels) -> ImageEntry:
         if image.name and (entry := self._memory.get(image.name)):  # it was fetched twice before it was computed
             return entry
         self.computed += 1
