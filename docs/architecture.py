@@ -42,8 +42,8 @@ CORE = [
 ]
 """From a configuration to a caption, in reading order."""
 
-MOST_CORE_LINES = 6_560
-MOST_LINES = 24_890
+MOST_CORE_LINES = 6_570
+MOST_LINES = 24_900
 """What they are today, rounded up. The goals are 4,500 and 11,500: a change that raises one says why."""
 MOST_PAGE_LINES = 2_000
 """Of the web demo, which is not what the package is for."""

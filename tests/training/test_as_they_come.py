@@ -5,6 +5,7 @@ Run: pytest tests/training/test_as_they_come.py
 
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -45,6 +46,16 @@ def damaged(photo_folder):
     for name in ("03.png", "07.png"):
         damage(photo_folder / name)
     return photo_folder
+
+
+def held_out(folder: Path, number: int, damaged: str) -> Path:
+    """Pictures of their own, of which one is damaged."""
+    folder.mkdir()
+    for i in range(number):
+        picture(50 + i).save(folder / f"v{i}.png")
+        (folder / f"v{i}.txt").write_text(f"Held out, number {i}.\n")
+    damage(folder / damaged)
+    return folder
 
 
 def quarantined(run) -> list[str]:
@@ -211,14 +222,9 @@ def test_a_file_that_has_changed_since_it_was_read_is_no_other_images_features(c
     assert "has changed since it was first read" in result.bad[0].reason
 
 
-def test_held_out_images_that_are_damaged_are_not_scored(checkpoints, photo_folder, tmp_path, monkeypatch):
+def test_held_out_images_that_are_damaged_are_not_scored(checkpoints, photo_folder, tmp_path):
     """The loss is that of the others; captions to watch and the comparison at the end leave them out."""
-    val = tmp_path / "val"
-    val.mkdir()
-    for i in range(4):
-        picture(50 + i).save(val / f"v{i}.png")
-        (val / f"v{i}.txt").write_text(f"Held out, number {i}.\n")
-    damage(val / "v2.png")
+    val = held_out(tmp_path / "val", 4, "v2.png")
     settings = {"val": str(val), "on_bad_row": "quarantine", "max_steps": 4, "watch": 4}
     late = train(config(checkpoints, photo_folder, tmp_path / "late", **settings, **LATE))
     first = train(config(checkpoints, photo_folder, tmp_path / "first", **settings, validate_first="yes"))
@@ -244,12 +250,7 @@ def test_where_every_image_is_damaged_there_is_no_adapter(checkpoints, photo_fol
 
 def test_a_damaged_held_out_picture_is_not_watched(checkpoints, photo_folder, tmp_path, capsys):
     """All held-out pictures are wanted; the damaged one is left out, and the comparison at the end is of the others."""
-    val = tmp_path / "val"
-    val.mkdir()
-    for i in range(3):
-        picture(50 + i).save(val / f"v{i}.png")
-        (val / f"v{i}.txt").write_text(f"Held out, number {i}.\n")
-    damage(val / "v1.png")
+    val = held_out(tmp_path / "val", 3, "v1.png")
     flags = f"--rank 4 --max-steps 2 --watch 3 --validate-first no --on-bad-row quarantine --output {tmp_path / 'run'}"
     data = [str(photo_folder), "--val", str(val), "--model", str(checkpoints["qwen2_vl"])]
     assert main(["train", *data, *flags.split()]) == 0

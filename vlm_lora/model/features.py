@@ -108,7 +108,7 @@ class FeatureCache:
         in_memory: whether features that were read lately stay in main memory.
         looks: what is known of images without reading them.
         several: whether a GPU takes several images through the tower at once, in less time. By rounding, what one gives
-            then depends on the others, so nothing of it is kept on disk.
+            then depends on the others, so it takes one at a time where ``write`` has features kept on disk.
 
     Attributes:
         computed, read: how many images went through the tower, and how many were in the cache, since the start.

@@ -325,19 +325,22 @@ class TrainingLoop:
 
     def _leave_out_damaged(self) -> None:
         """List the rows whose images were found to be damaged, once each; or save and end the run for them."""
-        known = {(source, line) for source, line, _ in self.progress.damaged}
-        new = [row for row in dict.fromkeys(self.loader.damaged) if (row.source, row.line) not in known]
+        found = list(dict.fromkeys(self.loader.damaged))
         self.loader.damaged.clear()
+        known = {(source, line) for source, line, _ in self.progress.damaged} if found else ()
+        new = [row for row in found if (row.source, row.line) not in known]
         if not new:
             return
         rows = f"{new[0].place}: {new[0].reason}" + (f" (and {len(new) - 1} more rows)" if len(new) > 1 else "")
         if self.config.on_bad_row == "stop":
             if self.progress.step > self.first and not self._is_due():  # else it is saved
                 self.processes.on_main(self._save)
+            done = self.progress.step
+            when = f"It was found after {done:,} steps, which are saved." if done else "No step is done yet."
             raise DataError(
-                f"{rows}. It was found after {self.progress.step:,} steps, which are saved. Mend it and start again, "
-                "or continue without such rows: --resume --on-bad-row quarantine --allow-change on_bad_row. "
-                "With --validate-first yes, all are found before the first step."
+                f"{rows}. {when} Mend it and start again, or continue without such rows: "
+                "--resume --on-bad-row quarantine --allow-change on_bad_row. With --validate-first yes, all are found "
+                "before the first step."
             )
         self.progress.damaged += [(row.source, row.line, row.reason) for row in new]
         self.folder.quarantine(new)

@@ -177,7 +177,9 @@ def takes_images_as_they_come(config: TrainConfig, prepared: Prepared) -> bool:
     return config.validate_first == "no" or (config.validate_first == "auto" and many)
 
 
-def make_room(prepared: Prepared, features: FeatureCache, processes: Processes, seen_once: bool, events: Events):
+def make_room(
+    prepared: Prepared, features: FeatureCache, processes: Processes, seen_once: bool, events: Events
+) -> None:
     """Have the cache take the features of images as they come: of all, or if ``seen_once``, of held-out ones alone."""
     if seen_once:
         features.write = False

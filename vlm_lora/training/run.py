@@ -1,4 +1,4 @@
-"""A training run from data to adapter: read, split, load, attach, see every image once, train, save."""
+"""A training run from data to adapter: read, split, load, attach, see the images or make room for them, train, save."""
 
 import hashlib
 import time
